@@ -1,0 +1,31 @@
+"""The fastest and most trustworthy way to give an AI agent its memory on PostgreSQL.
+
+    import elizasql
+
+    async with elizasql.connect(agent_id=AGENT) as db:
+        await db.ensure_agent_exists({"name": "Ada"})
+        await db.ensure_embedding_dimension(384)
+        ...
+"""
+
+from .adapter import DatabaseAdapter, connect, open
+from .config import Config
+from .errors import *  # noqa: F403
+from .errors import __all__ as _errors
+from .models import Agent, Entity, Memory, Participant, Room, World
+
+__version__ = "0.1.0"
+
+__all__ = [  # noqa: PLE0604
+    "Agent",
+    "Config",
+    "DatabaseAdapter",
+    "Entity",
+    "Memory",
+    "Participant",
+    "Room",
+    "World",
+    "connect",
+    "open",
+    *(name for name in _errors if name != "translate"),
+]

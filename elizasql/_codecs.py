@@ -1,0 +1,279 @@
+"""Values on their way to the server and back: vectors, JSON, text, ids and times.
+
+Everything is checked and encoded here, before a connection is taken, so that bad input costs no I/O. The codecs that
+`register` puts on a connection pass what this module made through unchanged and decode what comes back.
+
+Text follows one policy wherever it is stored, in a text column or anywhere inside JSON, keys included: PostgreSQL can
+hold every character but U+0000 and unpaired surrogates. A surrogate pair is joined to the character that it stands for;
+U+0000 and an unpaired surrogate become U+FFFD, one for one; nothing else is altered.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import numpy as np
+import orjson
+from pgvector import HalfVector, Vector
+
+from .errors import ArgumentError, EmbeddingError
+from .types import DIMENSIONS
+
+if TYPE_CHECKING:
+    import asyncpg
+    from numpy.typing import NDArray
+
+    from .types import Embedding
+
+# The HNSW index holds halfvec: 65504 is its largest number, 2**-24 the smallest that is not rounded to zero there. A
+# vector whose largest component is outside is either not finite, zero, or has no place in the index.
+_PEAK_MIN = 2.0**-24
+_PEAK_MAX = 65504.0
+
+_BIG_ENDIAN = np.dtype(">f4")
+_HEADERS = {dimension: struct.pack(">HH", dimension, 0) for dimension in DIMENSIONS}
+
+_JSON_OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS | orjson.OPT_UTC_Z
+_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+
+
+# --- text and JSON ---------------------------------------------------------------------------------------------------
+
+
+def clean_text(text: str) -> str:
+    """Make text storable by the policy above; text that is storable already comes back as it is."""
+    if not _UNSTORABLE.search(text):
+        return text
+    # UTF-16 joins the pairs of surrogates; what is left of them is unpaired and becomes U+FFFD.
+    paired = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return paired.replace("\x00", "\ufffd")
+
+
+def as_text(value: object, name: str, *, empty: bool = True) -> str:
+    """Check that an argument is text, and clean it."""
+    if not isinstance(value, str):
+        raise ArgumentError(f"{name} must be a string, not {type(value).__name__}")
+    if not value and not empty:
+        raise ArgumentError(f"{name} must not be empty")
+    return clean_text(value)
+
+
+def as_optional_text(value: object, name: str) -> str | None:
+    """Check that an argument is text or None."""
+    return None if value is None else as_text(value, name)
+
+
+def encode_json(value: object, name: str = "value") -> bytes:
+    """Encode a value as the server's binary jsonb.
+
+    UUIDs, datetimes and numpy arrays are written as their JSON forms; NaN and infinities become null, as in
+    JavaScript. Raises ArgumentError for what JSON cannot hold, integers beyond 64 bits included.
+    """
+    try:
+        text = orjson.dumps(value, option=_JSON_OPTIONS)
+        if b"\\u0000" not in text:
+            return b"\x01" + text
+    except TypeError as error:
+        # orjson refuses unpaired surrogates with the same error as everything else that it cannot write.
+        if "surrogate" not in str(error):
+            raise ArgumentError(f"{name} is not JSON: {error}") from None
+    try:
+        return b"\x01" + orjson.dumps(_clean_json(value), option=_JSON_OPTIONS)
+    except TypeError as error:
+        raise ArgumentError(f"{name} is not JSON: {error}") from None
+
+
+def encode_object(value: object, name: str) -> bytes:
+    """Encode a JSON object; anything but a mapping is refused."""
+    if not isinstance(value, Mapping):
+        raise ArgumentError(f"{name} must be a mapping, not {type(value).__name__}")
+    return encode_json(value if type(value) is dict else dict(value), name)
+
+
+def _clean_json(value: Any) -> Any:
+    if isinstance(value, str):
+        return clean_text(value)
+    if isinstance(value, Mapping):
+        return {clean_text(key) if isinstance(key, str) else key: _clean_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_clean_json(item) for item in value]
+    return value
+
+
+def _decode_json(data: bytes) -> Any:
+    return orjson.loads(data[1:])
+
+
+# --- ids, times, numbers ---------------------------------------------------------------------------------------------
+
+
+def new_id() -> UUID:
+    """Make an id of version 7: ids made one after the other stand side by side in the indexes."""
+    milliseconds = time.time_ns() // 1_000_000
+    random = int.from_bytes(os.urandom(10), "big")
+    high, low = random >> 68, random & ((1 << 62) - 1)
+    return UUID(int=milliseconds << 80 | 7 << 76 | high << 64 | 2 << 62 | low)
+
+
+def as_id(value: object, name: str = "id") -> UUID:
+    """Check that an argument is a UUID or its text."""
+    if isinstance(value, UUID):
+        return value
+    if isinstance(value, str):
+        try:
+            return UUID(value)
+        except ValueError:
+            pass
+    raise ArgumentError(f"{name} must be a UUID, not {value!r:.80}")
+
+
+def as_optional_id(value: object, name: str) -> UUID | None:
+    """Check that an argument is a UUID, its text, or None."""
+    return None if value is None else as_id(value, name)
+
+
+def as_ids(values: Iterable[object], name: str = "ids") -> list[UUID]:
+    """Check a collection of ids; a single string is refused, since it would be read letter by letter."""
+    if isinstance(values, (str, bytes, UUID)) or not isinstance(values, Iterable):
+        raise ArgumentError(f"{name} must be a collection of UUIDs")
+    return [as_id(value, name) for value in values]
+
+
+def as_count(value: object, name: str, *, least: int = 0) -> int:
+    """Check that an argument is a whole number that a bigint can hold."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise ArgumentError(f"{name} must be a whole number, not {value!r:.80}")
+    if not least <= value < 2**63:
+        raise ArgumentError(f"{name} must be at least {least}, not {value}")
+    return int(value)
+
+
+def as_optional_count(value: object, name: str) -> int | None:
+    """Check that an argument is a whole number or None."""
+    return None if value is None else as_count(value, name)
+
+
+def as_time(value: object, name: str) -> datetime:
+    """Check that an argument is an aware datetime, ISO-8601 text, or milliseconds since 1970."""
+    if isinstance(value, str):
+        try:
+            # Python 3.10 does not read the "Z" that JavaScript writes.
+            value = datetime.fromisoformat(value.removesuffix("Z") + "+00:00" if value.endswith("Z") else value)
+        except ValueError:
+            raise ArgumentError(f"{name} is not a time: {value!r:.80}") from None
+    if isinstance(value, datetime):
+        if value.tzinfo is None:
+            raise ArgumentError(f"{name} must have a time zone")
+        return value
+    if isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool):
+        try:
+            return datetime.fromtimestamp(value / 1000, timezone.utc)
+        except (OverflowError, ValueError, OSError):
+            pass
+    raise ArgumentError(f"{name} is not a time: {value!r:.80}")
+
+
+def as_optional_time(value: object, name: str) -> datetime | None:
+    """Check that an argument is a time or None."""
+    return None if value is None else as_time(value, name)
+
+
+def as_bool(value: object, name: str) -> bool:
+    """Check that an argument is a boolean."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ArgumentError(f"{name} must be True or False, not {value!r:.80}")
+    return bool(value)
+
+
+# --- vectors ---------------------------------------------------------------------------------------------------------
+
+
+def as_embedding(value: object, name: str = "embedding") -> Embedding:
+    """Check an embedding and make it float32, as it will be stored.
+
+    Args:
+        value: A 1-D array of any real dtype, byte order or stride, a sequence of numbers, or a `pgvector.Vector` or
+            `HalfVector`. Integers and wider floats are rounded to the nearest float32.
+        name: What the error calls it.
+
+    Returns:
+        float32[dimension], C-contiguous; `value` itself when it is that already.
+
+    Raises:
+        EmbeddingError: Another type or shape, a width that is not supported, a component that is not finite or beyond
+            +-65504, or all components zero or below 2**-24, which the index would round to zero.
+    """
+    if isinstance(value, (Vector, HalfVector)):
+        value = value.to_numpy()
+    if not isinstance(value, np.ndarray):
+        if isinstance(value, (str, bytes, Mapping)) or not (isinstance(value, Sequence) or hasattr(value, "__array__")):
+            raise EmbeddingError(f"{name} must be an array of numbers, not {type(value).__name__}")
+        try:
+            value = np.asarray(value)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise EmbeddingError(f"{name} must be an array of numbers: {error}") from None
+    if value.ndim != 1:
+        raise EmbeddingError(f"{name} must have one axis, not shape {value.shape}")
+    if value.dtype.kind not in "fiu":
+        raise EmbeddingError(f"{name} must hold real numbers, not {value.dtype}")
+    if value.shape[0] not in _HEADERS:
+        raise EmbeddingError(f"{name} has {value.shape[0]} dimensions; supported are {', '.join(map(str, DIMENSIONS))}")
+    with np.errstate(over="ignore", invalid="ignore"):
+        vector = np.ascontiguousarray(value, dtype=np.float32)
+    # One pass finds every fault: NaN is carried by max() and fails the comparison.
+    peak = float(np.abs(vector).max())
+    if not _PEAK_MIN <= peak <= _PEAK_MAX:
+        raise EmbeddingError(f"{name} {_explain_peak(vector)}")
+    return vector
+
+
+def _explain_peak(vector: NDArray[np.float32]) -> str:
+    if not np.isfinite(vector).all():
+        return "has components that are not finite as float32"
+    if not vector.any():
+        return "is a zero vector, which has no direction"
+    peak = float(np.abs(vector).max())
+    if peak > _PEAK_MAX:
+        return f"has a component of magnitude {peak:g}; at most {_PEAK_MAX:g} can be indexed"
+    return f"has no component above {_PEAK_MIN:g} in magnitude; scale it up, cosine similarity stays the same"
+
+
+def encode_vector(vector: Embedding) -> bytes:
+    """Encode a checked embedding in the server's binary form: two bytes of width, two of zero, float32 big-endian."""
+    return _HEADERS[vector.shape[0]] + vector.astype(_BIG_ENDIAN).tobytes()
+
+
+def _decode_vector(data: bytes) -> Embedding:
+    return np.frombuffer(data, dtype=_BIG_ENDIAN, offset=4).astype(np.float32)
+
+
+# --- registration ----------------------------------------------------------------------------------------------------
+
+
+def _as_is(value: bytes) -> bytes:
+    return value
+
+
+async def register(connection: asyncpg.Connection[Any], vector_schema: str) -> None:
+    """Put the codecs on a new connection; two round trips, once in its life.
+
+    Parameters arrive encoded by this module, also inside arrays: asyncpg would take an ndarray in a list for a nested
+    array.
+
+    Args:
+        connection: The new connection.
+        vector_schema: The schema that the extension `vector` is installed in.
+    """
+    await connection.set_type_codec(
+        "vector", schema=vector_schema, encoder=_as_is, decoder=_decode_vector, format="binary"
+    )
+    await connection.set_type_codec(
+        "jsonb", schema="pg_catalog", encoder=_as_is, decoder=_decode_json, format="binary"
+    )

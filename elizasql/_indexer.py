@@ -1,0 +1,118 @@
+"""The background indexer: moves the tail of new vectors into the HNSW index, off the callers' path."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from uuid import UUID
+
+from ._executor import Executor
+from ._statements import SQL
+from .config import Config
+from .errors import ElizaSQLError
+
+logger = logging.getLogger("elizasql")
+
+# The indexer gives way to callers: it begins a batch when none is running, or after this many seconds at the latest.
+_PATIENCE = 0.5
+
+# Statistics are made anew when so many vectors have moved since the last time; a share of what is indexed, since the
+# planner's choice hangs on orders of magnitude.
+_ANALYZE_SHARE = 0.2
+_ANALYZE_LEAST = 500
+
+
+class Indexer:
+    """An asyncio task that looks at the agent's tail when it is woken, and now and then.
+
+    Batches are small transactions with SKIP LOCKED, so that several processes may run one for the same agent.
+    """
+
+    def __init__(self, executor: Executor, agent_id: UUID, config: Config) -> None:
+        self._executor = executor
+        self._agent_id = agent_id
+        self._config = config
+        self._wanted = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._moved = 0
+        self._analyzed_at = 0
+
+    def start(self) -> None:
+        """Begin the task, when indexing is "background"."""
+        if self._config.indexing == "background" and self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._run(), name="elizasql-indexer")
+
+    def wake(self) -> None:
+        """Tell that there is something to do."""
+        self._wanted.set()
+
+    async def stop(self) -> None:
+        """End the task and wait for it; a batch that is running is rolled back by the server."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+    async def drain(self, progress: Callable[[int, int], None] | None = None) -> int:
+        """Move everything that is in the tail now; give how many vectors moved.
+
+        Args:
+            progress: Called with the number moved so far and the number that was in the tail at the beginning.
+        """
+        total: int = await self._executor.fetch_value(
+            SQL["count_unindexed_embeddings"], agent_id=self._agent_id
+        )
+        done = 0
+        while done < total:
+            moved = await self._move_batch()
+            if not moved:
+                break
+            done += moved
+            if progress is not None:
+                progress(done, total)
+        if done:
+            await self._executor.execute(SQL["refresh_statistics"], agent_id=self._agent_id)
+        return done
+
+    async def rebuild(self) -> int:
+        """Build the index of the agent's partition anew with the tail in it; give how many vectors moved."""
+        moved: int = await self._executor.fetch_value(SQL["rebuild_index"], agent_id=self._agent_id)
+        return moved
+
+    async def _run(self) -> None:
+        while True:
+            with suppress(asyncio.TimeoutError, TimeoutError):
+                await asyncio.wait_for(self._wanted.wait(), self._config.index_interval * 30)
+            self._wanted.clear()
+            try:
+                while await self._give_way() and await self._move_batch():
+                    await self._analyze_when_it_pays()
+            except ElizaSQLError as error:
+                # The next look tries again; callers meet the same trouble themselves, as an error of their own call.
+                logger.warning("indexing is interrupted: %s", error)
+                await asyncio.sleep(self._config.index_interval)
+                self._wanted.set()
+
+    async def _give_way(self) -> bool:
+        """Wait until no call is running, at most for the time of patience."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + _PATIENCE
+        while self._executor.in_flight and loop.time() < until:
+            await asyncio.sleep(0.005)
+        return True
+
+    async def _move_batch(self) -> int:
+        moved: int = await self._executor.fetch_value(
+            SQL["index_embeddings"], agent_id=self._agent_id, batch_size=self._config.index_batch_size
+        )
+        self._moved += moved
+        return moved
+
+    async def _analyze_when_it_pays(self) -> None:
+        since = self._moved - self._analyzed_at
+        if since >= max(_ANALYZE_LEAST, self._analyzed_at * _ANALYZE_SHARE):
+            await self._executor.execute(SQL["refresh_statistics"], agent_id=self._agent_id)
+            self._analyzed_at = self._moved

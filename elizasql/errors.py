@@ -1,0 +1,305 @@
+"""Every error that this library raises, and the one table that makes them out of the server's answers.
+
+ElizaSQLError
+├── ConfigurationError            a setting is missing or wrong; the server or pgvector is too old
+├── EmbeddedServerError           the embedded server could not be started, joined or stopped
+├── MigrationError                a migration failed, or the database is newer than this library
+├── ClosedError                   the adapter is closed or closing
+├── ArgumentError (ValueError)    found before any I/O; nothing was written
+│   ├── EmbeddingError            not a finite, non-zero vector that the index can hold
+│   └── EmbeddingDimensionError   another width than the agent is locked to: `locked`, `given`
+├── NotFoundError                 P0002: the row that the call is about does not exist
+├── UnavailableError              no answer from the server; a later try may succeed
+│   ├── ConnectionLostError       08*, 57P01-57P03, a refused or broken connection
+│   ├── PoolTimeoutError          no pooled connection became free in time
+│   └── ServerBusyError           53*: connections, memory or disk exhausted
+├── DeadlineError                 the call's own time limit passed (57014, or no answer in time)
+├── ConflictError                 another transaction was in the way; a later try may succeed
+│   ├── SerializationError        40001
+│   ├── DeadlockError             40P01
+│   └── LockTimeoutError          55P03
+├── IntegrityError                a rule of the schema refused the row: `constraint`, `table`, `detail`
+│   ├── UniqueViolationError      23505
+│   ├── ForeignKeyError           23503: the row points at something that does not exist
+│   ├── NotNullError              23502
+│   └── CheckError                23514
+├── DataError                     22*: a value that the server cannot store
+├── PermissionDeniedError         28*, 42501
+├── SchemaError                   42* and stale plans: the database's schema is not the one expected
+└── InternalError                 anything else the server or the driver said
+
+Each carries `statement` (the name in `sql/`), `sqlstate` and `retryable`; the driver's error is `__cause__`.
+No message holds a password or a connection string.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+
+__all__ = [
+    "ArgumentError",
+    "CheckError",
+    "ClosedError",
+    "ConfigurationError",
+    "ConflictError",
+    "ConnectionLostError",
+    "DataError",
+    "DeadlineError",
+    "DeadlockError",
+    "ElizaSQLError",
+    "EmbeddedServerError",
+    "EmbeddingDimensionError",
+    "EmbeddingError",
+    "ForeignKeyError",
+    "IntegrityError",
+    "InternalError",
+    "LockTimeoutError",
+    "MigrationError",
+    "NotFoundError",
+    "NotNullError",
+    "PermissionDeniedError",
+    "PoolTimeoutError",
+    "SchemaError",
+    "SerializationError",
+    "ServerBusyError",
+    "UnavailableError",
+    "UniqueViolationError",
+    "translate",
+]
+
+
+class ElizaSQLError(Exception):
+    """Base of every error that this library raises."""
+
+    retryable = False
+    """True when the same call may succeed later without any change to it."""
+
+    def __init__(self, message: str = "", *, statement: str | None = None, sqlstate: str | None = None) -> None:
+        super().__init__(message or (type(self).__doc__ or "").strip().splitlines()[0])
+        self.statement = statement
+        self.sqlstate = sqlstate
+
+
+class ConfigurationError(ElizaSQLError):
+    """A setting is missing or wrong, or the server does not meet the requirements."""
+
+
+class EmbeddedServerError(ElizaSQLError):
+    """The embedded server could not be started, joined or stopped."""
+
+
+class MigrationError(ElizaSQLError):
+    """A migration failed, or the database was migrated by a newer version of this library."""
+
+
+class ClosedError(ElizaSQLError):
+    """The adapter is closed or closing."""
+
+
+class ArgumentError(ElizaSQLError, ValueError):
+    """An argument is wrong. Found before any I/O: nothing was written."""
+
+
+class EmbeddingError(ArgumentError):
+    """The embedding is not a finite, non-zero vector of real numbers that the index can hold."""
+
+
+class EmbeddingDimensionError(ArgumentError):
+    """The embedding has another width than the one that the agent is locked to.
+
+    Attributes:
+        agent_id: The agent.
+        locked: The dimension in force; None when the agent has none yet.
+        given: The dimension that the call asked for.
+    """
+
+    def __init__(self, agent_id: UUID, *, locked: int | None, given: int, statement: str | None = None) -> None:
+        if locked is None:
+            message = (
+                f"No embedding dimension is set for agent {agent_id}: "
+                f"call ensure_embedding_dimension({given}) before writing {given}-dimensional embeddings"
+            )
+        else:
+            message = f"Cannot change embedding dimension for agent {agent_id}: locked at {locked}, given {given}"
+        super().__init__(message, statement=statement)
+        self.agent_id = agent_id
+        self.locked = locked
+        self.given = given
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild_dimension_error, (self.agent_id, self.locked, self.given, self.statement)
+
+
+def _rebuild_dimension_error(
+    agent_id: UUID, locked: int | None, given: int, statement: str | None
+) -> EmbeddingDimensionError:
+    """Rebuild the error in another process; `Exception.__reduce__` cannot pass keyword arguments."""
+    return EmbeddingDimensionError(agent_id, locked=locked, given=given, statement=statement)
+
+
+class NotFoundError(ElizaSQLError):
+    """The row that the call is about does not exist."""
+
+
+class UnavailableError(ElizaSQLError):
+    """The server gave no answer."""
+
+    retryable = True
+
+
+class ConnectionLostError(UnavailableError):
+    """The connection was refused, lost, or the server is starting up or shutting down."""
+
+
+class PoolTimeoutError(UnavailableError):
+    """No pooled connection became free in time."""
+
+
+class ServerBusyError(UnavailableError):
+    """The server has run out of connections, memory or disk."""
+
+
+class DeadlineError(ElizaSQLError):
+    """The call did not finish within its time limit."""
+
+    retryable = True
+
+
+class ConflictError(ElizaSQLError):
+    """A concurrent transaction was in the way."""
+
+    retryable = True
+
+
+class SerializationError(ConflictError):
+    """A concurrent transaction changed the same rows."""
+
+
+class DeadlockError(ConflictError):
+    """Two transactions waited for each other."""
+
+
+class LockTimeoutError(ConflictError):
+    """A lock was not available in time."""
+
+
+class IntegrityError(ElizaSQLError):
+    """A rule of the schema refused the row.
+
+    Attributes:
+        constraint: Name of the constraint.
+        table: Name of the table; a partition is given by its parent's name.
+        detail: The server's own explanation.
+    """
+
+    constraint: str | None = None
+    table: str | None = None
+    detail: str | None = None
+
+
+class UniqueViolationError(IntegrityError):
+    """A row with this key is there already."""
+
+
+class ForeignKeyError(IntegrityError):
+    """The row points at something that does not exist."""
+
+
+class NotNullError(IntegrityError):
+    """A value that is needed is missing."""
+
+
+class CheckError(IntegrityError):
+    """The row breaks a check constraint."""
+
+
+class DataError(ElizaSQLError):
+    """The server cannot store this value."""
+
+
+class PermissionDeniedError(ElizaSQLError):
+    """The server refused the login or the role lacks a privilege."""
+
+
+class SchemaError(ElizaSQLError):
+    """The database's schema is not the one that this library expects; run the migrations."""
+
+
+class InternalError(ElizaSQLError):
+    """The server or the driver failed in a way that this library does not know."""
+
+
+# Five characters first, then the two-character class.
+_BY_SQLSTATE: dict[str, type[ElizaSQLError]] = {
+    "23505": UniqueViolationError,
+    "23503": ForeignKeyError,
+    "23502": NotNullError,
+    "23514": CheckError,
+    "40001": SerializationError,
+    "40P01": DeadlockError,
+    "P0002": NotFoundError,
+    "42501": PermissionDeniedError,
+    "55P03": LockTimeoutError,
+    "57014": DeadlineError,
+    "57P01": ConnectionLostError,
+    "57P02": ConnectionLostError,
+    "57P03": ConnectionLostError,
+    "08": ConnectionLostError,
+    "0A": SchemaError,
+    "21": DataError,
+    "22": DataError,
+    "23": IntegrityError,
+    "28": PermissionDeniedError,
+    "3D": ConfigurationError,
+    "3F": SchemaError,
+    "40": ConflictError,
+    "42": SchemaError,
+    "53": ServerBusyError,
+    "54": DataError,
+    "58": ServerBusyError,
+}
+
+
+def translate(error: BaseException, statement: str | None = None) -> ElizaSQLError:
+    """Make this library's error out of the driver's.
+
+    Args:
+        error: What asyncpg, asyncio or the operating system raised.
+        statement: Name of the statement that was running.
+
+    Returns:
+        The error to raise, with `error` as its intended `__cause__`. An error of this library comes back unchanged.
+    """
+    if isinstance(error, ElizaSQLError):
+        return error
+    prefix = f"{statement}: " if statement else ""
+    if isinstance(error, asyncpg.PostgresError):
+        sqlstate = error.sqlstate or ""
+        kind = _BY_SQLSTATE.get(sqlstate) or _BY_SQLSTATE.get(sqlstate[:2], InternalError)
+        detail = f": {error.detail}" if isinstance(error, asyncpg.IntegrityConstraintViolationError) else ""
+        made = kind(f"{prefix}{_first_line(error)}{detail}", statement=statement, sqlstate=sqlstate or None)
+        if isinstance(made, IntegrityError):
+            made.constraint = error.constraint_name
+            made.table = _parent_table(error.table_name)
+            made.detail = error.detail
+        return made
+    # asyncio's TimeoutError is an OSError from Python 3.11 on: it must be asked for first.
+    if isinstance(error, (asyncio.TimeoutError, TimeoutError)):
+        return DeadlineError(f"{prefix}no answer within the time limit", statement=statement)
+    if isinstance(error, (OSError, asyncpg.InterfaceError)) and not isinstance(error, asyncpg.InternalClientError):
+        return ConnectionLostError(f"{prefix}{_first_line(error)}", statement=statement)
+    return InternalError(f"{prefix}{_first_line(error)}", statement=statement)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _parent_table(table: str | None) -> str | None:
+    """Name the table that a caller knows, where the server names one of its hash partitions."""
+    return None if table is None else re.sub(r"_p\d\d$", "", table)

@@ -1,0 +1,814 @@
+"""Memories and their embeddings."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from rapidfuzz import process
+from rapidfuzz.distance import Levenshtein
+
+from . import _codecs
+from ._indexer import Indexer
+from ._statements import SQL, Statement
+from ._store import Store
+from .errors import ArgumentError, EmbeddingDimensionError, ForeignKeyError, NotFoundError
+from .models import Memory
+from .types import DIMENSIONS, EmbeddingInput
+
+# Seconds for which a scope that was found large and dense is not measured again. Measuring 10,000 rows costs about
+# 1 ms. A scope that shrinks meanwhile still gives every row: HNSW that yields too few is followed by an exact scan.
+_SIZE_TTL = 60.0
+
+# Candidates that HNSW gives to the exact ranking, for each row asked for: the index orders by half precision.
+_RERANK = 3
+
+_CREATE_COLUMNS = ("id", "type", "created_at", "content", "entity_id", "room_id", "world_id", "unique", "metadata")
+
+
+class Memories(Store):
+    """Remember, recall, change and forget.
+
+    Every method takes `table_name`, the type of memory, such as "messages", "facts" or "documents".
+    """
+
+    _dimension: int | None
+    _indexer: Indexer
+
+    # --- the dimension -----------------------------------------------------------------------------------------------
+
+    async def ensure_embedding_dimension(self, dimension: int) -> None:
+        """Lock the agent to a width of embeddings. The first lock stays for good; the same width again is no error.
+
+        Args:
+            dimension: 384, 512, 768, 1024, 1536 or 3072.
+
+        Raises:
+            ArgumentError: Another number.
+            EmbeddingDimensionError: The agent is locked to another one.
+            NotFoundError: The agent does not exist.
+
+        Statement: sql/embeddings.sql lock_embedding_dimension. Source: ensureEmbeddingDimension; differs: really locks.
+        """
+        if isinstance(dimension, bool) or dimension not in DIMENSIONS:
+            raise ArgumentError(f"dimension must be one of {', '.join(map(str, DIMENSIONS))}, not {dimension!r:.40}")
+        locked = await self._executor.fetch_value(
+            SQL["lock_embedding_dimension"], agent_id=self.agent_id, dimension=dimension
+        )
+        if locked is None:
+            raise NotFoundError(f"no such agent: {self.agent_id}; call ensure_agent_exists() first")
+        self._dimension = locked
+        if locked != dimension:
+            raise EmbeddingDimensionError(self.agent_id, locked=locked, given=dimension)
+
+    async def get_embedding_dimension(self) -> int | None:
+        """Get the width that the agent is locked to, None before the first lock.
+
+        Statement: sql/embeddings.sql get_embedding_dimension.
+        """
+        self._dimension = await self._executor.fetch_value(SQL["get_embedding_dimension"], agent_id=self.agent_id)
+        return self._dimension
+
+    # --- writing -----------------------------------------------------------------------------------------------------
+
+    async def create_memory(
+        self,
+        memory: Memory | Mapping[str, Any],
+        table_name: str | None = None,
+        unique: bool | None = None,
+    ) -> UUID:
+        """Store a memory with the embedding that it has, both or neither, and give its id.
+
+        An id that is there already keeps its row. `unique` left out everywhere and an embedding given: the store looks
+        for a near-duplicate, a memory of cosine similarity >= 0.95 of the same type and, where given, room, world and
+        entity; the new one is then stored with `unique=False`. That costs about one search more.
+
+        Args:
+            memory: What to store; `content` is needed.
+            table_name: Its type; None: `memory.type`.
+            unique: Overrides `memory.unique`.
+
+        Raises:
+            ArgumentError, EmbeddingError: Something does not fit; nothing was sent.
+            EmbeddingDimensionError: The agent is locked to another width, or to none yet.
+            ForeignKeyError: Room, entity, world or agent does not exist.
+            CheckError: Metadata of a document or fragment lacks its keys.
+
+        Statement: sql/memories.sql create_memory, create_memory_with_embedding, or
+        create_memories_marking_duplicates. One round trip. Source: createMemory.
+        """
+        ids, rows = self._read_memories([memory], table_name, unique)
+        row = rows[0]
+        given = self._width_of(rows)
+        if given is not None and row["unique"] is None:
+            return (await self._create(ids, rows, given))[0]
+        params = {
+            "agent_id": self.agent_id,
+            **{name: row[name] for name in _CREATE_COLUMNS if name != "unique"},
+            "is_unique": row["unique"] is not False,
+        }
+        if given is None:
+            await self._executor.execute(SQL["create_memory"], **params)
+        else:
+            statement = SQL.at("create_memory_with_embedding", given)
+            params |= {"embedding": row["embedding"], "indexed": self._inline}
+            await self._write(statement, [params], given)
+        return ids[0]
+
+    async def create_memories(
+        self,
+        memories: Iterable[Memory | Mapping[str, Any]],
+        table_name: str | None = None,
+    ) -> list[UUID]:
+        """Store memories with the embeddings that they have, all or none, and give their ids in the order given.
+
+        One statement for each `config.batch_size` memories, in one transaction. Ids that are there already keep their
+        rows; of two memories with one id the first counts. `unique` is decided as in `create_memory`, also against
+        the memories before in the batch; give it where it is known, the check costs up to one search for each.
+
+        Args:
+            memories: Models, mappings, or mappings `{"memory": ..., "tableName": ..., "unique": ...}`.
+            table_name: Their type; None: each memory's own.
+
+        Raises:
+            As `create_memory`; an ArgumentError names the position of the memory.
+
+        Statement: sql/memories.sql create_memories or create_memories_marking_duplicates. One round trip a chunk.
+        Source: createMemories.
+        """
+        ids, rows = self._read_memories(memories, table_name, None)
+        return await self._create(ids, rows, self._width_of(rows)) if rows else []
+
+    async def _create(self, ids: list[UUID], rows: list[dict[str, Any]], given: int | None) -> list[UUID]:
+        undecided = any(row["unique"] is None and row["embedding"] is not None for row in rows)
+        name = "create_memories_marking_duplicates" if undecided else "create_memories"
+        chunks = []
+        for chunk in self._chunks(rows):
+            columns = _columns(chunk)
+            if not undecided:
+                columns["uniques"] = [value is not False for value in columns["uniques"]]
+            chunks.append({"agent_id": self.agent_id, "indexed": self._inline, **columns})
+        await self._write(SQL.at(name, given or 384), chunks, given)
+        return ids
+
+    async def upsert_memories(
+        self,
+        memories: Iterable[Memory | Mapping[str, Any]],
+        table_name: str | None = None,
+    ) -> list[UUID]:
+        """Store memories, or replace content, metadata, `unique` and embedding of those that are there.
+
+        What is None stays: the embedding and `unique` of a memory that is there. Its type, entity, room, world and time
+        stay always. No near-duplicate check. All or none; of two memories with one id the last counts.
+
+        Raises:
+            As `create_memories`.
+
+        Statement: sql/memories.sql upsert_memories. One round trip a chunk. Source: upsertMemories.
+        """
+        ids, rows = self._read_memories(memories, table_name, None, first_wins=False)
+        if not rows:
+            return []
+        given = self._width_of(rows)
+        chunks = []
+        for chunk in self._chunks(rows):
+            columns = _columns(chunk)
+            kept = [row["id"] for row in chunk if row["unique"] is None]
+            columns["uniques"] = [value is not False for value in columns["uniques"]]
+            chunks.append({"agent_id": self.agent_id, "indexed": self._inline, "keep_unique": kept, **columns})
+        await self._write(SQL.at("upsert_memories", given or 384), chunks, given)
+        return ids
+
+    async def update_memory(self, memory: Memory | Mapping[str, Any]) -> bool:
+        """Change the fields of a memory that are given; False when there is no memory of this id.
+
+        Args:
+            memory: `id`, and of content, metadata, unique, embedding, entity_id, room_id, world_id those to change;
+                None leaves a field as it is. Content and metadata are replaced as a whole.
+
+        Raises:
+            As `create_memory`.
+
+        Statement: sql/memories.sql update_memories. One round trip. Source: updateMemory; differs: an unknown id is
+        False and a failure is an error.
+        """
+        return bool(await self._update([memory], required=False))
+
+    async def update_memories(self, memories: Iterable[Memory | Mapping[str, Any]]) -> None:
+        """Change memories as `update_memory` does, all or none.
+
+        Raises:
+            NotFoundError: A memory does not exist; names it. Nothing was changed.
+
+        Statement: sql/memories.sql update_memories. One round trip a chunk. Source: updateMemories.
+        """
+        await self._update(memories, required=True)
+
+    async def _update(self, memories: Iterable[Memory | Mapping[str, Any]], *, required: bool) -> list[Any]:
+        _, rows = self._read_all(Memory, memories, new_ids=False, first_wins=False)
+        if not rows:
+            return []
+        rows.sort(key=lambda row: row["id"].int)
+        given = self._width_of(rows)
+        chunks = [
+            {
+                "agent_id": self.agent_id,
+                "ids": [row["id"] for row in chunk],
+                "contents": [_object(row, "content") for row in chunk],
+                "metadatas": [_object(row, "metadata") for row in chunk],
+                "uniques": [row.get("unique") for row in chunk],
+                "entity_ids": [row.get("entity_id") for row in chunk],
+                "room_ids": [row.get("room_id") for row in chunk],
+                "world_ids": [row.get("world_id") for row in chunk],
+                "embeddings": [_vector(row) for row in chunk],
+                "indexed": self._inline,
+                "required": required,
+            }
+            for chunk in self._chunks(rows)
+        ]
+        return await self._write(SQL.at("update_memories", given or 384), chunks, given)
+
+    async def delete_memory(self, memory_id: UUID | str) -> bool:
+        """Delete a memory and, when it is a document, its fragments; False when there was nothing.
+
+        Statement: sql/memories.sql delete_memories. Source: deleteMemory.
+        """
+        return await self.delete_memories([memory_id]) > 0
+
+    async def delete_memories(self, memory_ids: Iterable[UUID | str]) -> int:
+        """Delete memories and the fragments of those that are documents, all or none; give how many went.
+
+        Statement: sql/memories.sql delete_memories. Source: deleteManyMemories.
+        """
+        ids = _codecs.as_ids(memory_ids, "memory_ids")
+        if not ids:
+            return 0
+        chunks = [{"agent_id": self.agent_id, "ids": list(chunk)} for chunk in self._chunks(sorted(set(ids)))]
+        rows = await self._executor.fetch_chunks(SQL["delete_memories"], chunks)
+        return sum(row[0] for row in rows)
+
+    async def delete_all_memories(self, room_id: UUID | str | Iterable[UUID | str], table_name: str) -> int:
+        """Delete every memory of a type in a room or in several, and the fragments of documents; give how many went.
+
+        Statement: sql/memories.sql delete_all_memories. Source: deleteAllMemories; differs: this agent's only.
+        """
+        single = isinstance(room_id, (str, UUID))
+        rooms = [_codecs.as_id(room_id, "room_id")] if single else _codecs.as_ids(room_id, "room_id")  # type: ignore[arg-type]
+        kind = self._type(table_name)
+        if not rooms:
+            return 0
+        deleted: int = await self._executor.fetch_value(
+            SQL["delete_all_memories"], agent_id=self.agent_id, room_ids=rooms, type=kind
+        )
+        return deleted
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    async def get_memories(
+        self,
+        *,
+        table_name: str,
+        room_id: UUID | str | None = None,
+        entity_id: UUID | str | None = None,
+        world_id: UUID | str | None = None,
+        agent_id: UUID | str | None = None,
+        count: int | None = None,
+        limit: int | None = None,
+        offset: int | None = None,
+        cursor: Memory | Mapping[str, Any] | tuple[datetime, UUID] | None = None,
+        start: datetime | float | None = None,
+        end: datetime | float | None = None,
+        unique: bool = False,
+        metadata: Mapping[str, Any] | None = None,
+        text_contains: str | None = None,
+        include_embedding: bool = False,
+    ) -> list[Memory]:
+        """Get memories of a type, newest first; equal times are ordered by id, descending. Filters combine with AND.
+
+        Args:
+            table_name: The type.
+            room_id: Only of this room.
+            entity_id: Only of this entity.
+            world_id: Only with this `world_id` of their own.
+            agent_id: The adapter's agent; another one is refused.
+            count: At most so many; None: all.
+            limit: Another name of `count`.
+            offset: Leave out so many of the newest; for deep pages `cursor` is faster.
+            cursor: Only what comes after this memory, exclusive: the last one of the page before, or its time and id.
+            start: Not older, inclusive: an aware datetime or milliseconds since 1970; 0 is a time.
+            end: Not newer, inclusive.
+            unique: True: leave near-duplicates out.
+            metadata: Only where the metadata contain this object (jsonb containment).
+            text_contains: Only where `content["text"]` contains this, whatever the case; no index serves it.
+            include_embedding: Fill `embedding`.
+
+        Raises:
+            ArgumentError: A value does not fit; nothing was sent.
+
+        Statement: sql/memories.sql get_memories, get_memories_of_room, _of_entity or _of_world. One round trip.
+        Source: getMemories; differs: every filter filters, the embedding comes only when asked for.
+        """
+        self._check_agent({"agent_id": _codecs.as_optional_id(agent_id, "agent_id")})
+        params = self._filters(table_name, start, end, unique, metadata, text_contains)
+        time_and_id = _cursor(cursor)
+        if cursor is not None and offset:
+            raise ArgumentError("cursor and offset exclude each other")
+        params |= {
+            "cursor_time": time_and_id[0],
+            "cursor_id": time_and_id[1],
+            "count": _limit(count, limit),
+            "offset": _codecs.as_optional_count(offset, "offset"),
+            "include_embedding": _codecs.as_bool(include_embedding, "include_embedding"),
+        }
+        scope = _scope(room_id, entity_id, world_id)
+        return await self._fetch_memories(_BY_SCOPE["get_memories"][_path(scope)], **params, **scope)
+
+    async def get_memory_by_id(self, memory_id: UUID | str, *, include_embedding: bool = False) -> Memory | None:
+        """Get a memory, None where there is none.
+
+        Statement: sql/memories.sql get_memory_by_id. One round trip. Source: getMemoryById; differs: this agent's only.
+        """
+        found = await self._fetch_memories(
+            "get_memory_by_id", id=_codecs.as_id(memory_id, "memory_id"), include_embedding=include_embedding
+        )
+        return found[0] if found else None
+
+    async def get_memories_by_ids(
+        self, memory_ids: Iterable[UUID | str], table_name: str | None = None, *, include_embedding: bool = False
+    ) -> list[Memory]:
+        """Get those of the memories that exist, newest first.
+
+        Statement: sql/memories.sql get_memories_by_ids. One round trip. Source: getMemoriesByIds.
+        """
+        ids = _codecs.as_ids(memory_ids, "memory_ids")
+        kind = None if table_name is None else self._type(table_name)
+        if not ids:
+            return []
+        return await self._fetch_memories(
+            "get_memories_by_ids", ids=ids, type=kind, include_embedding=include_embedding
+        )
+
+    async def get_memories_by_room_ids(
+        self,
+        *,
+        room_ids: Iterable[UUID | str],
+        table_name: str,
+        count: int | None = None,
+        limit: int | None = None,
+        include_embedding: bool = False,
+    ) -> list[Memory]:
+        """Get the newest memories of several rooms together.
+
+        Statement: sql/memories.sql get_memories_by_room_ids. One round trip. Source: getMemoriesByRoomIds.
+        """
+        rooms = list(dict.fromkeys(_codecs.as_ids(room_ids, "room_ids")))
+        params = {"type": self._type(table_name), "count": _limit(count, limit)}
+        if not rooms:
+            return []
+        return await self._fetch_memories(
+            "get_memories_by_room_ids", room_ids=rooms, include_embedding=include_embedding, **params
+        )
+
+    async def get_memories_by_world_id(
+        self,
+        *,
+        world_id: UUID | str,
+        table_name: str = "messages",
+        count: int | None = None,
+        limit: int | None = None,
+        include_embedding: bool = False,
+    ) -> list[Memory]:
+        """Get the newest memories of a world: those that name it, and those in rooms of it.
+
+        Statement: sql/memories.sql get_memories_by_world_id. One round trip. Source: getMemoriesByWorldId; differs:
+        the memory's own `world_id` counts, too.
+        """
+        return await self._fetch_memories(
+            "get_memories_by_world_id",
+            world_id=_codecs.as_id(world_id, "world_id"),
+            type=self._type(table_name),
+            count=_limit(count, limit),
+            include_embedding=include_embedding,
+        )
+
+    async def count_memories(
+        self,
+        room_id: UUID | str | None = None,
+        unique: bool = False,
+        table_name: str = "messages",
+        *,
+        room_ids: Iterable[UUID | str] | None = None,
+        entity_id: UUID | str | None = None,
+        world_id: UUID | str | None = None,
+        start: datetime | float | None = None,
+        end: datetime | float | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        text_contains: str | None = None,
+    ) -> int:
+        """Count the memories that `get_memories` with the same filters gives.
+
+        Args:
+            room_id: Only of this room.
+            unique: True: leave near-duplicates out.
+            table_name: The type.
+            room_ids: Only of these rooms, instead of `room_id`.
+            entity_id, world_id, start, end, metadata, text_contains: As in `get_memories`.
+
+        Statement: sql/memories.sql count_memories, count_memories_of_rooms, _of_entity or _of_world. One round trip.
+        Source: countMemories; differs: `unique` is False by default in every form, so that it agrees with get_memories.
+        """
+        if room_id is not None and room_ids is not None:
+            raise ArgumentError("room_id and room_ids exclude each other")
+        params = self._filters(table_name, start, end, unique, metadata, text_contains)
+        scope: dict[str, Any] = _scope(room_id, entity_id, world_id)
+        path = _path(scope)
+        scope["room_ids"] = [scope.pop("room_id")] if room_id is not None else None
+        if room_ids is not None:
+            scope["room_ids"] = _codecs.as_ids(room_ids, "room_ids")
+            path = "room_id"
+        counted: int = await self._executor.fetch_value(
+            SQL[_BY_SCOPE["count_memories"][path]], agent_id=self.agent_id, **params, **scope
+        )
+        return counted
+
+    # --- recall ------------------------------------------------------------------------------------------------------
+
+    async def search_memories(
+        self,
+        *,
+        embedding: EmbeddingInput,
+        table_name: str,
+        match_threshold: float | None = None,
+        count: int | None = None,
+        limit: int | None = None,
+        unique: bool = False,
+        query: str | None = None,
+        room_id: UUID | str | None = None,
+        world_id: UUID | str | None = None,
+        entity_id: UUID | str | None = None,
+        include_embedding: bool = False,
+    ) -> list[Memory]:
+        """Find the memories nearest in meaning, most similar first; equal ones are ordered by id.
+
+        Never fewer than `count` rows while more match. Scopes up to 2,000 rows, and larger ones that are a small part
+        of the index, are searched exactly; the others through HNSW and, for what is not indexed yet, exactly.
+
+        Args:
+            embedding: float32[dimension], or anything that converts to it; any norm but zero.
+            table_name: The type.
+            match_threshold: Least cosine similarity, -1 to 1; None: none. Applied to the `count` nearest.
+            count: At most so many; default 10.
+            limit: Another name of `count`.
+            unique: True: leave near-duplicates out.
+            query: The text behind the embedding; taken for ElizaOS's sake and not used.
+            room_id, world_id, entity_id: Only of these; they combine.
+            include_embedding: Fill `embedding`.
+
+        Returns:
+            Memories with `similarity`.
+
+        Raises:
+            EmbeddingError: Not a vector that can be compared; nothing was sent.
+            EmbeddingDimensionError: The agent is locked to another width; nothing was sent where that is known.
+
+        Statement: sql/embeddings.sql search_memories, search_memories_by_hnsw, search_memories_of_room, _of_entity or
+        _of_world. One round trip. Source: searchMemories; differs: uses an index, the threshold 0 means 0.
+        """
+        vector = self._check_width(_codecs.as_embedding(embedding))
+        number = _limit(count, limit)
+        number = 10 if number is None else number
+        kind = self._type(table_name)
+        scope = _scope(room_id, entity_id, world_id)
+        threshold = _threshold(match_threshold)
+        params = {
+            "embedding": _codecs.encode_vector(vector),
+            "agent_id": self.agent_id,
+            "type": kind,
+            "only_unique": _codecs.as_bool(unique, "unique"),
+            "threshold": threshold,
+            "count": number,
+            "candidates": number * _RERANK,
+            "include_embedding": _codecs.as_bool(include_embedding, "include_embedding"),
+        }
+        if number == 0:
+            return []
+        path = _path(scope)
+        if path is not None:
+            statement = SQL.at(_BY_SCOPE["search_memories"][path], vector.shape[0])
+            return [Memory(*row) for row in await self._executor.fetch(statement, **params, **scope)]
+        if self._large_until.get(kind, 0.0) > time.monotonic():
+            statement = SQL.at("search_memories_by_hnsw", vector.shape[0])
+            return [Memory(*row) for row in await self._executor.fetch(statement, **params)]
+        rows = await self._executor.fetch(SQL.at("search_memories", vector.shape[0]), **params)
+        if rows and rows[0]["by_hnsw"]:
+            self._large_until[kind] = time.monotonic() + _SIZE_TTL
+        return [Memory(*row[:-1]) for row in rows]
+
+    async def search_memories_by_embedding(
+        self,
+        embedding: EmbeddingInput,
+        *,
+        table_name: str,
+        match_threshold: float | None = None,
+        count: int | None = None,
+        limit: int | None = None,
+        unique: bool = False,
+        room_id: UUID | str | None = None,
+        world_id: UUID | str | None = None,
+        entity_id: UUID | str | None = None,
+        include_embedding: bool = False,
+    ) -> list[Memory]:
+        """Find the memories nearest in meaning: `search_memories` with the embedding in front.
+
+        Source: searchMemoriesByEmbedding.
+        """
+        return await self.search_memories(
+            embedding=embedding,
+            table_name=table_name,
+            match_threshold=match_threshold,
+            count=count,
+            limit=limit,
+            unique=unique,
+            room_id=room_id,
+            world_id=world_id,
+            entity_id=entity_id,
+            include_embedding=include_embedding,
+        )
+
+    async def get_cached_embeddings(
+        self,
+        *,
+        query_table_name: str,
+        query_threshold: int,
+        query_input: str,
+        query_field_name: str = "content",
+        query_field_sub_name: str = "text",
+        query_match_count: int = 10,
+    ) -> list[dict[str, Any]]:
+        """Find embeddings of texts that are nearly the same, so that a text need not be embedded twice.
+
+        Args:
+            query_table_name: The type of the memories to look in.
+            query_threshold: Greatest edit distance (Levenshtein, in code points).
+            query_input: The text; of any length.
+            query_field_name: "content" or "metadata".
+            query_field_sub_name: The key in it; an index serves "text" of the content.
+            query_match_count: At most so many.
+
+        Returns:
+            `{"embedding": float32[dimension], "levenshtein_score": int}`, nearest first; equal ones ordered by id.
+
+        Statement: sql/memories.sql get_cached_embeddings, _by_content or _by_metadata. One round trip; a second one
+        for the vectors when more than 256 texts have about the length. Source: getCachedEmbeddings; differs: texts of
+        any length, this agent's, of its dimension, and the field that was named.
+        """
+        text = _codecs.as_text(query_input, "query_input")
+        key = _codecs.as_text(query_field_sub_name, "query_field_sub_name", empty=False)
+        threshold = _codecs.as_count(query_threshold, "query_threshold")
+        count = _codecs.as_count(query_match_count, "query_match_count")
+        kind = self._type(query_table_name)
+        if query_field_name not in ("content", "metadata"):
+            raise ArgumentError(f"query_field_name must be content or metadata, not {query_field_name!r:.40}")
+        indexed = (query_field_name, key) == ("content", "text")
+        name = "get_cached_embeddings" if indexed else _CACHED_BY_FIELD[query_field_name]
+        dimension = self._dimension or await self.get_embedding_dimension()
+        if dimension is None or count == 0:
+            return []
+        # An edit distance of k needs lengths that differ by at most k: exact, and an index range.
+        rows = await self._executor.fetch(
+            SQL.at(name, dimension),
+            agent_id=self.agent_id,
+            type=kind,
+            key=key,
+            lengths_from=max(len(text) - threshold, 0),
+            lengths_to=min(len(text) + threshold, 2**31 - 1),
+            most=256,
+        )
+        best = process.extract(
+            text,
+            {row["id"]: row["text"] for row in rows},
+            scorer=Levenshtein.distance,
+            processor=None,
+            score_cutoff=threshold,
+            limit=None,
+        )
+        ranked = sorted(((score, id) for _, score, id in best))[:count]
+        vectors = {row["id"]: row["embedding"] for row in rows}
+        missing = [id for _, id in ranked if vectors[id] is None]
+        if missing:
+            found = await self.get_memories_by_ids(missing, include_embedding=True)
+            vectors |= {memory.id: memory.embedding for memory in found}
+        return [
+            {"embedding": vectors[id], "levenshtein_score": int(score)}
+            for score, id in ranked
+            if vectors[id] is not None
+        ]
+
+    # --- what the methods share --------------------------------------------------------------------------------------
+
+    @property
+    def _inline(self) -> bool:
+        return self.config.indexing == "inline"
+
+    def _type(self, table_name: object) -> str:
+        kind = _codecs.as_text(table_name, "table_name", empty=False)
+        known = self.config.memory_types
+        if known is not None and kind not in known:
+            raise ArgumentError(f"table_name {kind!r:.80} is not one of memory_types: {', '.join(sorted(known))}")
+        if len(kind) > 255:
+            raise ArgumentError("table_name must have at most 255 characters")
+        return kind
+
+    def _read_memories(
+        self,
+        memories: Iterable[Memory | Mapping[str, Any]],
+        table_name: str | None,
+        unique: bool | None,
+        *,
+        first_wins: bool = True,
+    ) -> tuple[list[UUID], list[dict[str, Any]]]:
+        kind = None if table_name is None else self._type(table_name)
+        if isinstance(memories, Iterable) and not isinstance(memories, (str, bytes, Mapping)):
+            memories = [_unwrap(memory) for memory in memories]
+        ids, rows = self._read_all(Memory, memories, first_wins=first_wins)
+        self._need(rows, Memory, "content")
+        decided = None if unique is None else _codecs.as_bool(unique, "unique")
+        prepared = []
+        for row in rows:
+            if kind is None and row.get("type") is None:
+                raise ArgumentError("table_name is missing, and so is the memory's type")
+            prepared.append(
+                {
+                    "id": row["id"],
+                    "type": kind or self._type(row["type"]),
+                    "created_at": row.get("created_at"),
+                    "content": _codecs.encode_json(row["content"], "content"),
+                    "entity_id": row.get("entity_id"),
+                    "room_id": row.get("room_id"),
+                    "world_id": row.get("world_id"),
+                    "unique": row.get("unique") if decided is None else decided,
+                    "metadata": _codecs.encode_json(row.get("metadata") or {}, "metadata"),
+                    "embedding": _vector(row),
+                    "width": None if row.get("embedding") is None else row["embedding"].shape[0],
+                }
+            )
+        return ids, prepared
+
+    def _width_of(self, rows: Sequence[Mapping[str, Any]]) -> int | None:
+        """Give the one width of a batch's embeddings, None where there are none; refuse a wrong one."""
+        given: int | None = None
+        for row in rows:
+            width = row.get("width")
+            if width is None and row.get("embedding") is not None:
+                width = row["embedding"].shape[0]
+            if width is None:
+                continue
+            if (self._dimension or given or width) != width:
+                raise EmbeddingDimensionError(self.agent_id, locked=self._dimension or given, given=width)
+            given = width
+        return given
+
+    def _check_width(self, vector: Any) -> Any:
+        if self._dimension is not None and vector.shape[0] != self._dimension:
+            raise EmbeddingDimensionError(self.agent_id, locked=self._dimension, given=vector.shape[0])
+        return vector
+
+    async def _write(self, statement: Statement, chunks: list[dict[str, Any]], given: int | None) -> list[Any]:
+        """Run a write; an embedding of another width than the agent's is told from other broken references."""
+        try:
+            rows = await self._executor.fetch_chunks(statement, chunks)
+        except ForeignKeyError as error:
+            if error.constraint != "embeddings_dimension_fkey" or given is None:
+                raise
+            locked = await self.get_embedding_dimension()
+            raise EmbeddingDimensionError(
+                self.agent_id, locked=locked, given=given, statement=statement.name
+            ) from error
+        if given is not None:
+            self._dimension = given
+            self._indexer.wake()
+        return rows
+
+    def _filters(
+        self,
+        table_name: str,
+        start: datetime | float | None,
+        end: datetime | float | None,
+        unique: bool,
+        metadata: Mapping[str, Any] | None,
+        text_contains: str | None,
+    ) -> dict[str, Any]:
+        return {
+            "type": self._type(table_name),
+            "only_unique": _codecs.as_bool(unique, "unique"),
+            "start_time": _codecs.as_optional_time(start, "start"),
+            "end_time": _codecs.as_optional_time(end, "end"),
+            "metadata": None if metadata is None else _codecs.encode_object(metadata, "metadata"),
+            "text_contains": _codecs.as_optional_text(text_contains, "text_contains"),
+        }
+
+    async def _fetch_memories(self, name: str, **params: Any) -> list[Memory]:
+        # Without a dimension there is no embedding to read: any of the six texts will do.
+        statement = SQL.at(name, self._dimension or (await self._find_dimension(params)) or 384)
+        return [Memory(*row) for row in await self._executor.fetch(statement, agent_id=self.agent_id, **params)]
+
+    async def _find_dimension(self, params: Mapping[str, Any]) -> int | None:
+        """Ask for the dimension when embeddings are wanted and another process may have locked it since the open."""
+        return await self.get_embedding_dimension() if params["include_embedding"] else None
+
+
+_BY_SCOPE: dict[str, dict[str | None, str]] = {
+    name: {
+        None: name,
+        "room_id": f"{name}_of_{rooms}",
+        "entity_id": f"{name}_of_entity",
+        "world_id": f"{name}_of_world",
+    }
+    for name, rooms in (("get_memories", "room"), ("count_memories", "rooms"), ("search_memories", "room"))
+}
+_CACHED_BY_FIELD = {"content": "get_cached_embeddings_by_content", "metadata": "get_cached_embeddings_by_metadata"}
+
+
+def _scope(
+    room_id: UUID | str | None, entity_id: UUID | str | None, world_id: UUID | str | None
+) -> dict[str, UUID | None]:
+    return {
+        "room_id": _codecs.as_optional_id(room_id, "room_id"),
+        "entity_id": _codecs.as_optional_id(entity_id, "entity_id"),
+        "world_id": _codecs.as_optional_id(world_id, "world_id"),
+    }
+
+
+def _path(scope: Mapping[str, Any]) -> str | None:
+    """Give the filter whose index serves: the narrowest one first."""
+    return next((name for name in ("room_id", "entity_id", "world_id") if scope[name] is not None), None)
+
+
+def _limit(count: int | None, limit: int | None) -> int | None:
+    if count is not None and limit is not None and count != limit:
+        raise ArgumentError("count and limit are two names of one argument: give one")
+    return _codecs.as_optional_count(limit if count is None else count, "count")
+
+
+def _threshold(value: float | None) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1 <= value <= 1:
+        raise ArgumentError(f"match_threshold must be between -1 and 1, not {value!r:.40}")
+    return float(value)
+
+
+def _cursor(cursor: Memory | Mapping[str, Any] | tuple[datetime, UUID] | None) -> tuple[datetime | None, UUID | None]:
+    if cursor is None:
+        return None, None
+    if isinstance(cursor, tuple) and len(cursor) == 2:
+        return _codecs.as_time(cursor[0], "cursor"), _codecs.as_id(cursor[1], "cursor")
+    row = Memory.read(cursor)
+    if row.get("created_at") is None or row.get("id") is None:
+        raise ArgumentError("cursor needs created_at and id")
+    return row["created_at"], row["id"]
+
+
+def _unwrap(memory: Any) -> Any:
+    """Take the batch contract's form of a memory, {memory, tableName, unique}, for a memory with these fields."""
+    if not (isinstance(memory, Mapping) and "memory" in memory):
+        return memory
+    unknown = set(memory) - {"memory", "tableName", "table_name", "unique"}
+    if unknown:
+        raise ArgumentError(f"a memory to create has no {', '.join(sorted(map(str, unknown)))}")
+    fields = Memory.read(memory["memory"])
+    kind = memory.get("tableName", memory.get("table_name"))
+    if kind is not None:
+        fields["type"] = kind
+    if memory.get("unique") is not None:
+        fields["unique"] = memory["unique"]
+    return fields
+
+
+def _vector(row: Mapping[str, Any]) -> bytes | None:
+    vector = row.get("embedding")
+    return None if vector is None else _codecs.encode_vector(vector)
+
+
+def _object(row: Mapping[str, Any], name: str) -> bytes | None:
+    value = row.get(name)
+    return None if value is None else _codecs.encode_json(value, name)
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Turn rows into the arrays that a batch statement takes."""
+    return {
+        "ids": [row["id"] for row in rows],
+        "types": [row["type"] for row in rows],
+        "created_ats": [row["created_at"] for row in rows],
+        "contents": [row["content"] for row in rows],
+        "entity_ids": [row["entity_id"] for row in rows],
+        "room_ids": [row["room_id"] for row in rows],
+        "world_ids": [row["world_id"] for row in rows],
+        "uniques": [row["unique"] for row in rows],
+        "metadatas": [row["metadata"] for row in rows],
+        "embeddings": [row["embedding"] for row in rows],
+    }

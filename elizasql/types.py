@@ -1,0 +1,35 @@
+"""The names of types that the public signatures use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+from uuid import UUID
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["DIMENSIONS", "JSON", "Dimension", "Embedding", "EmbeddingInput", "IdInput", "Indexing", "UserState"]
+
+Dimension: TypeAlias = Literal[384, 512, 768, 1024, 1536, 3072]
+"""The widths that an embedding may have."""
+
+DIMENSIONS: tuple[Dimension, ...] = (384, 512, 768, 1024, 1536, 3072)
+
+Embedding: TypeAlias = NDArray[np.float32]
+"""float32[dimension]"""
+
+EmbeddingInput: TypeAlias = "NDArray[Any] | Sequence[float]"
+"""What is taken as an embedding: a 1-D array or sequence of real numbers, or a vector of the pgvector package."""
+
+IdInput: TypeAlias = "UUID | str"
+"""What is taken as an id: a UUID or its text."""
+
+JSON: TypeAlias = "Mapping[str, Any] | Sequence[Any] | str | int | float | bool | None"
+"""What a jsonb column holds."""
+
+Indexing: TypeAlias = Literal["background", "manual", "inline"]
+"""When new vectors enter the HNSW index: by a task of the adapter, on `index_memories()`, or within the write."""
+
+UserState: TypeAlias = Literal["FOLLOWED", "MUTED"]
+"""How an agent follows a room."""

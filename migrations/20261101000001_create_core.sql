@@ -1,0 +1,185 @@
+-- Agents and what they live among: worlds, rooms, entities, participants, components, relationships.
+-- agent_id leads every key, so that one agent can neither read, move nor collide with another's rows.
+
+-- migrate:up
+CREATE SCHEMA IF NOT EXISTS elizasql;
+
+-- Does nothing where an administrator has installed it; otherwise the role needs the right to create extensions.
+CREATE EXTENSION IF NOT EXISTS vector;
+
+-- Ends a statement that was to change rows which are not there; what it changed so far is undone with it.
+CREATE FUNCTION elizasql.refuse_missing(kind text, missing uuid []) RETURNS uuid LANGUAGE plpgsql AS $$
+BEGIN
+    RAISE EXCEPTION 'no such %: %', kind, array_to_string(missing[1:10], ', ')
+        || CASE WHEN cardinality(missing) > 10 THEN format(' and %s more', cardinality(missing) - 10) ELSE '' END
+        USING ERRCODE = 'no_data_found', SCHEMA = 'elizasql', TABLE = kind;
+END
+$$;
+
+-- Servers are deployments of agents (row isolation), not message servers.
+CREATE TABLE elizasql.servers (
+    id uuid NOT NULL,
+    created_at timestamptz NOT NULL DEFAULT now(),
+    updated_at timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT servers_pkey PRIMARY KEY (id)
+);
+
+CREATE TABLE elizasql.agents (
+    id uuid NOT NULL DEFAULT gen_random_uuid(),
+    name text NOT NULL,
+    username text,
+    system text,
+    bio jsonb NOT NULL DEFAULT '[]',
+    message_examples jsonb NOT NULL DEFAULT '[]',
+    post_examples jsonb NOT NULL DEFAULT '[]',
+    topics jsonb NOT NULL DEFAULT '[]',
+    adjectives jsonb NOT NULL DEFAULT '[]',
+    knowledge jsonb NOT NULL DEFAULT '[]',
+    plugins jsonb NOT NULL DEFAULT '[]',
+    settings jsonb NOT NULL DEFAULT '{}',
+    style jsonb NOT NULL DEFAULT '{}',
+    enabled boolean NOT NULL DEFAULT TRUE,
+    server_id uuid,
+    embedding_dimension smallint,
+    created_at timestamptz NOT NULL DEFAULT now(),
+    updated_at timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT agents_pkey PRIMARY KEY (id),
+    CONSTRAINT agents_embedding_dimension_check
+    CHECK (embedding_dimension IN (384, 512, 768, 1024, 1536, 3072)),
+    -- What embeddings point at: an embedding of another width than its agent's has nothing to refer to.
+    CONSTRAINT agents_embedding_dimension_key UNIQUE (id, embedding_dimension)
+);
+CREATE INDEX agents_updated_at_idx ON elizasql.agents (updated_at);
+
+-- A dimension that is set stays: the first one to lock it wins.
+CREATE FUNCTION elizasql.refuse_dimension_change() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    RAISE EXCEPTION 'Cannot change embedding dimension for agent %: locked at %, given %',
+        OLD.id, OLD.embedding_dimension, NEW.embedding_dimension
+        USING ERRCODE = 'check_violation', SCHEMA = 'elizasql', TABLE = 'agents',
+        CONSTRAINT = 'agents_embedding_dimension_locked';
+END
+$$;
+
+CREATE TRIGGER agents_embedding_dimension_locked
+BEFORE UPDATE OF embedding_dimension ON elizasql.agents
+FOR EACH ROW
+WHEN (old.embedding_dimension IS NOT NULL AND new.embedding_dimension IS DISTINCT FROM old.embedding_dimension)
+EXECUTE FUNCTION elizasql.refuse_dimension_change();
+
+CREATE TABLE elizasql.worlds (
+    agent_id uuid NOT NULL,
+    id uuid NOT NULL DEFAULT gen_random_uuid(),
+    name text NOT NULL DEFAULT '',
+    message_server_id uuid,
+    metadata jsonb NOT NULL DEFAULT '{}',
+    created_at timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT worlds_pkey PRIMARY KEY (agent_id, id),
+    CONSTRAINT worlds_agent_fkey FOREIGN KEY (agent_id) REFERENCES elizasql.agents (id) ON DELETE CASCADE
+);
+CREATE INDEX worlds_created_at_idx ON elizasql.worlds (agent_id, created_at, id);
+
+CREATE TABLE elizasql.rooms (
+    agent_id uuid NOT NULL,
+    id uuid NOT NULL DEFAULT gen_random_uuid(),
+    name text,
+    source text NOT NULL,
+    type text NOT NULL,
+    channel_id text,
+    message_server_id uuid,
+    world_id uuid,
+    metadata jsonb NOT NULL DEFAULT '{}',
+    created_at timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT rooms_pkey PRIMARY KEY (agent_id, id),
+    CONSTRAINT rooms_agent_fkey FOREIGN KEY (agent_id) REFERENCES elizasql.agents (id) ON DELETE CASCADE,
+    CONSTRAINT rooms_world_fkey FOREIGN KEY (agent_id, world_id)
+    REFERENCES elizasql.worlds (agent_id, id) ON DELETE SET NULL (world_id)
+);
+CREATE INDEX rooms_world_idx ON elizasql.rooms (agent_id, world_id, created_at, id);
+CREATE INDEX rooms_message_server_idx ON elizasql.rooms (agent_id, message_server_id);
+
+CREATE TABLE elizasql.entities (
+    agent_id uuid NOT NULL,
+    id uuid NOT NULL,
+    names text [] NOT NULL DEFAULT '{}',
+    metadata jsonb NOT NULL DEFAULT '{}',
+    created_at timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT entities_pkey PRIMARY KEY (agent_id, id),
+    CONSTRAINT entities_agent_fkey FOREIGN KEY (agent_id) REFERENCES elizasql.agents (id) ON DELETE CASCADE
+);
+CREATE INDEX entities_created_at_idx ON elizasql.entities (agent_id, created_at, id);
+CREATE INDEX entities_names_idx ON elizasql.entities USING gin (names);
+
+CREATE TABLE elizasql.participants (
+    agent_id uuid NOT NULL,
+    room_id uuid NOT NULL,
+    entity_id uuid NOT NULL,
+    id uuid NOT NULL DEFAULT gen_random_uuid(),
+    room_state text,
+    metadata jsonb NOT NULL DEFAULT '{}',
+    created_at timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT participants_pkey PRIMARY KEY (agent_id, room_id, entity_id),
+    CONSTRAINT participants_id_key UNIQUE (agent_id, id),
+    CONSTRAINT participants_room_state_check CHECK (room_state IN ('FOLLOWED', 'MUTED')),
+    CONSTRAINT participants_room_fkey FOREIGN KEY (agent_id, room_id)
+    REFERENCES elizasql.rooms (agent_id, id) ON DELETE CASCADE,
+    CONSTRAINT participants_entity_fkey FOREIGN KEY (agent_id, entity_id)
+    REFERENCES elizasql.entities (agent_id, id) ON DELETE CASCADE
+);
+CREATE INDEX participants_entity_idx ON elizasql.participants (agent_id, entity_id, room_id);
+
+CREATE TABLE elizasql.components (
+    agent_id uuid NOT NULL,
+    id uuid NOT NULL DEFAULT gen_random_uuid(),
+    entity_id uuid NOT NULL,
+    room_id uuid NOT NULL,
+    world_id uuid,
+    source_entity_id uuid,
+    type text NOT NULL,
+    data jsonb NOT NULL DEFAULT '{}',
+    created_at timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT components_pkey PRIMARY KEY (agent_id, id),
+    CONSTRAINT components_natural_key
+    UNIQUE NULLS NOT DISTINCT (agent_id, entity_id, type, world_id, source_entity_id),
+    CONSTRAINT components_entity_fkey FOREIGN KEY (agent_id, entity_id)
+    REFERENCES elizasql.entities (agent_id, id) ON DELETE CASCADE,
+    CONSTRAINT components_room_fkey FOREIGN KEY (agent_id, room_id)
+    REFERENCES elizasql.rooms (agent_id, id) ON DELETE CASCADE,
+    CONSTRAINT components_world_fkey FOREIGN KEY (agent_id, world_id)
+    REFERENCES elizasql.worlds (agent_id, id) ON DELETE CASCADE,
+    CONSTRAINT components_source_entity_fkey FOREIGN KEY (agent_id, source_entity_id)
+    REFERENCES elizasql.entities (agent_id, id) ON DELETE CASCADE
+);
+CREATE INDEX components_room_idx ON elizasql.components (agent_id, room_id);
+CREATE INDEX components_world_idx ON elizasql.components (agent_id, world_id, type);
+CREATE INDEX components_source_entity_idx ON elizasql.components (agent_id, source_entity_id);
+CREATE INDEX components_type_idx ON elizasql.components (agent_id, type, entity_id);
+
+CREATE TABLE elizasql.relationships (
+    agent_id uuid NOT NULL,
+    id uuid NOT NULL DEFAULT gen_random_uuid(),
+    source_entity_id uuid NOT NULL,
+    target_entity_id uuid NOT NULL,
+    tags text [] NOT NULL DEFAULT '{}',
+    metadata jsonb NOT NULL DEFAULT '{}',
+    created_at timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT relationships_pkey PRIMARY KEY (agent_id, id),
+    CONSTRAINT relationships_pair_key UNIQUE (agent_id, source_entity_id, target_entity_id),
+    CONSTRAINT relationships_source_fkey FOREIGN KEY (agent_id, source_entity_id)
+    REFERENCES elizasql.entities (agent_id, id) ON DELETE CASCADE,
+    CONSTRAINT relationships_target_fkey FOREIGN KEY (agent_id, target_entity_id)
+    REFERENCES elizasql.entities (agent_id, id) ON DELETE CASCADE
+);
+CREATE INDEX relationships_target_idx ON elizasql.relationships (agent_id, target_entity_id);
+
+-- migrate:down
+DROP TABLE elizasql.relationships;
+DROP TABLE elizasql.components;
+DROP TABLE elizasql.participants;
+DROP TABLE elizasql.entities;
+DROP TABLE elizasql.rooms;
+DROP TABLE elizasql.worlds;
+DROP TABLE elizasql.agents;
+DROP FUNCTION elizasql.refuse_dimension_change();
+DROP TABLE elizasql.servers;
+DROP FUNCTION elizasql.refuse_missing(text, uuid []);

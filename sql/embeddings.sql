@@ -1,0 +1,512 @@
+-- Embeddings: search by meaning, the dimension lock, the index. Written for dim_384; the loader derives the other five.
+--
+-- Two tiers. A new vector has indexed = false: it stands in the tail, which a search scans exactly, so that writes never
+-- wait for HNSW (0.3 ms a row without, 1.3-2.4 ms with). The indexer moves the tail over. A search takes HNSW's
+-- candidates and the whole tail, and ranks both by the exact distance; equal distances are ordered by id.
+--
+-- ORDER BY column <=> value, ascending, is the only form that HNSW serves. The threshold is applied after the top: in the
+-- WHERE it would make the index walk everything.
+--
+-- Exact or HNSW. HNSW under a selective filter loses rows (recall 0.41 for a room of 37 rows among 100,000). So the
+-- statements measure the scope first, which costs 0.1 us a row: up to 2,000 rows, or up to 20,000 that are less than a
+-- third of the graph, are scanned exactly through the b-tree. Whatever was chosen, when HNSW yields fewer rows than asked
+-- for, the same statement scans the scope exactly: never fewer than min(count, matches) rows.
+
+-- name: search_memories(embedding, agent_id, type, only_unique, threshold, count, candidates, include_embedding)
+-- The nearest memories of a type, over everything that the agent has; and whether HNSW was the way.
+WITH scope AS MATERIALIZED (
+    SELECT count(*) AS size
+    FROM (
+        SELECT FROM elizasql.embeddings
+        WHERE agent_id = :agent_id AND type = :type
+        LIMIT 20001
+    ) AS counted
+),
+
+choice AS MATERIALIZED (
+    SELECT
+        scope.size > 20000
+        OR (
+            scope.size > 2000
+            AND scope.size >= 0.3 * (
+                SELECT graph.reltuples
+                FROM pg_class AS graph
+                WHERE graph.oid = (
+                    SELECT one.tableoid FROM elizasql.embeddings AS one WHERE one.agent_id = :agent_id LIMIT 1
+                )
+            )
+        ) AS by_hnsw
+    FROM scope
+),
+
+nearest AS MATERIALIZED (
+    SELECT
+        memory_id,
+        dim_384 <=> :embedding AS distance
+    FROM (
+        SELECT
+            memory_id,
+            dim_384
+        FROM elizasql.embeddings
+        WHERE
+            agent_id = :agent_id AND type = :type
+            AND ("unique" OR NOT :only_unique)
+            AND indexed
+            AND (SELECT choice.by_hnsw FROM choice)
+        ORDER BY dim_384::halfvec(384) <=> :embedding::vector::halfvec(384)
+        LIMIT :candidates::bigint
+    ) AS by_index
+    UNION ALL
+    SELECT
+        memory_id,
+        dim_384 <=> :embedding AS distance
+    FROM elizasql.embeddings
+    WHERE
+        agent_id = :agent_id AND type = :type
+        AND ("unique" OR NOT :only_unique)
+        AND NOT indexed
+        AND (SELECT choice.by_hnsw FROM choice)
+),
+
+enough AS MATERIALIZED (
+    SELECT count(*) >= :count::bigint AS yes FROM nearest
+),
+
+best AS (
+    SELECT
+        memory_id,
+        distance
+    FROM (
+        SELECT
+            memory_id,
+            distance
+        FROM nearest
+        WHERE (SELECT enough.yes FROM enough)
+        UNION ALL
+        SELECT
+            memory_id,
+            dim_384 <=> :embedding AS distance
+        FROM elizasql.embeddings
+        WHERE
+            agent_id = :agent_id AND type = :type
+            AND ("unique" OR NOT :only_unique)
+            AND NOT (SELECT enough.yes FROM enough)
+    ) AS ranked
+    ORDER BY distance, memory_id
+    LIMIT :count::bigint
+)
+
+SELECT
+    m.id, m.entity_id, m.agent_id, m.room_id, m.world_id, m.type, m.content, m.metadata, m."unique", m.created_at,
+    CASE WHEN :include_embedding THEN (
+        SELECT e.dim_384 FROM elizasql.embeddings AS e WHERE e.agent_id = :agent_id AND e.memory_id = m.id
+    ) END AS embedding,
+    1 - best.distance AS similarity,
+    (SELECT choice.by_hnsw FROM choice) AS by_hnsw
+FROM best
+INNER JOIN elizasql.memories AS m ON best.memory_id = m.id
+WHERE m.agent_id = :agent_id AND (:threshold::double precision IS NULL OR 1 - best.distance >= :threshold)
+ORDER BY best.distance, m.id;
+
+-- name: search_memories_by_hnsw(embedding, agent_id, type, only_unique, threshold, count, candidates, include_embedding)
+-- As search_memories, for a scope that was found to be large and dense a moment ago: not measured again.
+WITH nearest AS MATERIALIZED (
+    SELECT
+        memory_id,
+        dim_384 <=> :embedding AS distance
+    FROM (
+        SELECT
+            memory_id,
+            dim_384
+        FROM elizasql.embeddings
+        WHERE
+            agent_id = :agent_id AND type = :type
+            AND ("unique" OR NOT :only_unique)
+            AND indexed
+        ORDER BY dim_384::halfvec(384) <=> :embedding::vector::halfvec(384)
+        LIMIT :candidates::bigint
+    ) AS by_index
+    UNION ALL
+    SELECT
+        memory_id,
+        dim_384 <=> :embedding AS distance
+    FROM elizasql.embeddings
+    WHERE
+        agent_id = :agent_id AND type = :type
+        AND ("unique" OR NOT :only_unique)
+        AND NOT indexed
+),
+
+enough AS MATERIALIZED (
+    SELECT count(*) >= :count::bigint AS yes FROM nearest
+),
+
+best AS (
+    SELECT
+        memory_id,
+        distance
+    FROM (
+        SELECT
+            memory_id,
+            distance
+        FROM nearest
+        WHERE (SELECT enough.yes FROM enough)
+        UNION ALL
+        SELECT
+            memory_id,
+            dim_384 <=> :embedding AS distance
+        FROM elizasql.embeddings
+        WHERE
+            agent_id = :agent_id AND type = :type
+            AND ("unique" OR NOT :only_unique)
+            AND NOT (SELECT enough.yes FROM enough)
+    ) AS ranked
+    ORDER BY distance, memory_id
+    LIMIT :count::bigint
+)
+
+SELECT
+    m.id, m.entity_id, m.agent_id, m.room_id, m.world_id, m.type, m.content, m.metadata, m."unique", m.created_at,
+    CASE WHEN :include_embedding THEN (
+        SELECT e.dim_384 FROM elizasql.embeddings AS e WHERE e.agent_id = :agent_id AND e.memory_id = m.id
+    ) END AS embedding,
+    1 - best.distance AS similarity
+FROM best
+INNER JOIN elizasql.memories AS m ON best.memory_id = m.id
+WHERE m.agent_id = :agent_id AND (:threshold::double precision IS NULL OR 1 - best.distance >= :threshold)
+ORDER BY best.distance, m.id;
+
+-- name: search_memories_of_room(embedding, agent_id, type, room_id, entity_id, world_id, only_unique, threshold, count, candidates, include_embedding)
+-- As search_memories, in one room.
+WITH scope AS MATERIALIZED (
+    SELECT count(*) AS size
+    FROM (
+        SELECT FROM elizasql.embeddings
+        WHERE agent_id = :agent_id AND room_id = :room_id AND type = :type
+        LIMIT 20001
+    ) AS counted
+),
+
+choice AS MATERIALIZED (
+    SELECT
+        scope.size > 20000
+        OR (
+            scope.size > 2000
+            AND scope.size >= 0.3 * (
+                SELECT graph.reltuples
+                FROM pg_class AS graph
+                WHERE graph.oid = (
+                    SELECT one.tableoid FROM elizasql.embeddings AS one WHERE one.agent_id = :agent_id LIMIT 1
+                )
+            )
+        ) AS by_hnsw
+    FROM scope
+),
+
+nearest AS MATERIALIZED (
+    SELECT
+        memory_id,
+        dim_384 <=> :embedding AS distance
+    FROM (
+        SELECT
+            memory_id,
+            dim_384
+        FROM elizasql.embeddings
+        WHERE
+            agent_id = :agent_id AND room_id = :room_id AND type = :type
+            AND (:entity_id::uuid IS NULL OR entity_id = :entity_id)
+            AND (:world_id::uuid IS NULL OR world_id = :world_id)
+            AND ("unique" OR NOT :only_unique)
+            AND indexed
+            AND (SELECT choice.by_hnsw FROM choice)
+        ORDER BY dim_384::halfvec(384) <=> :embedding::vector::halfvec(384)
+        LIMIT :candidates::bigint
+    ) AS by_index
+    UNION ALL
+    SELECT
+        memory_id,
+        dim_384 <=> :embedding AS distance
+    FROM elizasql.embeddings
+    WHERE
+        agent_id = :agent_id AND room_id = :room_id AND type = :type
+        AND (:entity_id::uuid IS NULL OR entity_id = :entity_id)
+        AND (:world_id::uuid IS NULL OR world_id = :world_id)
+        AND ("unique" OR NOT :only_unique)
+        AND NOT indexed
+        AND (SELECT choice.by_hnsw FROM choice)
+),
+
+enough AS MATERIALIZED (
+    SELECT count(*) >= :count::bigint AS yes FROM nearest
+),
+
+best AS (
+    SELECT
+        memory_id,
+        distance
+    FROM (
+        SELECT
+            memory_id,
+            distance
+        FROM nearest
+        WHERE (SELECT enough.yes FROM enough)
+        UNION ALL
+        SELECT
+            memory_id,
+            dim_384 <=> :embedding AS distance
+        FROM elizasql.embeddings
+        WHERE
+            agent_id = :agent_id AND room_id = :room_id AND type = :type
+        AND (:entity_id::uuid IS NULL OR entity_id = :entity_id)
+        AND (:world_id::uuid IS NULL OR world_id = :world_id)
+        AND ("unique" OR NOT :only_unique)
+            AND NOT (SELECT enough.yes FROM enough)
+    ) AS ranked
+    ORDER BY distance, memory_id
+    LIMIT :count::bigint
+)
+
+SELECT
+    m.id, m.entity_id, m.agent_id, m.room_id, m.world_id, m.type, m.content, m.metadata, m."unique", m.created_at,
+    CASE WHEN :include_embedding THEN (
+        SELECT e.dim_384 FROM elizasql.embeddings AS e WHERE e.agent_id = :agent_id AND e.memory_id = m.id
+    ) END AS embedding,
+    1 - best.distance AS similarity
+FROM best
+INNER JOIN elizasql.memories AS m ON best.memory_id = m.id
+WHERE m.agent_id = :agent_id AND (:threshold::double precision IS NULL OR 1 - best.distance >= :threshold)
+ORDER BY best.distance, m.id;
+
+-- name: search_memories_of_entity(embedding, agent_id, type, entity_id, world_id, only_unique, threshold, count, candidates, include_embedding)
+-- As search_memories, of one entity.
+WITH scope AS MATERIALIZED (
+    SELECT count(*) AS size
+    FROM (
+        SELECT FROM elizasql.embeddings
+        WHERE agent_id = :agent_id AND entity_id = :entity_id AND type = :type
+        LIMIT 20001
+    ) AS counted
+),
+
+choice AS MATERIALIZED (
+    SELECT
+        scope.size > 20000
+        OR (
+            scope.size > 2000
+            AND scope.size >= 0.3 * (
+                SELECT graph.reltuples
+                FROM pg_class AS graph
+                WHERE graph.oid = (
+                    SELECT one.tableoid FROM elizasql.embeddings AS one WHERE one.agent_id = :agent_id LIMIT 1
+                )
+            )
+        ) AS by_hnsw
+    FROM scope
+),
+
+nearest AS MATERIALIZED (
+    SELECT
+        memory_id,
+        dim_384 <=> :embedding AS distance
+    FROM (
+        SELECT
+            memory_id,
+            dim_384
+        FROM elizasql.embeddings
+        WHERE
+            agent_id = :agent_id AND entity_id = :entity_id AND type = :type
+            AND (:world_id::uuid IS NULL OR world_id = :world_id)
+            AND ("unique" OR NOT :only_unique)
+            AND indexed
+            AND (SELECT choice.by_hnsw FROM choice)
+        ORDER BY dim_384::halfvec(384) <=> :embedding::vector::halfvec(384)
+        LIMIT :candidates::bigint
+    ) AS by_index
+    UNION ALL
+    SELECT
+        memory_id,
+        dim_384 <=> :embedding AS distance
+    FROM elizasql.embeddings
+    WHERE
+        agent_id = :agent_id AND entity_id = :entity_id AND type = :type
+        AND (:world_id::uuid IS NULL OR world_id = :world_id)
+        AND ("unique" OR NOT :only_unique)
+        AND NOT indexed
+        AND (SELECT choice.by_hnsw FROM choice)
+),
+
+enough AS MATERIALIZED (
+    SELECT count(*) >= :count::bigint AS yes FROM nearest
+),
+
+best AS (
+    SELECT
+        memory_id,
+        distance
+    FROM (
+        SELECT
+            memory_id,
+            distance
+        FROM nearest
+        WHERE (SELECT enough.yes FROM enough)
+        UNION ALL
+        SELECT
+            memory_id,
+            dim_384 <=> :embedding AS distance
+        FROM elizasql.embeddings
+        WHERE
+            agent_id = :agent_id AND entity_id = :entity_id AND type = :type
+        AND (:world_id::uuid IS NULL OR world_id = :world_id)
+        AND ("unique" OR NOT :only_unique)
+            AND NOT (SELECT enough.yes FROM enough)
+    ) AS ranked
+    ORDER BY distance, memory_id
+    LIMIT :count::bigint
+)
+
+SELECT
+    m.id, m.entity_id, m.agent_id, m.room_id, m.world_id, m.type, m.content, m.metadata, m."unique", m.created_at,
+    CASE WHEN :include_embedding THEN (
+        SELECT e.dim_384 FROM elizasql.embeddings AS e WHERE e.agent_id = :agent_id AND e.memory_id = m.id
+    ) END AS embedding,
+    1 - best.distance AS similarity
+FROM best
+INNER JOIN elizasql.memories AS m ON best.memory_id = m.id
+WHERE m.agent_id = :agent_id AND (:threshold::double precision IS NULL OR 1 - best.distance >= :threshold)
+ORDER BY best.distance, m.id;
+
+-- name: search_memories_of_world(embedding, agent_id, type, world_id, only_unique, threshold, count, candidates, include_embedding)
+-- As search_memories, of one world: the memory's own world_id.
+WITH scope AS MATERIALIZED (
+    SELECT count(*) AS size
+    FROM (
+        SELECT FROM elizasql.embeddings
+        WHERE agent_id = :agent_id AND world_id = :world_id AND type = :type
+        LIMIT 20001
+    ) AS counted
+),
+
+choice AS MATERIALIZED (
+    SELECT
+        scope.size > 20000
+        OR (
+            scope.size > 2000
+            AND scope.size >= 0.3 * (
+                SELECT graph.reltuples
+                FROM pg_class AS graph
+                WHERE graph.oid = (
+                    SELECT one.tableoid FROM elizasql.embeddings AS one WHERE one.agent_id = :agent_id LIMIT 1
+                )
+            )
+        ) AS by_hnsw
+    FROM scope
+),
+
+nearest AS MATERIALIZED (
+    SELECT
+        memory_id,
+        dim_384 <=> :embedding AS distance
+    FROM (
+        SELECT
+            memory_id,
+            dim_384
+        FROM elizasql.embeddings
+        WHERE
+            agent_id = :agent_id AND world_id = :world_id AND type = :type
+            AND ("unique" OR NOT :only_unique)
+            AND indexed
+            AND (SELECT choice.by_hnsw FROM choice)
+        ORDER BY dim_384::halfvec(384) <=> :embedding::vector::halfvec(384)
+        LIMIT :candidates::bigint
+    ) AS by_index
+    UNION ALL
+    SELECT
+        memory_id,
+        dim_384 <=> :embedding AS distance
+    FROM elizasql.embeddings
+    WHERE
+        agent_id = :agent_id AND world_id = :world_id AND type = :type
+        AND ("unique" OR NOT :only_unique)
+        AND NOT indexed
+        AND (SELECT choice.by_hnsw FROM choice)
+),
+
+enough AS MATERIALIZED (
+    SELECT count(*) >= :count::bigint AS yes FROM nearest
+),
+
+best AS (
+    SELECT
+        memory_id,
+        distance
+    FROM (
+        SELECT
+            memory_id,
+            distance
+        FROM nearest
+        WHERE (SELECT enough.yes FROM enough)
+        UNION ALL
+        SELECT
+            memory_id,
+            dim_384 <=> :embedding AS distance
+        FROM elizasql.embeddings
+        WHERE
+            agent_id = :agent_id AND world_id = :world_id AND type = :type
+        AND ("unique" OR NOT :only_unique)
+            AND NOT (SELECT enough.yes FROM enough)
+    ) AS ranked
+    ORDER BY distance, memory_id
+    LIMIT :count::bigint
+)
+
+SELECT
+    m.id, m.entity_id, m.agent_id, m.room_id, m.world_id, m.type, m.content, m.metadata, m."unique", m.created_at,
+    CASE WHEN :include_embedding THEN (
+        SELECT e.dim_384 FROM elizasql.embeddings AS e WHERE e.agent_id = :agent_id AND e.memory_id = m.id
+    ) END AS embedding,
+    1 - best.distance AS similarity
+FROM best
+INNER JOIN elizasql.memories AS m ON best.memory_id = m.id
+WHERE m.agent_id = :agent_id AND (:threshold::double precision IS NULL OR 1 - best.distance >= :threshold)
+ORDER BY best.distance, m.id;
+
+-- name: lock_embedding_dimension(agent_id, dimension)$
+-- Sets the agent's dimension when it has none, and gives the one that is then in force. Of concurrent calls the first
+-- wins and the others, which wait for its row lock, see its value.
+UPDATE elizasql.agents
+SET embedding_dimension = coalesce(embedding_dimension, :dimension::smallint)
+WHERE id = :agent_id
+RETURNING embedding_dimension;
+
+-- name: get_embedding_dimension(agent_id)$
+SELECT embedding_dimension FROM elizasql.agents WHERE id = :agent_id;
+
+-- name: index_embeddings(agent_id, batch_size)$
+-- Moves up to batch_size vectors of the tail into the HNSW index; gives their number. Several may run at once.
+WITH batch AS (
+    SELECT memory_id
+    FROM elizasql.embeddings
+    WHERE agent_id = :agent_id AND NOT indexed
+    LIMIT :batch_size::bigint
+    FOR UPDATE SKIP LOCKED
+),
+
+moved AS (
+    UPDATE elizasql.embeddings AS e
+    SET indexed = TRUE
+    FROM batch
+    WHERE e.agent_id = :agent_id AND e.memory_id = batch.memory_id
+    RETURNING 1
+)
+
+SELECT count(*) FROM moved;
+
+-- name: count_unindexed_embeddings(agent_id)$
+SELECT count(*) FROM elizasql.embeddings WHERE agent_id = :agent_id AND NOT indexed;
+
+-- name: refresh_statistics(agent_id)!
+SELECT elizasql.refresh_statistics(:agent_id);
+
+-- name: rebuild_index(agent_id)$
+-- Builds the HNSW index of the agent's partition anew, with the tail in it; gives the number of vectors moved.
+SELECT elizasql.rebuild_index(:agent_id);

