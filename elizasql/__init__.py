@@ -12,20 +12,16 @@ from .adapter import DatabaseAdapter, connect, open
 from .config import Config
 from .errors import *  # noqa: F403
 from .errors import __all__ as _errors
-from .models import Agent, Entity, Memory, Participant, Room, World
+from .models import *  # noqa: F403
+from .models import __all__ as _models
 
 __version__ = "0.1.0"
 
 __all__ = [  # noqa: PLE0604
-    "Agent",
     "Config",
     "DatabaseAdapter",
-    "Entity",
-    "Memory",
-    "Participant",
-    "Room",
-    "World",
     "connect",
     "open",
+    *_models,
     *(name for name in _errors if name != "translate"),
 ]

@@ -14,18 +14,41 @@ from ._executor import Executor
 from ._indexer import Indexer
 from ._statements import SQL
 from .agents import Agents
+from .cache import Cache
+from .components import Components
 from .config import Config
 from .entities import Entities
 from .errors import ElizaSQLError, MigrationError
+from .goals import Goals
+from .logs import Logs
 from .memories import Memories
+from .messaging import Messaging
+from .pairing import Pairing
 from .participants import Participants
+from .relationships import Relationships
 from .rooms import Rooms
+from .tasks import Tasks
 from .worlds import Worlds
 
 __all__ = ["DatabaseAdapter", "connect", "open"]
 
 
-class DatabaseAdapter(Agents, Worlds, Rooms, Entities, Participants, Memories):
+class DatabaseAdapter(
+    Agents,
+    Worlds,
+    Rooms,
+    Entities,
+    Participants,
+    Components,
+    Relationships,
+    Memories,
+    Cache,
+    Tasks,
+    Goals,
+    Logs,
+    Messaging,
+    Pairing,
+):
     """An agent's memory on PostgreSQL. Made by `elizasql.connect` or `elizasql.open`; bound to their event loop.
 
     Attributes:

@@ -1,0 +1,132 @@
+"""One embedded server and one migrated database for the whole run; every test has agents of its own in it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+import pytest
+from hypothesis import HealthCheck, settings
+
+import elizasql
+from elizasql import DatabaseAdapter, Entity, Room, World, _embedded
+
+settings.register_profile(
+    "default", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+settings.load_profile("default")
+
+MakeAdapter = Callable[..., Awaitable[DatabaseAdapter]]
+
+
+@pytest.fixture(scope="session")
+def server_dir() -> Iterator[Path]:
+    """Give the folder of the embedded server of this run; short, for the socket's path."""
+    folder = Path(tempfile.mkdtemp(prefix="esql-"))
+    yield folder / "pg"
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def dsn(server_dir: Path) -> Iterator[str]:
+    """Give the address of a migrated database; ELIZASQL_TEST_URL names another server's."""
+    given = os.environ.get("ELIZASQL_TEST_URL")
+    if given:
+        yield given
+        return
+    loop = asyncio.new_event_loop()
+    server = loop.run_until_complete(_embedded.acquire(server_dir))
+    yield server.dsn
+    loop.run_until_complete(server.release())
+    loop.close()
+
+
+@pytest.fixture
+async def make_db(dsn: str) -> AsyncIterator[MakeAdapter]:
+    """Open adapters that are closed at the end: a new agent unless `agent_id` is given, indexing by hand."""
+    async with AsyncExitStack() as stack:
+
+        async def make(
+            agent_id: UUID | None = None, *, dimension: int | None = 384, **options: Any
+        ) -> DatabaseAdapter:
+            options = {"dsn": dsn, "indexing": "manual", "pool_max_size": 5, "pool_min_size": 0, **options}
+            adapter = await elizasql.open(agent_id=agent_id or uuid4(), **options)
+            stack.push_async_callback(adapter.close)
+            await adapter.ensure_agent_exists({"name": "test"})
+            if dimension is not None:
+                await adapter.ensure_embedding_dimension(dimension)
+            return adapter
+
+        yield make
+
+
+@pytest.fixture
+async def db(make_db: MakeAdapter) -> DatabaseAdapter:
+    """Give an adapter of a new agent, locked to 384 dimensions."""
+    return await make_db()
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A world with a room in it and two entities that take part."""
+
+    world: UUID
+    room: UUID
+    entity: UUID
+    other: UUID
+
+
+async def make_scene(db: DatabaseAdapter) -> Scene:
+    """Create a world, a room and two entities for an adapter's agent."""
+    scene = Scene(uuid4(), uuid4(), uuid4(), uuid4())
+    await db.create_world(World(id=scene.world, name="world"))
+    await db.create_room(Room(id=scene.room, source="test", type="GROUP", world_id=scene.world))
+    await db.create_entities([Entity(id=scene.entity, names=["Ann"]), Entity(id=scene.other, names=["Bob"])])
+    await db.add_participants_room([scene.entity, scene.other], scene.room)
+    return scene
+
+
+@pytest.fixture
+async def agent_world(db: DatabaseAdapter) -> Scene:
+    """Give `db`'s agent a world, a room and two entities."""
+    return await make_scene(db)
+
+
+@pytest.fixture
+async def raw(dsn: str) -> AsyncIterator[asyncpg.Connection[Any]]:
+    """Give a bare connection with plain settings, to look at the tables and to attack them."""
+    connection = await asyncpg.connect(dsn)
+    yield connection
+    await connection.close()
+
+
+@pytest.fixture
+def round_trips(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Give the list of statements that went to the server, one entry a round trip, from here on."""
+    sent: list[str] = []
+    real = asyncpg.Connection._do_execute
+
+    async def counted(self: Any, query: Any, executor: Any, timeout: Any, *args: Any, **kwargs: Any) -> Any:
+        sent.append(str(query))
+        return await real(self, query, executor, timeout, *args, **kwargs)
+
+    monkeypatch.setattr(asyncpg.Connection, "_do_execute", counted)
+    real_query = asyncpg.Connection.execute
+
+    async def counted_query(self: Any, query: str, *args: Any, timeout: float | None = None) -> Any:
+        if not args:
+            # BEGIN, COMMIT and the like go as simple queries, past _do_execute.
+            sent.append(query)
+        return await real_query(self, query, *args, timeout=timeout)
+
+    monkeypatch.setattr(asyncpg.Connection, "execute", counted_query)
+    yield sent
