@@ -1,11 +1,11 @@
 """The fastest and most trustworthy way to give an AI agent its memory on PostgreSQL.
 
-    import elizasql
+import elizasql
 
-    async with elizasql.connect(agent_id=AGENT) as db:
-        await db.ensure_agent_exists({"name": "Ada"})
-        await db.ensure_embedding_dimension(384)
-        ...
+async with elizasql.connect(agent_id=AGENT) as db:
+    await db.ensure_agent_exists({"name": "Ada"})
+    await db.ensure_embedding_dimension(384)
+    ...
 """
 
 from .adapter import DatabaseAdapter, connect, open

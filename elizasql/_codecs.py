@@ -274,6 +274,4 @@ async def register(connection: asyncpg.Connection[Any], vector_schema: str) -> N
     await connection.set_type_codec(
         "vector", schema=vector_schema, encoder=_as_is, decoder=_decode_vector, format="binary"
     )
-    await connection.set_type_codec(
-        "jsonb", schema="pg_catalog", encoder=_as_is, decoder=_decode_json, format="binary"
-    )
+    await connection.set_type_codec("jsonb", schema="pg_catalog", encoder=_as_is, decoder=_decode_json, format="binary")

@@ -62,9 +62,7 @@ class Indexer:
         Args:
             progress: Called with the number moved so far and the number that was in the tail at the beginning.
         """
-        total: int = await self._executor.fetch_value(
-            SQL["count_unindexed_embeddings"], agent_id=self._agent_id
-        )
+        total: int = await self._executor.fetch_value(SQL["count_unindexed_embeddings"], agent_id=self._agent_id)
         done = 0
         while done < total:
             moved = await self._move_batch()
@@ -100,8 +98,8 @@ class Indexer:
         """Wait until no call is running, at most for the time of patience."""
         loop = asyncio.get_running_loop()
         until = loop.time() + _PATIENCE
-        while self._executor.in_flight and loop.time() < until:
-            await asyncio.sleep(0.005)
+        while self._executor.in_flight and loop.time() < until:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)  # an event would cost every call; this loop runs off the callers' path
         return True
 
     async def _move_batch(self) -> int:

@@ -71,9 +71,11 @@ class Server:
         if found is None:
             raise ConfigurationError("the server does not have the extension pgvector: install version 0.8.4 or newer")
         if _version(found) < MINIMUM_PGVECTOR:
-            remedy = "ALTER EXTENSION vector UPDATE" if _version(self.vector_available) >= MINIMUM_PGVECTOR else "update"
+            remedy = "install a newer one"
+            if _version(self.vector_available) >= MINIMUM_PGVECTOR:
+                remedy = "run ALTER EXTENSION vector UPDATE"
             raise ConfigurationError(
-                f"pgvector 0.8.4 or newer is needed, which fixes damage to HNSW indexes; the database has {found}: {remedy}"
+                f"pgvector 0.8.4 or newer is needed: older ones damage HNSW indexes; found {found}: {remedy}"
             )
 
 
@@ -149,5 +151,5 @@ def check_settings(rows: list[asyncpg.Record], config: Config) -> None:
     wrong = sorted(name for name, value in wanted.items() if found.get(name) != value)
     if wrong:
         raise ConfigurationError(
-            f"the server does not apply {', '.join(wrong)}: set them with ALTER ROLE ... SET, or connect without the pooler"
+            f"the server does not apply {', '.join(wrong)}: set them with ALTER ROLE ... SET, or connect directly"
         )

@@ -18,7 +18,7 @@ import aiosql
 from aiosql.adapters.asyncpg import AsyncPGAdapter
 
 from .errors import ConfigurationError
-from .types import DIMENSIONS
+from .types import DIMENSIONS, Dimension
 
 _WIDTH = re.compile(r"(?<![0-9])384(?![0-9])")
 
@@ -49,7 +49,7 @@ class Statements(Mapping[str, Statement]):
 
     def __init__(self, statements: Mapping[str, Statement]) -> None:
         self._statements = dict(statements)
-        self._by_dimension = {
+        self._by_dimension: dict[tuple[str, int], Statement] = {
             (name, dimension): _derive(statement, dimension)
             for name, statement in self._statements.items()
             if statement.dimension is not None
@@ -90,7 +90,7 @@ def load(folder: Path) -> Statements:
     """Load every file of a folder, each alone; a name in two files is an error."""
     found: dict[str, Statement] = {}
     for path in sorted(folder.glob("*.sql")):
-        adapter = AsyncPGAdapter()
+        adapter = AsyncPGAdapter()  # type: ignore[no-untyped-call]
         queries = aiosql.from_str(path.read_text(encoding="utf-8"), lambda adapter=adapter: adapter)
         for name in queries.available_queries:
             if name.endswith("_cursor") and name.removesuffix("_cursor") in queries.available_queries:
@@ -109,7 +109,7 @@ def load(folder: Path) -> Statements:
     return Statements(found)
 
 
-def _derive(statement: Statement, dimension: int) -> Statement:
+def _derive(statement: Statement, dimension: Dimension) -> Statement:
     return Statement(
         name=statement.name,
         sql=_WIDTH.sub(str(dimension), statement.sql),

@@ -25,6 +25,7 @@ class Store:
 
     agent_id: UUID
     config: Config
+    _address: str
     _executor: Executor
 
     def _read_all(

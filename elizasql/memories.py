@@ -37,6 +37,8 @@ class Memories(Store):
 
     _dimension: int | None
     _indexer: Indexer
+    # Types whose agent-wide scope was found large and dense, and until when that holds.
+    _large_until: dict[str, float]
 
     # --- the dimension -----------------------------------------------------------------------------------------------
 
@@ -445,7 +447,7 @@ class Memories(Store):
         count: int | None = None,
         limit: int | None = None,
         unique: bool = False,
-        query: str | None = None,
+        query: str | None = None,  # noqa: ARG002
         room_id: UUID | str | None = None,
         world_id: UUID | str | None = None,
         entity_id: UUID | str | None = None,

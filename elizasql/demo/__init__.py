@@ -94,7 +94,7 @@ async def _run(
 ) -> None:
     """Store the lines that are new, ask the questions and print what came back."""
     # Vectors of two embedders do not compare, so each has its own room for the same file.
-    key = "the built-in conversation" if path == CONVERSATION else str(path.resolve())
+    key = "the built-in conversation" if path == CONVERSATION else str(path.resolve())  # noqa: ASYNC240
     room_id = uuid5(NAMESPACE, f"room {embedder.name} {key}")
     by_id = {line.id_in(room_id): line for line in lines}
 
@@ -169,11 +169,12 @@ async def _ask(db: DatabaseAdapter, room_id: UUID, question: Question, embedder:
     milliseconds = (perf_counter() - started) * 1000
     hits = [
         Hit(
-            text=said_by(memory.content["speaker"], memory.content["text"]),
+            text=said_by(content["speaker"], content["text"]),
             similarity=memory.similarity or 0.0,
-            is_answer=memory.content["text"] == question.answer,
+            is_answer=content["text"] == question.answer,
         )
         for memory in found
+        if (content := memory.content) is not None
     ]
     return Answer(question.text, hits, milliseconds)
 

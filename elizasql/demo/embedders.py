@@ -136,7 +136,7 @@ def best_embedder() -> Embedder:
     """Return the model of `sentence-transformers` if it loads from this machine, else the built-in embedder."""
     try:
         return SentenceTransformersEmbedder()
-    except Exception:  # an optional library fails in its own ways; a demo must run without it
+    except Exception:  # noqa: BLE001 - an optional library fails in its own ways; a demo must run without it
         return HashingEmbedder()
 
 

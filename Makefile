@@ -1,0 +1,64 @@
+# Every target makes what it needs: .venv with the packages of pyproject.toml, from any Python of at least 3.10.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+FILE ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lint types lint-sql format pytest test-slow bench bench-quick schema clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("elizasql needs Python 3.10 or newer") if sys.version_info < (3, 10) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade 'pip>=25.1'
+	$(PIP) install --quiet --editable .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(PIP) install --quiet --editable . --group dev
+	@touch $@
+
+demo: $(VENV)/installed ## an agent remembers a conversation and answers (FILE=... for a text of your own)
+	$(BIN)/python -m elizasql demo $(if $(FILE),--file "$(FILE)")
+
+test: check pytest bench-check ## everything that is asked of a change
+
+check: lint types lint-sql
+
+lint: $(VENV)/installed-dev ## ruff: format and rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/installed-dev ## mypy --strict
+	$(BIN)/mypy
+
+lint-sql: $(VENV)/installed-dev ## sqlfluff on sql/ and migrations/
+	$(BIN)/sqlfluff lint --disable-progress-bar sql $(filter-out migrations/schema.sql,$(wildcard migrations/*.sql))
+
+format: $(VENV)/installed-dev ## bring the Python files into form
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+pytest: $(VENV)/installed-dev ## the tests, without the slow ones
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(VENV)/installed-dev ## the tests that take too long for every change
+	$(BIN)/pytest -m slow --timeout 1800
+
+.PHONY: bench-check
+bench-check: $(VENV)/installed-dev ## each benchmark once, on tiny data
+	ELIZASQL_BENCH=quick $(BIN)/pytest benchmarks --benchmark-disable -q
+
+bench: $(VENV)/installed-dev ## the benchmarks: 100,000 memories, tables of figures
+	$(BIN)/pytest benchmarks --benchmark-enable -q -s --timeout 3600
+
+schema: $(VENV)/installed-dev ## write migrations/schema.sql anew from the migrations
+	$(BIN)/python -m tests.schema_dump
+
+clean: ## remove what the other targets made, but not the data of the demo
+	rm -rf $(VENV) build dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
