@@ -14,6 +14,7 @@ from .errors import *  # noqa: F403
 from .errors import __all__ as _errors
 from .models import *  # noqa: F403
 from .models import __all__ as _models
+from .elizaos import create_database_adapter, plugin
 
 __version__ = "0.1.0"
 
@@ -21,7 +22,9 @@ __all__ = [  # noqa: PLE0604
     "Config",
     "DatabaseAdapter",
     "connect",
+    "create_database_adapter",
     "open",
+    "plugin",
     *_models,
     *(name for name in _errors if name != "translate"),
 ]

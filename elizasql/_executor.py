@@ -7,14 +7,24 @@ metrics have their place here, around `_run`. It costs about 1 us over a bare `c
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import asyncpg
 
-from ._statements import Statement
-from .errors import ClosedError, ConnectionLostError, PoolTimeoutError, translate
+from ._statements import SQL, Statement
+from .errors import (
+    ClosedError,
+    ConnectionLostError,
+    ElizaSQLError,
+    PoolTimeoutError,
+    TransactionError,
+    translate,
+)
+
+logger = logging.getLogger("elizasql")
 
 Arguments = list[Any]
 
@@ -24,12 +34,16 @@ class Executor:
 
     Attributes:
         in_flight: Calls that are running or waiting for a connection.
+        in_transaction: Whether all of them run in one transaction.
     """
+
+    in_transaction = False
 
     def __init__(self, pool: asyncpg.Pool[Any], acquire_timeout: float) -> None:
         self._pool = pool
         self._acquire_timeout = acquire_timeout
         self._closed = False
+        self._drained = asyncio.Event()
         self.in_flight = 0
 
     async def fetch(self, statement: Statement, **params: Any) -> list[asyncpg.Record]:
@@ -60,7 +74,7 @@ class Executor:
                 for chunk in chunks:
                     rows += await connection.fetch(statement.sql, *_order(statement, chunk))
         except Exception as error:
-            raise translate(error, statement.name) from error
+            raise self._explain(error, statement.name, connection) from error
         finally:
             await self._release(connection)
         return rows
@@ -70,7 +84,7 @@ class Executor:
         try:
             return await getattr(connection, method)(statement.sql, *arguments)
         except Exception as error:
-            raise translate(error, statement.name) from error
+            raise self._explain(error, statement.name, connection) from error
         finally:
             await self._release(connection)
 
@@ -81,17 +95,35 @@ class Executor:
         try:
             return await self._pool.acquire(timeout=self._acquire_timeout)
         except BaseException as error:
-            self.in_flight -= 1
+            self._leave()
             if isinstance(error, (asyncio.TimeoutError, TimeoutError)):
                 raise self._explain_timeout(statement) from error
             if isinstance(error, Exception):
-                raise translate(error, statement) from error
+                raise self._explain(error, statement) from error
             raise
 
     async def _release(self, connection: Any) -> None:
+        try:
+            # Both limits are needed: without one here, a network that swallows packets would never let go.
+            await self._pool.release(connection, timeout=self._acquire_timeout)
+        except Exception:
+            # What the call gives or raises is known already; the pool has dropped the connection.
+            logger.debug("a connection was dropped when it was released", exc_info=True)
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
         self.in_flight -= 1
-        # Both limits are needed: without one here, a network that swallows packets would never let go.
-        await self._pool.release(connection, timeout=self._acquire_timeout)
+        if self._closed and not self.in_flight:
+            self._drained.set()
+
+    def _explain(self, error: Exception, statement: str, connection: Any = None) -> ElizaSQLError:
+        if connection is not None and isinstance(error, asyncpg.InternalClientError):
+            connection.terminate()  # the driver has lost its place in the conversation
+        made = translate(error, statement)
+        if self._closed and not self.in_transaction and isinstance(made, ConnectionLostError):
+            return ClosedError(f"{statement}: the adapter was closed meanwhile", statement=statement)
+        return made
 
     def _explain_timeout(self, statement: str) -> PoolTimeoutError | ConnectionLostError:
         waited = f"{statement}: waited {self._acquire_timeout:g} s for a connection"
@@ -103,25 +135,19 @@ class Executor:
     async def transaction(self) -> AsyncIterator[Executor]:
         """Open a transaction: what runs on the executor that it gives is done as a whole or not at all."""
         connection = await self._acquire("transaction")
-        transaction = connection.transaction()
         try:
+            transaction = connection.transaction()
             try:
                 await transaction.start()
             except Exception as error:
-                raise translate(error, "transaction") from error
+                raise self._explain(error, "transaction", connection) from error
             inner = _TransactionExecutor(self._pool, self._acquire_timeout, connection)
             try:
                 yield inner
+                await inner.commit(transaction)
             except BaseException:
-                inner._closed = True
-                if not connection.is_closed():
-                    await transaction.rollback()
+                await inner.roll_back(transaction)
                 raise
-            inner._closed = True
-            try:
-                await transaction.commit()
-            except Exception as error:
-                raise translate(error, "transaction") from error
         finally:
             await self._release(connection)
 
@@ -131,9 +157,15 @@ class Executor:
             return
         self._closed = True
         try:
-            await asyncio.wait_for(self._pool.close(), timeout)
+            await asyncio.wait_for(self._drain(), timeout)
         except (asyncio.TimeoutError, TimeoutError):
             self._pool.terminate()
+
+    async def _drain(self) -> None:
+        # The pool waits for connections that are in use, but not for the calls that wait for one.
+        if self.in_flight:
+            await self._drained.wait()
+        await self._pool.close()
 
 
 class _TransactionExecutor(Executor):
@@ -142,19 +174,76 @@ class _TransactionExecutor(Executor):
     Nothing is tried again in here: what failed is known to the server as part of the whole.
     """
 
+    in_transaction = True
+
     def __init__(self, pool: asyncpg.Pool[Any], acquire_timeout: float, connection: Any) -> None:
         super().__init__(pool, acquire_timeout)
         self._connection = connection
         self._turn = asyncio.Lock()
+        self._nested = False
+        self._doubtful = False
 
     async def _acquire(self, statement: str) -> Any:
+        self._check(statement)
+        await self._turn.acquire()
+        try:
+            self._check(statement)  # it may have ended while this call waited
+        except BaseException:
+            self._turn.release()
+            raise
+        return self._connection
+
+    def _check(self, statement: str) -> None:
         if self._closed:
             raise ClosedError("the transaction is over", statement=statement)
-        await self._turn.acquire()
-        return self._connection
+        if self._nested:
+            # To wait for the savepoint's end could be to wait for oneself.
+            raise TransactionError("a savepoint is open: use the adapter that it gave", statement=statement)
 
     async def _release(self, connection: Any) -> None:  # noqa: ARG002
         self._turn.release()
+
+    async def _run(self, statement: Statement, method: str, arguments: Arguments) -> Any:
+        try:
+            return await super()._run(statement, method, arguments)
+        except BaseException:
+            self._doubtful = True
+            raise
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Executor]:
+        """Open a savepoint; until it ends, nothing else runs on this executor."""
+        async with super().transaction() as inner:
+            self._nested = True
+            try:
+                yield inner
+            finally:
+                self._nested = False
+
+    async def commit(self, transaction: Any) -> None:
+        """Keep what was done, once the calls that are running have ended."""
+        self._closed = True
+        async with self._turn:
+            try:
+                if self._doubtful:
+                    # The server answers a COMMIT after an error with a ROLLBACK that asyncpg does not report.
+                    await self._connection.fetchval(SQL["ping"].sql)
+                await transaction.commit()
+            except Exception as error:
+                raise translate(error, "transaction") from error
+
+    async def roll_back(self, transaction: Any) -> None:
+        """Undo what was done, once the calls that are running have ended; the error that led here is raised."""
+        self._closed = True
+        async with self._turn:
+            if self._connection.is_closed():
+                return
+            try:
+                await transaction.rollback()
+            except Exception:
+                # Without the connection the server undoes the transaction, whatever state it is in.
+                logger.debug("a rollback failed, the connection is dropped", exc_info=True)
+                self._connection.terminate()
 
 
 def _order(statement: Statement, params: dict[str, Any]) -> Arguments:

@@ -232,12 +232,13 @@ $create$;
 -- Brings the planner's statistics of an agent's partitions up to date: plans are made anew after it.
 CREATE FUNCTION elizasql.refresh_statistics(given_agent uuid) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
-    part regclass;
+    suffix text;
 BEGIN
-    SELECT tableoid::regclass INTO part FROM elizasql.embeddings WHERE agent_id = given_agent LIMIT 1;
-    IF part IS NOT NULL THEN
-        EXECUTE format('ANALYZE %s', part);
-        EXECUTE format('ANALYZE %s', replace(part::text, 'embeddings', 'memories'));
+    SELECT right(c.relname, 2) INTO suffix
+    FROM elizasql.embeddings AS e INNER JOIN pg_class AS c ON e.tableoid = c.oid
+    WHERE e.agent_id = given_agent LIMIT 1;
+    IF suffix IS NOT NULL THEN
+        EXECUTE format('ANALYZE elizasql.embeddings_p%s, elizasql.memories_p%s', suffix, suffix);
     END IF;
 END
 $$;
@@ -250,21 +251,21 @@ DECLARE
     dim int;
     moved bigint;
 BEGIN
-    SELECT tableoid::regclass::text, dimension INTO part, dim
-    FROM elizasql.embeddings WHERE agent_id = given_agent LIMIT 1;
+    SELECT c.relname, e.dimension INTO part, dim
+    FROM elizasql.embeddings AS e INNER JOIN pg_class AS c ON e.tableoid = c.oid
+    WHERE e.agent_id = given_agent LIMIT 1;
     IF part IS NULL THEN
         RETURN 0;
     END IF;
-    EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE', part);
-    EXECUTE format('DROP INDEX IF EXISTS %s_dim_%s_hnsw', part, dim);
-    EXECUTE format('UPDATE %s SET indexed = TRUE WHERE NOT indexed AND dimension = %s', part, dim);
+    EXECUTE format('LOCK TABLE elizasql.%s IN ACCESS EXCLUSIVE MODE', part);
+    EXECUTE format('DROP INDEX IF EXISTS elizasql.%s_dim_%s_hnsw', part, dim);
+    EXECUTE format('UPDATE elizasql.%s SET indexed = TRUE WHERE NOT indexed AND dimension = %s', part, dim);
     GET DIAGNOSTICS moved = ROW_COUNT;
     EXECUTE format(
-        'CREATE INDEX %1$s ON %2$s USING hnsw ((dim_%3$s::halfvec(%3$s)) halfvec_cosine_ops)
-         WITH (m = 16, ef_construction = 128) WHERE indexed',
-        split_part(part, '.', 2) || '_dim_' || dim || '_hnsw', part, dim);
-    EXECUTE format('ANALYZE %s', part);
-    EXECUTE format('ANALYZE %s', replace(part, 'embeddings', 'memories'));
+        'CREATE INDEX %1$s_dim_%2$s_hnsw ON elizasql.%1$s
+         USING hnsw ((dim_%2$s::halfvec(%2$s)) halfvec_cosine_ops) WITH (m = 16, ef_construction = 128) WHERE indexed',
+        part, dim);
+    PERFORM elizasql.refresh_statistics(given_agent);
     RETURN moved;
 END
 $$;

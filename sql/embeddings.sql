@@ -4,6 +4,8 @@
 -- wait for HNSW (0.3 ms a row without, 1.3-2.4 ms with). The indexer moves the tail over. A search takes HNSW's
 -- candidates and the whole tail, and ranks both by the exact distance; equal distances are ordered by id.
 --
+-- The winners are looked up by LATERAL ... LIMIT 1: a plain join may be planned as a hash of all the agent's memories.
+--
 -- ORDER BY column <=> value, ascending, is the only form that HNSW serves. The threshold is applied after the top: in the
 -- WHERE it would make the index walk everything.
 --
@@ -104,8 +106,12 @@ SELECT
     1 - best.distance AS similarity,
     (SELECT choice.by_hnsw FROM choice) AS by_hnsw
 FROM best
-INNER JOIN elizasql.memories AS m ON best.memory_id = m.id
-WHERE m.agent_id = :agent_id AND (:threshold::double precision IS NULL OR 1 - best.distance >= :threshold)
+CROSS JOIN LATERAL (
+    SELECT * FROM elizasql.memories AS of_id
+    WHERE of_id.agent_id = :agent_id AND of_id.id = best.memory_id
+    LIMIT 1
+) AS m
+WHERE :threshold::double precision IS NULL OR 1 - best.distance >= :threshold
 ORDER BY best.distance, m.id;
 
 -- name: search_memories_by_hnsw(embedding, agent_id, type, only_unique, threshold, count, candidates, include_embedding)
@@ -172,8 +178,12 @@ SELECT
     ) END AS embedding,
     1 - best.distance AS similarity
 FROM best
-INNER JOIN elizasql.memories AS m ON best.memory_id = m.id
-WHERE m.agent_id = :agent_id AND (:threshold::double precision IS NULL OR 1 - best.distance >= :threshold)
+CROSS JOIN LATERAL (
+    SELECT * FROM elizasql.memories AS of_id
+    WHERE of_id.agent_id = :agent_id AND of_id.id = best.memory_id
+    LIMIT 1
+) AS m
+WHERE :threshold::double precision IS NULL OR 1 - best.distance >= :threshold
 ORDER BY best.distance, m.id;
 
 -- name: search_memories_of_room(embedding, agent_id, type, room_id, entity_id, world_id, only_unique, threshold, count, candidates, include_embedding)
@@ -273,8 +283,12 @@ SELECT
     ) END AS embedding,
     1 - best.distance AS similarity
 FROM best
-INNER JOIN elizasql.memories AS m ON best.memory_id = m.id
-WHERE m.agent_id = :agent_id AND (:threshold::double precision IS NULL OR 1 - best.distance >= :threshold)
+CROSS JOIN LATERAL (
+    SELECT * FROM elizasql.memories AS of_id
+    WHERE of_id.agent_id = :agent_id AND of_id.id = best.memory_id
+    LIMIT 1
+) AS m
+WHERE :threshold::double precision IS NULL OR 1 - best.distance >= :threshold
 ORDER BY best.distance, m.id;
 
 -- name: search_memories_of_entity(embedding, agent_id, type, entity_id, world_id, only_unique, threshold, count, candidates, include_embedding)
@@ -371,8 +385,12 @@ SELECT
     ) END AS embedding,
     1 - best.distance AS similarity
 FROM best
-INNER JOIN elizasql.memories AS m ON best.memory_id = m.id
-WHERE m.agent_id = :agent_id AND (:threshold::double precision IS NULL OR 1 - best.distance >= :threshold)
+CROSS JOIN LATERAL (
+    SELECT * FROM elizasql.memories AS of_id
+    WHERE of_id.agent_id = :agent_id AND of_id.id = best.memory_id
+    LIMIT 1
+) AS m
+WHERE :threshold::double precision IS NULL OR 1 - best.distance >= :threshold
 ORDER BY best.distance, m.id;
 
 -- name: search_memories_of_world(embedding, agent_id, type, world_id, only_unique, threshold, count, candidates, include_embedding)
@@ -466,8 +484,12 @@ SELECT
     ) END AS embedding,
     1 - best.distance AS similarity
 FROM best
-INNER JOIN elizasql.memories AS m ON best.memory_id = m.id
-WHERE m.agent_id = :agent_id AND (:threshold::double precision IS NULL OR 1 - best.distance >= :threshold)
+CROSS JOIN LATERAL (
+    SELECT * FROM elizasql.memories AS of_id
+    WHERE of_id.agent_id = :agent_id AND of_id.id = best.memory_id
+    LIMIT 1
+) AS m
+WHERE :threshold::double precision IS NULL OR 1 - best.distance >= :threshold
 ORDER BY best.distance, m.id;
 
 -- name: lock_embedding_dimension(agent_id, dimension)$
@@ -492,10 +514,9 @@ WITH batch AS (
 ),
 
 moved AS (
-    UPDATE elizasql.embeddings AS e
+    UPDATE elizasql.embeddings
     SET indexed = TRUE
-    FROM batch
-    WHERE e.agent_id = :agent_id AND e.memory_id = batch.memory_id
+    WHERE agent_id = :agent_id AND memory_id = ANY(ARRAY(SELECT memory_id FROM batch))
     RETURNING 1
 )
 

@@ -288,8 +288,11 @@ SELECT
         SELECT e.dim_384 FROM elizasql.embeddings AS e WHERE e.agent_id = :agent_id AND e.memory_id = m.id
     ) END AS embedding
 FROM newest
-INNER JOIN elizasql.memories AS m ON newest.id = m.id
-WHERE m.agent_id = :agent_id
+CROSS JOIN LATERAL (
+    SELECT * FROM elizasql.memories AS of_id
+    WHERE of_id.agent_id = :agent_id AND of_id.id = newest.id
+    LIMIT 1
+) AS m
 ORDER BY m.created_at DESC, m.id DESC;
 
 -- name: get_memories(agent_id, type, only_unique, start_time, end_time, cursor_time, cursor_id, metadata, text_contains, offset, count, include_embedding)
@@ -448,10 +451,9 @@ WITH doomed AS (
 ),
 
 deleted AS (
-    DELETE FROM elizasql.memories AS m
-    USING doomed
-    WHERE m.agent_id = :agent_id AND m.id = doomed.id
-    RETURNING m.id
+    DELETE FROM elizasql.memories
+    WHERE agent_id = :agent_id AND id = ANY(ARRAY(SELECT id FROM doomed))
+    RETURNING id
 )
 
 SELECT count(*) FROM deleted;
@@ -476,10 +478,9 @@ doomed AS (
 ),
 
 deleted AS (
-    DELETE FROM elizasql.memories AS m
-    USING doomed
-    WHERE m.agent_id = :agent_id AND m.id = doomed.id
-    RETURNING m.id
+    DELETE FROM elizasql.memories
+    WHERE agent_id = :agent_id AND id = ANY(ARRAY(SELECT id FROM doomed))
+    RETURNING id
 )
 
 SELECT count(*) FROM deleted;

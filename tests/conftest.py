@@ -40,14 +40,19 @@ def server_dir() -> Iterator[Path]:
 def dsn(server_dir: Path) -> Iterator[str]:
     """Give the address of a migrated database; ELIZASQL_TEST_URL names another server's."""
     given = os.environ.get("ELIZASQL_TEST_URL")
-    if given:
-        yield given
-        return
     loop = asyncio.new_event_loop()
-    server = loop.run_until_complete(_embedded.acquire(server_dir))
-    yield server.dsn
-    loop.run_until_complete(server.release())
+    server = None if given else loop.run_until_complete(_embedded.acquire(server_dir))
+    address = given or server.dsn  # type: ignore[union-attr]
+    loop.run_until_complete(_migrated(address))
+    yield address
+    if server is not None:
+        loop.run_until_complete(server.release())
     loop.close()
+
+
+async def _migrated(address: str) -> None:
+    async with elizasql.connect(agent_id=uuid4(), dsn=address, indexing="manual"):
+        pass
 
 
 @pytest.fixture

@@ -1,0 +1,160 @@
+"""The same face for blocking code: `with elizasql.sync.connect(agent_id=AGENT) as db: db.create_memory(...)`.
+
+Every method of `elizasql.DatabaseAdapter` is here under its own name, with the same arguments, results and errors. An
+adapter has a thread of its own with an event loop in it; any number of threads may call one adapter at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
+from typing import Any, TypeVar
+from uuid import UUID
+
+from . import adapter as _asynchronous
+from .config import Config
+from .errors import ArgumentError, ClosedError
+
+__all__ = ["DatabaseAdapter", "connect", "open"]
+
+T = TypeVar("T")
+
+
+class _Loop:
+    """An event loop in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="elizasql-sync", daemon=True)
+        self._thread.start()
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine there and wait for it; an interrupt of the waiting thread cancels it."""
+        if self._loop.is_closed():
+            coroutine.close()
+            raise ClosedError("the adapter is closed")
+        if threading.current_thread() is self._thread:
+            coroutine.close()
+            raise ArgumentError("a blocking call inside the adapter's own event loop would wait for itself")
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except CancelledError:
+            raise ClosedError("the adapter was closed while the call ran") from None
+        except BaseException:
+            future.cancel()
+            raise
+
+    def stop(self) -> None:
+        """End the thread and close the loop. Idempotent."""
+        if self._loop.is_closed():
+            return
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+class DatabaseAdapter:
+    """An agent's memory, blocking. Made by `connect` or `open`."""
+
+    def __init__(self, loop: _Loop, adapter: _asynchronous.DatabaseAdapter) -> None:
+        self._loop = loop
+        self._adapter = adapter
+
+    @property
+    def agent_id(self) -> UUID:
+        """The agent whose rows are read and written."""
+        return self._adapter.agent_id
+
+    @property
+    def config(self) -> Config:
+        """The settings in force."""
+        return self._adapter.config
+
+    @contextmanager
+    def transaction(self) -> Iterator[DatabaseAdapter]:
+        """Open a transaction: every method of what it gives runs in it; see the asynchronous one."""
+        context = self._adapter.transaction()
+        bound = self._loop.run(context.__aenter__())
+        try:
+            yield DatabaseAdapter(self._loop, bound)
+        except BaseException as error:
+            if not self._loop.run(context.__aexit__(type(error), error, error.__traceback__)):
+                raise
+        else:
+            self._loop.run(context.__aexit__(None, None, None))
+
+    def with_entity_context(self, entity_id: UUID | str | None, callback: Callable[[DatabaseAdapter], T]) -> T:
+        """Run `callback(tx)` in a transaction on behalf of an entity, and give what it gives."""
+        with self.transaction() as bound:
+            return callback(bound)
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Close the adapter and end its thread. Idempotent."""
+        try:
+            self._loop.run(self._adapter.close(timeout))
+        except ClosedError:
+            return
+        self._loop.stop()
+
+
+_END: Any = object()
+
+
+async def _next(items: AsyncIterator[Any]) -> Any:
+    return await anext(items, _END)
+
+
+def _blocking(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    if inspect.isasyncgenfunction(method):
+
+        @functools.wraps(method)
+        def iterate(self: DatabaseAdapter, *args: Any, **kwargs: Any) -> Iterator[Any]:
+            items = getattr(self._adapter, name)(*args, **kwargs)
+            try:
+                while (item := self._loop.run(_next(items))) is not _END:
+                    yield item
+            finally:
+                self._loop.run(items.aclose())
+
+        return iterate
+
+    @functools.wraps(method)
+    def call(self: DatabaseAdapter, *args: Any, **kwargs: Any) -> Any:
+        return self._loop.run(getattr(self._adapter, name)(*args, **kwargs))
+
+    return call
+
+
+for _name, _method in inspect.getmembers(_asynchronous.DatabaseAdapter, inspect.isfunction):
+    if not _name.startswith("_") and not hasattr(DatabaseAdapter, _name):
+        setattr(DatabaseAdapter, _name, _blocking(_name, _method))
+
+
+def open(*, agent_id: UUID | str, dsn: str | None = None, data_dir: Any = None, **settings: Any) -> DatabaseAdapter:  # noqa: A001
+    """Open an agent's memory for blocking code; `close()` when done. Takes and raises what `elizasql.open` does."""
+    loop = _Loop()
+    try:
+        return DatabaseAdapter(
+            loop, loop.run(_asynchronous.open(agent_id=agent_id, dsn=dsn, data_dir=data_dir, **settings))
+        )
+    except BaseException:
+        loop.stop()
+        raise
+
+
+@contextmanager
+def connect(
+    *, agent_id: UUID | str, dsn: str | None = None, data_dir: Any = None, **settings: Any
+) -> Iterator[DatabaseAdapter]:
+    """Open an agent's memory for the time of a `with` block."""
+    adapter = open(agent_id=agent_id, dsn=dsn, data_dir=data_dir, **settings)
+    try:
+        yield adapter
+    finally:
+        adapter.close()

@@ -1,0 +1,314 @@
+"""Plans: the hot statements use the index that they are written for, with few rows and with many."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from datetime import datetime, timezone
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+import numpy as np
+import pytest
+
+from elizasql import Config, DatabaseAdapter, Entity, Memory, Room, World, _codecs, _pool
+from elizasql._statements import SQL, Statement
+
+from .conftest import MakeAdapter
+
+MANY = 6000
+
+
+@pytest.fixture
+async def session(dsn: str) -> AsyncIterator[asyncpg.Connection[Any]]:
+    """Give a connection that is set as the pooled ones are."""
+    connection = await asyncpg.connect(dsn, server_settings=_pool.session_settings(Config.load(environ={})))
+    await _codecs.register(connection, "public")
+    yield connection
+    await connection.close()
+
+
+def literal(value: Any) -> str:
+    """Write a parameter as SQL text: EXPLAIN EXECUTE, which shows the generic plan, takes no bound ones."""
+    if value is None:
+        return "NULL"
+    if isinstance(value, bytes):
+        value = np.frombuffer(value, ">f4", offset=4).tolist()
+    elif isinstance(value, list):
+        value = "{" + ",".join(map(str, value)) + "}"
+    return "'" + str(value).replace("'", "''") + "'"
+
+
+async def plan_of(
+    session: asyncpg.Connection[Any], statement: Statement, params: dict[str, Any], *, execute: bool = False
+) -> list[dict[str, Any]]:
+    """Give the nodes of a statement's generic plan, run when asked; parameters that are missing are NULL."""
+    await session.execute(f"PREPARE planned AS {statement.sql}")
+    arguments = ", ".join(literal(params.get(name)) for name in statement.params)
+    row = await session.fetchval(
+        f"EXPLAIN ({'ANALYZE, ' if execute else ''}FORMAT JSON) EXECUTE planned{f'({arguments})' if arguments else ''}"
+    )
+    await session.execute("DEALLOCATE planned")
+    nodes: list[dict[str, Any]] = []
+
+    def walk(node: dict[str, Any]) -> None:
+        nodes.append(node)
+        for child in node.get("Plans", ()):
+            walk(child)
+
+    walk((json.loads(row) if isinstance(row, str) else row)[0]["Plan"])
+    return nodes
+
+
+def indexes(nodes: list[dict[str, Any]]) -> set[str]:
+    """Give the names of the indexes that were really read."""
+    return {node["Index Name"] for node in nodes if "Index Name" in node and node.get("Actual Loops", 1)}
+
+
+def scans_a_table(nodes: list[dict[str, Any]]) -> list[str]:
+    return [
+        node["Relation Name"]
+        for node in nodes
+        if node["Node Type"] == "Seq Scan" and node["Actual Loops"] and node["Actual Rows"]
+    ]
+
+
+@pytest.fixture(scope="module")
+def vectors() -> np.ndarray[Any, np.dtype[np.float32]]:
+    centers = np.random.default_rng(1).normal(size=(20, 384))
+    noise = np.random.default_rng(2).normal(size=(MANY + 1000, 384)) * 0.7
+    return (centers[np.arange(MANY + 1000) % 20] + noise).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def agents() -> dict[str, UUID]:
+    return {"few": uuid4(), "many": uuid4()}
+
+
+WORLD, OTHER, BIG, SMALL, ENTITY, RARE = (uuid4() for _ in range(6))
+
+
+@pytest.fixture
+async def loaded(
+    make_db: MakeAdapter, agents: dict[str, UUID], vectors: np.ndarray[Any, Any]
+) -> dict[str, DatabaseAdapter]:
+    """Give an agent with 40 memories and one with 6,000 indexed ones, in one module-wide load."""
+    adapters = {name: await make_db(id) for name, id in agents.items()}
+    for name, db in adapters.items():
+        if await db.count_memories():
+            continue
+        await db.create_worlds([World(id=WORLD), World(id=OTHER)])
+        await db.create_rooms([Room(id=id, source="t", type="GROUP", world_id=WORLD) for id in (BIG, SMALL)])
+        await db.create_entities([Entity(id=ENTITY), Entity(id=RARE)])
+        number = 40 if name == "few" else MANY
+        await db.create_memories(
+            [
+                Memory(
+                    room_id=SMALL if i % 200 == 0 else BIG,
+                    entity_id=RARE if i % 100 == 0 else ENTITY,
+                    world_id=WORLD if i % 2 else OTHER,
+                    content={"text": f"memory {i}"},
+                    embedding=vectors[i],
+                    unique=True,
+                )
+                for i in range(number)
+            ],
+            "messages",
+        )
+        await db.index_memories(rebuild=True)
+    return adapters
+
+
+def search_params(db: DatabaseAdapter, vector: Any, **scope: Any) -> dict[str, Any]:
+    return {
+        "agent_id": db.agent_id,
+        "type": "messages",
+        "embedding": _codecs.encode_vector(vector),
+        "only_unique": False,
+        "threshold": None,
+        "count": 10,
+        "candidates": 30,
+        "include_embedding": False,
+        "room_id": None,
+        "entity_id": None,
+        "world_id": None,
+        **scope,
+    }
+
+
+async def test_search_of_many_goes_through_hnsw(
+    session: asyncpg.Connection[Any], loaded: dict[str, DatabaseAdapter], vectors: np.ndarray[Any, Any]
+) -> None:
+    for name in ("search_memories", "search_memories_by_hnsw"):
+        nodes = await plan_of(session, SQL[name], search_params(loaded["many"], vectors[-1]), execute=True)
+        used = indexes(nodes)
+        assert any(index.endswith("dim_384_hnsw") for index in used), (name, used)
+        assert not scans_a_table(nodes)
+        # The exact scan of the whole scope is there for the case that HNSW gives too few; it did not run.
+        gates = [node for node in nodes if node.get("One-Time Filter", "").startswith("(NOT")]
+        assert gates, name
+        assert all(child["Actual Loops"] == 0 for gate in gates for child in gate["Plans"]), name
+
+
+@pytest.mark.parametrize(
+    ("name", "scope", "index"),
+    [
+        ("search_memories_of_room", {"room_id": SMALL}, "agent_id_room_id_type"),
+        ("search_memories_of_entity", {"entity_id": RARE}, "agent_id_entity_id_type"),
+    ],
+)
+async def test_search_of_a_small_scope_is_exact(
+    session: asyncpg.Connection[Any],
+    loaded: dict[str, DatabaseAdapter],
+    vectors: np.ndarray[Any, Any],
+    name: str,
+    scope: dict[str, UUID],
+    index: str,
+) -> None:
+    nodes = await plan_of(session, SQL[name], search_params(loaded["many"], vectors[-1], **scope), execute=True)
+    assert any(index in used for used in indexes(nodes))
+    assert not any("hnsw" in used for used in indexes(nodes))
+    assert not scans_a_table(nodes)
+
+
+@pytest.mark.parametrize(
+    ("name", "scope"),
+    [
+        ("search_memories_of_room", {"room_id": BIG}),
+        ("search_memories_of_entity", {"entity_id": ENTITY}),
+        ("search_memories_of_world", {"world_id": WORLD}),
+    ],
+)
+async def test_search_of_a_large_dense_scope_goes_through_hnsw(
+    session: asyncpg.Connection[Any],
+    loaded: dict[str, DatabaseAdapter],
+    vectors: np.ndarray[Any, Any],
+    name: str,
+    scope: dict[str, UUID],
+) -> None:
+    nodes = await plan_of(session, SQL[name], search_params(loaded["many"], vectors[-1], **scope), execute=True)
+    assert any("hnsw" in used for used in indexes(nodes)), indexes(nodes)
+
+
+async def test_search_of_few_reads_no_table_whole(
+    session: asyncpg.Connection[Any], loaded: dict[str, DatabaseAdapter], vectors: np.ndarray[Any, Any]
+) -> None:
+    for name, scope in (
+        ("search_memories", {}),
+        ("search_memories_of_room", {"room_id": BIG}),
+        ("search_memories_of_entity", {"entity_id": ENTITY}),
+        ("search_memories_of_world", {"world_id": WORLD}),
+    ):
+        nodes = await plan_of(session, SQL[name], search_params(loaded["few"], vectors[-1], **scope), execute=True)
+        assert not scans_a_table(nodes), name
+        assert not any("hnsw" in used for used in indexes(nodes)), name
+
+
+LIST = {
+    "type": "messages",
+    "only_unique": False,
+    "start_time": None,
+    "end_time": None,
+    "cursor_time": None,
+    "cursor_id": None,
+    "metadata": None,
+    "text_contains": None,
+    "offset": None,
+    "count": 20,
+    "include_embedding": False,
+    "room_id": BIG,
+    "room_ids": [SMALL],
+    "entity_id": None,
+    "world_id": WORLD,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "extra"),
+    [
+        ("get_memories", "agent_id_type_created_at", {}),
+        ("get_memories_of_room", "agent_id_room_id_type_created_at", {}),
+        ("get_memories_of_entity", "agent_id_entity_id_type_created_at", {"entity_id": ENTITY}),
+        ("get_memories_of_world", "agent_id_world_id_type_created_at", {}),
+        ("get_memories_by_room_ids", "agent_id_room_id_type_created_at", {}),
+        ("get_memories_by_world_id", "agent_id_world_id_type_created_at", {}),
+    ],
+)
+@pytest.mark.parametrize("who", ["few", "many"])
+async def test_lists_come_off_an_index_in_order(
+    session: asyncpg.Connection[Any],
+    loaded: dict[str, DatabaseAdapter],
+    name: str,
+    index: str,
+    extra: dict[str, Any],
+    who: str,
+) -> None:
+    params = {**LIST, "agent_id": loaded[who].agent_id, **extra}
+    nodes = await plan_of(session, SQL[name], params, execute=True)
+    assert not scans_a_table(nodes)
+    if who == "many":
+        assert any(index in used for used in indexes(nodes)), indexes(nodes)
+        # No more rows than asked for leave the index: nothing is read to be sorted away.
+        read = [node["Actual Rows"] for node in nodes if index in node.get("Index Name", "") and node["Actual Loops"]]
+        assert max(read) <= 30, read
+
+
+async def test_a_deep_page_by_cursor_reads_one_page(
+    session: asyncpg.Connection[Any], loaded: dict[str, DatabaseAdapter]
+) -> None:
+    db = loaded["many"]
+    page = await db.get_memories(table_name="messages", count=3000)
+    params = {**LIST, "agent_id": db.agent_id, "cursor_time": page[-1].created_at, "cursor_id": page[-1].id}
+    nodes = await plan_of(session, SQL["get_memories"], params, execute=True)
+    read = [node["Actual Rows"] for node in nodes if "created_at" in node.get("Index Name", "") and node["Actual Loops"]]
+    assert max(read) <= 21, read
+
+
+async def test_counts_and_text_lengths_use_an_index(
+    session: asyncpg.Connection[Any], loaded: dict[str, DatabaseAdapter]
+) -> None:
+    agent = loaded["many"].agent_id
+    for name in ("count_memories", "count_memories_of_rooms", "count_memories_of_entity", "count_memories_of_world"):
+        nodes = await plan_of(session, SQL[name], {**LIST, "agent_id": agent, "entity_id": RARE}, execute=True)
+        assert not scans_a_table(nodes), name
+    params = {"agent_id": agent, "type": "messages", "lengths_from": 8, "lengths_to": 8, "most": 10, "key": "text"}
+    nodes = await plan_of(session, SQL["get_cached_embeddings"], params, execute=True)
+    assert any("length" in used for used in indexes(nodes)), indexes(nodes)
+    assert not scans_a_table(nodes)
+
+
+async def test_fragments_of_a_document_are_found_by_an_index(
+    session: asyncpg.Connection[Any], loaded: dict[str, DatabaseAdapter]
+) -> None:
+    params = {"agent_id": loaded["many"].agent_id, "ids": [uuid4()], "room_ids": [uuid4()], "type": "documents"}
+    for name in ("delete_memories", "delete_all_memories"):
+        nodes = await plan_of(session, SQL[name], params, execute=True)
+        assert not scans_a_table(nodes), name
+        read = [node["Actual Rows"] for node in nodes if node["Node Type"].endswith("Scan") and "Index Name" in node]
+        assert max(read, default=0) <= 1, (name, read)
+
+
+async def test_the_tail_is_found_by_its_own_index(
+    session: asyncpg.Connection[Any], loaded: dict[str, DatabaseAdapter]
+) -> None:
+    params = {"agent_id": loaded["many"].agent_id, "batch_size": 100}
+    for name in ("index_embeddings", "count_unindexed_embeddings"):
+        nodes = await plan_of(session, SQL[name], params, execute=True)
+        assert not scans_a_table(nodes), name
+        read = [node["Actual Rows"] for node in nodes if "Index Name" in node and node["Actual Loops"]]
+        assert max(read, default=0) == 0, (name, read)
+
+
+@pytest.mark.parametrize("statement", list(SQL.values()), ids=list(SQL))
+async def test_no_statement_reads_a_whole_table(
+    session: asyncpg.Connection[Any], loaded: dict[str, DatabaseAdapter], statement: Statement
+) -> None:
+    """With sequential scans switched off, the planner still takes one where no index serves: none may be left."""
+    nodes = await plan_of(session, statement, {})
+    tables = {node["Relation Name"] for node in nodes if node["Node Type"] == "Seq Scan"}
+    assert tables <= {"pg_class", "pg_extension", "pg_namespace"}, tables
+
+
+def test_epoch_is_a_time() -> None:
+    assert _codecs.as_time(0, "start") == datetime(1970, 1, 1, tzinfo=timezone.utc)

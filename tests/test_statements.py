@@ -1,0 +1,163 @@
+"""The rules of `sql/`, and every statement against the server."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+
+import elizasql
+from elizasql import Memory, _codecs, _statements
+from elizasql._statements import SQL, Statement, find_folder
+from elizasql.types import DIMENSIONS
+
+PACKAGE = Path(elizasql.__file__).parent
+ADMINISTRATION = {"_migrate.py", "_embedded.py", "_pool.py"}
+
+
+def test_every_file_has_a_header_and_only_statements() -> None:
+    for path in sorted(find_folder("sql").glob("*.sql")):
+        text = path.read_text(encoding="utf-8")
+        assert text.startswith("-- ") and not text.startswith("-- name:"), path.name
+        for number, line in enumerate(text.splitlines(), 1):
+            assert "--" not in line or line.lstrip().startswith("--"), f"{path.name}:{number}: comment behind SQL"
+        assert not re.search(r"^\s*(CREATE|ALTER|DROP|GRANT|TRUNCATE)\b", text, re.M), path.name
+        assert "SELECT *\nFROM elizasql" not in text, path.name
+
+
+@pytest.mark.parametrize("statement", list(SQL.values()), ids=list(SQL))
+def test_statement_sets_no_session_state(statement: Statement) -> None:
+    """Nothing is reset between two users of a pooled connection."""
+    forbidden = r"\bSET\s+(SESSION|LOCAL|\w+\s*(=|TO))\b|\bLISTEN\b|pg_advisory_lock|set_config|\bTEMP\b|\bPREPARE\b"
+    for match in re.finditer(forbidden, statement.sql):
+        # An UPDATE's SET is no session's SET.
+        assert re.match(r"SET\s+\w+\s*=", match[0]) is not None, statement.name
+
+
+@pytest.mark.parametrize("statement", list(SQL.values()), ids=list(SQL))
+def test_statement_names_tables_with_their_schema(statement: Statement) -> None:
+    tables = re.findall(r"\b(?:FROM|JOIN|INTO|UPDATE|USING)\s+([a-z_.]+)\b(?!\s*\()", statement.sql)
+    catalog = {"pg_class", "pg_extension", "pg_namespace", "pg_available_extensions", "pg_stat_ssl"}
+    names = set(re.findall(r"(\w+) AS (?:NOT )?(?:MATERIALIZED )?\(", statement.sql)) | catalog
+    aliases = set(re.findall(r"\bAS (\w+)", statement.sql))
+    for table in tables:
+        assert table.startswith("elizasql.") or table in names | aliases | {"set"}, (statement.name, table)
+
+
+def test_a_name_in_two_files_is_refused(tmp_path: Path) -> None:
+    for name in ("a.sql", "b.sql"):
+        (tmp_path / name).write_text("-- name: get_one()\nSELECT 1;\n")
+    with pytest.raises(elizasql.ConfigurationError, match=r"a\.sql and in b\.sql"):
+        _statements.load(tmp_path)
+
+
+def test_dimension_texts_differ_in_nothing_but_the_number() -> None:
+    for statement in SQL.values():
+        if statement.dimension is None:
+            assert "384" not in statement.sql
+            continue
+        for dimension in DIMENSIONS:
+            text = SQL.at(statement.name, dimension)
+            assert text.params == statement.params
+            assert re.sub(rf"(?<!\d){dimension}(?!\d)", "384", text.sql) == statement.sql
+    assert len({text.sql for text in SQL.texts()}) == len(list(SQL.texts()))
+
+
+def test_statements_fit_into_the_cache_of_a_connection() -> None:
+    source = (PACKAGE / "_pool.py").read_text()
+    size = int(re.search(r"statement_cache_size=(\d+)", source)[1])  # type: ignore[index]
+    assert len(list(SQL.texts())) < size
+    # asyncpg does not cache longer texts.
+    assert all(len(text.sql) < 15_000 for text in SQL.texts())
+
+
+async def test_server_accepts_every_statement(raw: asyncpg.Connection[Any]) -> None:
+    for statement in SQL.texts():
+        try:
+            prepared = await raw.prepare(statement.sql)
+        except asyncpg.PostgresError as error:
+            pytest.fail(f"{statement.name} at {statement.dimension}: {error}")
+        assert len(prepared.get_parameters()) == len(statement.params), statement.name
+        for column in prepared.get_attributes():
+            assert column.name != "?column?", f"{statement.name} has a column without a name"
+
+
+async def test_columns_are_the_fields_of_a_memory(raw: asyncpg.Connection[Any]) -> None:
+    fields = [field.name for field in dataclasses.fields(Memory)]
+    reads = [name for name in SQL if re.match(r"get_memor|search_memories", name)]
+    assert len(reads) >= 13
+    for name in reads:
+        columns = [column.name for column in (await raw.prepare(SQL[name].sql)).get_attributes()]
+        wanted = fields if name.startswith("search") else fields[:-1]
+        assert columns[: len(wanted)] == wanted, name
+        assert set(columns[len(wanted) :]) <= {"by_hnsw"}, name
+
+
+# --- the Python side -------------------------------------------------------------------------------------------------
+
+
+def _strings(path: Path) -> Iterator[tuple[int, str]]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.lineno, node.value
+
+
+def test_no_sql_text_in_the_package() -> None:
+    sql = re.compile(r"\b(SELECT\s|INSERT\s+INTO|UPDATE\s+\w+\s+SET|DELETE\s+FROM|CREATE\s+TABLE|LISTEN\s|NOTIFY\s)", re.I)
+    found = [
+        f"{path.name}:{line}: {text:.60}"
+        for path in PACKAGE.glob("*.py")
+        if path.name not in ADMINISTRATION
+        for line, text in _strings(path)
+        if sql.search(text) and not text.startswith("%")
+    ]
+    assert not found
+
+
+METHODS = {
+    name: method
+    for name, method in inspect.getmembers(elizasql.DatabaseAdapter, inspect.isfunction)
+    if not name.startswith("_")
+}
+
+
+@pytest.mark.parametrize(("name", "method"), METHODS.items(), ids=list(METHODS))
+def test_docstring_names_statements_that_exist(name: str, method: Any) -> None:
+    doc = inspect.getdoc(method)
+    assert doc, name
+    for block in re.findall(r"Statement: (.*?)(?:\n\n|\.\s|Source:|\Z)", doc, re.S):
+        for file, words in re.findall(r"sql/(\w+\.sql) ([\w,\s]+)", block):
+            first = words.split()[0].rstrip(",")
+            assert first in SQL, (name, first)
+            assert SQL[first].file == file, (name, first)
+
+
+def test_every_statement_is_used_and_every_name_exists() -> None:
+    source = "\n".join(path.read_text(encoding="utf-8") for path in PACKAGE.glob("*.py"))
+    used = set(re.findall(r"SQL(?:\.at\(|\[)\s*\"(\w+)\"", source))
+    assert used <= set(SQL), used - set(SQL)
+    for name in SQL:
+        scoped = re.sub(r"_of_(rooms?|entity|world)$", "", name)
+        assert f'"{name}"' in source or f'"{scoped}"' in source, f"{name} is not used"
+
+
+def test_new_ids_are_of_version_7_and_ascend() -> None:
+    ids = [_codecs.new_id() for _ in range(1000)]
+    assert len(set(ids)) == 1000
+    assert {id.version for id in ids} == {7}
+    assert [id.int >> 80 for id in ids] == sorted(id.int >> 80 for id in ids)
