@@ -15,7 +15,9 @@ import re
 import struct
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime, timezone
+from dataclasses import fields, is_dataclass
+from datetime import datetime, timedelta, timezone
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -23,6 +25,7 @@ import numpy as np
 import orjson
 from pgvector import HalfVector, Vector
 
+from ._statements import SQL
 from .errors import ArgumentError, EmbeddingError
 from .types import DIMENSIONS
 
@@ -37,11 +40,19 @@ if TYPE_CHECKING:
 _PEAK_MIN = 2.0**-24
 _PEAK_MAX = 65504.0
 
+# Sequences whose items are no numbers, or numbers that nobody meant as such.
+_NO_NUMBERS = (str, bytes, bytearray, memoryview, Mapping)
+
 _BIG_ENDIAN = np.dtype(">f4")
 _HEADERS = {dimension: struct.pack(">HH", dimension, 0) for dimension in DIMENSIONS}
 
 _JSON_OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS | orjson.OPT_UTC_Z
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+
+# What `UUID` reads beyond this, such as "0x..." or digits of other scripts, is more likely a mistake than an id.
+_UUID = re.compile("(urn:uuid:)?[{]?[0-9a-fA-F-]{32,36}[}]?")
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 
 # --- text and JSON ---------------------------------------------------------------------------------------------------
@@ -77,17 +88,26 @@ def encode_json(value: object, name: str = "value") -> bytes:
     JavaScript. Raises ArgumentError for what JSON cannot hold, integers beyond 64 bits included.
     """
     try:
-        text = orjson.dumps(value, option=_JSON_OPTIONS)
+        text = orjson.dumps(value, option=_JSON_OPTIONS, default=_write_other)
         if b"\\u0000" not in text:
             return b"\x01" + text
+        # What was written is cleaned, not `value`: the text may stand in a dataclass or an enumeration.
+        value = orjson.loads(text)
     except TypeError as error:
         # orjson refuses unpaired surrogates with the same error as everything else that it cannot write.
         if "surrogate" not in str(error):
             raise ArgumentError(f"{name} is not JSON: {error}") from None
     try:
-        return b"\x01" + orjson.dumps(_clean_json(value), option=_JSON_OPTIONS)
-    except TypeError as error:
+        return b"\x01" + orjson.dumps(_clean_json(value), option=_JSON_OPTIONS, default=_write_other)
+    except (TypeError, RecursionError) as error:
         raise ArgumentError(f"{name} is not JSON: {error}") from None
+
+
+def _write_other(value: object) -> str:
+    # asyncpg gives ids of a class of its own under UUID, and orjson knows UUID alone.
+    if isinstance(value, UUID):
+        return str(value)
+    raise TypeError
 
 
 def encode_object(value: object, name: str) -> bytes:
@@ -104,6 +124,10 @@ def _clean_json(value: Any) -> Any:
         return {clean_text(key) if isinstance(key, str) else key: _clean_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_clean_json(item) for item in value]
+    if isinstance(value, Enum):
+        return _clean_json(value.value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _clean_json(getattr(value, field.name)) for field in fields(value) if field.name[0] != "_"}
     return value
 
 
@@ -126,7 +150,7 @@ def as_id(value: object, name: str = "id") -> UUID:
     """Check that an argument is a UUID or its text."""
     if isinstance(value, UUID):
         return value
-    if isinstance(value, str):
+    if isinstance(value, str) and _UUID.fullmatch(value):
         try:
             return UUID(value)
         except ValueError:
@@ -169,13 +193,18 @@ def as_time(value: object, name: str) -> datetime:
         except ValueError:
             raise ArgumentError(f"{name} is not a time: {value!r:.80}") from None
     if isinstance(value, datetime):
-        if value.tzinfo is None:
+        if value.utcoffset() is None:
             raise ArgumentError(f"{name} must have a time zone")
-        return value
+        try:
+            return value.astimezone(timezone.utc)
+        except OverflowError:
+            raise ArgumentError(f"{name} lies outside the calendar: {value!r:.80}") from None
     if isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool):
         try:
-            return datetime.fromtimestamp(value / 1000, timezone.utc)
-        except (OverflowError, ValueError, OSError):
+            # Not through seconds as a float, which are off by a microsecond from the year 2106 on.
+            exact = int(value) if isinstance(value, (int, np.integer)) else float(value)
+            return _EPOCH + timedelta(milliseconds=exact)
+        except (OverflowError, ValueError):
             pass
     raise ArgumentError(f"{name} is not a time: {value!r:.80}")
 
@@ -213,12 +242,15 @@ def as_embedding(value: object, name: str = "embedding") -> Embedding:
     if isinstance(value, (Vector, HalfVector)):
         value = value.to_numpy()
     if not isinstance(value, np.ndarray):
-        if isinstance(value, (str, bytes, Mapping)) or not (isinstance(value, Sequence) or hasattr(value, "__array__")):
+        if isinstance(value, _NO_NUMBERS) or not (isinstance(value, Sequence) or hasattr(value, "__array__")):
             raise EmbeddingError(f"{name} must be an array of numbers, not {type(value).__name__}")
         try:
             value = np.asarray(value)
-        except (ValueError, TypeError, OverflowError) as error:
+        except (ValueError, TypeError, OverflowError, RuntimeError) as error:
+            # RuntimeError: a tensor of torch that requires a gradient, or is on another device.
             raise EmbeddingError(f"{name} must be an array of numbers: {error}") from None
+    if type(value) is not np.ndarray and np.ma.is_masked(value):
+        raise EmbeddingError(f"{name} has components that are masked out")
     if value.ndim != 1:
         raise EmbeddingError(f"{name} must have one axis, not shape {value.shape}")
     if value.dtype.kind not in "fiu":
@@ -262,10 +294,10 @@ def _as_is(value: bytes) -> bytes:
 
 
 async def register(connection: asyncpg.Connection[Any], vector_schema: str) -> None:
-    """Put the codecs on a new connection; two round trips, once in its life.
+    """Put the codecs on a new connection; a few round trips, once in its life.
 
     Parameters arrive encoded by this module, also inside arrays: asyncpg would take an ndarray in a list for a nested
-    array.
+    array. The array type is made known here, so that the first batch does not pay for it.
 
     Args:
         connection: The new connection.
@@ -275,3 +307,4 @@ async def register(connection: asyncpg.Connection[Any], vector_schema: str) -> N
         "vector", schema=vector_schema, encoder=_as_is, decoder=_decode_vector, format="binary"
     )
     await connection.set_type_codec("jsonb", schema="pg_catalog", encoder=_as_is, decoder=_decode_json, format="binary")
+    await connection.prepare(SQL["introduce_types"].sql)

@@ -259,8 +259,8 @@ BEGIN
     END IF;
     EXECUTE format('LOCK TABLE elizasql.%s IN ACCESS EXCLUSIVE MODE', part);
     EXECUTE format('DROP INDEX IF EXISTS elizasql.%s_dim_%s_hnsw', part, dim);
+    SELECT count(*) INTO moved FROM elizasql.embeddings WHERE agent_id = given_agent AND NOT indexed;
     EXECUTE format('UPDATE elizasql.%s SET indexed = TRUE WHERE NOT indexed AND dimension = %s', part, dim);
-    GET DIAGNOSTICS moved = ROW_COUNT;
     EXECUTE format(
         'CREATE INDEX %1$s_dim_%2$s_hnsw ON elizasql.%1$s
          USING hnsw ((dim_%2$s::halfvec(%2$s)) halfvec_cosine_ops) WITH (m = 16, ef_construction = 128) WHERE indexed',

@@ -1,0 +1,170 @@
+"""The background indexer and index_memories."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+import numpy as np
+import pytest
+
+from elizasql import ConfigurationError, ConnectionLostError, DatabaseAdapter, Memory
+
+from .conftest import MakeAdapter
+
+V = np.random.default_rng(0).normal(size=(500, 384)).astype(np.float32)
+
+
+async def tail_of(raw: asyncpg.Connection[Any], agent: UUID) -> int:
+    count: int = await raw.fetchval("SELECT count(*) FROM elizasql.embeddings WHERE agent_id = $1 AND NOT indexed", agent)
+    return count
+
+
+async def write(db: DatabaseAdapter, number: int = 100) -> list[UUID]:
+    return await db.create_memories([Memory(content={}, embedding=v, unique=True) for v in V[:number]], "messages")
+
+
+async def until(condition: Any, seconds: float = 30) -> None:
+    """Poll a condition; the time is a bound for a hung test, not a measure."""
+    async with asyncio.timeout(seconds) if hasattr(asyncio, "timeout") else _no_bound():
+        while not await condition():
+            await asyncio.sleep(0.01)
+
+
+class _no_bound:  # noqa: N801
+    async def __aenter__(self) -> None: ...
+    async def __aexit__(self, *error: object) -> None: ...
+
+
+async def test_manual_indexing_leaves_the_tail_until_it_is_asked(
+    db: DatabaseAdapter, raw: asyncpg.Connection[Any]
+) -> None:
+    await write(db)
+    assert await tail_of(raw, db.agent_id) == 100
+    calls: list[tuple[int, int]] = []
+    db._indexer._config = type(db.config).load(environ={}, index_batch_size=30)
+    assert await db.index_memories(lambda done, total: calls.append((done, total))) == 100
+    assert calls == [(30, 100), (60, 100), (90, 100), (100, 100)]
+    assert await tail_of(raw, db.agent_id) == 0
+    assert await db.index_memories() == 0
+
+
+async def test_background_indexing_empties_the_tail(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
+    db = await make_db(indexing="background", index_batch_size=20)
+    ids = await write(db)
+
+    async def empty() -> bool:
+        return await tail_of(raw, db.agent_id) == 0
+
+    await until(empty)
+    for id, v in zip(ids[:10], V, strict=False):
+        assert (await db.search_memories(embedding=v, table_name="messages", count=1))[0].id == id
+    await db.update_memory({"id": ids[0], "embedding": V[200]})
+    await until(empty)
+
+
+async def test_inline_indexing_leaves_no_tail(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
+    db = await make_db(indexing="inline")
+    ids = await write(db, 20)
+    await db.create_memory(Memory(content={}, embedding=V[30], unique=True), "messages")
+    await db.create_memory(Memory(content={}, embedding=V[31]), "messages")
+    await db.update_memory({"id": ids[0], "embedding": V[32]})
+    await db.upsert_memories([Memory(id=ids[1], content={}, embedding=V[33])], "messages")
+    assert await tail_of(raw, db.agent_id) == 0
+    assert len(await db.search_memories(embedding=V[0], table_name="messages", count=50)) == 22
+
+
+async def test_an_adapter_takes_over_what_another_left(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
+    db = await make_db()
+    await write(db)
+    other = await make_db(db.agent_id, indexing="background")
+
+    async def empty() -> bool:
+        return await tail_of(raw, other.agent_id) == 0
+
+    await until(empty)
+
+
+async def test_several_indexers_share_the_work(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
+    db = await make_db()
+    await write(db, 400)
+    others = [await make_db(db.agent_id, index_batch_size=25) for _ in range(4)]
+    moved = await asyncio.gather(*(adapter.index_memories() for adapter in others))
+    assert sum(moved) == 400
+    assert await tail_of(raw, db.agent_id) == 0
+
+
+async def test_rows_that_are_locked_are_passed_over(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
+    db = await make_db()
+    ids = await write(db, 10)
+    async with raw.transaction():
+        await raw.execute(
+            "SELECT 1 FROM elizasql.embeddings WHERE agent_id = $1 AND memory_id = $2 FOR UPDATE", db.agent_id, ids[0]
+        )
+        assert await db.index_memories() == 9
+    assert await db.index_memories() == 1
+
+
+async def test_rebuild_moves_everything_and_keeps_answers(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
+    db = await make_db()
+    ids = await write(db, 300)
+    await db.index_memories()
+    more = await db.create_memories([Memory(content={}, embedding=v, unique=True) for v in V[300:]], "messages")
+    calls: list[tuple[int, int]] = []
+    assert await db.index_memories(lambda done, total: calls.append((done, total)), rebuild=True) == 200
+    assert calls == [(200, 200)]
+    assert await tail_of(raw, db.agent_id) == 0
+    for id, v in zip([*ids[:5], *more[:5]], [*V[:5], *V[300:305]], strict=True):
+        assert (await db.search_memories(embedding=v, table_name="messages", count=1))[0].id == id
+    # The index stands as the migration made it.
+    definitions = {
+        row["indexdef"].split(" USING ")[1]
+        for row in await raw.fetch("SELECT indexdef FROM pg_indexes WHERE indexname LIKE 'embeddings_p%_dim_384_hnsw'")
+    }
+    assert len(definitions) == 1
+
+
+async def test_close_ends_the_task_in_the_middle_of_its_work(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any]
+) -> None:
+    db = await make_db(indexing="background", index_batch_size=1)
+    await write(db, 300)
+    task = db._indexer._task
+    assert task is not None
+    await db.close()
+    assert task.done()
+    assert db._indexer._task is None
+    left = await tail_of(raw, db.agent_id)
+    other = await make_db(db.agent_id)
+    assert await other.index_memories() == left
+
+
+async def test_trouble_is_logged_and_the_next_look_goes_on(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    db = await make_db(indexing="background", index_interval=0.01)
+    real = db._indexer._move_batch
+    failures = [ConnectionLostError("cut"), ConnectionLostError("cut again")]
+
+    async def failing() -> int:
+        if failures:
+            raise failures.pop()
+        return await real()
+
+    monkeypatch.setattr(db._indexer, "_move_batch", failing)
+    with caplog.at_level(logging.WARNING, "elizasql"):
+        await write(db)
+
+        async def empty() -> bool:
+            return await tail_of(raw, db.agent_id) == 0
+
+        await until(empty)
+    assert "indexing is interrupted" in caplog.text
+
+
+async def test_an_unknown_way_of_indexing_is_refused(make_db: MakeAdapter) -> None:
+    with pytest.raises(ConfigurationError, match="indexing"):
+        await make_db(indexing="later")

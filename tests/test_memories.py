@@ -1,0 +1,649 @@
+"""Memories: store, read, change and delete."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import datetime, timedelta, timezone
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+import numpy as np
+import pytest
+
+from elizasql import (
+    ArgumentError,
+    CheckError,
+    DatabaseAdapter,
+    EmbeddingDimensionError,
+    Entity,
+    ForeignKeyError,
+    Memory,
+    NotFoundError,
+    Room,
+    World,
+)
+
+from .conftest import MakeAdapter, Scene, make_scene
+
+T0 = datetime(2026, 1, 1, tzinfo=timezone.utc)
+
+
+def vector(seed: int, dimension: int = 384) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return np.random.default_rng(seed).normal(size=dimension).astype(np.float32)
+
+
+def memory(scene: Scene, text: str = "hello", **fields: Any) -> Memory:
+    return Memory(**{"entity_id": scene.entity, "room_id": scene.room, "content": {"text": text}, **fields})
+
+
+async def rows_of(raw: asyncpg.Connection[Any], db: DatabaseAdapter, table: str) -> int:
+    count: int = await raw.fetchval(f"SELECT count(*) FROM elizasql.{table} WHERE agent_id = $1", db.agent_id)
+    return count
+
+
+# --- create ----------------------------------------------------------------------------------------------------------
+
+
+async def test_create_gives_everything_back(db: DatabaseAdapter, agent_world: Scene) -> None:
+    given = memory(
+        agent_world,
+        "hello",
+        id=uuid4(),
+        world_id=agent_world.world,
+        metadata={"a": [1, None, {"b": "c"}]},
+        unique=False,
+        created_at=T0,
+        embedding=vector(1),
+    )
+    id = await db.create_memory(given, "messages")
+    assert id == given.id
+    stored = await db.get_memory_by_id(id, include_embedding=True)
+    assert stored is not None
+    assert stored.type == "messages"
+    assert stored.agent_id == db.agent_id
+    for name in ("entity_id", "room_id", "world_id", "content", "metadata", "unique", "created_at"):
+        assert getattr(stored, name) == getattr(given, name), name
+    assert stored.embedding is not None
+    np.testing.assert_array_equal(stored.embedding, vector(1))
+    assert stored.embedding.dtype == np.float32
+    without = await db.get_memory_by_id(id)
+    assert without is not None and without.embedding is None
+
+
+async def test_create_fills_in_what_is_missing(db: DatabaseAdapter, agent_world: Scene) -> None:
+    before = datetime.now(timezone.utc) - timedelta(minutes=5)
+    id = await db.create_memory({"content": {}}, table_name="facts")
+    stored = await db.get_memory_by_id(id)
+    assert stored is not None
+    assert (stored.entity_id, stored.room_id, stored.world_id) == (None, None, None)
+    assert stored.metadata == {} and stored.unique is True
+    assert stored.created_at is not None and stored.created_at > before
+
+
+async def test_a_second_create_of_an_id_changes_nothing(
+    db: DatabaseAdapter, agent_world: Scene, raw: asyncpg.Connection[Any]
+) -> None:
+    id = uuid4()
+    assert await db.create_memory(memory(agent_world, "first", id=id, embedding=vector(1), unique=True), "messages") == id
+    assert await db.create_memory(memory(agent_world, "second", id=id, embedding=vector(2), unique=True), "messages") == id
+    assert await db.create_memory(memory(agent_world, "third", id=id, embedding=vector(3)), "messages") == id
+    assert await db.create_memories([memory(agent_world, "fourth", id=id, embedding=vector(4))], "messages") == [id]
+    stored = await db.get_memory_by_id(id, include_embedding=True)
+    assert stored is not None and stored.content == {"text": "first"}
+    np.testing.assert_array_equal(stored.embedding, vector(1))  # type: ignore[arg-type]
+    assert await rows_of(raw, db, "embeddings") == 1
+
+
+async def test_batch_gives_ids_in_order_and_the_first_of_an_id_counts(db: DatabaseAdapter, agent_world: Scene) -> None:
+    a, b = uuid4(), uuid4()
+    batch = [memory(agent_world, "b", id=b), memory(agent_world, "a", id=a), memory(agent_world, "again", id=b)]
+    assert await db.create_memories(batch, "messages") == [b, a, b]
+    assert {m.id: m.content for m in await db.get_memories_by_ids([a, b])} == {a: {"text": "a"}, b: {"text": "b"}}
+    assert await db.create_memories([], "messages") == []
+
+
+async def test_batch_without_times_keeps_its_order(db: DatabaseAdapter, agent_world: Scene) -> None:
+    await db.create_memories([memory(agent_world, str(i)) for i in range(50)], "messages")
+    newest_first = await db.get_memories(table_name="messages")
+    assert [m.content["text"] for m in newest_first] == [str(i) for i in reversed(range(50))]  # type: ignore[index]
+
+
+async def test_batch_of_several_types_and_of_the_batch_contract(db: DatabaseAdapter, agent_world: Scene) -> None:
+    ids = await db.create_memories(
+        [
+            {"memory": memory(agent_world, "f"), "tableName": "facts", "unique": False},
+            {"memory": {"content": {"text": "d"}, "roomId": str(agent_world.room)}, "tableName": "documents"},
+            memory(agent_world, "m", type="messages"),
+        ]
+    )
+    stored = {m.id: m for m in await db.get_memories_by_ids(ids)}
+    assert [stored[id].type for id in ids] == ["facts", "documents", "messages"]
+    assert stored[ids[0]].unique is False
+    with pytest.raises(ArgumentError, match="table_name is missing"):
+        await db.create_memories([memory(agent_world, "x")])
+
+
+async def test_a_bad_row_leaves_nothing_of_the_batch(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any]
+) -> None:
+    db = await make_db(batch_size=10)
+    scene = await make_scene(db)
+    good = [memory(scene, str(i), embedding=vector(i), unique=True) for i in range(35)]
+    with pytest.raises(ForeignKeyError) as caught:
+        await db.create_memories([*good, memory(scene, "bad", room_id=uuid4())], "messages")
+    assert caught.value.constraint == "memories_room_fkey"
+    assert caught.value.table == "memories"
+    assert await rows_of(raw, db, "memories") == await rows_of(raw, db, "embeddings") == 0
+    assert len(await db.create_memories(good, "messages")) == 35
+    assert await rows_of(raw, db, "embeddings") == 35
+
+
+@pytest.mark.parametrize(
+    ("field", "constraint"),
+    [("room_id", "memories_room_fkey"), ("entity_id", "memories_entity_fkey"), ("world_id", "memories_world_fkey")],
+)
+async def test_broken_references_are_errors(db: DatabaseAdapter, agent_world: Scene, field: str, constraint: str) -> None:
+    for bad in (memory(agent_world, **{field: uuid4()}), memory(agent_world, embedding=vector(1), **{field: uuid4()})):
+        with pytest.raises(ForeignKeyError) as caught:
+            await db.create_memory(bad, "messages")
+        assert caught.value.constraint == constraint
+        assert str(getattr(bad, field)) in str(caught.value)
+
+
+async def test_documents_and_fragments_need_their_keys(db: DatabaseAdapter, agent_world: Scene) -> None:
+    for metadata in ({"type": "document"}, {"type": "fragment", "documentId": "x"}, {"type": "fragment", "position": 0}):
+        with pytest.raises(CheckError):
+            await db.create_memory(memory(agent_world, metadata=metadata), "documents")
+    await db.create_memory(memory(agent_world, metadata={"type": "document", "timestamp": 1}), "documents")
+
+
+async def test_an_embedding_needs_a_locked_dimension(make_db: MakeAdapter) -> None:
+    db = await make_db(dimension=None)
+    scene = await make_scene(db)
+    assert await db.get_embedding_dimension() is None
+    for unique in (True, None):
+        with pytest.raises(EmbeddingDimensionError) as caught:
+            await db.create_memory(memory(scene, embedding=vector(1), unique=unique), "messages")
+        assert (caught.value.locked, caught.value.given) == (None, 384)
+    assert await db.count_memories() == 0
+    assert await db.search_memories(embedding=vector(1), table_name="messages") == []
+    await db.create_memory(memory(scene), "messages")
+
+
+async def test_a_lock_by_another_adapter_is_found(make_db: MakeAdapter) -> None:
+    early = await make_db(dimension=None)
+    other = await make_db(early.agent_id, dimension=768)
+    scene = await make_scene(other)
+    with pytest.raises(EmbeddingDimensionError) as caught:
+        await early.create_memory(memory(scene, embedding=vector(1)), "messages")
+    assert (caught.value.locked, caught.value.given) == (768, 384)
+    id = await early.create_memory(memory(scene, embedding=vector(1, 768)), "messages")
+    stored = await early.get_memory_by_id(id, include_embedding=True)
+    assert stored is not None and stored.embedding is not None and stored.embedding.shape == (768,)
+
+
+@pytest.mark.parametrize("dimension", [384, 512, 768, 1024, 1536, 3072])
+async def test_every_dimension_stores_indexes_and_finds(make_db: MakeAdapter, dimension: int) -> None:
+    db = await make_db(dimension=dimension)
+    scene = await make_scene(db)
+    ids = await db.create_memories(
+        [memory(scene, str(i), embedding=vector(i, dimension), unique=True) for i in range(5)], "messages"
+    )
+    one = await db.create_memory(memory(scene, "one", embedding=vector(77, dimension)), "messages")
+    for _ in range(2):
+        for seed, id in [*enumerate(ids), (77, one)]:
+            for scope in ({}, {"room_id": scene.room}, {"entity_id": scene.entity}):
+                found = await db.search_memories(
+                    embedding=vector(seed, dimension), table_name="messages", count=1, include_embedding=True, **scope
+                )
+                assert found[0].id == id
+                assert found[0].similarity == pytest.approx(1.0, abs=1e-5)
+                np.testing.assert_array_equal(found[0].embedding, vector(seed, dimension))  # type: ignore[arg-type]
+        await db.index_memories()
+    await db.update_memory({"id": one, "embedding": vector(78, dimension)})
+    await db.upsert_memories([Memory(id=ids[0], content={}, embedding=vector(79, dimension))], "messages")
+    found = await db.search_memories(embedding=vector(78, dimension), table_name="messages", count=1)
+    assert found[0].id == one
+    found = await db.search_memories(embedding=vector(79, dimension), table_name="messages", count=1)
+    assert found[0].id == ids[0]
+    assert await db.index_memories(rebuild=True) == 2
+    cached = await db.get_cached_embeddings(query_table_name="messages", query_threshold=0, query_input="one")
+    np.testing.assert_array_equal(cached[0]["embedding"], vector(78, dimension))
+
+
+# --- near-duplicates -------------------------------------------------------------------------------------------------
+
+
+async def test_near_duplicates_are_marked_in_their_scope(db: DatabaseAdapter, agent_world: Scene) -> None:
+    other_room = await db.create_room(Room(source="t", type="DM"))
+    base = vector(1)
+    near = base + 0.01 * vector(2)
+    far = vector(3)
+
+    async def unique_of(given: Memory, table: str = "messages") -> bool | None:
+        stored = await db.get_memory_by_id(await db.create_memory(given, table))
+        assert stored is not None
+        return stored.unique
+
+    assert await unique_of(memory(agent_world, embedding=base)) is True
+    assert await unique_of(memory(agent_world, embedding=near)) is False
+    assert await unique_of(memory(agent_world, embedding=far)) is True
+    assert await unique_of(memory(agent_world, embedding=near), "facts") is True
+    assert await unique_of(memory(agent_world, embedding=near, room_id=other_room)) is True
+    assert await unique_of(memory(agent_world, embedding=near, entity_id=agent_world.other)) is True
+    # Without a room every memory of the type counts.
+    assert await unique_of(memory(agent_world, embedding=near, room_id=None, entity_id=None)) is False
+    # What is said wins over what is found.
+    assert await unique_of(memory(agent_world, embedding=near, unique=True)) is True
+    stored = await db.get_memory_by_id(await db.create_memory(memory(agent_world, embedding=far), "messages", unique=True))
+    assert stored is not None and stored.unique is True
+    only_unique = await db.search_memories(embedding=base, table_name="messages", unique=True, count=50)
+    assert all(m.unique for m in only_unique) and len(only_unique) == 6
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+async def test_near_duplicates_within_a_batch_and_against_the_index(
+    db: DatabaseAdapter, agent_world: Scene, indexed: bool
+) -> None:
+    await db.create_memory(memory(agent_world, embedding=vector(1)), "messages")
+    if indexed:
+        await db.index_memories()
+    batch = [
+        memory(agent_world, "near the stored", embedding=vector(1) * 3),
+        memory(agent_world, "new", embedding=vector(2)),
+        memory(agent_world, "near the one before", embedding=vector(2) + 0.001),
+        memory(agent_world, "said to be unique", embedding=vector(2), unique=True),
+        memory(agent_world, "no embedding"),
+        memory(agent_world, "another new", embedding=vector(3)),
+        memory(agent_world, "near in another room", embedding=vector(3), room_id=None),
+    ]
+    ids = await db.create_memories(batch, "messages")
+    stored = {m.id: m.unique for m in await db.get_memories_by_ids(ids)}
+    assert [stored[id] for id in ids] == [False, True, False, True, True, True, False]
+
+
+async def test_of_concurrent_near_duplicates_exactly_one_is_unique(make_db: MakeAdapter) -> None:
+    db = await make_db(pool_max_size=8)
+    scene = await make_scene(db)
+    others = [await make_db(db.agent_id, pool_max_size=3) for _ in range(3)]
+    for round in range(5):
+        base = vector(100 + round)
+        calls = [
+            adapter.create_memory(memory(scene, embedding=base + 0.001 * vector(i)), "messages")
+            for i, adapter in enumerate([db, db, db, db, *others])
+        ]
+        calls += [
+            adapter.create_memories([memory(scene, embedding=base + 0.001 * vector(9)) for _ in range(3)], "messages")  # type: ignore[misc]
+            for adapter in others
+        ]
+        done: list[Any] = await asyncio.gather(*calls)
+        ids = [id for item in done for id in (item if isinstance(item, list) else [item])]
+        uniques = [m.unique for m in await db.get_memories_by_ids(ids)]
+        assert len(uniques) == 16 and uniques.count(True) == 1
+
+
+async def test_batches_over_rooms_in_opposite_order_do_not_block_each_other(make_db: MakeAdapter) -> None:
+    db = await make_db(pool_max_size=8)
+    scene = await make_scene(db)
+    rooms = await db.create_rooms([Room(source="t", type="GROUP") for _ in range(6)])
+    for round in range(4):
+        await asyncio.gather(
+            *(
+                db.create_memories(
+                    [
+                        memory(scene, room_id=room, embedding=vector(1000 * round + 100 * i + j))
+                        for j, room in enumerate(rooms if i % 2 else reversed(rooms))
+                    ],
+                    "messages",
+                )
+                for i in range(8)
+            )
+        )
+    assert await db.count_memories() == 4 * 8 * 6
+
+
+# --- read ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def library(db: DatabaseAdapter, agent_world: Scene) -> list[Memory]:
+    """Give 60 memories, newest first, over two rooms, two entities and two worlds, with equal times among them."""
+    room = await db.create_room(Room(id=uuid4(), source="t", type="GROUP", world_id=agent_world.world))
+    world = await db.create_world(World(name="w2"))
+    given = [
+        Memory(
+            id=uuid4(),
+            room_id=agent_world.room if i % 3 else room,
+            entity_id=agent_world.entity if i % 4 else agent_world.other,
+            world_id=[agent_world.world, world, None][i % 3],
+            content={"text": f"Text {i} {'needle' if i % 7 == 0 else ''}"},
+            metadata={"n": i, "tag": {"x": i % 2}},
+            unique=i % 5 != 0,
+            created_at=T0 + timedelta(seconds=i // 4),
+        )
+        for i in range(60)
+    ]
+    await db.create_memories(given, "messages")
+    await db.create_memories([Memory(content={"text": "other"})], "facts")
+    return sorted(given, key=lambda m: (m.created_at, m.id), reverse=True)  # type: ignore[type-var,return-value]
+
+
+def ids_of(memories: list[Memory]) -> list[UUID | None]:
+    return [m.id for m in memories]
+
+
+async def test_get_memories_filters_and_orders(db: DatabaseAdapter, agent_world: Scene, library: list[Memory]) -> None:
+    room, entity, world = agent_world.room, agent_world.other, agent_world.world
+
+    async def check(wanted: Any, **filters: Any) -> None:
+        expected = [m for m in library if wanted(m)]
+        assert 0 < len(expected) < 61
+        assert ids_of(await db.get_memories(table_name="messages", **filters)) == ids_of(expected), filters
+        counted = {k: v for k, v in filters.items() if k not in ("count", "offset", "agent_id")}
+        assert await db.count_memories(table_name="messages", **counted) == len(expected), filters
+
+    await check(lambda m: True)
+    await check(lambda m: True, agent_id=db.agent_id)
+    await check(lambda m: m.room_id == room, room_id=room)
+    await check(lambda m: m.entity_id == entity, entity_id=entity)
+    await check(lambda m: m.world_id == world, world_id=world)
+    await check(lambda m: m.room_id == room and m.entity_id == entity, room_id=str(room), entity_id=entity)
+    await check(lambda m: m.entity_id == entity and m.world_id == world, world_id=world, entity_id=entity)
+    await check(lambda m: m.unique, unique=True)
+    await check(lambda m: m.unique and m.room_id == room, unique=True, room_id=room)
+    five, nine = T0 + timedelta(seconds=5), T0 + timedelta(seconds=9)
+    await check(lambda m: five <= m.created_at <= nine, start=five, end=nine)
+    milliseconds = five.timestamp() * 1000
+    await check(lambda m: m.created_at >= five and m.room_id == room, start=milliseconds, room_id=room)
+    await check(lambda m: m.created_at <= five and m.entity_id == entity, end=five, entity_id=entity)
+    await check(lambda m: m.metadata["tag"] == {"x": 1}, metadata={"tag": {"x": 1}})
+    await check(lambda m: "needle" in m.content["text"], text_contains="NEEDLE")
+    await check(lambda m: "needle" in m.content["text"] and m.world_id == world, text_contains="needle", world_id=world)
+    # Zero is a time and a number, None is not given.
+    assert await db.get_memories(table_name="messages", end=0) == []
+    assert len(await db.get_memories(table_name="messages", start=0)) == 60
+    assert await db.get_memories(table_name="messages", count=0) == []
+    assert await db.get_memories(table_name="nothing") == []
+    assert await db.count_memories(room_ids=[room, uuid4()]) == await db.count_memories(room)
+    assert await db.count_memories(room_ids=[]) == 0
+
+
+async def test_pages_by_offset_and_by_cursor_cover_all_once(
+    db: DatabaseAdapter, agent_world: Scene, library: list[Memory]
+) -> None:
+    for scope in ({}, {"room_id": agent_world.room}, {"entity_id": agent_world.entity}, {"world_id": agent_world.world}):
+        everything = await db.get_memories(table_name="messages", **scope)  # type: ignore[arg-type]
+        for size in (1, 7, 100):
+            by_offset: list[Memory] = []
+            by_cursor: list[Memory] = []
+            while page := await db.get_memories(
+                table_name="messages", count=size, offset=len(by_offset), **scope  # type: ignore[arg-type]
+            ):
+                by_offset += page
+            cursor: Any = None
+            while page := await db.get_memories(table_name="messages", limit=size, cursor=cursor, **scope):  # type: ignore[arg-type]
+                by_cursor += page
+                last = page[-1]
+                cursor = [last, (last.created_at, last.id), {"createdAt": last.created_at, "id": last.id}][size % 3]
+            assert ids_of(by_offset) == ids_of(by_cursor) == ids_of(everything)
+
+
+async def test_get_by_ids_rooms_and_worlds(db: DatabaseAdapter, agent_world: Scene, library: list[Memory]) -> None:
+    some = [library[20].id, library[3].id, uuid4(), library[40].id]
+    assert ids_of(await db.get_memories_by_ids(some)) == [library[3].id, library[20].id, library[40].id]  # type: ignore[arg-type]
+    assert await db.get_memories_by_ids(some, "facts") == []  # type: ignore[arg-type]
+    assert await db.get_memories_by_ids([]) == []
+    assert await db.get_memory_by_id(uuid4()) is None
+    rooms = list({m.room_id for m in library})
+    by_rooms = await db.get_memories_by_room_ids(room_ids=[*rooms, *rooms], table_name="messages")  # type: ignore[list-item]
+    assert ids_of(by_rooms) == ids_of(library)
+    assert ids_of(await db.get_memories_by_room_ids(room_ids=rooms, table_name="messages", count=9)) == ids_of(library[:9])  # type: ignore[arg-type]
+    assert await db.get_memories_by_room_ids(room_ids=[], table_name="messages") == []
+    # Both rooms are of the world; and one memory that names the world stands in no room.
+    lone = await db.create_memory(Memory(content={}, world_id=agent_world.world, created_at=T0), "messages")
+    by_world = await db.get_memories_by_world_id(world_id=agent_world.world)
+    assert set(ids_of(by_world)) == {*ids_of(library), lone}
+    assert ids_of(await db.get_memories_by_world_id(world_id=agent_world.world, count=5)) == ids_of(library[:5])
+
+
+# --- change ----------------------------------------------------------------------------------------------------------
+
+
+async def test_update_changes_what_is_given(
+    db: DatabaseAdapter, agent_world: Scene, raw: asyncpg.Connection[Any]
+) -> None:
+    room = await db.create_room(Room(source="t", type="DM"))
+    id = await db.create_memory(memory(agent_world, "a", metadata={"k": 1}, embedding=vector(1)), "messages")
+    before = await db.get_memory_by_id(id)
+    assert before is not None
+    assert await db.update_memory({"id": id, "content": {"text": "b"}}) is True
+    assert await db.update_memory(Memory(id=id, metadata={"z": 2}, unique=False)) is True
+    assert await db.update_memory({"id": str(id), "roomId": room, "worldId": agent_world.world}) is True
+    after = await db.get_memory_by_id(id, include_embedding=True)
+    assert after is not None
+    assert (after.content, after.metadata, after.unique) == ({"text": "b"}, {"z": 2}, False)
+    assert (after.room_id, after.world_id, after.entity_id) == (room, agent_world.world, agent_world.entity)
+    assert (after.type, after.created_at) == (before.type, before.created_at)
+    np.testing.assert_array_equal(after.embedding, vector(1))  # type: ignore[arg-type]
+    # The scope beside the vector moved with it.
+    scope = await raw.fetchrow(
+        'SELECT room_id, world_id, entity_id, "unique", type FROM elizasql.embeddings WHERE memory_id = $1', id
+    )
+    assert tuple(scope) == (room, agent_world.world, agent_world.entity, False, "messages")
+    assert await db.search_memories(embedding=vector(1), table_name="messages", room_id=agent_world.room) == []
+    assert len(await db.search_memories(embedding=vector(1), table_name="messages", room_id=room)) == 1
+
+
+async def test_update_replaces_and_adds_vectors(db: DatabaseAdapter, agent_world: Scene) -> None:
+    with_vector = await db.create_memory(memory(agent_world, "a", embedding=vector(1)), "messages")
+    without = await db.create_memory(memory(agent_world, "b"), "messages")
+    await db.index_memories()
+    await db.update_memories([{"id": with_vector, "embedding": vector(2)}, {"id": without, "embedding": vector(3)}])
+    for seed, id in ((2, with_vector), (3, without)):
+        assert (await db.search_memories(embedding=vector(seed), table_name="messages", count=1))[0].id == id
+    assert (await db.search_memories(embedding=vector(1), table_name="messages", count=1))[0].similarity < 0.9  # type: ignore[operator]
+
+
+async def test_updates_of_unknown_memories(db: DatabaseAdapter, agent_world: Scene) -> None:
+    id = await db.create_memory(memory(agent_world, "a"), "messages")
+    unknown = uuid4()
+    assert await db.update_memory({"id": unknown, "content": {}}) is False
+    assert await db.update_memory({"id": unknown, "embedding": vector(1)}) is False
+    with pytest.raises(NotFoundError, match=str(unknown)):
+        await db.update_memories([{"id": id, "content": {"text": "changed"}}, {"id": unknown, "content": {}}])
+    stored = await db.get_memory_by_id(id)
+    assert stored is not None and stored.content == {"text": "a"}
+    with pytest.raises(ArgumentError, match="id is missing"):
+        await db.update_memory({"content": {}})
+    await db.update_memories([])
+
+
+async def test_concurrent_vector_updates_leave_one_row(
+    db: DatabaseAdapter, agent_world: Scene, raw: asyncpg.Connection[Any]
+) -> None:
+    id = await db.create_memory(memory(agent_world), "messages")
+    await asyncio.gather(*(db.update_memory({"id": id, "embedding": vector(i)}) for i in range(12)))
+    assert await rows_of(raw, db, "embeddings") == 1
+    assert len(await db.get_memories(table_name="messages", include_embedding=True)) == 1
+
+
+async def test_upsert_replaces_what_is_given_and_keeps_the_rest(db: DatabaseAdapter, agent_world: Scene) -> None:
+    room = await db.create_room(Room(source="t", type="DM"))
+    id, new = uuid4(), uuid4()
+    await db.create_memory(
+        memory(agent_world, "a", id=id, metadata={"k": 1}, embedding=vector(1), unique=False, created_at=T0), "messages"
+    )
+    assert await db.upsert_memories(
+        [
+            Memory(id=id, content={"text": "lost"}),
+            Memory(id=id, content={"text": "b"}, room_id=room, entity_id=agent_world.other, created_at=T0 + timedelta(days=1)),
+            Memory(id=new, content={"text": "new"}, room_id=room, embedding=vector(2)),
+        ],
+        "facts",
+    ) == [id, id, new]
+    old = await db.get_memory_by_id(id, include_embedding=True)
+    assert old is not None
+    assert (old.content, old.metadata, old.unique, old.type) == ({"text": "b"}, {}, False, "messages")
+    assert (old.room_id, old.entity_id, old.created_at) == (agent_world.room, agent_world.entity, T0)
+    np.testing.assert_array_equal(old.embedding, vector(1))  # type: ignore[arg-type]
+    created = await db.get_memory_by_id(new)
+    assert created is not None and (created.type, created.unique, created.room_id) == ("facts", True, room)
+    await db.upsert_memories([Memory(id=id, content={}, unique=True, embedding=vector(5))], "messages")
+    found = await db.search_memories(embedding=vector(5), table_name="messages", unique=True, count=1)
+    assert found[0].id == id and found[0].similarity == pytest.approx(1, abs=1e-5)
+
+
+async def test_a_deleted_world_is_cleared_from_memory_and_vector(
+    db: DatabaseAdapter, agent_world: Scene, raw: asyncpg.Connection[Any]
+) -> None:
+    id = await db.create_memory(memory(agent_world, world_id=agent_world.world, embedding=vector(1)), "messages")
+    assert await db.remove_world(agent_world.world) is True
+    stored = await db.get_memory_by_id(id)
+    assert stored is not None and stored.world_id is None
+    assert await raw.fetchval("SELECT world_id FROM elizasql.embeddings WHERE memory_id = $1", id) is None
+    room = await db.get_room(agent_world.room)
+    assert room is not None and room.world_id is None
+
+
+# --- delete ----------------------------------------------------------------------------------------------------------
+
+
+async def test_delete_takes_fragments_and_vectors_along(
+    db: DatabaseAdapter, agent_world: Scene, raw: asyncpg.Connection[Any]
+) -> None:
+    document, other = uuid4(), uuid4()
+    await db.create_memory(
+        memory(agent_world, id=document, metadata={"type": "document", "timestamp": 1}, embedding=vector(1)), "documents"
+    )
+    fragments = [
+        memory(
+            agent_world,
+            metadata={"type": "fragment", "documentId": str(owner), "position": i},
+            embedding=vector(i),
+            unique=True,
+        )
+        for owner in (document, other)
+        for i in range(10, 15)
+    ]
+    await db.create_memories(fragments, "fragments")
+    assert await db.delete_memory(document) is True
+    assert await db.count_memories(table_name="fragments") == 5
+    assert await rows_of(raw, db, "embeddings") == 5
+    assert await db.delete_memory(document) is False
+    assert await db.delete_memories([]) == 0
+    assert await db.delete_memories([other, uuid4()]) == 5
+    assert await rows_of(raw, db, "memories") == await rows_of(raw, db, "embeddings") == 0
+
+
+async def test_delete_all_of_rooms(db: DatabaseAdapter, agent_world: Scene, raw: asyncpg.Connection[Any]) -> None:
+    room = await db.create_room(Room(source="t", type="DM"))
+    document = uuid4()
+    await db.create_memories([memory(agent_world, str(i)) for i in range(20)], "messages")
+    await db.create_memories([memory(agent_world, str(i), room_id=room) for i in range(3)], "messages")
+    await db.create_memory(memory(agent_world, "kept"), "facts")
+    await db.create_memory(memory(agent_world, id=document, metadata={"type": "document", "timestamp": 1}), "documents")
+    fragment = {"type": "fragment", "documentId": str(document), "position": 0}
+    await db.create_memory(memory(agent_world, room_id=room, metadata=fragment), "fragments")
+    assert await db.delete_all_memories(agent_world.room, "messages") == 20
+    assert await db.delete_all_memories(agent_world.room, "documents") == 2
+    assert await db.delete_all_memories([agent_world.room, room], "messages") == 3
+    assert await db.delete_all_memories([], "messages") == 0
+    assert await rows_of(raw, db, "memories") == 1
+
+
+# --- one agent and another -------------------------------------------------------------------------------------------
+
+
+async def test_no_method_reaches_another_agents_memories(make_db: MakeAdapter) -> None:
+    mine, theirs = await make_db(), await make_db()
+    scene = await make_scene(theirs)
+    # The same ids exist for both agents: rooms, entities, worlds and memories do not collide.
+    await mine.create_world(World(id=scene.world))
+    await mine.create_room(Room(id=scene.room, source="t", type="GROUP"))
+    await mine.create_entities([Entity(id=scene.entity), Entity(id=scene.other)])
+    id = await theirs.create_memory(memory(scene, "secret", world_id=scene.world, embedding=vector(1)), "messages")
+    assert await mine.get_memory_by_id(id) is None
+    assert await mine.get_memories_by_ids([id]) == []
+    assert await mine.get_memories(table_name="messages") == []
+    assert await mine.get_memories(table_name="messages", room_id=scene.room) == []
+    assert await mine.get_memories_by_room_ids(room_ids=[scene.room], table_name="messages") == []
+    assert await mine.get_memories_by_world_id(world_id=scene.world) == []
+    assert await mine.count_memories() == 0
+    for scope in ({}, {"room_id": scene.room}, {"entity_id": scene.entity}, {"world_id": scene.world}):
+        assert await mine.search_memories(embedding=vector(1), table_name="messages", **scope) == []
+    assert await mine.get_cached_embeddings(query_table_name="messages", query_threshold=9, query_input="secret") == []
+    assert await mine.update_memory({"id": id, "content": {"text": "mine"}}) is False
+    assert await mine.delete_memory(id) is False
+    assert await mine.delete_all_memories(scene.room, "messages") == 0
+    assert await mine.create_memory(Memory(id=id, content={"text": "own"}, embedding=vector(1)), "messages") == id
+    own, secret = await mine.get_memory_by_id(id), await theirs.get_memory_by_id(id)
+    assert own is not None and own.content == {"text": "own"} and own.unique is True
+    assert secret is not None and secret.content == {"text": "secret"}
+    await mine.upsert_memories([Memory(id=id, content={"text": "own 2"})], "messages")
+    assert await mine.delete_memory(id) is True
+    secret = await theirs.get_memory_by_id(id)
+    assert secret is not None and secret.content == {"text": "secret"}
+    with pytest.raises(ArgumentError, match="agent_id"):
+        await mine.create_memory(Memory(agent_id=theirs.agent_id, content={}), "messages")
+    with pytest.raises(ArgumentError, match="agent_id"):
+        await mine.get_memories(table_name="messages", agent_id=theirs.agent_id)
+
+
+# --- cached embeddings -----------------------------------------------------------------------------------------------
+
+
+async def test_cached_embeddings_by_edit_distance(db: DatabaseAdapter, agent_world: Scene) -> None:
+    texts = ["kitten", "sitting", "mitten", "kitte", "x" * 600, "", "sitten " * 100]
+    await db.create_memories(
+        [memory(agent_world, text, embedding=vector(i), unique=True) for i, text in enumerate(texts)], "messages"
+    )
+    await db.create_memory(memory(agent_world, "kitten"), "messages")
+
+    async def ask(text: str, threshold: int, count: int = 10, **more: Any) -> list[tuple[int, int]]:
+        found = await db.get_cached_embeddings(
+            query_table_name="messages", query_threshold=threshold, query_input=text, query_match_count=count, **more
+        )
+        known = {vector(i).tobytes(): i for i in range(len(texts))}
+        return [(known[hit["embedding"].tobytes()], hit["levenshtein_score"]) for hit in found]
+
+    assert await ask("kitten", 0) == [(0, 0)]
+    assert sorted(await ask("kitten", 1)) == [(0, 0), (2, 1), (3, 1)]
+    assert await ask("kitten", 3, 1) == [(0, 0)]
+    assert (1, 3) in await ask("kitten", 3)
+    assert await ask("x" * 598 + "yy", 2) == [(4, 2)]
+    assert await ask("z" * 5000, 5) == []
+    assert await ask("", 0) == [(5, 0)]
+    assert await ask("kitten", 0, 0) == []
+    assert await ask("", 0, query_field_name="metadata") == []
+
+
+async def test_cached_embeddings_of_other_fields(db: DatabaseAdapter, agent_world: Scene) -> None:
+    await db.create_memory(
+        Memory(content={"name": "Ann"}, metadata={"alias": "Anna"}, embedding=vector(1)), "people"
+    )
+    for field, key in (("content", "name"), ("metadata", "alias")):
+        found = await db.get_cached_embeddings(
+            query_table_name="people",
+            query_threshold=1,
+            query_input="Anne",
+            query_field_name=field,
+            query_field_sub_name=key,
+        )
+        assert [hit["levenshtein_score"] for hit in found] == [1]
+    with pytest.raises(ArgumentError):
+        await db.get_cached_embeddings(
+            query_table_name="people", query_threshold=1, query_input="x", query_field_name="embedding"
+        )
+
+
+async def test_cached_embeddings_beyond_one_round_trip(
+    db: DatabaseAdapter, agent_world: Scene, round_trips: list[str]
+) -> None:
+    await db.create_memories(
+        [memory(agent_world, f"text {i:03}", embedding=vector(i), unique=True) for i in range(300)], "messages"
+    )
+    round_trips.clear()
+    found = await db.get_cached_embeddings(query_table_name="messages", query_threshold=0, query_input="text 123")
+    np.testing.assert_array_equal(found[0]["embedding"], vector(123))
+    assert len(round_trips) == 2

@@ -1,0 +1,124 @@
+"""One round trip for each public method of the hot path, one a chunk for batches."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+from uuid import uuid4
+
+import asyncpg
+import numpy as np
+import pytest
+
+from elizasql import Agent, DatabaseAdapter, Entity, Memory, Room, World, _codecs
+from elizasql._statements import SQL
+
+from .conftest import MakeAdapter, Scene, make_scene
+
+V = np.random.default_rng(0).normal(size=(20, 384)).astype(np.float32)
+
+CALLS: dict[str, Callable[[DatabaseAdapter, Scene], Awaitable[Any]]] = {
+    "is_ready": lambda db, s: db.is_ready(),
+    "get_agent": lambda db, s: db.get_agent(db.agent_id),
+    "create_agent": lambda db, s: db.create_agent(Agent(name="x")),
+    "ensure_agent_exists": lambda db, s: db.ensure_agent_exists(),
+    "delete_agent": lambda db, s: db.delete_agent(uuid4()),
+    "create_world": lambda db, s: db.create_world(World(name="x")),
+    "get_world": lambda db, s: db.get_world(s.world),
+    "get_all_worlds": lambda db, s: db.get_all_worlds(),
+    "remove_world": lambda db, s: db.remove_world(uuid4()),
+    "create_rooms": lambda db, s: db.create_rooms([Room(source="a", type="DM"), Room(source="b", type="DM")]),
+    "get_rooms_by_ids": lambda db, s: db.get_rooms_by_ids([s.room, uuid4()]),
+    "get_rooms_by_world": lambda db, s: db.get_rooms_by_world(s.world),
+    "delete_room": lambda db, s: db.delete_room(uuid4()),
+    "create_entities": lambda db, s: db.create_entities([Entity(id=uuid4()), Entity(id=uuid4())]),
+    "get_entities_by_ids": lambda db, s: db.get_entities_by_ids([s.entity]),
+    "get_entities_for_room": lambda db, s: db.get_entities_for_room(s.room),
+    "delete_entity": lambda db, s: db.delete_entity(uuid4()),
+    "add_participant": lambda db, s: db.add_participant(s.entity, s.room),
+    "add_participants_room": lambda db, s: db.add_participants_room([s.entity, s.other], s.room),
+    "remove_participant": lambda db, s: db.remove_participant(s.other, s.room),
+    "get_participants_for_room": lambda db, s: db.get_participants_for_room(s.room),
+    "is_room_participant": lambda db, s: db.is_room_participant(s.room, s.entity),
+    "get_rooms_for_participant": lambda db, s: db.get_rooms_for_participant(s.entity),
+    "ensure_embedding_dimension": lambda db, s: db.ensure_embedding_dimension(384),
+    "get_embedding_dimension": lambda db, s: db.get_embedding_dimension(),
+    "create_memory": lambda db, s: db.create_memory(Memory(content={}), "messages"),
+    "create_memory with embedding": lambda db, s: db.create_memory(
+        Memory(content={}, embedding=V[0], unique=True), "messages"
+    ),
+    "create_memory, unique undecided": lambda db, s: db.create_memory(Memory(content={}, embedding=V[1]), "messages"),
+    "create_memories": lambda db, s: db.create_memories(
+        [Memory(content={}, embedding=v, unique=True) for v in V], "messages"
+    ),
+    "create_memories, unique undecided": lambda db, s: db.create_memories(
+        [Memory(content={}, embedding=v) for v in V], "messages"
+    ),
+    "upsert_memories": lambda db, s: db.upsert_memories([Memory(content={}, embedding=v) for v in V], "messages"),
+    "update_memory": lambda db, s: db.update_memory({"id": uuid4(), "content": {}, "embedding": V[0]}),
+    "get_memories": lambda db, s: db.get_memories(table_name="messages", room_id=s.room, include_embedding=True),
+    "get_memory_by_id": lambda db, s: db.get_memory_by_id(uuid4(), include_embedding=True),
+    "get_memories_by_ids": lambda db, s: db.get_memories_by_ids([uuid4()]),
+    "get_memories_by_room_ids": lambda db, s: db.get_memories_by_room_ids(room_ids=[s.room], table_name="messages"),
+    "get_memories_by_world_id": lambda db, s: db.get_memories_by_world_id(world_id=s.world),
+    "count_memories": lambda db, s: db.count_memories(s.room),
+    "delete_memory": lambda db, s: db.delete_memory(uuid4()),
+    "delete_memories": lambda db, s: db.delete_memories([uuid4(), uuid4()]),
+    "delete_all_memories": lambda db, s: db.delete_all_memories(s.room, "messages"),
+    "search_memories": lambda db, s: db.search_memories(embedding=V[0], table_name="messages"),
+    "search_memories of a room": lambda db, s: db.search_memories(
+        embedding=V[0], table_name="messages", room_id=s.room, include_embedding=True
+    ),
+    "search_memories_by_embedding": lambda db, s: db.search_memories_by_embedding(V[0], table_name="messages"),
+    "get_cached_embeddings": lambda db, s: db.get_cached_embeddings(
+        query_table_name="messages", query_threshold=2, query_input="hello"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+async def test_one_round_trip(db: DatabaseAdapter, agent_world: Scene, round_trips: list[str], name: str) -> None:
+    await db.create_memory(
+        Memory(content={"text": "hello"}, room_id=agent_world.room, embedding=V[5], unique=True), "messages"
+    )
+    round_trips.clear()
+    await CALLS[name](db, agent_world)
+    assert len(round_trips) == 1, round_trips
+
+
+async def test_a_batch_takes_one_round_trip_a_chunk_and_one_transaction(
+    make_db: MakeAdapter, round_trips: list[str]
+) -> None:
+    db = await make_db(batch_size=5)
+    await make_scene(db)
+    memories = [Memory(id=uuid4(), content={}, embedding=v, unique=True) for v in V]
+    for call in (
+        lambda: db.create_memories(memories, "messages"),
+        lambda: db.upsert_memories(memories, "messages"),
+        lambda: db.update_memories(memories),
+        lambda: db.delete_memories([m.id for m in memories]),  # type: ignore[misc]
+    ):
+        round_trips.clear()
+        await call()  # type: ignore[no-untyped-call]
+        kinds = [text.split()[0].rstrip(";") for text in round_trips]
+        assert kinds[0] == "BEGIN" and kinds[-1] == "COMMIT" and len(kinds) == 4 + 2, round_trips
+
+
+async def test_empty_input_takes_none(db: DatabaseAdapter, agent_world: Scene, round_trips: list[str]) -> None:
+    round_trips.clear()
+    assert await db.create_memories([], "messages") == []
+    assert await db.create_rooms([]) == []
+    assert await db.get_memories_by_ids([]) == []
+    assert await db.get_rooms_by_ids([]) == []
+    assert await db.add_participants_room([], agent_world.room) is False
+    assert not round_trips
+
+
+async def test_a_new_connection_knows_the_types_of_every_statement(dsn: str, round_trips: list[str]) -> None:
+    connection = await asyncpg.connect(dsn)
+    await _codecs.register(connection, "public")
+    round_trips.clear()
+    for statement in SQL.texts():
+        await connection.prepare(statement.sql)
+    await connection.close()
+    assert not round_trips

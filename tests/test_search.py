@@ -1,0 +1,235 @@
+"""Search: against exact answers by numpy, over scopes, tails, deletes and skew."""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import UUID, uuid4
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from elizasql import ArgumentError, DatabaseAdapter, EmbeddingDimensionError, Entity, Memory, Room, World
+
+from .conftest import MakeAdapter, Scene, make_scene
+
+Vectors = NDArray[np.float32]
+
+
+def clustered(number: int, dimension: int = 384, *, clusters: int = 30, seed: int = 0) -> tuple[Vectors, NDArray[np.int64]]:
+    """Give vectors in clusters of skewed sizes, and the cluster of each: nearer to real embeddings than noise is."""
+    rng = np.random.default_rng(seed)
+    share = 1 / np.arange(1, clusters + 1)
+    topics = rng.choice(clusters, size=number, p=share / share.sum())
+    centers = np.random.default_rng(99).normal(size=(clusters, dimension))
+    spread = np.random.default_rng(98).exponential(size=dimension)
+    return (centers[topics] + rng.normal(size=(number, dimension)) * spread).astype(np.float32), topics
+
+
+def exact(vectors: Vectors, query: Vectors, among: NDArray[np.bool_], count: int) -> set[int]:
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    similarity = np.where(among, unit @ (query / np.linalg.norm(query)), -2)
+    return set(np.argsort(-similarity)[: min(count, int(among.sum()))].tolist())
+
+
+class Loaded:
+    """An agent with memories of known vectors."""
+
+    def __init__(self, db: DatabaseAdapter, scene: Scene, vectors: Vectors, topics: NDArray[np.int64]) -> None:
+        self.db = db
+        self.scene = scene
+        self.vectors = vectors
+        self.topics = topics
+        self.rooms: list[UUID] = []
+        self.ids: list[UUID] = []
+        self.there = np.ones(len(vectors), bool)
+
+    async def fill(self) -> None:
+        self.rooms = await self.db.create_rooms(
+            [Room(source="t", type="GROUP", world_id=self.scene.world) for _ in range(int(self.topics.max()) + 1)]
+        )
+        self.ids = await self.db.create_memories(
+            [
+                Memory(
+                    room_id=self.rooms[topic],
+                    entity_id=self.scene.entity if i % 3 else self.scene.other,
+                    world_id=self.scene.world if i % 2 else None,
+                    content={"i": i},
+                    embedding=vector,
+                    unique=i % 4 != 0,
+                )
+                for i, (vector, topic) in enumerate(zip(self.vectors, self.topics, strict=True))
+            ],
+            "messages",
+        )
+
+    async def recall(self, queries: Vectors, among: NDArray[np.bool_], count: int = 10, **filters: Any) -> float:
+        """Give the mean recall over the queries; fail where rows are missing or out of order."""
+        among = among & self.there
+        shares = []
+        for query in queries:
+            hits = await self.db.search_memories(embedding=query, table_name="messages", count=count, **filters)
+            assert len(hits) == min(count, int(among.sum()))
+            similarities = [hit.similarity or 0 for hit in hits]
+            assert similarities == sorted(similarities, reverse=True)
+            found = {hit.content["i"] for hit in hits if hit.content}
+            assert len(found) == len(hits)
+            assert all(among[i] for i in found)
+            wanted = exact(self.vectors, query, among, count)
+            shares.append(len(found & wanted) / len(wanted) if wanted else 1.0)
+        return float(np.mean(shares))
+
+
+@pytest.fixture
+async def loaded(make_db: MakeAdapter) -> Loaded:
+    db = await make_db()
+    vectors, topics = clustered(6000)
+    loaded = Loaded(db, await make_scene(db), vectors, topics)
+    await loaded.fill()
+    return loaded
+
+
+async def test_recall_over_every_scope_tail_and_delete(loaded: Loaded) -> None:
+    """One long walk over one load: empty index, half indexed, all indexed, half deleted."""
+    db, scene = loaded.db, loaded.scene
+    queries, _ = clustered(12, seed=7)
+    position = np.arange(len(loaded.vectors))
+
+    async def check(least: float) -> None:
+        assert await loaded.recall(queries, position >= 0) >= least
+        assert await loaded.recall(queries, position % 4 != 0, unique=True) >= least
+        assert await loaded.recall(queries, position % 3 != 0, entity_id=scene.entity) >= least
+        assert await loaded.recall(queries[:4], position % 2 == 1, world_id=scene.world) >= least
+        assert await loaded.recall(queries[:2], position >= 0, count=300) >= least
+        for topic in (0, 1, 5, int(loaded.topics.max())):
+            in_room = loaded.topics == topic
+            room = loaded.rooms[topic]
+            assert await loaded.recall(queries[:4], in_room, room_id=room) >= least
+            both = in_room & (position % 3 == 0)
+            assert await loaded.recall(queries[:2], both, room_id=room, entity_id=scene.other) >= least
+
+    await check(1.0)
+    while await db.index_memories() == 0:
+        pass
+    await check(0.97)
+    # A new tail: half of the vectors are written anew.
+    changed = [{"id": loaded.ids[i], "embedding": loaded.vectors[i]} for i in range(0, 1000, 2)]
+    await db.update_memories(changed)
+    await check(0.97)
+    gone = [i for i in range(6000) if i % 2]
+    await db.delete_memories([loaded.ids[i] for i in gone])
+    loaded.there[gone] = False
+    await check(0.97)
+
+
+async def test_a_rare_type_among_many_is_found_whole(loaded: Loaded) -> None:
+    db = loaded.db
+    await db.create_memories(
+        [Memory(content={"i": i}, embedding=loaded.vectors[i], unique=True) for i in range(25)], "facts"
+    )
+    await db.index_memories(rebuild=True)
+    for _ in range(3):
+        hits = await db.search_memories(embedding=loaded.vectors[3], table_name="facts", count=25)
+        assert [hit.content["i"] for hit in hits][:1] == [3]  # type: ignore[index]
+        assert len(hits) == 25
+
+
+async def test_a_scope_that_shrinks_after_it_was_measured(loaded: Loaded) -> None:
+    """The choice of HNSW is remembered for a minute; the rows are complete all the same."""
+    db = loaded.db
+    await db.index_memories(rebuild=True)
+    query = loaded.vectors[0]
+    assert len(await db.search_memories(embedding=query, table_name="messages")) == 10
+    assert db._large_until
+    await db.delete_memories(loaded.ids[7:])
+    hits = await db.search_memories(embedding=query, table_name="messages")
+    assert {hit.id for hit in hits} == set(loaded.ids[:7])
+
+
+async def test_many_agents_share_partitions_without_mixing(make_db: MakeAdapter) -> None:
+    vectors, topics = clustered(300, clusters=3)
+    agents = []
+    for _ in range(20):
+        db = await make_db(pool_max_size=1)
+        loaded = Loaded(db, await make_scene(db), vectors, topics)
+        await loaded.fill()
+        await db.index_memories()
+        agents.append(loaded)
+    for loaded in agents:
+        assert await loaded.recall(vectors[:3], np.ones(300, bool), count=50) == 1.0
+        hits = await loaded.db.search_memories(embedding=vectors[0], table_name="messages", count=1000)
+        assert len(hits) == 300 and {hit.agent_id for hit in hits} == {loaded.db.agent_id}
+
+
+async def test_a_written_vector_is_found_at_once(db: DatabaseAdapter, agent_world: Scene) -> None:
+    vectors, _ = clustered(200)
+    for i, vector in enumerate(vectors[:20]):
+        id = await db.create_memory(Memory(content={"i": i}, embedding=vector, unique=True), "messages")
+        assert (await db.search_memories(embedding=vector, table_name="messages", count=1))[0].id == id
+    ids = await db.create_memories(
+        [Memory(content={"i": i}, embedding=vector, unique=True) for i, vector in enumerate(vectors)], "facts"
+    )
+    for id, vector in zip(ids, vectors, strict=True):
+        assert (await db.search_memories(embedding=vector, table_name="facts", count=1))[0].id == id
+
+
+async def test_threshold_count_and_ties(db: DatabaseAdapter, agent_world: Scene) -> None:
+    base = np.zeros(384, np.float32)
+    base[0] = 1
+    other = np.zeros(384, np.float32)
+    other[1] = 1
+    same = await db.create_memories(
+        [Memory(content={"text": str(i)}, embedding=base, unique=True) for i in range(8)], "messages"
+    )
+    opposite, across = await db.create_memories(
+        [Memory(content={}, embedding=-base, unique=True), Memory(content={}, embedding=other, unique=True)], "messages"
+    )
+
+    async def ids(**options: Any) -> list[UUID | None]:
+        return [hit.id for hit in await db.search_memories(embedding=base, table_name="messages", **options)]
+
+    assert await ids(count=5) == sorted(same)[:5]
+    assert await ids(limit=5) == sorted(same)[:5]
+    assert await ids() == [*sorted(same), across, opposite]
+    assert await ids(match_threshold=0.5) == sorted(same)
+    # 0 is a threshold, None is none.
+    assert await ids(match_threshold=0) == [*sorted(same), across]
+    assert await ids(match_threshold=-1) == [*sorted(same), across, opposite]
+    assert await ids(match_threshold=1) == sorted(same)
+    assert await ids(count=0) == []
+    with pytest.raises(ArgumentError):
+        await ids(count=3, limit=4)
+    assert [hit.id for hit in await db.search_memories_by_embedding(base, table_name="messages", count=2)] == sorted(same)[:2]
+    assert await db.search_memories(embedding=base, table_name="nothing") == []
+
+
+@settings(max_examples=25)
+@given(scale=st.floats(1e-4, 6e4), seed=st.integers(0, 50))
+async def test_similarity_is_the_cosine_whatever_the_norm(make_db: MakeAdapter, scale: float, seed: int) -> None:
+    db = await make_db()
+    rng = np.random.default_rng(seed)
+    a, b = rng.uniform(-1, 1, size=(2, 384)).astype(np.float32)
+    await db.create_memory(Memory(content={}, embedding=a * np.float32(scale), unique=True), "messages")
+    await db.index_memories()
+    hit = (await db.search_memories(embedding=b / np.float32(scale), table_name="messages"))[0]
+    cosine = float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+    assert hit.similarity == pytest.approx(cosine, abs=1e-4)
+
+
+async def test_a_wrong_width_is_refused_before_the_server(db: DatabaseAdapter, round_trips: list[str]) -> None:
+    with pytest.raises(EmbeddingDimensionError) as caught:
+        await db.search_memories(embedding=np.ones(768), table_name="messages")
+    assert (caught.value.locked, caught.value.given) == (384, 768)
+    assert not round_trips
+
+
+async def test_other_worlds_and_entities_are_left_out(db: DatabaseAdapter, agent_world: Scene) -> None:
+    await db.create_world(World(id=uuid4()))
+    await db.create_entity(Entity(id=(lone := uuid4())))
+    vector = np.ones(384, np.float32)
+    await db.create_memory(Memory(content={}, embedding=vector, entity_id=lone), "messages")
+    assert await db.search_memories(embedding=vector, table_name="messages", entity_id=agent_world.entity) == []
+    assert await db.search_memories(embedding=vector, table_name="messages", world_id=agent_world.world) == []
+    assert len(await db.search_memories(embedding=vector, table_name="messages", entity_id=lone)) == 1
