@@ -152,7 +152,8 @@ class Memories(Store):
             columns = _columns(chunk)
             if not undecided:
                 columns["uniques"] = [value is not False for value in columns["uniques"]]
-            chunks.append({"agent_id": self.agent_id, "indexed": self._inline, **columns})
+            first = len(chunks) * self.config.batch_size
+            chunks.append({"agent_id": self.agent_id, "indexed": self._inline, "first": first, **columns})
         await self._write(SQL.at(name, given or 384), chunks, given)
         return ids
 
@@ -180,7 +181,10 @@ class Memories(Store):
             columns = _columns(chunk)
             kept = [row["id"] for row in chunk if row["unique"] is None]
             columns["uniques"] = [value is not False for value in columns["uniques"]]
-            chunks.append({"agent_id": self.agent_id, "indexed": self._inline, "keep_unique": kept, **columns})
+            first = len(chunks) * self.config.batch_size
+            chunks.append(
+                {"agent_id": self.agent_id, "indexed": self._inline, "first": first, "keep_unique": kept, **columns}
+            )
         await self._write(SQL.at("upsert_memories", given or 384), chunks, given)
         return ids
 
@@ -322,7 +326,7 @@ class Memories(Store):
             "cursor_time": time_and_id[0],
             "cursor_id": time_and_id[1],
             "count": _limit(count, limit),
-            "offset": _codecs.as_optional_count(offset, "offset"),
+            "skip": _codecs.as_optional_count(offset, "offset"),
             "include_embedding": _codecs.as_bool(include_embedding, "include_embedding"),
         }
         scope = _scope(room_id, entity_id, world_id)

@@ -4,9 +4,9 @@ Fields stand in the order of the columns that the statements select, so that a r
 Every field has a default; what a method needs, it checks. Ids are UUIDs (text is accepted), times are aware datetimes,
 embeddings are float32 arrays.
 
-`from_dict` and `to_dict` speak ElizaOS's JSON: camelCase keys, times as milliseconds since 1970. Every method takes such
-a mapping wherever it takes a model; snake_case keys are understood, too. A key that no field has is an error, so that
-nothing is lost silently. Arguments are never changed.
+`from_dict` and `to_dict` speak ElizaOS's JSON: camelCase keys, times as milliseconds since 1970. Every method takes
+such a mapping wherever it takes a model; snake_case keys are understood, too. A key that no field has is an error, so
+that nothing is lost silently. Arguments are never changed.
 """
 
 from __future__ import annotations
@@ -17,19 +17,52 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache
-from typing import Any, ClassVar, TypeVar
+from enum import Enum
+from typing import Any, ClassVar, TypeVar, get_args
 from uuid import UUID
 
 import numpy as np
 
 from . import _codecs
 from .errors import ArgumentError
-from .types import Embedding
+from .types import JSON, Embedding, GoalStatus, Objective, RunStatus
 
-__all__ = ["Agent", "Entity", "Memory", "Model", "Participant", "Room", "World"]
+__all__ = [
+    "MISSING",
+    "Agent",
+    "AgentRunCounts",
+    "AgentRunSummary",
+    "AgentRunSummaryResult",
+    "Channel",
+    "ChannelMessage",
+    "Component",
+    "Entity",
+    "Goal",
+    "Log",
+    "Memory",
+    "MessageServer",
+    "Missing",
+    "Model",
+    "PairingAllowlistEntry",
+    "PairingRequest",
+    "Participant",
+    "Relationship",
+    "Room",
+    "Task",
+    "World",
+]
 
 M = TypeVar("M", bound="Model")
+
+
+class Missing(Enum):
+    """The type of `MISSING`."""
+
+    MISSING = "MISSING"
+
+
+MISSING = Missing.MISSING
+"""Stands for no value at all, where None stands for JSON's null."""
 
 
 @dataclass(slots=True)
@@ -74,13 +107,17 @@ class Model:
                 near = difflib.get_close_matches(str(key), keys, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ArgumentError(f"{cls.__name__} has no field {key!r}{hint}")
-            if name in given and item is None:
-                continue
+            if given.get(name) is not None:
+                if item is None:
+                    continue
+                read = _fields(cls)[name]
+                if read(item, name) != read(given[name], name):
+                    raise ArgumentError(f"{cls.__name__} has two values for {name}: under {key!r} and another key")
             given[name] = item
         return given
 
     def to_dict(self) -> dict[str, Any]:
-        """Give ElizaOS's form: camelCase keys, ids as text, times in milliseconds; fields that are None are left out."""
+        """Give ElizaOS's form: camelCase keys, ids as text, times in milliseconds; without the fields that are None."""
         return {
             _camel(field.name): _plain(value)
             for field in dataclasses.fields(self)
@@ -147,18 +184,64 @@ class Room(Model):
 
 @dataclass(slots=True)
 class Entity(Model):
-    """Somebody or something that the agent knows. `id` is needed to create one."""
+    """Somebody or something that the agent knows. `id` is needed to create one.
+
+    `components` is filled by reads that are asked for it, and not written: components have methods of their own.
+    """
 
     id: UUID | None = None
     agent_id: UUID | None = None
     names: list[str] | None = None
     metadata: dict[str, Any] | None = None
     created_at: datetime | None = None
+    components: list[Component] | None = None
+
+
+@dataclass(slots=True)
+class Component(Model):
+    """What is known of an entity, by type. `entity_id`, `room_id` and `type` are needed to create one.
+
+    Entity, type, world and source entity are its natural key: there is one component for each, None counts as a value.
+    """
+
+    id: UUID | None = None
+    agent_id: UUID | None = None
+    entity_id: UUID | None = None
+    room_id: UUID | None = None
+    world_id: UUID | None = None
+    source_entity_id: UUID | None = None
+    type: str | None = None
+    data: dict[str, Any] | None = None
+    created_at: datetime | None = None
+
+
+@dataclass(slots=True)
+class Relationship(Model):
+    """How one entity stands to another, in this direction. Both are needed to create one."""
+
+    id: UUID | None = None
+    agent_id: UUID | None = None
+    source_entity_id: UUID | None = None
+    target_entity_id: UUID | None = None
+    tags: list[str] | None = None
+    metadata: dict[str, Any] | None = None
+    created_at: datetime | None = None
 
 
 @dataclass(slots=True)
 class Participant(Model):
-    """An entity's membership in a room, from one agent's view."""
+    """An entity's membership in a room, from one agent's view.
+
+    Attributes:
+        id: Of the membership.
+        agent_id: The adapter's agent.
+        room_id: Where.
+        entity_id: Who.
+        room_state: How the agent follows the entity there: "FOLLOWED", "MUTED" or None.
+        metadata: JSON object.
+        created_at: Since when.
+        entity: Who, as a whole; filled by `get_participants_for_entity` and its plural.
+    """
 
     id: UUID | None = None
     agent_id: UUID | None = None
@@ -167,6 +250,7 @@ class Participant(Model):
     room_state: str | None = None
     metadata: dict[str, Any] | None = None
     created_at: datetime | None = None
+    entity: Entity | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -215,6 +299,233 @@ class Memory(Model):
     __hash__ = None  # type: ignore[assignment]
 
 
+@dataclass(slots=True)
+class MessageServer(Model):
+    """A server that messages pass through: a guild, a workspace. `name` and `source_type` are needed to create one."""
+
+    id: UUID | None = None
+    name: str | None = None
+    source_type: str | None = None
+    source_id: str | None = None
+    metadata: dict[str, Any] | None = None
+    created_at: datetime | None = None
+    updated_at: datetime | None = None
+
+
+@dataclass(slots=True)
+class Channel(Model):
+    """A channel of a message server. `message_server_id`, `name` and `type` are needed to create one."""
+
+    id: UUID | None = None
+    message_server_id: UUID | None = None
+    name: str | None = None
+    type: str | None = None
+    source_type: str | None = None
+    source_id: str | None = None
+    topic: str | None = None
+    metadata: dict[str, Any] | None = None
+    created_at: datetime | None = None
+    updated_at: datetime | None = None
+
+    _aliases: ClassVar[Mapping[str, str]] = {"serverId": "message_server_id", "server_id": "message_server_id"}
+
+
+@dataclass(slots=True)
+class ChannelMessage(Model):
+    """A message in a channel, not to be confused with a memory of type "messages", which is one agent's view of it.
+
+    `channel_id`, `author_id` and `content` are needed to create one.
+    """
+
+    id: UUID | None = None
+    channel_id: UUID | None = None
+    author_id: UUID | None = None
+    content: str | None = None
+    raw_message: JSON | None = None
+    in_reply_to_root_message_id: UUID | None = None
+    source_type: str | None = None
+    source_id: str | None = None
+    metadata: dict[str, Any] | None = None
+    created_at: datetime | None = None
+    updated_at: datetime | None = None
+
+    _aliases: ClassVar[Mapping[str, str]] = {"messageId": "id", "message_id": "id"}
+
+
+@dataclass(slots=True)
+class PairingRequest(Model):
+    """Somebody's wish to write to the agent. `channel`, `sender_id` and `code` are needed to create one."""
+
+    id: UUID | None = None
+    agent_id: UUID | None = None
+    channel: str | None = None
+    sender_id: str | None = None
+    code: str | None = None
+    metadata: dict[str, Any] | None = None
+    created_at: datetime | None = None
+    last_seen_at: datetime | None = None
+
+
+@dataclass(slots=True)
+class PairingAllowlistEntry(Model):
+    """Somebody who may write to the agent. `channel` and `sender_id` are needed to create one."""
+
+    id: UUID | None = None
+    agent_id: UUID | None = None
+    channel: str | None = None
+    sender_id: str | None = None
+    metadata: dict[str, Any] | None = None
+    created_at: datetime | None = None
+
+
+@dataclass(slots=True)
+class Task(Model):
+    """Something to do later. `name` is needed to create one.
+
+    Workers take the tasks that are tagged "queue". What stands from `ready_at` on, but `max_attempts`, is kept by the
+    claims and is not written by `create_task` or `update_task`.
+
+    Attributes:
+        id: Made when missing.
+        agent_id: The adapter's agent.
+        name: Of what is to be done; workers choose by it.
+        description: Text.
+        room_id, world_id, entity_id: What it is about; they need not exist.
+        tags: Texts.
+        metadata: JSON object.
+        created_at, updated_at: Made by the server when missing. A claim does not count as an update.
+        due_at: Not before this time; None: at once.
+        ready_at: From when on a worker may take it: it is due, the lease of a claim or the pause after a failure ends.
+        attempts: Claims so far.
+        max_attempts: With so many the task is dead: it stays, and no worker takes it any more.
+        claim_token: Of the newest claim, until it is ended.
+        claimed_by: Who claimed it last.
+        error: Of the last failure.
+    """
+
+    id: UUID | None = None
+    agent_id: UUID | None = None
+    name: str | None = None
+    description: str | None = None
+    room_id: UUID | None = None
+    world_id: UUID | None = None
+    entity_id: UUID | None = None
+    tags: list[str] | None = None
+    metadata: dict[str, Any] | None = None
+    created_at: datetime | None = None
+    updated_at: datetime | None = None
+    due_at: datetime | None = None
+    ready_at: datetime | None = None
+    attempts: int | None = None
+    max_attempts: int | None = None
+    claim_token: UUID | None = None
+    claimed_by: str | None = None
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class Goal(Model):
+    """What the agent wants to reach, in a room, for an entity, or for itself. `name` is needed to create one.
+
+    Attributes:
+        id: Made when missing.
+        agent_id: The adapter's agent.
+        room_id, entity_id: What it belongs to and is deleted with.
+        name: Text.
+        status: "IN_PROGRESS", "DONE" or "FAILED".
+        objectives: The steps, each `{"id", "description", "completed"}`; an id that is missing is made.
+        created_at, updated_at: Made by the server when missing.
+    """
+
+    id: UUID | None = None
+    agent_id: UUID | None = None
+    room_id: UUID | None = None
+    entity_id: UUID | None = None
+    name: str | None = None
+    status: GoalStatus | None = None
+    objectives: list[Objective] | None = None
+    created_at: datetime | None = None
+    updated_at: datetime | None = None
+
+    _aliases: ClassVar[Mapping[str, str]] = {"userId": "entity_id", "user_id": "entity_id"}
+
+
+@dataclass(slots=True)
+class Log(Model):
+    """Something that happened. `entity_id`, `room_id`, `type` and `body` are needed to create one.
+
+    Attributes:
+        id: Made when missing.
+        agent_id: The adapter's agent.
+        entity_id: Who did it.
+        room_id: Where.
+        type: Such as "action", "evaluator", "useModel:TEXT_LARGE" or "run_event".
+        body: JSON object; `body["runId"]` is the run that it belongs to.
+        created_at: When; made by the server when missing.
+    """
+
+    id: UUID | None = None
+    agent_id: UUID | None = None
+    entity_id: UUID | None = None
+    room_id: UUID | None = None
+    type: str | None = None
+    body: dict[str, Any] | None = None
+    created_at: datetime | None = None
+
+
+@dataclass(slots=True)
+class AgentRunCounts(Model):
+    """How often what happened in a run."""
+
+    actions: int = 0
+    model_calls: int = 0
+    errors: int = 0
+    evaluators: int = 0
+
+
+@dataclass(slots=True)
+class AgentRunSummary(Model):
+    """A run, as its logs tell.
+
+    Attributes:
+        run_id: As in the logs' bodies.
+        status: "completed", "timeout" or "error" by the latest event that says so; "started" before.
+        started_at: Of the first event "started"; None when there is none.
+        ended_at: Of the latest terminal event.
+        duration_ms: Between the two, not below 0.
+        message_id: The first that an event names, as text.
+        room_id, entity_id: Of the first event.
+        metadata: The first that an event carries.
+        counts: Of all logs of the run.
+    """
+
+    run_id: str | None = None
+    status: RunStatus | None = None
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+    duration_ms: int | None = None
+    message_id: str | None = None
+    room_id: UUID | None = None
+    entity_id: UUID | None = None
+    metadata: dict[str, Any] | None = None
+    counts: AgentRunCounts | None = None
+
+
+@dataclass(slots=True)
+class AgentRunSummaryResult(Model):
+    """A page of runs.
+
+    Attributes:
+        runs: Those that started last come first.
+        total: All that match, whatever the page.
+        has_more: Whether some come after this page.
+    """
+
+    runs: list[AgentRunSummary] | None = None
+    total: int = 0
+    has_more: bool = False
+
+
 # --- how a field is checked ------------------------------------------------------------------------------------------
 
 
@@ -240,8 +551,65 @@ def _read_bio(value: object, name: str) -> list[Any]:
     return [value] if isinstance(value, str) else _read_list(value, name)
 
 
-def _read_similarity(value: object, name: str) -> float:
-    return float(value)  # type: ignore[arg-type]
+def _read_number(value: object, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise ArgumentError(f"{name} must be a number, not {value!r:.40}")
+    return float(value)
+
+
+def _read_components(value: object, name: str) -> list[Component]:
+    items = _read_list(value, name)
+    return [item if isinstance(item, Component) else Component.from_dict(item) for item in items]
+
+
+def _read_entity(value: object, name: str) -> Entity:  # noqa: ARG001 - the error names the key that is wrong
+    return value if isinstance(value, Entity) else Entity.from_dict(value)  # type: ignore[arg-type]
+
+
+def _read_goal_status(value: object, name: str) -> Any:
+    if value not in get_args(GoalStatus):
+        raise ArgumentError(f"{name} must be one of {', '.join(get_args(GoalStatus))}, not {value!r:.40}")
+    return value
+
+
+def _read_run_status(value: object, name: str) -> Any:
+    if value not in get_args(RunStatus):
+        raise ArgumentError(f"{name} must be one of {', '.join(get_args(RunStatus))}, not {value!r:.40}")
+    return value
+
+
+def _read_objectives(value: object, name: str) -> list[Objective]:
+    """Check the steps of a goal and make the ids that are missing; what else a step carries is kept."""
+    read: list[Objective] = []
+    for position, item in enumerate(_read_list(value, name)):
+        where = f"{name}[{position}]"
+        given = _read_object(item, where)
+        id = given.get("id")
+        step = {
+            **given,
+            "id": str(_codecs.new_id()) if id is None else _codecs.as_text(str(id), f"{where}.id", empty=False),
+            "description": _codecs.as_text(given.get("description"), f"{where}.description"),
+            "completed": _codecs.as_bool(given.get("completed", False), f"{where}.completed"),
+        }
+        if any(step["id"] == other["id"] for other in read):
+            raise ArgumentError(f"{where}.id is there twice: {step['id']!r:.80}")
+        read.append(step)
+    return read
+
+
+def _read_counts(value: object, name: str) -> AgentRunCounts:  # noqa: ARG001 - the error names the key that is wrong
+    return value if isinstance(value, AgentRunCounts) else AgentRunCounts.from_dict(value)  # type: ignore[arg-type]
+
+
+def _read_runs(value: object, name: str) -> list[AgentRunSummary]:
+    return [
+        item if isinstance(item, AgentRunSummary) else AgentRunSummary.from_dict(item)
+        for item in _read_list(value, name)
+    ]
+
+
+def _read_json(value: object, name: str) -> Any:  # noqa: ARG001 - what JSON cannot hold is found when it is encoded
+    return value
 
 
 _READERS: dict[str, Callable[[Any, str], Any]] = {
@@ -255,7 +623,15 @@ _READERS: dict[str, Callable[[Any, str], Any]] = {
     "list[Any]": _read_list,
     "list[str]": _read_texts,
     "list[Any] | str": _read_bio,
-    "float": _read_similarity,
+    "float": _read_number,
+    "JSON": _read_json,
+    "Entity": _read_entity,
+    "list[Component]": _read_components,
+    "GoalStatus": _read_goal_status,
+    "RunStatus": _read_run_status,
+    "list[Objective]": _read_objectives,
+    "AgentRunCounts": _read_counts,
+    "list[AgentRunSummary]": _read_runs,
 }
 
 
@@ -263,18 +639,26 @@ def _optional(reader: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
     return lambda value, name: None if value is None else reader(value, name)
 
 
-@cache
+# Both are filled on first use: a class's fields are known only after its decorator ran.
+_FIELDS: dict[type[Model], dict[str, Callable[[Any, str], Any]]] = {}
+_KEYS: dict[type[Model], dict[str, str]] = {}
+
+
 def _fields(cls: type[Model]) -> dict[str, Callable[[Any, str], Any]]:
-    # With postponed evaluation a field's type is its text; the table above is the closed list of them.
-    return {
-        field.name: _optional(_READERS[str(field.type).removesuffix(" | None")]) for field in dataclasses.fields(cls)
-    }
+    if cls not in _FIELDS:
+        # With postponed evaluation a field's type is its text; the table above is the closed list of them.
+        _FIELDS[cls] = {
+            field.name: _optional(_READERS[str(field.type).removesuffix(" | None")])
+            for field in dataclasses.fields(cls)
+        }
+    return _FIELDS[cls]
 
 
-@cache
 def _keys(cls: type[Model]) -> dict[str, str]:
-    keys = {_camel(name): name for name in _fields(cls)} | {name: name for name in _fields(cls)}
-    return {**cls._aliases, **keys}
+    if cls not in _KEYS:
+        names = _fields(cls)
+        _KEYS[cls] = {**cls._aliases, **{_camel(name): name for name in names}, **{name: name for name in names}}
+    return _KEYS[cls]
 
 
 def _camel(name: str) -> str:
@@ -289,6 +673,12 @@ def _plain(value: Any) -> Any:
         return (value - _EPOCH) // _MILLISECOND
     if isinstance(value, np.ndarray):
         return value.tolist()
+    if isinstance(value, Model):
+        return value.to_dict()
+    if isinstance(value, list) and value and isinstance(value[0], Model):
+        return [item.to_dict() for item in value]
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
     return value
 
 

@@ -8,7 +8,7 @@ CREATE SCHEMA IF NOT EXISTS elizasql;
 CREATE EXTENSION IF NOT EXISTS vector;
 
 -- Ends a statement that was to change rows which are not there; what it changed so far is undone with it.
-CREATE FUNCTION elizasql.refuse_missing(kind text, missing uuid []) RETURNS uuid LANGUAGE plpgsql AS $$
+CREATE FUNCTION elizasql.refuse_missing(kind text, missing uuid[]) RETURNS uuid LANGUAGE plpgsql AS $$
 BEGIN
     RAISE EXCEPTION 'no such %: %', kind, array_to_string(missing[1:10], ', ')
         || CASE WHEN cardinality(missing) > 10 THEN format(' and %s more', cardinality(missing) - 10) ELSE '' END
@@ -49,6 +49,7 @@ CREATE TABLE elizasql.agents (
     -- What embeddings point at: an embedding of another width than its agent's has nothing to refer to.
     CONSTRAINT agents_embedding_dimension_key UNIQUE (id, embedding_dimension)
 );
+CREATE INDEX agents_created_at_idx ON elizasql.agents (created_at, id);
 CREATE INDEX agents_updated_at_idx ON elizasql.agents (updated_at);
 
 -- A dimension that is set stays: the first one to lock it wins.
@@ -101,14 +102,13 @@ CREATE INDEX rooms_message_server_idx ON elizasql.rooms (agent_id, message_serve
 CREATE TABLE elizasql.entities (
     agent_id uuid NOT NULL,
     id uuid NOT NULL,
-    names text [] NOT NULL DEFAULT '{}',
+    names text[] NOT NULL DEFAULT '{}',
     metadata jsonb NOT NULL DEFAULT '{}',
     created_at timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT entities_pkey PRIMARY KEY (agent_id, id),
     CONSTRAINT entities_agent_fkey FOREIGN KEY (agent_id) REFERENCES elizasql.agents (id) ON DELETE CASCADE
 );
 CREATE INDEX entities_created_at_idx ON elizasql.entities (agent_id, created_at, id);
-CREATE INDEX entities_names_idx ON elizasql.entities USING gin (names);
 
 CREATE TABLE elizasql.participants (
     agent_id uuid NOT NULL,
@@ -151,7 +151,7 @@ CREATE TABLE elizasql.components (
     REFERENCES elizasql.entities (agent_id, id) ON DELETE CASCADE
 );
 CREATE INDEX components_room_idx ON elizasql.components (agent_id, room_id);
-CREATE INDEX components_world_idx ON elizasql.components (agent_id, world_id, type);
+CREATE INDEX components_world_idx ON elizasql.components (agent_id, world_id, type, entity_id);
 CREATE INDEX components_source_entity_idx ON elizasql.components (agent_id, source_entity_id);
 CREATE INDEX components_type_idx ON elizasql.components (agent_id, type, entity_id);
 
@@ -160,7 +160,7 @@ CREATE TABLE elizasql.relationships (
     id uuid NOT NULL DEFAULT gen_random_uuid(),
     source_entity_id uuid NOT NULL,
     target_entity_id uuid NOT NULL,
-    tags text [] NOT NULL DEFAULT '{}',
+    tags text[] NOT NULL DEFAULT '{}',
     metadata jsonb NOT NULL DEFAULT '{}',
     created_at timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT relationships_pkey PRIMARY KEY (agent_id, id),
@@ -170,7 +170,8 @@ CREATE TABLE elizasql.relationships (
     CONSTRAINT relationships_target_fkey FOREIGN KEY (agent_id, target_entity_id)
     REFERENCES elizasql.entities (agent_id, id) ON DELETE CASCADE
 );
-CREATE INDEX relationships_target_idx ON elizasql.relationships (agent_id, target_entity_id);
+CREATE INDEX relationships_source_idx ON elizasql.relationships (agent_id, source_entity_id, created_at, id);
+CREATE INDEX relationships_target_idx ON elizasql.relationships (agent_id, target_entity_id, created_at, id);
 
 -- migrate:down
 DROP TABLE elizasql.relationships;
@@ -182,4 +183,4 @@ DROP TABLE elizasql.worlds;
 DROP TABLE elizasql.agents;
 DROP FUNCTION elizasql.refuse_dimension_change();
 DROP TABLE elizasql.servers;
-DROP FUNCTION elizasql.refuse_missing(text, uuid []);
+DROP FUNCTION elizasql.refuse_missing(text, uuid[]);

@@ -106,11 +106,12 @@ SELECT
     1 - best.distance AS similarity,
     (SELECT choice.by_hnsw FROM choice) AS by_hnsw
 FROM best
-CROSS JOIN LATERAL (
-    SELECT * FROM elizasql.memories AS of_id
-    WHERE of_id.agent_id = :agent_id AND of_id.id = best.memory_id
-    LIMIT 1
-) AS m
+CROSS JOIN
+    LATERAL (
+        SELECT * FROM elizasql.memories AS of_id
+        WHERE of_id.agent_id = :agent_id AND of_id.id = best.memory_id
+        LIMIT 1
+    ) AS m
 WHERE :threshold::double precision IS NULL OR 1 - best.distance >= :threshold
 ORDER BY best.distance, m.id;
 
@@ -178,11 +179,12 @@ SELECT
     ) END AS embedding,
     1 - best.distance AS similarity
 FROM best
-CROSS JOIN LATERAL (
-    SELECT * FROM elizasql.memories AS of_id
-    WHERE of_id.agent_id = :agent_id AND of_id.id = best.memory_id
-    LIMIT 1
-) AS m
+CROSS JOIN
+    LATERAL (
+        SELECT * FROM elizasql.memories AS of_id
+        WHERE of_id.agent_id = :agent_id AND of_id.id = best.memory_id
+        LIMIT 1
+    ) AS m
 WHERE :threshold::double precision IS NULL OR 1 - best.distance >= :threshold
 ORDER BY best.distance, m.id;
 
@@ -267,9 +269,9 @@ best AS (
         FROM elizasql.embeddings
         WHERE
             agent_id = :agent_id AND room_id = :room_id AND type = :type
-        AND (:entity_id::uuid IS NULL OR entity_id = :entity_id)
-        AND (:world_id::uuid IS NULL OR world_id = :world_id)
-        AND ("unique" OR NOT :only_unique)
+            AND (:entity_id::uuid IS NULL OR entity_id = :entity_id)
+            AND (:world_id::uuid IS NULL OR world_id = :world_id)
+            AND ("unique" OR NOT :only_unique)
             AND NOT (SELECT enough.yes FROM enough)
     ) AS ranked
     ORDER BY distance, memory_id
@@ -283,11 +285,12 @@ SELECT
     ) END AS embedding,
     1 - best.distance AS similarity
 FROM best
-CROSS JOIN LATERAL (
-    SELECT * FROM elizasql.memories AS of_id
-    WHERE of_id.agent_id = :agent_id AND of_id.id = best.memory_id
-    LIMIT 1
-) AS m
+CROSS JOIN
+    LATERAL (
+        SELECT * FROM elizasql.memories AS of_id
+        WHERE of_id.agent_id = :agent_id AND of_id.id = best.memory_id
+        LIMIT 1
+    ) AS m
 WHERE :threshold::double precision IS NULL OR 1 - best.distance >= :threshold
 ORDER BY best.distance, m.id;
 
@@ -370,8 +373,8 @@ best AS (
         FROM elizasql.embeddings
         WHERE
             agent_id = :agent_id AND entity_id = :entity_id AND type = :type
-        AND (:world_id::uuid IS NULL OR world_id = :world_id)
-        AND ("unique" OR NOT :only_unique)
+            AND (:world_id::uuid IS NULL OR world_id = :world_id)
+            AND ("unique" OR NOT :only_unique)
             AND NOT (SELECT enough.yes FROM enough)
     ) AS ranked
     ORDER BY distance, memory_id
@@ -385,11 +388,12 @@ SELECT
     ) END AS embedding,
     1 - best.distance AS similarity
 FROM best
-CROSS JOIN LATERAL (
-    SELECT * FROM elizasql.memories AS of_id
-    WHERE of_id.agent_id = :agent_id AND of_id.id = best.memory_id
-    LIMIT 1
-) AS m
+CROSS JOIN
+    LATERAL (
+        SELECT * FROM elizasql.memories AS of_id
+        WHERE of_id.agent_id = :agent_id AND of_id.id = best.memory_id
+        LIMIT 1
+    ) AS m
 WHERE :threshold::double precision IS NULL OR 1 - best.distance >= :threshold
 ORDER BY best.distance, m.id;
 
@@ -470,7 +474,7 @@ best AS (
         FROM elizasql.embeddings
         WHERE
             agent_id = :agent_id AND world_id = :world_id AND type = :type
-        AND ("unique" OR NOT :only_unique)
+            AND ("unique" OR NOT :only_unique)
             AND NOT (SELECT enough.yes FROM enough)
     ) AS ranked
     ORDER BY distance, memory_id
@@ -484,11 +488,12 @@ SELECT
     ) END AS embedding,
     1 - best.distance AS similarity
 FROM best
-CROSS JOIN LATERAL (
-    SELECT * FROM elizasql.memories AS of_id
-    WHERE of_id.agent_id = :agent_id AND of_id.id = best.memory_id
-    LIMIT 1
-) AS m
+CROSS JOIN
+    LATERAL (
+        SELECT * FROM elizasql.memories AS of_id
+        WHERE of_id.agent_id = :agent_id AND of_id.id = best.memory_id
+        LIMIT 1
+    ) AS m
 WHERE :threshold::double precision IS NULL OR 1 - best.distance >= :threshold
 ORDER BY best.distance, m.id;
 
@@ -516,7 +521,7 @@ WITH batch AS (
 moved AS (
     UPDATE elizasql.embeddings
     SET indexed = TRUE
-    WHERE agent_id = :agent_id AND memory_id = ANY(ARRAY(SELECT memory_id FROM batch))
+    WHERE agent_id = :agent_id AND memory_id = any(array(SELECT memory_id FROM batch))
     RETURNING 1
 )
 

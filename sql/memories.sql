@@ -35,14 +35,15 @@ SELECT
     agent_id, id, type, room_id, world_id, entity_id, "unique", 384, :indexed, :embedding
 FROM created;
 
--- name: create_memories(agent_id, ids, types, created_ats, contents, entity_ids, room_ids, world_ids, uniques, metadatas, embeddings, indexed)!
+-- name: create_memories(agent_id, ids, types, created_ats, contents, entity_ids, room_ids, world_ids, uniques, metadatas, embeddings, indexed, first)!
 -- Stores many memories with the embeddings that they have, all or none. "unique" is given for each.
--- Memories without a time get the transaction's, a microsecond apart, so that their order stays the input's.
+-- Memories without a time get the transaction's, a microsecond apart, so that their order stays the input's;
+-- first: how many memories of the batch went before this chunk.
 WITH given AS (
     SELECT *
     FROM unnest(
-        :ids::uuid [], :types::text [], :created_ats::timestamptz [], :contents::jsonb [], :entity_ids::uuid [],
-        :room_ids::uuid [], :world_ids::uuid [], :uniques::boolean [], :metadatas::jsonb [], :embeddings::vector []
+        :ids::uuid[], :types::text[], :created_ats::timestamptz[], :contents::jsonb[], :entity_ids::uuid[],
+        :room_ids::uuid[], :world_ids::uuid[], :uniques::boolean[], :metadatas::jsonb[], :embeddings::vector[]
     ) WITH ORDINALITY AS g (
         id, type, created_at, content, entity_id, room_id, world_id, is_unique, metadata, embedding, position
     )
@@ -53,7 +54,12 @@ created AS (
         agent_id, id, type, created_at, content, entity_id, room_id, world_id, "unique", metadata
     )
     SELECT
-        :agent_id, id, type, coalesce(created_at, now() + position * INTERVAL '1 microsecond'), content, entity_id,
+        :agent_id,
+        id,
+        type,
+        coalesce(created_at, now() + (:first::bigint + position) * interval '1 microsecond'),
+        content,
+        entity_id,
         room_id, world_id, is_unique, metadata
     FROM given
     ON CONFLICT (agent_id, id) DO NOTHING
@@ -69,22 +75,22 @@ FROM given AS g
 INNER JOIN created ON g.id = created.id
 WHERE g.embedding IS NOT NULL;
 
--- name: create_memories_marking_duplicates(agent_id, ids, types, created_ats, contents, entity_ids, room_ids, world_ids, uniques, metadatas, embeddings, indexed)!
+-- name: create_memories_marking_duplicates(agent_id, ids, types, created_ats, contents, entity_ids, room_ids, world_ids, uniques, metadatas, embeddings, indexed, first)!
 -- As create_memories, and a NULL in uniques is decided here: false for a near-duplicate of what is there already.
 -- The function takes locks and looks anew after it has them, which one statement alone cannot do.
 WITH verdict AS MATERIALIZED (
     SELECT
         elizasql.near_duplicates_384(
-            :agent_id, :types::text [], :room_ids::uuid [], :world_ids::uuid [], :entity_ids::uuid [],
-            :embeddings::vector [], :uniques::boolean []
+            :agent_id, :types::text[], :room_ids::uuid[], :world_ids::uuid[], :entity_ids::uuid[],
+            :embeddings::vector[], :uniques::boolean[]
         ) AS duplicates
 ),
 
 given AS (
     SELECT g.*
     FROM verdict, unnest(
-        :ids::uuid [], :types::text [], :created_ats::timestamptz [], :contents::jsonb [], :entity_ids::uuid [],
-        :room_ids::uuid [], :world_ids::uuid [], :uniques::boolean [], :metadatas::jsonb [], :embeddings::vector [],
+        :ids::uuid[], :types::text[], :created_ats::timestamptz[], :contents::jsonb[], :entity_ids::uuid[],
+        :room_ids::uuid[], :world_ids::uuid[], :uniques::boolean[], :metadatas::jsonb[], :embeddings::vector[],
         verdict.duplicates
     ) WITH ORDINALITY AS g (
         id, type, created_at, content, entity_id, room_id, world_id, is_unique, metadata, embedding, is_duplicate,
@@ -97,7 +103,12 @@ created AS (
         agent_id, id, type, created_at, content, entity_id, room_id, world_id, "unique", metadata
     )
     SELECT
-        :agent_id, id, type, coalesce(created_at, now() + position * INTERVAL '1 microsecond'), content, entity_id,
+        :agent_id,
+        id,
+        type,
+        coalesce(created_at, now() + (:first::bigint + position) * interval '1 microsecond'),
+        content,
+        entity_id,
         room_id, world_id, coalesce(is_unique, NOT is_duplicate), metadata
     FROM given
     ON CONFLICT (agent_id, id) DO NOTHING
@@ -113,14 +124,14 @@ FROM given AS g
 INNER JOIN created ON g.id = created.id
 WHERE g.embedding IS NOT NULL;
 
--- name: upsert_memories(agent_id, ids, types, created_ats, contents, entity_ids, room_ids, world_ids, uniques, keep_unique, metadatas, embeddings, indexed)!
+-- name: upsert_memories(agent_id, ids, types, created_ats, contents, entity_ids, room_ids, world_ids, uniques, keep_unique, metadatas, embeddings, indexed, first)!
 -- Stores memories or, where the id is there, replaces content, metadata, "unique" and the embedding, each where given.
 -- Type, entity, room, world and time of a memory that is there stay. keep_unique: ids whose "unique" was not given.
 WITH given AS (
     SELECT *
     FROM unnest(
-        :ids::uuid [], :types::text [], :created_ats::timestamptz [], :contents::jsonb [], :entity_ids::uuid [],
-        :room_ids::uuid [], :world_ids::uuid [], :uniques::boolean [], :metadatas::jsonb [], :embeddings::vector []
+        :ids::uuid[], :types::text[], :created_ats::timestamptz[], :contents::jsonb[], :entity_ids::uuid[],
+        :room_ids::uuid[], :world_ids::uuid[], :uniques::boolean[], :metadatas::jsonb[], :embeddings::vector[]
     ) WITH ORDINALITY AS g (
         id, type, created_at, content, entity_id, room_id, world_id, is_unique, metadata, embedding, position
     )
@@ -131,14 +142,19 @@ stored AS (
         agent_id, id, type, created_at, content, entity_id, room_id, world_id, "unique", metadata
     )
     SELECT
-        :agent_id, id, type, coalesce(created_at, now() + position * INTERVAL '1 microsecond'), content, entity_id,
+        :agent_id,
+        id,
+        type,
+        coalesce(created_at, now() + (:first::bigint + position) * interval '1 microsecond'),
+        content,
+        entity_id,
         room_id, world_id, is_unique, metadata
     FROM given
     ON CONFLICT (agent_id, id) DO UPDATE
-    SET
-        content = excluded.content,
-        metadata = excluded.metadata,
-        "unique" = CASE WHEN excluded.id = ANY(:keep_unique::uuid []) THEN m."unique" ELSE excluded."unique" END
+        SET
+            content = excluded.content,
+            metadata = excluded.metadata,
+            "unique" = CASE WHEN excluded.id = ANY(:keep_unique::uuid[]) THEN m."unique" ELSE excluded."unique" END
     RETURNING m.id, m.type, m.room_id, m.world_id, m.entity_id, m."unique"
 )
 
@@ -152,12 +168,12 @@ FROM given AS g
 INNER JOIN stored ON g.id = stored.id
 WHERE g.embedding IS NOT NULL
 ON CONFLICT (agent_id, memory_id) DO UPDATE
-SET
-    "unique" = excluded."unique",
-    dimension = excluded.dimension,
-    indexed = excluded.indexed,
-    xid = pg_current_xact_id(),
-    dim_384 = excluded.dim_384;
+    SET
+        "unique" = excluded."unique",
+        dimension = excluded.dimension,
+        indexed = excluded.indexed,
+        xid = pg_current_xact_id(),
+        dim_384 = excluded.dim_384;
 
 -- name: update_memories(agent_id, ids, contents, metadatas, uniques, entity_ids, room_ids, world_ids, embeddings, indexed, required)
 -- Changes the fields that are given, a NULL leaves a field as it is; gives the ids that were there.
@@ -165,8 +181,8 @@ SET
 WITH given AS (
     SELECT *
     FROM unnest(
-        :ids::uuid [], :contents::jsonb [], :metadatas::jsonb [], :uniques::boolean [], :entity_ids::uuid [],
-        :room_ids::uuid [], :world_ids::uuid [], :embeddings::vector []
+        :ids::uuid[], :contents::jsonb[], :metadatas::jsonb[], :uniques::boolean[], :entity_ids::uuid[],
+        :room_ids::uuid[], :world_ids::uuid[], :embeddings::vector[]
     ) AS g (id, content, metadata, is_unique, entity_id, room_id, world_id, embedding)
 ),
 
@@ -195,11 +211,11 @@ embedded AS (
     INNER JOIN updated ON g.id = updated.id
     WHERE g.embedding IS NOT NULL
     ON CONFLICT (agent_id, memory_id) DO UPDATE
-    SET
-        dimension = excluded.dimension,
-        indexed = excluded.indexed,
-        xid = pg_current_xact_id(),
-        dim_384 = excluded.dim_384
+        SET
+            dimension = excluded.dimension,
+            indexed = excluded.indexed,
+            xid = pg_current_xact_id(),
+            dim_384 = excluded.dim_384
 )
 
 SELECT id FROM updated
@@ -226,7 +242,7 @@ SELECT
         SELECT e.dim_384 FROM elizasql.embeddings AS e WHERE e.agent_id = :agent_id AND e.memory_id = m.id
     ) END AS embedding
 FROM elizasql.memories AS m
-WHERE agent_id = :agent_id AND id = ANY(:ids::uuid []) AND (:type::text IS NULL OR type = :type)
+WHERE agent_id = :agent_id AND id = ANY(:ids::uuid[]) AND (:type::text IS NULL OR type = :type)
 ORDER BY created_at DESC, id DESC;
 
 -- name: get_memories_by_room_ids(agent_id, room_ids, type, count, include_embedding)
@@ -236,14 +252,15 @@ SELECT
     CASE WHEN :include_embedding THEN (
         SELECT e.dim_384 FROM elizasql.embeddings AS e WHERE e.agent_id = :agent_id AND e.memory_id = m.id
     ) END AS embedding
-FROM unnest(:room_ids::uuid []) AS room (id)
-CROSS JOIN LATERAL (
-    SELECT *
-    FROM elizasql.memories AS of_room
-    WHERE of_room.agent_id = :agent_id AND of_room.room_id = room.id AND of_room.type = :type
-    ORDER BY of_room.created_at DESC, of_room.id DESC
-    LIMIT :count::bigint
-) AS m
+FROM unnest(:room_ids::uuid[]) AS room (id)
+CROSS JOIN
+    LATERAL (
+        SELECT *
+        FROM elizasql.memories AS of_room
+        WHERE of_room.agent_id = :agent_id AND of_room.room_id = room.id AND of_room.type = :type
+        ORDER BY of_room.created_at DESC, of_room.id DESC
+        LIMIT :count::bigint
+    ) AS m
 ORDER BY m.created_at DESC, m.id DESC
 LIMIT :count::bigint;
 
@@ -264,15 +281,16 @@ WITH found AS (
         of_room.id,
         of_room.created_at
     FROM elizasql.rooms AS room
-    CROSS JOIN LATERAL (
-        SELECT
-            m.id,
-            m.created_at
-        FROM elizasql.memories AS m
-        WHERE m.agent_id = :agent_id AND m.room_id = room.id AND m.type = :type
-        ORDER BY m.created_at DESC, m.id DESC
-        LIMIT :count::bigint
-    ) AS of_room
+    CROSS JOIN
+        LATERAL (
+            SELECT
+                m.id,
+                m.created_at
+            FROM elizasql.memories AS m
+            WHERE m.agent_id = :agent_id AND m.room_id = room.id AND m.type = :type
+            ORDER BY m.created_at DESC, m.id DESC
+            LIMIT :count::bigint
+        ) AS of_room
     WHERE room.agent_id = :agent_id AND room.world_id = :world_id
 ),
 
@@ -288,15 +306,17 @@ SELECT
         SELECT e.dim_384 FROM elizasql.embeddings AS e WHERE e.agent_id = :agent_id AND e.memory_id = m.id
     ) END AS embedding
 FROM newest
-CROSS JOIN LATERAL (
-    SELECT * FROM elizasql.memories AS of_id
-    WHERE of_id.agent_id = :agent_id AND of_id.id = newest.id
-    LIMIT 1
-) AS m
+CROSS JOIN
+    LATERAL (
+        SELECT * FROM elizasql.memories AS of_id
+        WHERE of_id.agent_id = :agent_id AND of_id.id = newest.id
+        LIMIT 1
+    ) AS m
 ORDER BY m.created_at DESC, m.id DESC;
 
--- name: get_memories(agent_id, type, only_unique, start_time, end_time, cursor_time, cursor_id, metadata, text_contains, offset, count, include_embedding)
--- All of a type, newest first. The time range includes both ends; the cursor is the last row of the page before.
+-- name: get_memories(agent_id, type, only_unique, start_time, end_time, cursor_time, cursor_id, metadata, text_contains, skip, count, include_embedding)
+-- All of a type, newest first. The time range includes both ends; the cursor is the last row of the page before, whose
+-- exact time is read by its id: ElizaOS's JSON carries milliseconds only.
 SELECT
     id, entity_id, agent_id, room_id, world_id, type, content, metadata, "unique", created_at,
     CASE WHEN :include_embedding THEN (
@@ -308,17 +328,24 @@ WHERE
     AND created_at >= coalesce(:start_time::timestamptz, '-infinity')
     AND created_at <= coalesce(:end_time::timestamptz, 'infinity')
     AND (created_at, id) < (
-        coalesce(:cursor_time::timestamptz, 'infinity'),
+        coalesce(
+            (
+                SELECT exact.created_at FROM elizasql.memories AS exact
+                WHERE exact.agent_id = :agent_id AND exact.id = :cursor_id
+            ),
+            :cursor_time::timestamptz, 'infinity'
+        ),
         coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
     )
     AND ("unique" OR NOT :only_unique)
     AND (:metadata::jsonb IS NULL OR metadata @> :metadata)
     AND (:text_contains::text IS NULL OR strpos(lower(content ->> 'text'), lower(:text_contains)) > 0)
 ORDER BY created_at DESC, id DESC
-OFFSET :offset::bigint
-LIMIT :count::bigint;
+LIMIT
+    :count::bigint
+    OFFSET :skip::bigint;
 
--- name: get_memories_of_room(agent_id, room_id, entity_id, world_id, type, only_unique, start_time, end_time, cursor_time, cursor_id, metadata, text_contains, offset, count, include_embedding)
+-- name: get_memories_of_room(agent_id, room_id, entity_id, world_id, type, only_unique, start_time, end_time, cursor_time, cursor_id, metadata, text_contains, skip, count, include_embedding)
 -- As get_memories, in one room.
 SELECT
     id, entity_id, agent_id, room_id, world_id, type, content, metadata, "unique", created_at,
@@ -333,17 +360,24 @@ WHERE
     AND created_at >= coalesce(:start_time::timestamptz, '-infinity')
     AND created_at <= coalesce(:end_time::timestamptz, 'infinity')
     AND (created_at, id) < (
-        coalesce(:cursor_time::timestamptz, 'infinity'),
+        coalesce(
+            (
+                SELECT exact.created_at FROM elizasql.memories AS exact
+                WHERE exact.agent_id = :agent_id AND exact.id = :cursor_id
+            ),
+            :cursor_time::timestamptz, 'infinity'
+        ),
         coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
     )
     AND ("unique" OR NOT :only_unique)
     AND (:metadata::jsonb IS NULL OR metadata @> :metadata)
     AND (:text_contains::text IS NULL OR strpos(lower(content ->> 'text'), lower(:text_contains)) > 0)
 ORDER BY created_at DESC, id DESC
-OFFSET :offset::bigint
-LIMIT :count::bigint;
+LIMIT
+    :count::bigint
+    OFFSET :skip::bigint;
 
--- name: get_memories_of_entity(agent_id, entity_id, world_id, type, only_unique, start_time, end_time, cursor_time, cursor_id, metadata, text_contains, offset, count, include_embedding)
+-- name: get_memories_of_entity(agent_id, entity_id, world_id, type, only_unique, start_time, end_time, cursor_time, cursor_id, metadata, text_contains, skip, count, include_embedding)
 -- As get_memories, of one entity.
 SELECT
     id, entity_id, agent_id, room_id, world_id, type, content, metadata, "unique", created_at,
@@ -357,17 +391,24 @@ WHERE
     AND created_at >= coalesce(:start_time::timestamptz, '-infinity')
     AND created_at <= coalesce(:end_time::timestamptz, 'infinity')
     AND (created_at, id) < (
-        coalesce(:cursor_time::timestamptz, 'infinity'),
+        coalesce(
+            (
+                SELECT exact.created_at FROM elizasql.memories AS exact
+                WHERE exact.agent_id = :agent_id AND exact.id = :cursor_id
+            ),
+            :cursor_time::timestamptz, 'infinity'
+        ),
         coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
     )
     AND ("unique" OR NOT :only_unique)
     AND (:metadata::jsonb IS NULL OR metadata @> :metadata)
     AND (:text_contains::text IS NULL OR strpos(lower(content ->> 'text'), lower(:text_contains)) > 0)
 ORDER BY created_at DESC, id DESC
-OFFSET :offset::bigint
-LIMIT :count::bigint;
+LIMIT
+    :count::bigint
+    OFFSET :skip::bigint;
 
--- name: get_memories_of_world(agent_id, world_id, type, only_unique, start_time, end_time, cursor_time, cursor_id, metadata, text_contains, offset, count, include_embedding)
+-- name: get_memories_of_world(agent_id, world_id, type, only_unique, start_time, end_time, cursor_time, cursor_id, metadata, text_contains, skip, count, include_embedding)
 -- As get_memories, of one world: the memory's own world_id.
 SELECT
     id, entity_id, agent_id, room_id, world_id, type, content, metadata, "unique", created_at,
@@ -380,15 +421,22 @@ WHERE
     AND created_at >= coalesce(:start_time::timestamptz, '-infinity')
     AND created_at <= coalesce(:end_time::timestamptz, 'infinity')
     AND (created_at, id) < (
-        coalesce(:cursor_time::timestamptz, 'infinity'),
+        coalesce(
+            (
+                SELECT exact.created_at FROM elizasql.memories AS exact
+                WHERE exact.agent_id = :agent_id AND exact.id = :cursor_id
+            ),
+            :cursor_time::timestamptz, 'infinity'
+        ),
         coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
     )
     AND ("unique" OR NOT :only_unique)
     AND (:metadata::jsonb IS NULL OR metadata @> :metadata)
     AND (:text_contains::text IS NULL OR strpos(lower(content ->> 'text'), lower(:text_contains)) > 0)
 ORDER BY created_at DESC, id DESC
-OFFSET :offset::bigint
-LIMIT :count::bigint;
+LIMIT
+    :count::bigint
+    OFFSET :skip::bigint;
 
 -- name: count_memories(agent_id, type, only_unique, start_time, end_time, metadata, text_contains)$
 SELECT count(*)
@@ -405,7 +453,7 @@ WHERE
 SELECT count(*)
 FROM elizasql.memories
 WHERE
-    agent_id = :agent_id AND room_id = ANY(:room_ids::uuid []) AND type = :type
+    agent_id = :agent_id AND room_id = ANY(:room_ids::uuid[]) AND type = :type
     AND (:entity_id::uuid IS NULL OR entity_id = :entity_id)
     AND (:world_id::uuid IS NULL OR world_id = :world_id)
     AND created_at >= coalesce(:start_time::timestamptz, '-infinity')
@@ -441,13 +489,13 @@ WHERE
 -- Deletes memories, the fragments of those that are documents, and by cascade all their embeddings.
 WITH doomed AS (
     SELECT id
-    FROM unnest(:ids::uuid []) AS given (id)
+    FROM unnest(:ids::uuid[]) AS given (id)
     UNION
     SELECT id
     FROM elizasql.memories
     WHERE
         agent_id = :agent_id AND metadata ? 'documentId'
-        AND metadata ->> 'documentId' = ANY((:ids::uuid [])::text [])
+        AND metadata ->> 'documentId' = ANY((:ids::uuid[])::text[])
 ),
 
 deleted AS (
@@ -463,7 +511,7 @@ SELECT count(*) FROM deleted;
 WITH chosen AS MATERIALIZED (
     SELECT id
     FROM elizasql.memories
-    WHERE agent_id = :agent_id AND room_id = ANY(:room_ids::uuid []) AND type = :type
+    WHERE agent_id = :agent_id AND room_id = ANY(:room_ids::uuid[]) AND type = :type
 ),
 
 doomed AS (

@@ -17,7 +17,7 @@ SELECT
 SELECT
     name,
     current_setting(name, TRUE) AS value
-FROM unnest(:names::text []) AS given (name);
+FROM unnest(:names::text[]) AS given (name);
 
 -- name: get_applied_migrations()
 SELECT version FROM elizasql.schema_migrations;
@@ -32,7 +32,7 @@ SELECT 1;
 -- name: introduce_types(bigints, booleans, floats, integers, jsons, smallints, texts, times, uuids, vectors)
 -- Prepared on every new connection: the driver asks once for the array types that it does not know.
 SELECT
-    cardinality(:bigints::bigint []) + cardinality(:booleans::boolean []) + cardinality(:floats::double precision [])
-    + cardinality(:integers::integer []) + cardinality(:jsons::jsonb []) + cardinality(:smallints::smallint [])
-    + cardinality(:texts::text []) + cardinality(:times::timestamptz []) + cardinality(:uuids::uuid [])
-    + cardinality(:vectors::vector []) AS elements;
+    cardinality(:bigints::bigint[]) + cardinality(:booleans::boolean[]) + cardinality(:floats::double precision[])
+    + cardinality(:integers::integer[]) + cardinality(:jsons::jsonb[]) + cardinality(:smallints::smallint[])
+    + cardinality(:texts::text[]) + cardinality(:times::timestamptz[]) + cardinality(:uuids::uuid[])
+    + cardinality(:vectors::vector[]) AS elements;

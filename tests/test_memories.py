@@ -103,7 +103,9 @@ async def test_batch_gives_ids_in_order_and_the_first_of_an_id_counts(db: Databa
     assert await db.create_memories([], "messages") == []
 
 
-async def test_batch_without_times_keeps_its_order(db: DatabaseAdapter, agent_world: Scene) -> None:
+async def test_batch_without_times_keeps_its_order(make_db: MakeAdapter) -> None:
+    db = await make_db(batch_size=20)
+    agent_world = await make_scene(db)
     await db.create_memories([memory(agent_world, str(i)) for i in range(50)], "messages")
     newest_first = await db.get_memories(table_name="messages")
     assert [m.content["text"] for m in newest_first] == [str(i) for i in reversed(range(50))]  # type: ignore[index]
@@ -320,7 +322,7 @@ async def library(db: DatabaseAdapter, agent_world: Scene) -> list[Memory]:
             content={"text": f"Text {i} {'needle' if i % 7 == 0 else ''}"},
             metadata={"n": i, "tag": {"x": i % 2}},
             unique=i % 5 != 0,
-            created_at=T0 + timedelta(seconds=i // 4),
+            created_at=T0 + timedelta(seconds=i // 4, microseconds=i % 3),
         )
         for i in range(60)
     ]
@@ -374,7 +376,7 @@ async def test_pages_by_offset_and_by_cursor_cover_all_once(
 ) -> None:
     for scope in ({}, {"room_id": agent_world.room}, {"entity_id": agent_world.entity}, {"world_id": agent_world.world}):
         everything = await db.get_memories(table_name="messages", **scope)  # type: ignore[arg-type]
-        for size in (1, 7, 100):
+        for size in (1, 5, 9, 100):
             by_offset: list[Memory] = []
             by_cursor: list[Memory] = []
             while page := await db.get_memories(
@@ -385,7 +387,7 @@ async def test_pages_by_offset_and_by_cursor_cover_all_once(
             while page := await db.get_memories(table_name="messages", limit=size, cursor=cursor, **scope):  # type: ignore[arg-type]
                 by_cursor += page
                 last = page[-1]
-                cursor = [last, (last.created_at, last.id), {"createdAt": last.created_at, "id": last.id}][size % 3]
+                cursor = [last, (last.created_at, last.id), last.to_dict()][size % 3]
             assert ids_of(by_offset) == ids_of(by_cursor) == ids_of(everything)
 
 

@@ -214,7 +214,7 @@ LIST = {
     "cursor_id": None,
     "metadata": None,
     "text_contains": None,
-    "offset": None,
+    "skip": None,
     "count": 20,
     "include_embedding": False,
     "room_id": BIG,
