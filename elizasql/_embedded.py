@@ -40,6 +40,10 @@ import asyncpg
 
 from elizasql.errors import EmbeddedServerError
 
+if sys.platform != "win32":  # where this module must still import
+    import fcntl
+    import pwd
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
@@ -57,9 +61,21 @@ _INITDB = (
 _INCLUDE = "include 'elizasql.conf'"
 _NAME = "elizasql"  # the application's role and database
 _SOCKET = ".s.PGSQL.5432"
+_MAX_STARTS = 5  # in one call, when something kills it
 _LOG_MAX, _LOG_KEEP = 8 << 20, 1 << 20
 # Nothing of the caller's environment: PGPORT, PGDATA and their like are settings to the server too.
 _ENV = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"}
+
+# The server is starting, stopping, full, or was killed while it talked to us: asyncpg says the last in three ways.
+_NOT_NOW = (
+    asyncpg.CannotConnectNowError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.TooManyConnectionsError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+)
 
 _locks: set[_Lock] = set()  # every lock file that this process has open
 _servers: set[EmbeddedServer] = set()  # acquired and not yet released
@@ -74,12 +90,10 @@ class _Lock:
         self.fd = fd
         _locks.add(self)
 
-    def take(self, how: int) -> bool:
-        """Lock it as `fcntl.LOCK_SH` or `LOCK_EX` says, if that can be had at once."""
-        import fcntl
-
+    def take(self, *, shared: bool = False) -> bool:
+        """Lock it, if that can be had at once."""
         try:
-            fcntl.flock(self.fd, how | fcntl.LOCK_NB)
+            fcntl.flock(self.fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         return True
@@ -94,8 +108,6 @@ class _Lock:
     def release(self) -> None:
         """Close it and drop the lock, even if a child that was forked in C has a copy."""
         if self.fd >= 0:
-            import fcntl
-
             fcntl.flock(self.fd, fcntl.LOCK_UN)
             self.close()
 
@@ -131,14 +143,12 @@ class EmbeddedServer:
         """
         if self not in _servers:
             return
-        import fcntl
-
         _servers.discard(self)
         deadline = time.monotonic() + timeout
         try:
             # Newcomers take their share of users.lock under the same lock, so nobody can slip in between.
             async with self._cluster.lifecycle(deadline):
-                if self._users.take(fcntl.LOCK_EX):
+                if self._users.take():
                     await self._cluster.stop(deadline)
                 self._users.release()
         except FileNotFoundError:
@@ -164,16 +174,14 @@ async def acquire(data_dir: str | os.PathLike[str], *, start_timeout: float = 12
     """
     if sys.platform == "win32":
         raise EmbeddedServerError("The embedded server needs a POSIX system: set POSTGRES_URL to a server of your own")
-    import fcntl
-
     deadline = time.monotonic() + start_timeout
-    cluster = _Cluster(Path(os.path.realpath(os.path.expanduser(data_dir))))
+    cluster = _Cluster(Path(data_dir))
     try:
         await _in_thread(cluster.claim)
         async with cluster.lifecycle(deadline):
             users = cluster.open_lock("users.lock")
             try:
-                while not users.take(fcntl.LOCK_SH):
+                while not users.take(shared=True):
                     await cluster.nap(deadline, "another process holds users.lock")
                 await cluster.ensure_running(deadline)
                 return EmbeddedServer(cluster, users)
@@ -193,13 +201,13 @@ class _Cluster:
     """One data directory: its paths, locks and processes. Keeps nothing that another process could change."""
 
     def __init__(self, home: Path) -> None:
-        self.home = home
-        self.data = home / "data"
-        self.log = home / "server.log"
+        self.home = home.expanduser().resolve()
+        self.data = self.home / "data"
+        self.log = self.home / "server.log"
         self.user: tuple[int, int] | None = None  # uid and gid of the server; None: the same as ours
-        self.bin = Path()
         self.log_start = 0
         self.process: subprocess.Popen[bytes] | None = None  # when it was started here
+        self.starts = 0
         self.recovering = False
         self.bootstrapped = False
 
@@ -214,7 +222,7 @@ class _Cluster:
             created = False
             if not self.home.is_dir():
                 raise EmbeddedServerError(f"{self.home} is a file: PGLITE_DATA_DIR must name a folder") from None
-            held = set(os.listdir(self.home)) - {"lost+found"}
+            held = {path.name for path in self.home.iterdir()} - {"lost+found"}
             if held and "elizasql.lock" not in held:
                 raise EmbeddedServerError(
                     f"{self.home} is not empty and not a data directory of elizasql; it was left as it is. "
@@ -227,8 +235,6 @@ class _Cluster:
 
     def _server_user(self) -> tuple[int, int]:
         """Choose who runs the server for root, whom PostgreSQL refuses: whoever owns the data, else a system user."""
-        import pwd
-
         for path in (self.data, self.home):
             with contextlib.suppress(FileNotFoundError):
                 status = path.lstat()
@@ -255,8 +261,9 @@ class _Cluster:
         return fd
 
     def _write(self, path: Path, text: str) -> None:
-        """Replace a file as a whole, durably."""
-        new = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+        """Replace a file as a whole, durably. Under `lifecycle`."""
+        new = path.with_name(f"{path.name}.new")
+        new.unlink(missing_ok=True)
         fd = self._open(new, os.O_WRONLY | os.O_EXCL)
         try:
             os.write(fd, text.encode())
@@ -288,12 +295,10 @@ class _Cluster:
     @contextlib.asynccontextmanager
     async def lifecycle(self, deadline: float) -> AsyncIterator[None]:
         """Exclude every other start, join and stop of this server, in this process and in others."""
-        import fcntl
-
         lock = self.open_lock("elizasql.lock")
         try:
             # Polled: a thread that waits in flock cannot be cancelled, and would take the lock for nobody.
-            while not lock.take(fcntl.LOCK_EX):
+            while not lock.take():
                 await self.nap(deadline, "another process is starting or stopping it")
             yield
         finally:
@@ -301,10 +306,8 @@ class _Cluster:
 
     def lock_server(self) -> _Lock | None:
         """Take server.lock when no process of a server is left, not even an orphan of a killed postmaster."""
-        import fcntl
-
         lock = self.open_lock("server.lock")
-        if lock.take(fcntl.LOCK_EX):
+        if lock.take():
             return lock
         lock.close()
         return None
@@ -330,7 +333,7 @@ class _Cluster:
                 if lock is not None:
                     try:
                         if self.process is not None:
-                            await self._died()
+                            await self._died(self.process)
                         await _in_thread(functools.partial(self._start, lock.fd))
                     finally:
                         lock.close()  # and not released: the server has a copy of it
@@ -345,22 +348,24 @@ class _Cluster:
                 self.process.send_signal(signal.SIGINT)
             raise
 
-    async def _died(self) -> None:
-        """Judge the end of a server that we have just started."""
+    async def _died(self, process: subprocess.Popen[bytes]) -> None:
+        """Judge the end of a server that we have just started: return when another start may go better."""
+        killed = await _in_thread(process.wait) < 0
         tail = self._log_tail(self.log_start)
-        if "still in use" not in tail:  # else: shared memory of a killed server, whose last process is about to go
+        # In use is the shared memory of a killed server, whose last process is about to go.
+        if not (killed and self.starts < _MAX_STARTS) and "still in use" not in tail:
             raise EmbeddedServerError(f"The embedded server in {self.home} did not start{tail or f', see {self.log}'}")
         await asyncio.sleep(0.2)
 
     def _start(self, server_lock: int) -> None:
         """Spawn the server, after initdb when there is no cluster yet. Blocks; its trace is `self.process`."""
-        self.bin = _binaries()
+        programs = _binaries()
         if (pid := self.postmaster()) is not None:
             raise EmbeddedServerError(f"{self.data} is in use by a server that elizasql did not start: stop pid {pid}")
         for leftover in self.home.glob("data.tmp-*"):
             shutil.rmtree(leftover)
         if not os.path.lexists(self.data):
-            self._initdb()
+            self._initdb(programs / "initdb", server_lock)
         self._check_data()
         self._configure(self.data)
         run = self._make_socket_dir()
@@ -369,10 +374,11 @@ class _Cluster:
         # Nobody holds server.lock: these are remains, which the server would believe if the pid in them is in use.
         for stale in (pid_file, run / f"{_SOCKET}.lock", run / _SOCKET):
             stale.unlink(missing_ok=True)
+        self.starts += 1
         log = self._open(self.log, os.O_WRONLY | os.O_APPEND)
         try:
             self.process = self._spawn(
-                [str(self.bin / "postgres"), "-D", str(self.data), "-k", str(run)],
+                [str(programs / "postgres"), "-D", str(self.data), "-k", str(run)],
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # the terminal's Ctrl-C is for the client
@@ -383,17 +389,19 @@ class _Cluster:
         # Nothing of ours stays a zombie, whenever the server ends.
         threading.Thread(target=self.process.wait, name="elizasql-reaper", daemon=True).start()
 
-    def _initdb(self) -> None:
+    def _initdb(self, program: Path, server_lock: int) -> None:
         """Make the cluster beside its place and move it there when it is whole and on disk."""
         new = self.home / f"data.tmp-{uuid.uuid4().hex}"
         new.mkdir(mode=0o700)
         try:
             if self.user:
                 os.chown(new, *self.user)
-            command = [str(self.bin / "initdb"), "-D", str(new), *_INITDB.split()]
+            command = [str(program), "-D", str(new), *_INITDB.split()]
             if sys.platform == "linux":
                 command.append("--sync-method=syncfs")  # 0.1 s; a thousand files one by one take 0.1 to 4 s
-            with self._spawn(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+            # With the lock: should we be killed, the next process waits until initdb has ended, too.
+            options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "pass_fds": (server_lock,)}
+            with self._spawn(command, **options) as process:
                 try:
                     said = process.communicate(timeout=300)[0].decode(errors="replace").strip()[-2000:]
                 except subprocess.TimeoutExpired:
@@ -433,7 +441,7 @@ class _Cluster:
     def _configure(self, data: Path) -> None:
         shm = None
         with contextlib.suppress(OSError):
-            status = os.statvfs("/dev/shm")
+            status = os.statvfs("/dev/shm")  # noqa: S108  # only to see how large it is
             shm = status.f_bavail * status.f_frsize
         path, text = data / "elizasql.conf", _settings(_memory(), _cpus(), shm)
         if not path.exists() or path.read_text(encoding="utf-8") != text:
@@ -455,7 +463,7 @@ class _Cluster:
         """Find a folder that can hold the socket; the path may be too long, or the file system know no sockets."""
         path = self._socket_dir()
         self._private_dir(path)
-        for parent in (tempfile.gettempdir(), "/tmp"):
+        for parent in (tempfile.gettempdir(), "/tmp"):  # noqa: S108  # a folder of our own is made in it
             if _can_bind(path / _SOCKET):
                 return path
             path = Path(tempfile.mkdtemp(prefix=self._socket_prefix(), dir=parent))
@@ -478,43 +486,39 @@ class _Cluster:
         """Return None when the server answers, is ours and has all that it needs; else why not yet."""
         left = max(deadline - time.monotonic(), 0.1)
         try:
-            connection = await asyncpg.connect(self.dsn("postgres"), timeout=left)
-            try:
-                row = await connection.fetchrow(_CHECK, timeout=left)
-            finally:
-                await connection.close(timeout=left)
-        except (asyncpg.InvalidCatalogNameError, asyncpg.UndefinedObjectError):
-            row = None
-        except (asyncio.TimeoutError, TimeoutError):  # noqa: UP041  # two classes in Python 3.10
+            row = await self._ask(left)
+            if row is None or not row["complete"]:
+                if self.bootstrapped:
+                    raise EmbeddedServerError(f"The server in {self.data} lacks the role, or vector in schema public")
+                await self._bootstrap(left)
+                return "its database is being made"
+        except (asyncio.TimeoutError, TimeoutError):  # two classes in Python 3.10
             return "no answer from the server"
         except PermissionError:
             raise
-        except asyncpg.ConnectionDoesNotExistError as error:
-            await asyncio.sleep(0.1)  # the server writes down later what killed its process
+        except OSError as error:
+            return f"no process listens, but one of an earlier server may still run ({error.strerror or error})"
+        except _NOT_NOW as error:
+            await asyncio.sleep(0.02)  # it writes down later what killed its process
             if "signal 4" in self._log_tail(self.log_start):
                 raise EmbeddedServerError(
                     "This CPU lacks instructions (AVX, BMI2) that the bundled pgvector was built with: set POSTGRES_URL"
                 ) from error
-            return str(error)
-        except OSError as error:
-            return f"no process listens, but one of an earlier server may still run ({error.strerror or error})"
-        except (
-            asyncpg.CannotConnectNowError,
-            asyncpg.AdminShutdownError,
-            asyncpg.CrashShutdownError,
-            asyncpg.TooManyConnectionsError,
-            asyncpg.PostgresConnectionError,
-        ) as error:
-            return str(error)
-        if row is None or not row["complete"]:
-            if self.bootstrapped:
-                raise EmbeddedServerError(f"The server in {self.data} lacks role, database or vector in schema public")
-            await self._bootstrap(left)
-            return "its database is being made"
+            return str(error).partition("\n")[0]
         if int(row["identifier"]) != self._system_identifier():
             raise EmbeddedServerError(f"Not the server of {self.data} answers: remove {self._socket_dir()}")
         self.recovering = False
         return None
+
+    async def _ask(self, timeout: float) -> Any:
+        try:
+            connection = await asyncpg.connect(self.dsn("postgres"), timeout=timeout)
+            try:
+                return await connection.fetchrow(_CHECK, timeout=timeout)
+            finally:
+                await connection.close(timeout=timeout)
+        except (asyncpg.InvalidCatalogNameError, asyncpg.UndefinedObjectError):
+            return None  # no database, no vector
 
     async def _bootstrap(self, timeout: float) -> None:
         """Make what the application needs and a superuser must make. Each step stands a repetition."""
@@ -528,26 +532,27 @@ class _Cluster:
 
     def _system_identifier(self) -> int:
         """Read the number that initdb gave to this cluster: the first thing in its control file."""
-        with open(self.data / "global" / "pg_control", "rb") as file:
+        with (self.data / "global" / "pg_control").open("rb") as file:
             return int.from_bytes(file.read(8), sys.byteorder)
 
     # -- stop ------------------------------------------------------------------------------------------------------
 
     def postmaster(self) -> int | None:
         """Read the postmaster's pid, believed only when that process runs postgres on this very folder."""
+        data = os.fsencode(self.data)
         try:
             pid = int((self.data / "postmaster.pid").read_bytes().split(b"\n", 1)[0])
-            if os.path.isdir("/proc/self"):
-                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            else:
+            if not Path("/proc/self").is_dir():
                 ps = ["ps", "-ww", "-o", "command=", "-p", str(pid)]
-                words = [subprocess.run(ps, capture_output=True, check=False, timeout=10).stdout]
+                said = subprocess.run(ps, capture_output=True, check=False, timeout=10).stdout  # noqa: S603
+                return pid if b"/postgres -D " + data in said else None
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if Path(os.fsdecode(words[0])).name != "postgres":
+                return None
+            # By the folder that it works in, too, should ours have been moved; root may not be allowed to look there.
+            return pid if data in words or self.data.samefile(f"/proc/{pid}/cwd") else None
         except (OSError, ValueError, subprocess.TimeoutExpired):
             return None
-        data = os.fsencode(self.data)
-        if len(words) == 1:
-            return pid if b"postgres -D " + data in words[0] else None
-        return pid if os.path.basename(words[0]) == b"postgres" and words[1:3] == [b"-D", data] else None
 
     async def stop(self, deadline: float) -> None:
         """Stop the server: politely first, then in the way that costs a recovery but loses nothing."""
@@ -585,7 +590,7 @@ class _Cluster:
 
     def _log_tail(self, start: int = 0) -> str:
         try:
-            with open(self.log, "rb") as file:
+            with self.log.open("rb") as file:
                 file.seek(max(start, file.seek(0, os.SEEK_END) - 4096))
                 lines = file.read().decode(errors="replace").splitlines()
         except OSError:
@@ -597,7 +602,7 @@ class _Cluster:
     def _spawn(self, command: list[str], **options: Any) -> subprocess.Popen[bytes]:
         """Run a program of the server, never as root."""
         if self.user:
-            if all(_reachable(path, *self.user) for path in (Path(command[0]), self.home)):
+            if all(_reachable(path, *self.user) for path in (Path(command[0]), self.home, self._socket_dir().parent)):
                 options.update(user=self.user[0], group=self.user[1], extra_groups=[])
             elif sys.platform == "linux":
                 # Below a closed folder (a venv in /root), whose mode is not ours to change.
@@ -608,17 +613,19 @@ class _Cluster:
                     "move them, run as a normal user, or set POSTGRES_URL"
                 )
         try:
-            return subprocess.Popen(command, stdin=subprocess.DEVNULL, cwd="/", env=_ENV, umask=0o077, **options)
+            options.update(stdin=subprocess.DEVNULL, cwd="/", env=_ENV, umask=0o077)
+            return subprocess.Popen(command, **options)  # noqa: S603  # our own programs, and no shell
         except (OSError, subprocess.SubprocessError) as error:
-            raise EmbeddedServerError(f"Cannot run {command[0]}: {error}") from error
+            who = f" as uid {self.user[0]}; run as a normal user, or set POSTGRES_URL" if self.user else ""
+            raise EmbeddedServerError(f"Cannot run {command[0]}{who}: {error}") from error
 
 
 # One round trip: whose server it is, that nothing is missing, and that this CPU can run pgvector (else the process
 # dies of it here and not in the middle of the work).
-_CHECK = f"""
+_CHECK = """
 SELECT
     (SELECT system_identifier::text FROM pg_control_system()) AS identifier,
-    EXISTS (SELECT FROM pg_roles WHERE rolname = '{_NAME}')
+    EXISTS (SELECT FROM pg_roles WHERE rolname = 'elizasql')
     AND (SELECT extversion FROM pg_extension WHERE extname = 'vector')
         = (SELECT default_version FROM pg_available_extensions WHERE name = 'vector')
     AND ('[1,2]'::public.vector OPERATOR(public.<=>) '[2,1]'::public.vector) IS NOT NULL AS complete
@@ -627,19 +634,19 @@ SELECT
 # initdb's own empty database is taken: making another one writes 300 files more, a second on a slow disk. What the
 # role's statements do wrong is reported to the application; in the server's log it would only fill the disk.
 _BOOTSTRAP = {
-    "template1": f"""
+    "template1": """
 DO $$ BEGIN
-    IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = '{_NAME}') THEN
-        CREATE ROLE {_NAME} LOGIN;
-        ALTER ROLE {_NAME} SET log_min_messages = 'log';
+    IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'elizasql') THEN
+        CREATE ROLE elizasql LOGIN;
+        ALTER ROLE elizasql SET log_min_messages = 'log';
     END IF;
-    IF NOT EXISTS (SELECT FROM pg_database WHERE datname = '{_NAME}') THEN
-        ALTER DATABASE postgres RENAME TO {_NAME};
-        ALTER DATABASE {_NAME} OWNER TO {_NAME};
+    IF NOT EXISTS (SELECT FROM pg_database WHERE datname = 'elizasql') THEN
+        ALTER DATABASE postgres RENAME TO elizasql;
+        ALTER DATABASE elizasql OWNER TO elizasql;
     END IF;
 END $$
 """,
-    _NAME: "CREATE EXTENSION IF NOT EXISTS vector SCHEMA public; ALTER EXTENSION vector UPDATE",
+    "elizasql": "CREATE EXTENSION IF NOT EXISTS vector SCHEMA public; ALTER EXTENSION vector UPDATE",
 }
 
 
@@ -669,6 +676,7 @@ wal_level = minimal                             # no replication, so bulk loads 
 max_wal_senders = 0
 wal_compression = on                            # less to write and to sync after each checkpoint
 max_wal_size = 1GB
+recovery_init_sync_method = {"syncfs" if sys.platform == "linux" else "fsync"}
 checkpoint_timeout = 10min                      # fewer full pages in the WAL; bounds recovery with max_wal_size
 autovacuum_naptime = 30s                        # dead entries in HNSW make searches slower and recall worse
 autovacuum_vacuum_scale_factor = 0.05
@@ -741,11 +749,11 @@ def _binaries() -> Path:
 
 
 def _reachable(path: Path, uid: int, gid: int) -> bool:
-    """Tell whether a user without other groups can get to a path that exists and read and run or enter it."""
+    """Tell whether a user without other groups can enter all these folders, and read and run the program in them."""
     for step in (path, *path.parents):
         status = step.stat()
         shift = 6 if status.st_uid == uid else 3 if status.st_gid == gid else 0
-        need = 5 if step == path else 1
+        need = 5 if stat.S_ISREG(status.st_mode) else 1
         if (status.st_mode >> shift) & need != need:
             return False
     return True
@@ -761,7 +769,8 @@ def _memory() -> int:
 
 
 def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _can_bind(path: Path) -> bool:

@@ -7,15 +7,17 @@ import contextlib
 import fcntl
 import os
 import pwd
+import random
+import re
 import shutil
 import signal
 import stat
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +41,17 @@ from elizasql import _embedded
 async def main():
     server = await _embedded.acquire(sys.argv[1])
     if "fork" in sys.argv:
+        read, write = os.pipe()
         child = os.fork()
         if child == 0:
             try:
-                server.release().send(None)  # nothing to wait for: it must do nothing
+                server.release().send(None)
             except StopIteration:
-                os.write(1, f"{os.getpid()}\\n".encode())
+                os.write(write, b"1")  # it had nothing to wait for, and did nothing
             os.read(0, 1)
             os._exit(0)
+        assert os.read(read, 1)
+        print(child, flush=True)
     print(server.dsn, flush=True)
     said = await asyncio.to_thread(sys.stdin.readline)
     if said.strip() == "release":
@@ -56,12 +61,42 @@ asyncio.run(main())
 """
 
 
+# A client that comes and goes, writes, and says what was acknowledged; loss of the server is no failure.
+WRITER = """
+import asyncio, asyncpg, random, sys, time
+from elizasql import _embedded
+
+async def main():
+    chance = random.Random(sys.argv[2])
+    for _ in range(chance.randint(1, 6)):
+        server = await _embedded.acquire(sys.argv[1])
+        try:
+            connection = await asyncpg.connect(server.dsn, timeout=20)
+            try:
+                for n in range(chance.randint(1, 10)):
+                    key = f"{sys.argv[2]}-{time.time_ns()}"
+                    await connection.execute("INSERT INTO t VALUES ($1)", key)
+                    print(f"<{key}>", flush=True)
+                    await asyncio.sleep(chance.random() * 0.02)
+            finally:
+                connection.terminate()
+        except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError):
+            pass
+        if chance.random() < 0.8:
+            await server.release()
+
+asyncio.run(main())
+"""
+
+
 class Client:
     """A process that runs CLIENT."""
 
-    def __init__(self, home: Path, *options: str, python: str = sys.executable, **kwargs: Any) -> None:
-        self.process = subprocess.Popen(
-            [python, "-c", CLIENT, str(home), *options],
+    def __init__(
+        self, home: Path, *options: str, code: str = CLIENT, python: str = sys.executable, **kwargs: Any
+    ) -> None:
+        self.process: subprocess.Popen[str] = subprocess.Popen(
+            [python, "-c", code, str(home), *options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -91,7 +126,7 @@ def running(home: Path) -> bool:
     """Whether any process of a server of `home` is left."""
     if not (home / "server.lock").exists():
         return False
-    with open(home / "server.lock") as file:
+    with (home / "server.lock").open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -155,9 +190,8 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
         async def make() -> None:
             await (await acquire(path)).release()
 
-        thread = threading.Thread(target=lambda: asyncio.run(make()))
-        thread.start()
-        thread.join()
+        with ThreadPoolExecutor(1) as pool:  # a loop runs in this thread already
+            pool.submit(asyncio.run, make()).result()
     return path
 
 
@@ -167,7 +201,7 @@ def stopped(template: Path, home: Path) -> Path:
     return home
 
 
-def server_user(home: Path) -> dict[str, int]:
+def server_user(home: Path) -> dict[str, Any]:
     """Options for subprocess, to run something as the user who runs the server."""
     status = (home / "data").stat()
     return {"user": status.st_uid, "group": status.st_gid} if ROOT else {}
@@ -255,7 +289,7 @@ async def test_small_shared_memory_still_builds_in_parallel(stopped: Path, monke
 
 
 async def test_own_settings_win_and_ours_are_renewed(stopped: Path) -> None:
-    with open(stopped / "data" / "postgresql.conf", "a") as file:
+    with (stopped / "data" / "postgresql.conf").open("a") as file:
         file.write("work_mem = '5MB'\njit = on\n")
     (stopped / "data" / "elizasql.conf").write_text("random_page_cost = 3\n")
     server = await acquire(stopped)
@@ -360,8 +394,8 @@ async def test_killed_users_are_not_counted(stopped: Path) -> None:
 
 async def test_forked_child_neither_holds_nor_stops_it(stopped: Path) -> None:
     client = Client(stopped, "fork")
-    lines = [await client.line(), await client.line()]  # in either order
-    child = next(int(line) for line in lines if line.isdigit())
+    child = int(await client.line())
+    await client.line()
     pid = postmaster(stopped)
     server = await acquire(stopped)
     client.process.kill()  # the child lives on, with copies of what its parent had open
@@ -374,6 +408,7 @@ async def test_forked_child_neither_holds_nor_stops_it(stopped: Path) -> None:
         os.kill(child, 0)
     finally:
         os.kill(child, signal.SIGKILL)
+        client.process.communicate(timeout=10)
 
 
 @pytest.mark.slow
@@ -423,10 +458,10 @@ async def test_nothing_acknowledged_is_lost_when_the_server_is_killed(stopped: P
         except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError):
             connection.terminate()
 
-    for _ in range(5):
+    async def one_round() -> None:
         goal = len(acknowledged) + 200
         workers = [asyncio.create_task(load(n, server.dsn)) for n in range(4)]
-        await until(lambda goal=goal: len(acknowledged) >= goal)
+        await until(lambda: len(acknowledged) >= goal)
         os.kill(postmaster(stopped), signal.SIGKILL)
         await asyncio.wait_for(asyncio.gather(*workers), 30)
         again = await acquire(stopped)  # by a process that has the server already
@@ -436,6 +471,53 @@ async def test_nothing_acknowledged_is_lost_when_the_server_is_killed(stopped: P
         assert len(stored) <= attempted
         await again.release()
         assert running(stopped)
+
+    for _ in range(5):
+        await one_round()
+    await server.release()
+    assert not running(stopped)
+
+
+@pytest.mark.slow
+async def test_killing_clients_and_servers_at_random(stopped: Path) -> None:
+    server = await acquire(stopped)
+    async with connected(server) as connection:
+        await connection.execute("CREATE TABLE t (key text PRIMARY KEY)")
+    await server.release()
+    chance = random.Random(7)
+    clients: list[Client] = []
+    killed: list[Client] = []
+    acknowledged: set[str] = set()
+    started = kills = 0
+
+    def collect(client: Client) -> None:
+        output, errors = client.process.communicate(timeout=60)
+        acknowledged.update(re.findall("<(.+)>", output))
+        assert client in killed or client.process.returncode == 0, errors
+
+    while kills < 30:
+        for client in [client for client in clients if client.process.poll() is not None]:
+            clients.remove(client)
+            collect(client)
+        while len(clients) < 4:
+            started += 1
+            clients.append(Client(stopped, str(started), code=WRITER))
+        await asyncio.sleep(chance.random() * 0.3)  # the moment is what this test varies
+        if chance.random() < 0.6:
+            killed.append(chance.choice(clients))
+            killed[-1].process.kill()
+            kills += 1
+        elif (pid := _embedded._Cluster(stopped).postmaster()) is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+                kills += 1
+    for client in clients:
+        collect(client)
+    server = await acquire(stopped)
+    async with connected(server) as connection:
+        stored = {row["key"] for row in await connection.fetch("SELECT key FROM t")}
+    assert acknowledged
+    assert acknowledged <= stored
     await server.release()
     assert not running(stopped)
 
@@ -453,23 +535,20 @@ async def test_server_killed_while_nobody_looks(stopped: Path) -> None:
     await server.release()
 
 
-@pytest.mark.slow
 async def test_orphan_backend_is_waited_for(stopped: Path) -> None:
     server = await acquire(stopped)
     async with connected(server) as connection:
-        pid = await connection.fetchval("SELECT pg_backend_pid()")
-        query = asyncio.create_task(connection.fetchval("SELECT count(*) FROM generate_series(1, 100000000)"))
-        stat_file = Path(f"/proc/{pid}/stat")
-        if stat_file.exists():
-            await until(lambda: stat_file.read_text().split()[2] == "R")
-        os.kill(postmaster(stopped), signal.SIGKILL)
-        with pytest.raises(EmbeddedServerError, match="earlier server"):
-            await acquire(stopped, start_timeout=0.2)
-        again = asyncio.create_task(acquire(stopped))
-        await asyncio.wait({again}, timeout=0.3)
-        os.kill(pid, signal.SIGKILL)
-        with contextlib.suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
-            await query
+        orphan = await connection.fetchval("SELECT pg_backend_pid()")
+        os.kill(orphan, signal.SIGSTOP)  # it cannot notice that its postmaster is gone
+        try:
+            os.kill(postmaster(stopped), signal.SIGKILL)
+            with pytest.raises(EmbeddedServerError, match="earlier server"):
+                await acquire(stopped, start_timeout=0.2)
+            again = asyncio.create_task(acquire(stopped))
+            await asyncio.wait({again}, timeout=0.2)
+            assert not again.done()
+        finally:
+            os.kill(orphan, signal.SIGCONT)
         await (await again).release()
     await server.release()
     assert not running(stopped)
@@ -545,6 +624,26 @@ async def test_cancelled_start_leaves_nothing(home: Path) -> None:
     await (await acquire(home)).release()
 
 
+async def test_recovery_goes_on_when_its_caller_gives_up(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = await acquire(stopped)
+    os.kill(postmaster(stopped), signal.SIGKILL)
+    await until(lambda: not running(stopped))
+
+    async def not_yet(self: object, deadline: float) -> str:
+        return "the database system is starting up"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_embedded._Cluster, "_check", not_yet)
+        with pytest.raises(EmbeddedServerError, match=r"starting up(.|\n)*Call again"):
+            await acquire(stopped, start_timeout=0.3)
+    pid = postmaster(stopped)
+    again = await acquire(stopped)
+    assert postmaster(stopped) == pid
+    await again.release()
+    await server.release()
+    assert not running(stopped)
+
+
 async def test_server_that_hangs(stopped: Path) -> None:
     server = await acquire(stopped)
     pid = postmaster(stopped)
@@ -574,6 +673,20 @@ async def test_cpu_without_the_instructions_of_pgvector(stopped: Path, monkeypat
     monkeypatch.undo()
     await (await acquire(stopped)).release()
     await server.release()
+
+
+async def test_folder_removed_under_the_server(stopped: Path) -> None:
+    server = await acquire(stopped)
+    pid = postmaster(stopped)
+    try:
+        shutil.rmtree(stopped)
+        await server.release()  # there is nothing left to keep whole
+        new = await acquire(stopped)
+        assert postmaster(stopped) != pid
+        await new.release()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGQUIT)  # it would notice within a minute
 
 
 # -- folders -----------------------------------------------------------------------------------------------------------
@@ -657,7 +770,7 @@ async def test_initdb_fails(home: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 async def test_server_does_not_start(stopped: Path) -> None:
-    with open(stopped / "data" / "postgresql.conf", "a") as file:
+    with (stopped / "data" / "postgresql.conf").open("a") as file:
         file.write("no_such_setting = 1\n")
     begun = time.monotonic()
     with pytest.raises(EmbeddedServerError, match=r"did not start(.|\n)*no_such_setting"):
@@ -682,7 +795,7 @@ async def test_server_started_by_hand(stopped: Path) -> None:
 
 async def test_large_log_is_cut(stopped: Path) -> None:
     log = stopped / "server.log"
-    with open(log, "ab") as file:
+    with log.open("ab") as file:
         file.truncate(9 << 20)
         file.write(b"the end")
     server = await acquire(stopped)

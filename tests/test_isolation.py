@@ -1,0 +1,258 @@
+"""No method of one agent's adapter returns, changes or deletes a row of another agent: every method is tried."""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+import numpy as np
+import pytest
+
+import elizasql
+from elizasql import (
+    Component,
+    DatabaseAdapter,
+    ElizaSQLError,
+    Goal,
+    Log,
+    Memory,
+    Relationship,
+    Task,
+)
+
+from .conftest import MakeAdapter, Scene, make_scene
+
+VECTOR = np.random.default_rng(3).normal(size=384).astype(np.float32)
+SECRET = "a secret of the other agent"
+
+# What is shared by all agents, by its nature; what looks after agents as such; what needs no ids.
+SHARED = {
+    name
+    for name in dir(DatabaseAdapter)
+    if any(word in name for word in ("channel", "message_server", "message_by", "replies", "get_message"))
+} | {"create_message", "create_messages", "update_message", "delete_message", "delete_messages"}
+AGENTS = {name for name in dir(DatabaseAdapter) if name.endswith(("_agent", "_agents")) or name.startswith("get_agent")}
+PLAIN = {
+    "close",
+    "transaction",
+    "with_entity_context",
+    "is_ready",
+    "wait_for_tasks",
+    "get_embedding_dimension",
+    "ensure_embedding_dimension",
+    "ensure_agent_exists",
+}
+
+
+async def fill(db: DatabaseAdapter, scene: Scene) -> dict[str, Any]:
+    """Give an agent one of everything; give the ids."""
+    ids = {name: uuid4() for name in ("memory", "document", "component", "relationship", "task", "goal", "log")}
+    place = {"entity_id": scene.entity, "room_id": scene.room}
+    await db.create_memory(
+        Memory(id=ids["memory"], content={"text": SECRET}, world_id=scene.world, embedding=VECTOR, **place), "messages"
+    )
+    fragment = {"type": "fragment", "documentId": str(ids["document"]), "position": 0}
+    await db.create_memory(Memory(content={"text": SECRET}, metadata=fragment, **place), "fragments")
+    await db.create_component(
+        Component(id=ids["component"], type="profile", data={"n": 1, "secret": SECRET}, world_id=scene.world, **place)
+    )
+    await db.create_relationship(
+        Relationship(id=ids["relationship"], source_entity_id=scene.entity, target_entity_id=scene.other, tags=["t"])
+    )
+    await db.create_task(Task(id=ids["task"], name="task", description=SECRET, tags=["queue"], world_id=scene.world, **place))
+    await db.create_goal(Goal(id=ids["goal"], name=SECRET, objectives=[], **place))
+    await db.create_logs([Log(id=ids["log"], type="run_event", body={"runId": "r", "secret": SECRET}, **place)])
+    await db.set_cache("key", SECRET)
+    await db.set_participant_user_state(scene.room, scene.entity, "MUTED")
+    await db.create_pairing_request({"channel": "c", "senderId": "s", "code": "code"})
+    await db.create_pairing_allowlist_entry({"channel": "c", "senderId": "s"})
+    return ids
+
+
+def arguments(name: str, scene: Scene, ids: dict[str, Any], pairing: dict[str, UUID]) -> dict[str, Any]:
+    """Give what a method is called with: the other agent's ids wherever it takes ids."""
+    method = getattr(DatabaseAdapter, name)
+    place = {"entity_id": scene.entity, "room_id": scene.room, "world_id": scene.world}
+    changed: dict[str, dict[str, Any]] = {
+        "memory": {"id": ids["memory"], "content": {"text": "taken"}},
+        "component": {"id": ids["component"], "data": {"taken": True}},
+        "relationship": {"id": ids["relationship"], "tags": ["taken"]},
+        "goal": {"id": ids["goal"], "name": "taken"},
+        "room": {"id": scene.room, "name": "taken"},
+        "world": {"id": scene.world, "name": "taken"},
+        "entity": {"id": scene.entity, "names": ["taken"]},
+        "log": {"id": ids["log"], "type": "taken"},
+        "request": {"id": pairing["request"], "metadata": {"taken": True}},
+        "entry": {"id": pairing["entry"], "metadata": {"taken": True}},
+        "task": {"name": "taken"},
+    }
+    full: dict[str, dict[str, Any]] = {
+        "memory": {"content": {"text": "x"}, **place},
+        "component": {"type": "profile", "data": {}, **place},
+        "relationship": {"source_entity_id": scene.entity, "target_entity_id": scene.other},
+        "goal": {"name": "x", "objectives": [], "entity_id": scene.entity, "room_id": scene.room},
+        "room": {"id": scene.room, "source": "x", "type": "DM"},
+        "world": {"id": scene.world, "name": "x"},
+        "entity": {"id": scene.entity, "names": ["x"]},
+        "log": {"type": "x", "body": {}, "entity_id": scene.entity, "room_id": scene.room},
+        "task": {"id": ids["task"], "name": "x"},
+        "request": {"channel": "c", "sender_id": "s", "code": "code"},
+        "entry": {"channel": "c", "sender_id": "s"},
+    }
+    creating = name.startswith(("create", "upsert", "ensure", "log"))
+    one = full if creating else changed
+    pair = (scene.entity, scene.room)
+    known: dict[str, Any] = {
+        **place,
+        "source_entity_id": scene.entity,
+        "target_entity_id": scene.other,
+        "room_ids": [scene.room],
+        "world_ids": [scene.world],
+        "entity_ids": [scene.entity, scene.other],
+        "table_name": "messages",
+        "embedding": VECTOR,
+        "query_table_name": "messages",
+        "query_threshold": 50,
+        "query_input": SECRET,
+        "names": ["Ann", "Bob", "task"],
+        "name": "task",
+        "query": "Ann",
+        "key": "key",
+        "keys": ["key"],
+        "value": "taken",
+        "expected": SECRET,
+        "entries": {"key": "taken"},
+        "pairs": [pair],
+        "participants": [pair],
+        "updates": [{"entityId": scene.entity, "roomId": scene.room, "state": "FOLLOWED"}],
+        "state": "FOLLOWED",
+        "status": "DONE",
+        "type": "profile",
+        "ops": [{"op": "set", "path": "taken", "value": True}],
+        "patches": [{"componentId": ids["component"], "ops": [{"op": "set", "path": "taken", "value": True}]}],
+        "older_than": timedelta(0),
+        "channel": "c",
+        "queries": [{"channel": "c", "agentId": None}],
+        "error": "failed",
+        "tags": None,
+        **one,
+    }
+    if name in ("claim_tasks", "get_relationships_by_pairs", "get_components_by_natural_keys", "get_agent_run_summaries"):
+        known |= {
+            "names": None,
+            "status": "all",
+            "pairs": [(scene.entity, scene.other)],
+            "keys": [{"entityId": scene.entity, "type": "profile", "worldId": scene.world}],
+        }
+    if name == "are_room_participants" or name.startswith("get_participant_user_states"):
+        known["pairs"] = [{"entityId": scene.entity, "roomId": scene.room}]
+    if name == "update_participants":
+        known["participants"] = [{"entityId": scene.entity, "roomId": scene.room, "updates": {"roomState": "FOLLOWED"}}]
+    if "pairing_allowlist" in name:
+        known["entries"] = [one["entry"]]
+    if name == "query_entities":
+        known["limit"] = 10
+    if name.startswith("get_component"):
+        del known["source_entity_id"]
+    if name == "get_logs":
+        known["type"] = "run_event"
+    if name.endswith("_task") and name.split("_")[0] in ("complete", "fail", "heartbeat", "release"):
+        known["task"] = Task(id=ids["task"])
+    given: dict[str, Any] = {}
+    for parameter in list(inspect.signature(method).parameters.values())[1:]:
+        word = parameter.name
+        if word in known:
+            given[word] = known[word]
+        elif word.endswith("_ids") and word[:-4] in ids:
+            given[word] = [ids[word[:-4]]]
+        elif word.endswith("_id") and word[:-3] in ids:
+            given[word] = ids[word[:-3]]
+        elif word in ("request_id", "entry_id"):
+            given[word] = pairing[word[:-3]]
+        elif word in ("request_ids", "entry_ids"):
+            given[word] = [pairing[word[:-4]]]
+        elif word in ("memories", "components", "relationships", "goals", "rooms", "worlds", "logs", "tasks", "requests"):
+            single = {"memories": "memory"}.get(word, word[:-1])
+            given[word] = [{**one[single], **({"id": ids["task"]} if single == "task" else {})}]
+        elif word == "entities":
+            given[word] = [one["entity"]]
+        else:
+            assert parameter.default is not inspect.Parameter.empty, f"{name} takes {word}: say what it is called with"
+    if given.get("room_id") is not None:
+        given.pop("room_ids", None)
+    if name == "get_relationships":
+        given.pop("entity_ids", None)
+    return given
+
+
+METHODS = [
+    name
+    for name, _ in inspect.getmembers(elizasql.DatabaseAdapter, inspect.isfunction)
+    if not name.startswith("_") and name not in SHARED | AGENTS | PLAIN
+]
+
+
+async def snapshot(raw: asyncpg.Connection[Any], agent: UUID) -> dict[str, list[str]]:
+    """Give every row of an agent in every table that has an agent_id."""
+    tables = await raw.fetch(
+        """SELECT c.table_name FROM information_schema.columns AS c
+        INNER JOIN information_schema.tables AS t USING (table_schema, table_name)
+        WHERE c.table_schema = 'elizasql' AND c.column_name = 'agent_id' AND t.table_type = 'BASE TABLE'"""
+    )
+    return {
+        table: sorted(
+            row[0] for row in await raw.fetch(f"SELECT t::text FROM elizasql.{table} AS t WHERE agent_id = $1", agent)
+        )
+        for (table,) in tables
+    }
+
+
+@pytest.mark.parametrize("name", METHODS)
+async def test_method_leaves_the_other_agent_alone(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any], name: str
+) -> None:
+    mine, theirs = await make_db(), await make_db()
+    scene = await make_scene(theirs)
+    ids = await fill(theirs, scene)
+    pairing = {
+        "request": (await theirs.get_pairing_requests([{"channel": "c"}]))[0][0].id,
+        "entry": (await theirs.get_pairing_allowlist("c"))[0].id,
+    }
+    before = await snapshot(raw, theirs.agent_id)
+    assert sum(len(rows) for rows in before.values()) >= 15
+    given = arguments(name, scene, ids, pairing)  # type: ignore[arg-type]
+    result: Any = None
+    # An error is an answer, too; what counts is the other agent's rows.
+    with suppress(ElizaSQLError):
+        result = await getattr(mine, name)(**given)
+    assert await snapshot(raw, theirs.agent_id) == before
+    assert SECRET not in repr(result)
+    assert str(theirs.agent_id) not in repr(result)
+
+
+async def test_the_same_calls_do_reach_the_own_rows(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
+    """The calls above are no empty gestures: most of them change or return something for the agent that has the rows."""
+    silent = []
+    for name in METHODS:
+        db = await make_db()
+        scene = await make_scene(db)
+        ids = await fill(db, scene)
+        pairing = {
+            "request": (await db.get_pairing_requests([{"channel": "c"}]))[0][0].id,
+            "entry": (await db.get_pairing_allowlist("c"))[0].id,
+        }
+        before = await snapshot(raw, db.agent_id)
+        result: Any = None
+        with suppress(ElizaSQLError):
+            result = await getattr(db, name)(**arguments(name, scene, ids, pairing))  # type: ignore[arg-type]
+        if not result and await snapshot(raw, db.agent_id) == before:
+            silent.append(name)
+        await db.close()
+    # Tasks that nobody claimed cannot be ended or given back; what exists already is not created again.
+    assert set(silent) <= {"complete_task", "fail_task", "heartbeat_task", "release_task", "sweep_cache"} | {
+        name for name in METHODS if name.startswith("create_")
+    }, silent
