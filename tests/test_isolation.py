@@ -63,7 +63,9 @@ async def fill(db: DatabaseAdapter, scene: Scene) -> dict[str, Any]:
     await db.create_relationship(
         Relationship(id=ids["relationship"], source_entity_id=scene.entity, target_entity_id=scene.other, tags=["t"])
     )
-    await db.create_task(Task(id=ids["task"], name="task", description=SECRET, tags=["queue"], world_id=scene.world, **place))
+    await db.create_task(
+        Task(id=ids["task"], name="task", description=SECRET, tags=["queue"], world_id=scene.world, **place)
+    )
     await db.create_goal(Goal(id=ids["goal"], name=SECRET, objectives=[], **place))
     await db.create_logs([Log(id=ids["log"], type="run_event", body={"runId": "r", "secret": SECRET}, **place)])
     await db.set_cache("key", SECRET)
@@ -141,7 +143,12 @@ def arguments(name: str, scene: Scene, ids: dict[str, Any], pairing: dict[str, U
         "tags": None,
         **one,
     }
-    if name in ("claim_tasks", "get_relationships_by_pairs", "get_components_by_natural_keys", "get_agent_run_summaries"):
+    if name in (
+        "claim_tasks",
+        "get_relationships_by_pairs",
+        "get_components_by_natural_keys",
+        "get_agent_run_summaries",
+    ):
         known |= {
             "names": None,
             "status": "all",
@@ -175,7 +182,17 @@ def arguments(name: str, scene: Scene, ids: dict[str, Any], pairing: dict[str, U
             given[word] = pairing[word[:-3]]
         elif word in ("request_ids", "entry_ids"):
             given[word] = [pairing[word[:-4]]]
-        elif word in ("memories", "components", "relationships", "goals", "rooms", "worlds", "logs", "tasks", "requests"):
+        elif word in (
+            "memories",
+            "components",
+            "relationships",
+            "goals",
+            "rooms",
+            "worlds",
+            "logs",
+            "tasks",
+            "requests",
+        ):
             single = {"memories": "memory"}.get(word, word[:-1])
             given[word] = [{**one[single], **({"id": ids["task"]} if single == "task" else {})}]
         elif word == "entities":
