@@ -147,7 +147,7 @@ class Memories(Store):
     async def _create(self, ids: list[UUID], rows: list[dict[str, Any]], given: int | None) -> list[UUID]:
         undecided = any(row["unique"] is None and row["embedding"] is not None for row in rows)
         name = "create_memories_marking_duplicates" if undecided else "create_memories"
-        chunks = []
+        chunks: list[dict[str, Any]] = []
         for chunk in self._chunks(rows):
             columns = _columns(chunk)
             if not undecided:
@@ -176,7 +176,7 @@ class Memories(Store):
         if not rows:
             return []
         given = self._width_of(rows)
-        chunks = []
+        chunks: list[dict[str, Any]] = []
         for chunk in self._chunks(rows):
             columns = _columns(chunk)
             kept = [row["id"] for row in chunk if row["unique"] is None]

@@ -113,7 +113,7 @@ async def raw(dsn: str) -> AsyncIterator[asyncpg.Connection[Any]]:
 
 
 @pytest.fixture
-def round_trips(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def round_trips(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Give the list of statements that went to the server, one entry a round trip, from here on."""
     sent: list[str] = []
     real = asyncpg.Connection._do_execute
@@ -132,4 +132,4 @@ def round_trips(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return await real_query(self, query, *args, timeout=timeout)
 
     monkeypatch.setattr(asyncpg.Connection, "execute", counted_query)
-    yield sent
+    return sent

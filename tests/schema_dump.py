@@ -29,9 +29,7 @@ def dump(dsn: str, binaries: Path) -> str:
         text=True,
     ).stdout
     kept = [
-        line
-        for line in text.splitlines()
-        if not re.match(r"--|SET |SELECT pg_catalog|\\restrict|\\unrestrict", line)
+        line for line in text.splitlines() if not re.match(r"--|SET |SELECT pg_catalog|\\restrict|\\unrestrict", line)
     ]
     return HEADER + re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).strip() + "\n"
 

@@ -19,7 +19,9 @@ V = np.random.default_rng(0).normal(size=(500, 384)).astype(np.float32)
 
 
 async def tail_of(raw: asyncpg.Connection[Any], agent: UUID) -> int:
-    count: int = await raw.fetchval("SELECT count(*) FROM elizasql.embeddings WHERE agent_id = $1 AND NOT indexed", agent)
+    count: int = await raw.fetchval(
+        "SELECT count(*) FROM elizasql.embeddings WHERE agent_id = $1 AND NOT indexed", agent
+    )
     return count
 
 
@@ -143,7 +145,10 @@ async def test_close_ends_the_task_in_the_middle_of_its_work(
 
 
 async def test_trouble_is_logged_and_the_next_look_goes_on(
-    make_db: MakeAdapter, raw: asyncpg.Connection[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    make_db: MakeAdapter,
+    raw: asyncpg.Connection[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     db = await make_db(indexing="background", index_interval=0.01)
     real = db._indexer._move_batch

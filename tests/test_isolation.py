@@ -269,7 +269,7 @@ async def test_the_same_calls_do_reach_the_own_rows(make_db: MakeAdapter, raw: a
         if not result and await snapshot(raw, db.agent_id) == before:
             silent.append(name)
         await db.close()
-    # Tasks that nobody claimed cannot be ended or given back; what exists already is not created again.
+    # Nobody claimed a task that could be ended or given back; what exists already is not created again.
     assert set(silent) <= {"complete_task", "fail_task", "heartbeat_task", "release_task", "sweep_cache"} | {
         name for name in METHODS if name.startswith("create_")
     }, silent

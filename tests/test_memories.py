@@ -85,8 +85,12 @@ async def test_a_second_create_of_an_id_changes_nothing(
     db: DatabaseAdapter, agent_world: Scene, raw: asyncpg.Connection[Any]
 ) -> None:
     id = uuid4()
-    assert await db.create_memory(memory(agent_world, "first", id=id, embedding=vector(1), unique=True), "messages") == id
-    assert await db.create_memory(memory(agent_world, "second", id=id, embedding=vector(2), unique=True), "messages") == id
+    assert (
+        await db.create_memory(memory(agent_world, "first", id=id, embedding=vector(1), unique=True), "messages") == id
+    )
+    assert (
+        await db.create_memory(memory(agent_world, "second", id=id, embedding=vector(2), unique=True), "messages") == id
+    )
     assert await db.create_memory(memory(agent_world, "third", id=id, embedding=vector(3)), "messages") == id
     assert await db.create_memories([memory(agent_world, "fourth", id=id, embedding=vector(4))], "messages") == [id]
     stored = await db.get_memory_by_id(id, include_embedding=True)
@@ -126,9 +130,7 @@ async def test_batch_of_several_types_and_of_the_batch_contract(db: DatabaseAdap
         await db.create_memories([memory(agent_world, "x")])
 
 
-async def test_a_bad_row_leaves_nothing_of_the_batch(
-    make_db: MakeAdapter, raw: asyncpg.Connection[Any]
-) -> None:
+async def test_a_bad_row_leaves_nothing_of_the_batch(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
     db = await make_db(batch_size=10)
     scene = await make_scene(db)
     good = [memory(scene, str(i), embedding=vector(i), unique=True) for i in range(35)]
@@ -145,7 +147,9 @@ async def test_a_bad_row_leaves_nothing_of_the_batch(
     ("field", "constraint"),
     [("room_id", "memories_room_fkey"), ("entity_id", "memories_entity_fkey"), ("world_id", "memories_world_fkey")],
 )
-async def test_broken_references_are_errors(db: DatabaseAdapter, agent_world: Scene, field: str, constraint: str) -> None:
+async def test_broken_references_are_errors(
+    db: DatabaseAdapter, agent_world: Scene, field: str, constraint: str
+) -> None:
     for bad in (memory(agent_world, **{field: uuid4()}), memory(agent_world, embedding=vector(1), **{field: uuid4()})):
         with pytest.raises(ForeignKeyError) as caught:
             await db.create_memory(bad, "messages")
@@ -154,7 +158,11 @@ async def test_broken_references_are_errors(db: DatabaseAdapter, agent_world: Sc
 
 
 async def test_documents_and_fragments_need_their_keys(db: DatabaseAdapter, agent_world: Scene) -> None:
-    for metadata in ({"type": "document"}, {"type": "fragment", "documentId": "x"}, {"type": "fragment", "position": 0}):
+    for metadata in (
+        {"type": "document"},
+        {"type": "fragment", "documentId": "x"},
+        {"type": "fragment", "position": 0},
+    ):
         with pytest.raises(CheckError):
             await db.create_memory(memory(agent_world, metadata=metadata), "documents")
     await db.create_memory(memory(agent_world, metadata={"type": "document", "timestamp": 1}), "documents")
@@ -238,7 +246,9 @@ async def test_near_duplicates_are_marked_in_their_scope(db: DatabaseAdapter, ag
     assert await unique_of(memory(agent_world, embedding=near, room_id=None, entity_id=None)) is False
     # What is said wins over what is found.
     assert await unique_of(memory(agent_world, embedding=near, unique=True)) is True
-    stored = await db.get_memory_by_id(await db.create_memory(memory(agent_world, embedding=far), "messages", unique=True))
+    stored = await db.get_memory_by_id(
+        await db.create_memory(memory(agent_world, embedding=far), "messages", unique=True)
+    )
     assert stored is not None and stored.unique is True
     only_unique = await db.search_memories(embedding=base, table_name="messages", unique=True, count=50)
     assert all(m.unique for m in only_unique) and len(only_unique) == 6
@@ -269,8 +279,8 @@ async def test_of_concurrent_near_duplicates_exactly_one_is_unique(make_db: Make
     db = await make_db(pool_max_size=8)
     scene = await make_scene(db)
     others = [await make_db(db.agent_id, pool_max_size=3) for _ in range(3)]
-    for round in range(5):
-        base = vector(100 + round)
+    for turn in range(5):
+        base = vector(100 + turn)
         calls = [
             adapter.create_memory(memory(scene, embedding=base + 0.001 * vector(i)), "messages")
             for i, adapter in enumerate([db, db, db, db, *others])
@@ -289,12 +299,12 @@ async def test_batches_over_rooms_in_opposite_order_do_not_block_each_other(make
     db = await make_db(pool_max_size=8)
     scene = await make_scene(db)
     rooms = await db.create_rooms([Room(source="t", type="GROUP") for _ in range(6)])
-    for round in range(4):
+    for turn in range(4):
         await asyncio.gather(
             *(
                 db.create_memories(
                     [
-                        memory(scene, room_id=room, embedding=vector(1000 * round + 100 * i + j))
+                        memory(scene, room_id=room, embedding=vector(1000 * turn + 100 * i + j))
                         for j, room in enumerate(rooms if i % 2 else reversed(rooms))
                     ],
                     "messages",
@@ -374,13 +384,21 @@ async def test_get_memories_filters_and_orders(db: DatabaseAdapter, agent_world:
 async def test_pages_by_offset_and_by_cursor_cover_all_once(
     db: DatabaseAdapter, agent_world: Scene, library: list[Memory]
 ) -> None:
-    for scope in ({}, {"room_id": agent_world.room}, {"entity_id": agent_world.entity}, {"world_id": agent_world.world}):
+    for scope in (
+        {},
+        {"room_id": agent_world.room},
+        {"entity_id": agent_world.entity},
+        {"world_id": agent_world.world},
+    ):
         everything = await db.get_memories(table_name="messages", **scope)  # type: ignore[arg-type]
         for size in (1, 5, 9, 100):
             by_offset: list[Memory] = []
             by_cursor: list[Memory] = []
             while page := await db.get_memories(
-                table_name="messages", count=size, offset=len(by_offset), **scope  # type: ignore[arg-type]
+                table_name="messages",
+                count=size,
+                offset=len(by_offset),
+                **scope,  # type: ignore[arg-type]
             ):
                 by_offset += page
             cursor: Any = None
@@ -400,7 +418,9 @@ async def test_get_by_ids_rooms_and_worlds(db: DatabaseAdapter, agent_world: Sce
     rooms = list({m.room_id for m in library})
     by_rooms = await db.get_memories_by_room_ids(room_ids=[*rooms, *rooms], table_name="messages")  # type: ignore[list-item]
     assert ids_of(by_rooms) == ids_of(library)
-    assert ids_of(await db.get_memories_by_room_ids(room_ids=rooms, table_name="messages", count=9)) == ids_of(library[:9])  # type: ignore[arg-type]
+    assert ids_of(await db.get_memories_by_room_ids(room_ids=rooms, table_name="messages", count=9)) == ids_of(
+        library[:9]
+    )  # type: ignore[arg-type]
     assert await db.get_memories_by_room_ids(room_ids=[], table_name="messages") == []
     # Both rooms are of the world; and one memory that names the world stands in no room.
     lone = await db.create_memory(Memory(content={}, world_id=agent_world.world, created_at=T0), "messages")
@@ -479,7 +499,13 @@ async def test_upsert_replaces_what_is_given_and_keeps_the_rest(db: DatabaseAdap
     assert await db.upsert_memories(
         [
             Memory(id=id, content={"text": "lost"}),
-            Memory(id=id, content={"text": "b"}, room_id=room, entity_id=agent_world.other, created_at=T0 + timedelta(days=1)),
+            Memory(
+                id=id,
+                content={"text": "b"},
+                room_id=room,
+                entity_id=agent_world.other,
+                created_at=T0 + timedelta(days=1),
+            ),
             Memory(id=new, content={"text": "new"}, room_id=room, embedding=vector(2)),
         ],
         "facts",
@@ -516,7 +542,8 @@ async def test_delete_takes_fragments_and_vectors_along(
 ) -> None:
     document, other = uuid4(), uuid4()
     await db.create_memory(
-        memory(agent_world, id=document, metadata={"type": "document", "timestamp": 1}, embedding=vector(1)), "documents"
+        memory(agent_world, id=document, metadata={"type": "document", "timestamp": 1}, embedding=vector(1)),
+        "documents",
     )
     fragments = [
         memory(
@@ -621,9 +648,7 @@ async def test_cached_embeddings_by_edit_distance(db: DatabaseAdapter, agent_wor
 
 
 async def test_cached_embeddings_of_other_fields(db: DatabaseAdapter, agent_world: Scene) -> None:
-    await db.create_memory(
-        Memory(content={"name": "Ann"}, metadata={"alias": "Anna"}, embedding=vector(1)), "people"
-    )
+    await db.create_memory(Memory(content={"name": "Ann"}, metadata={"alias": "Anna"}, embedding=vector(1)), "people")
     for field, key in (("content", "name"), ("metadata", "alias")):
         found = await db.get_cached_embeddings(
             query_table_name="people",

@@ -261,7 +261,9 @@ async def test_a_deep_page_by_cursor_reads_one_page(
     page = await db.get_memories(table_name="messages", count=3000)
     params = {**LIST, "agent_id": db.agent_id, "cursor_time": page[-1].created_at, "cursor_id": page[-1].id}
     nodes = await plan_of(session, SQL["get_memories"], params, execute=True)
-    read = [node["Actual Rows"] for node in nodes if "created_at" in node.get("Index Name", "") and node["Actual Loops"]]
+    read = [
+        node["Actual Rows"] for node in nodes if "created_at" in node.get("Index Name", "") and node["Actual Loops"]
+    ]
     assert max(read) <= 21, read
 
 

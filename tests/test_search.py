@@ -18,7 +18,9 @@ from .conftest import MakeAdapter, Scene, make_scene
 Vectors = NDArray[np.float32]
 
 
-def clustered(number: int, dimension: int = 384, *, clusters: int = 30, seed: int = 0) -> tuple[Vectors, NDArray[np.int64]]:
+def clustered(
+    number: int, dimension: int = 384, *, clusters: int = 30, seed: int = 0
+) -> tuple[Vectors, NDArray[np.int64]]:
     """Give vectors in clusters of skewed sizes, and the cluster of each: nearer to real embeddings than noise is."""
     rng = np.random.default_rng(seed)
     share = 1 / np.arange(1, clusters + 1)
@@ -201,7 +203,9 @@ async def test_threshold_count_and_ties(db: DatabaseAdapter, agent_world: Scene)
     assert await ids(count=0) == []
     with pytest.raises(ArgumentError):
         await ids(count=3, limit=4)
-    assert [hit.id for hit in await db.search_memories_by_embedding(base, table_name="messages", count=2)] == sorted(same)[:2]
+    assert [hit.id for hit in await db.search_memories_by_embedding(base, table_name="messages", count=2)] == sorted(
+        same
+    )[:2]
     assert await db.search_memories(embedding=base, table_name="nothing") == []
 
 

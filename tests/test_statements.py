@@ -28,7 +28,7 @@ def test_every_file_has_a_header_and_only_statements() -> None:
         assert text.startswith("-- ") and not text.startswith("-- name:"), path.name
         for number, line in enumerate(text.splitlines(), 1):
             assert "--" not in line or line.lstrip().startswith("--"), f"{path.name}:{number}: comment behind SQL"
-        assert not re.search(r"^\s*(CREATE|ALTER|DROP|GRANT|TRUNCATE)\b", text, re.M), path.name
+        assert not re.search(r"^\s*(CREATE|ALTER|DROP|GRANT|TRUNCATE)\b", text, re.MULTILINE), path.name
         assert "SELECT *\nFROM elizasql" not in text, path.name
 
 
@@ -43,7 +43,7 @@ def test_statement_sets_no_session_state(statement: Statement) -> None:
 
 @pytest.mark.parametrize("statement", list(SQL.values()), ids=list(SQL))
 def test_statement_names_tables_with_their_schema(statement: Statement) -> None:
-    tables = re.findall(r"\b(?:FROM|JOIN|INTO|UPDATE|USING)\s+([a-z_.]+)\b(?!\s*\()", statement.sql)
+    tables = re.findall(r"(?<!DISTINCT )\b(?:FROM|JOIN|INTO|UPDATE|USING)\s+([a-z_.]+)\b(?!\s*\()", statement.sql)
     catalog = {"pg_class", "pg_extension", "pg_namespace", "pg_available_extensions", "pg_stat_ssl"}
     names = set(re.findall(r"(\w+) AS (?:NOT )?(?:MATERIALIZED )?\(", statement.sql)) | catalog
     aliases = set(re.findall(r"\bAS (\w+)", statement.sql))
@@ -118,7 +118,9 @@ def _strings(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def test_no_sql_text_in_the_package() -> None:
-    sql = re.compile(r"\b(SELECT\s|INSERT\s+INTO|UPDATE\s+\w+\s+SET|DELETE\s+FROM|CREATE\s+TABLE|LISTEN\s|NOTIFY\s)", re.I)
+    sql = re.compile(
+        r"\b(SELECT\s|INSERT\s+INTO|UPDATE\s+\w+\s+SET|DELETE\s+FROM|CREATE\s+TABLE|LISTEN\s|NOTIFY\s)", re.IGNORECASE
+    )
     found = [
         f"{path.name}:{line}: {text:.60}"
         for path in PACKAGE.glob("*.py")
@@ -140,7 +142,7 @@ METHODS = {
 def test_docstring_names_statements_that_exist(name: str, method: Any) -> None:
     doc = inspect.getdoc(method)
     assert doc, name
-    for block in re.findall(r"Statement: (.*?)(?:\n\n|\.\s|Source:|\Z)", doc, re.S):
+    for block in re.findall(r"Statement: (.*?)(?:\n\n|\.\s|Source:|\Z)", doc, re.DOTALL):
         for file, words in re.findall(r"sql/(\w+\.sql) ([\w,\s]+)", block):
             first = words.split()[0].rstrip(",")
             assert first in SQL, (name, first)
