@@ -252,7 +252,7 @@ async def test_method_leaves_the_other_agent_alone(
 
 
 async def test_the_same_calls_do_reach_the_own_rows(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
-    """The calls above are no empty gestures: most of them change or return something for the agent that has the rows."""
+    """The calls above are no empty gestures: most change or return something for the agent that has the rows."""
     silent = []
     for name in METHODS:
         db = await make_db()
