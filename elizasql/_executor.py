@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import asyncpg
@@ -119,7 +119,7 @@ class Executor:
 
     def _explain(self, error: Exception, statement: str, connection: Any = None) -> ElizaSQLError:
         if connection is not None and isinstance(error, asyncpg.InternalClientError):
-            connection.terminate()  # the driver has lost its place in the conversation
+            _drop(connection)  # the driver has lost its place in the conversation
         made = translate(error, statement)
         if self._closed and not self.in_transaction and isinstance(made, ConnectionLostError):
             return ClosedError(f"{statement}: the adapter was closed meanwhile", statement=statement)
@@ -136,11 +136,14 @@ class Executor:
         """Open a transaction: what runs on the executor that it gives is done as a whole or not at all."""
         connection = await self._acquire("transaction")
         try:
-            transaction = connection.transaction()
             try:
+                transaction = connection.transaction()
                 await transaction.start()
-            except Exception as error:
-                raise self._explain(error, "transaction", connection) from error
+            except BaseException as error:
+                self._doubt(connection)
+                if isinstance(error, Exception):
+                    raise self._explain(error, "transaction", connection) from error
+                raise
             inner = _TransactionExecutor(self._pool, self._acquire_timeout, connection)
             try:
                 yield inner
@@ -151,6 +154,10 @@ class Executor:
         finally:
             await self._release(connection)
 
+    def _doubt(self, connection: Any) -> None:
+        """Deal with a connection of which nobody knows whether a transaction was begun on it."""
+        _drop(connection)
+
     async def close(self, timeout: float) -> None:
         """Refuse new calls, wait for those in flight at most `timeout` seconds, and close the pool. Idempotent."""
         if self._closed:
@@ -160,6 +167,9 @@ class Executor:
             await asyncio.wait_for(self._drain(), timeout)
         except (asyncio.TimeoutError, TimeoutError):
             self._pool.terminate()
+        except BaseException:
+            self._pool.terminate()
+            raise
 
     async def _drain(self) -> None:
         # The pool waits for connections that are in use, but not for the calls that wait for one.
@@ -210,6 +220,9 @@ class _TransactionExecutor(Executor):
             self._doubtful = True
             raise
 
+    def _doubt(self, connection: Any) -> None:  # noqa: ARG002
+        self._doubtful = True
+
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Executor]:
         """Open a savepoint; until it ends, nothing else runs on this executor."""
@@ -236,14 +249,20 @@ class _TransactionExecutor(Executor):
         """Undo what was done, once the calls that are running have ended; the error that led here is raised."""
         self._closed = True
         async with self._turn:
-            if self._connection.is_closed():
-                return
             try:
                 await transaction.rollback()
-            except Exception:
+            except BaseException as error:
                 # Without the connection the server undoes the transaction, whatever state it is in.
                 logger.debug("a rollback failed, the connection is dropped", exc_info=True)
-                self._connection.terminate()
+                _drop(self._connection)
+                if not isinstance(error, Exception):
+                    raise
+
+
+def _drop(connection: Any) -> None:
+    """Close a connection at once, unless the pool has already taken it back because it broke."""
+    with suppress(asyncpg.InterfaceError):
+        connection.terminate()
 
 
 def _order(statement: Statement, params: dict[str, Any]) -> Arguments:

@@ -84,6 +84,8 @@ class Indexer:
         while True:
             with suppress(asyncio.TimeoutError, TimeoutError):
                 await asyncio.wait_for(self._wanted.wait(), self._config.index_interval * 30)
+            if self._task is None:
+                return  # before Python 3.12, wait_for swallows a cancellation that comes together with its result
             self._wanted.clear()
             try:
                 while await self._give_way() and await self._move_batch():

@@ -65,17 +65,20 @@ async def migrate(dsn: str, *, encrypted: bool) -> None:
         # An empty working folder, since dbmate reads a .env file there; the address goes through the environment, since
         # a command line is readable by every user of the machine.
         environ = {name: value for name, value in os.environ.items() if not name.startswith("DBMATE_")}
-        process = await asyncio.create_subprocess_exec(
-            str(_find_dbmate()),
-            *("--migrations-dir", str(find_folder("migrations"))),
-            *("--migrations-table", TABLE),
-            *("--no-dump-schema", "--migration-lock", "migrate"),
-            cwd=empty,
-            env={**environ, "DATABASE_URL": _for_dbmate(dsn, encrypted)},
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,
-        )
+        try:
+            process = await asyncio.create_subprocess_exec(
+                str(_find_dbmate()),
+                *("--migrations-dir", str(find_folder("migrations"))),
+                *("--migrations-table", TABLE),
+                *("--no-dump-schema", "--migration-lock", "migrate"),
+                cwd=empty,
+                env={**environ, "DATABASE_URL": _for_dbmate(dsn, encrypted)},
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,
+            )
+        except OSError as error:
+            raise MigrationError(f"the program dbmate does not run: {error}") from error
         try:
             _, said = await process.communicate()
         except BaseException:

@@ -67,6 +67,54 @@ class Store:
                 rows[row["id"]] = row
         return ids, list(rows.values())
 
+    def _read_partial(
+        self,
+        kind: type[Model],
+        values: Iterable[object],
+        *,
+        needed: Sequence[str] = (),
+        fixed: Sequence[str] = (),
+        new_ids: bool = False,
+    ) -> tuple[list[UUID], list[dict[str, Any]]]:
+        """Check a batch of updates, or of upserts, before any I/O.
+
+        Args:
+            kind: The model.
+            values: Models or mappings: of a mapping its keys are given, of a model what is not None.
+            needed: Fields that must be given.
+            fixed: Fields that None cannot clear.
+            new_ids: Make an id for whatever has none; otherwise that is an error.
+
+        Returns:
+            The id of every value in the order given; and the fields that are given, ordered by id, every id once: what
+            several values give for one id is put together, the later over the earlier.
+
+        Raises:
+            ArgumentError: Names the position of the row that is wrong.
+        """
+        if isinstance(values, (Model, Mapping, str, bytes)) or not isinstance(values, Iterable):
+            raise ArgumentError(f"expected a collection of {kind.__name__}, not {type(values).__name__}")
+        ids: list[UUID] = []
+        rows: dict[UUID, dict[str, Any]] = {}
+        for position, value in enumerate(values):
+            try:
+                row = kind.read(value)
+                self._check_agent(row)
+                if new_ids and row.get("id") is None:
+                    row["id"] = _codecs.new_id()
+                for name in ("id", *needed):
+                    if row.get(name) is None:
+                        raise ArgumentError(f"{name} is missing")
+                for name in fixed:
+                    if name in row and row[name] is None:
+                        raise ArgumentError(f"{name} cannot be None")
+            except ArgumentError as error:
+                error.args = (f"{kind.__name__} at position {position}: {error}",)
+                raise
+            ids.append(row["id"])
+            rows[row["id"]] = rows.get(row["id"], {}) | row
+        return ids, sorted(rows.values(), key=lambda row: row["id"].int)
+
     def _check_agent(self, row: dict[str, Any]) -> None:
         """Refuse a row that names another agent: it would be written to this one."""
         given = row.pop("agent_id", None)
@@ -78,9 +126,58 @@ class Store:
         for start in range(0, len(rows), self.config.batch_size):
             yield rows[start : start + self.config.batch_size]
 
+    def _encode_chunks(self, kind: type[Model], rows: Sequence[Mapping[str, Any]], ids: Sequence[UUID]) -> list[bytes]:
+        """Encode a batch as jsonb arrays, one for each chunk; the error of a value that is not JSON names its position.
+
+        Args:
+            kind: The model.
+            rows: The fields, every id once.
+            ids: The id of every value in the order given.
+        """
+        try:
+            return [_codecs.encode_json(chunk, kind.__name__) for chunk in self._chunks(rows)]
+        except ArgumentError:
+            for row in rows:
+                _codecs.encode_json(row, f"{kind.__name__} at position {ids.index(row['id'])}")
+            raise
+
     def _need(self, rows: Iterable[Mapping[str, Any]], kind: type[Model], *names: str) -> None:
         """Refuse rows that lack a field which creating one needs."""
         for position, row in enumerate(rows):
             for name in names:
                 if row.get(name) is None:
                     raise ArgumentError(f"{kind.__name__} at position {position}: {name} is missing")
+
+
+def unwrap(kind: type[Model], values: Any, key: str) -> Any:
+    """Take the batch contract's form of updates, {id, key: fields}, for mappings of these fields and the id.
+
+    Raises:
+        ArgumentError: Names the position of what has neither form.
+    """
+    if isinstance(values, (str, bytes, Model, Mapping)) or not isinstance(values, Iterable):
+        return values
+    unwrapped = []
+    for position, value in enumerate(values):
+        if not (isinstance(value, Mapping) and key in value):
+            unwrapped.append(value)
+            continue
+        try:
+            if set(value) != {"id", key}:
+                raise ArgumentError(f"expected id and {key}, and nothing else")
+            id = _codecs.as_id(value["id"])
+            fields = kind.read(value[key])
+            if fields.get("id") not in (None, id):
+                raise ArgumentError(f"id is {id} outside and {fields['id']} inside")
+        except ArgumentError as error:
+            error.args = (f"{kind.__name__} at position {position}: {error}",)
+            raise
+        unwrapped.append(fields | {"id": id})
+    return unwrapped
+
+
+def as_limit(count: int | None, limit: int | None) -> int | None:
+    """Check the two names of "at most so many"."""
+    if count is not None and limit is not None and count != limit:
+        raise ArgumentError("count and limit are two names of one argument: give one")
+    return _codecs.as_optional_count(limit if count is None else count, "count")

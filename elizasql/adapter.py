@@ -9,17 +9,20 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 from uuid import UUID
 
+import asyncpg
+
 from . import _codecs, _embedded, _migrate, _pool
 from ._embedded import EmbeddedServer
 from ._executor import Executor
 from ._indexer import Indexer
+from ._listener import Listener
 from ._statements import SQL
 from .agents import Agents
 from .cache import Cache
 from .components import Components
 from .config import Config
 from .entities import Entities
-from .errors import ElizaSQLError, MigrationError
+from .errors import ArgumentError, ConfigurationError, ElizaSQLError, MigrationError, translate
 from .goals import Goals
 from .logs import Logs
 from .memories import Memories
@@ -75,6 +78,8 @@ class DatabaseAdapter(
         self._embedded = embedded
         self._dimension = dimension
         self._large_until: dict[str, float] = {}
+        self._listeners: set[Listener] = set()
+        self._closing = asyncio.Lock()
         self._indexer = Indexer(executor, agent_id, config)
         self._indexer.start()
         self._indexer.wake()
@@ -101,6 +106,7 @@ class DatabaseAdapter(
 
         Statement: sql/embeddings.sql index_embeddings, one round trip a batch; or rebuild_index.
         """
+        self._refuse_in_transaction("index_memories")
         if rebuild:
             moved = await self._indexer.rebuild()
             if progress is not None:
@@ -114,7 +120,12 @@ class DatabaseAdapter(
 
         All is kept when the block ends, and nothing when it raises. `tx.transaction()` is a savepoint: an error in it
         undoes what it did, and what was before can go on; without one, an error that the server raised ends the whole
-        transaction. `tx` has one connection: concurrent calls on it run one after the other.
+        transaction: later calls are refused, and so is the end of the block if it is reached. `tx` has one connection:
+        concurrent calls on it run one after the other, and while a savepoint is open only its own adapter may be used.
+
+        Raises:
+            TransactionError: An error was caught inside that had ended the transaction; nothing was kept.
+            ConnectionLostError: The connection broke; if it was at the very end, all or nothing was kept.
 
         Two round trips more than its calls. Source: transaction; differs: really is one.
         """
@@ -143,13 +154,21 @@ class DatabaseAdapter(
 
         Source: close.
         """
-        await self._indexer.stop()
-        try:
-            await self._executor.close(timeout)
-        finally:
-            embedded, self._embedded = self._embedded, None
-            if embedded is not None:
-                await embedded.release()
+        self._refuse_in_transaction("close")
+        async with self._closing:  # whoever comes second waits, too
+            await self._indexer.stop()
+            for listener in tuple(self._listeners):
+                await listener.close()
+            try:
+                await self._executor.close(timeout)
+            finally:
+                embedded, self._embedded = self._embedded, None
+                if embedded is not None:
+                    await embedded.release()
+
+    def _refuse_in_transaction(self, name: str) -> None:
+        if self._executor.in_transaction:
+            raise ArgumentError(f"{name}() does not run in a transaction: call it on the adapter that was opened")
 
 
 async def open(  # noqa: A001
@@ -209,18 +228,29 @@ async def _prepare(dsn: str, config: Config) -> str:
     """Check the server, apply pending migrations, and give the schema of the extension `vector`."""
     connection = await _pool.connect(dsn, config)
     try:
+        vector_schema = await _bring_up_to_date(connection, dsn, config)
+        await connection.close(timeout=config.connection_timeout)
+    except ElizaSQLError:
+        raise
+    except Exception as error:
+        raise translate(error) from error
+    finally:
+        connection.terminate()
+    return vector_schema
+
+
+async def _bring_up_to_date(connection: asyncpg.Connection[Any], dsn: str, config: Config) -> str:
+    server = await _pool.look_at(connection)
+    server.check()
+    pending = await _migrate.pending_versions(connection)
+    if pending and not config.migrate:
+        raise MigrationError(f"migrations are pending: {', '.join(pending)}")
+    if pending:
+        encrypted = bool(await connection.fetchval(SQL["get_transport"].sql))
+        await _migrate.migrate(config.migration_dsn or dsn, encrypted=encrypted)
+    if pending or server.vector_schema is None:  # another process may have applied them just now
         server = await _pool.look_at(connection)
         server.check()
-        pending = await _migrate.pending_versions(connection)
-        if pending and not config.migrate:
-            raise MigrationError(f"migrations are pending: {', '.join(pending)}")
-        if pending:
-            await _migrate.migrate(
-                config.migration_dsn or dsn, encrypted=bool(await connection.fetchval(SQL["get_transport"].sql))
-            )
-            server = await _pool.look_at(connection)
-            server.check()
-        assert server.vector_schema is not None
-        return server.vector_schema
-    finally:
-        await connection.close(timeout=config.connection_timeout)
+    if server.vector_schema is None:
+        raise ConfigurationError("the extension pgvector was taken out of this database: CREATE EXTENSION vector")
+    return server.vector_schema

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
@@ -10,11 +11,17 @@ from . import _codecs
 from ._statements import SQL
 from ._store import Store
 from .errors import ArgumentError
-from .models import Agent
+from .models import Agent, Model
+
+# What None cannot clear. Settings are removed by a None inside them.
+_FIXED = ("name", "settings", "enabled", "created_at")
+
+# No server has an older row, and PostgreSQL's times end at 4713 BC.
+_LONGEST = timedelta(days=365 * 2000)
 
 
 class Agents(Store):
-    """Create, find and delete agents."""
+    """Create, find, change and delete agents: the only rows that do not belong to the adapter's agent alone."""
 
     async def get_agent(self, agent_id: UUID | str) -> Agent | None:
         """Get an agent, None where there is none.
@@ -25,15 +32,39 @@ class Agents(Store):
         return found[0] if found else None
 
     async def get_agents_by_ids(self, agent_ids: Iterable[UUID | str]) -> list[Agent]:
-        """Get those of the agents that exist, in the order of the ids.
+        """Get those of the agents that exist, in the order of the ids, each once.
 
-        Statement: sql/agents.sql get_agents_by_ids. Source: getAgentsByIds.
+        Statement: sql/agents.sql get_agents_by_ids. One round trip. Source: getAgentsByIds.
         """
         ids = _codecs.as_ids(agent_ids, "agent_ids")
         if not ids:
             return []
         found = {row["id"]: Agent(*row) for row in await self._executor.fetch(SQL["get_agents_by_ids"], ids=ids)}
         return [found[id] for id in dict.fromkeys(ids) if id in found]
+
+    async def get_agents(self, count: int | None = None, offset: int | None = None) -> list[Agent]:
+        """Get all agents, oldest first; equal times are ordered by id.
+
+        Args:
+            count: At most so many; None: all.
+            offset: Leave out so many of the oldest.
+
+        Statement: sql/agents.sql get_agents. Source: getAgents; differs: whole agents, in a total order.
+        """
+        rows = await self._executor.fetch(
+            SQL["get_agents"],
+            count=_codecs.as_optional_count(count, "count"),
+            skipped=_codecs.as_optional_count(offset, "offset"),
+        )
+        return [Agent(*row) for row in rows]
+
+    async def count_agents(self) -> int:
+        """Count all agents.
+
+        Statement: sql/agents.sql count_agents. Source: countAgents; differs: a failure is an error, never 0.
+        """
+        number: int = await self._executor.fetch_value(SQL["count_agents"])
+        return number
 
     async def create_agent(self, agent: Agent | Mapping[str, Any]) -> bool:
         """Create an agent; False when its id is there already, which leaves it unchanged.
@@ -45,6 +76,21 @@ class Agents(Store):
         """
         _, rows = self._read_agents([agent])
         return bool(await self._executor.fetch(SQL["create_agents"], agents=_codecs.encode_json(rows, "agents")))
+
+    async def create_agents(self, agents: Iterable[Agent | Mapping[str, Any]]) -> list[UUID]:
+        """Create agents, all or none, and give their ids in the order given; those that are there stay as they are.
+
+        Raises:
+            ArgumentError: A `name` is missing.
+
+        Statement: sql/agents.sql create_agents. One round trip a chunk. Source: createAgents; differs: an id is made
+        where it is missing.
+        """
+        ids, rows = self._read_agents(agents)
+        if rows:
+            chunks = [{"agents": _codecs.encode_json(chunk, "agents")} for chunk in self._chunks(rows)]
+            await self._executor.fetch_chunks(SQL["create_agents"], chunks)
+        return ids
 
     async def ensure_agent_exists(self, agent: Agent | Mapping[str, Any] | None = None) -> Agent:
         """Get the adapter's agent, and create it from `agent` when it is not there yet.
@@ -61,15 +107,137 @@ class Agents(Store):
         row = await self._executor.fetch_row(SQL["ensure_agent"], agent=_codecs.encode_json(given, "agent"))
         return Agent(*row)  # type: ignore[misc]
 
+    async def upsert_agents(self, agents: Iterable[Agent | Mapping[str, Any]]) -> list[UUID]:
+        """Create agents, or change the given fields of those that are there as `update_agent` does; give their ids.
+
+        Raises:
+            ArgumentError: A `name` is missing, or an id is given twice.
+
+        Statement: sql/agents.sql upsert_agents. One round trip a chunk. Source: upsertAgents; differs: one upsert, no
+        race, and ids come back.
+        """
+        ids, rows = self._read_partial(Agent, agents, needed=("name",), fixed=_FIXED, new_ids=True)
+        _refuse_twice(ids)
+        if rows:
+            chunks = [
+                {"agents": _codecs.encode_json({str(row["id"]): row for row in chunk}, "agents")}
+                for chunk in self._chunks(rows)
+            ]
+            await self._executor.fetch_chunks(SQL["upsert_agents"], chunks)
+        return ids
+
+    async def update_agent(self, agent_id: UUID | str, agent: Agent | Mapping[str, Any]) -> bool:
+        """Change the given fields of an agent; False when there is no agent of this id.
+
+        Settings are merged, and no setting that somebody else changes meanwhile is lost: objects are merged key by key,
+        None removes a key, everything else replaces what was there; an object that this has emptied goes, too.
+
+        Args:
+            agent_id: The agent.
+            agent: The fields to change: of a mapping its keys, of an `Agent` what is not None. In a mapping None clears
+                `username`, `system` and `server_id`, and empties a list or `style`. `updated_at` is set in any case.
+
+        Raises:
+            ArgumentError: The agent has another id; or `name`, `settings`, `enabled` or `created_at` is None.
+
+        Statement: sql/agents.sql update_agents. Source: updateAgent; differs: an agent that is not there is False.
+        """
+        return bool(await self._update_agents([(agent_id, agent)], required=False))
+
+    async def update_agents(self, agents: Iterable[Agent | Mapping[str, Any]]) -> None:
+        """Change agents as `update_agent` does, all or none.
+
+        Args:
+            agents: Agents with their `id`, or mappings `{"agentId": ..., "agent": ...}`.
+
+        Raises:
+            NotFoundError: An agent does not exist; names it. Nothing was changed.
+            ArgumentError: As `update_agent`; or an id is missing or given twice.
+
+        Statement: sql/agents.sql update_agents. One round trip a chunk. Source: updateAgents; differs: one statement,
+        and an agent that is not there is an error.
+        """
+        if isinstance(agents, (Model, Mapping, str, bytes)) or not isinstance(agents, Iterable):
+            raise ArgumentError(f"expected a collection of Agent, not {type(agents).__name__}")
+        await self._update_agents([_split(agent) for agent in agents], required=True)
+
+    async def _update_agents(self, agents: list[tuple[Any, Any]], *, required: bool) -> list[Any]:
+        given = []
+        for position, (id, agent) in enumerate(agents):
+            try:
+                row = Agent.read(agent)
+                if id is not None:
+                    asked = _codecs.as_id(id, "agent_id")
+                    if row.get("id") not in {None, asked}:
+                        raise ArgumentError(f"id is {row['id']}, but agent_id {asked}")
+                    row["id"] = asked
+            except ArgumentError as error:
+                error.args = (f"Agent at position {position}: {error}",)
+                raise
+            given.append(row)
+        ids, rows = self._read_partial(Agent, given, fixed=_FIXED)
+        _refuse_twice(ids)
+        if not rows:
+            return []
+        chunks = [
+            {"agents": _codecs.encode_json(chunk, "agents"), "required": required} for chunk in self._chunks(rows)
+        ]
+        return await self._executor.fetch_chunks(SQL["update_agents"], chunks)
+
     async def delete_agent(self, agent_id: UUID | str) -> bool:
         """Delete an agent and everything that is its own; False when there was none.
 
         Statement: sql/agents.sql delete_agents. Source: deleteAgent.
         """
-        ids = [_codecs.as_id(agent_id, "agent_id")]
-        return bool(await self._executor.fetch(SQL["delete_agents"], ids=ids))
+        return await self.delete_agents([agent_id]) > 0
+
+    async def delete_agents(self, agent_ids: Iterable[UUID | str]) -> int:
+        """Delete agents and everything that is theirs, all or none; give how many there were.
+
+        Statement: sql/agents.sql delete_agents. One round trip a chunk. Source: deleteAgents; differs: gives a number.
+        """
+        ids = sorted(set(_codecs.as_ids(agent_ids, "agent_ids")))
+        if not ids:
+            return 0
+        chunks = [{"ids": list(chunk)} for chunk in self._chunks(ids)]
+        return sum(row[0] for row in await self._executor.fetch_chunks(SQL["delete_agents"], chunks))
+
+    async def cleanup_agents(self, older_than: timedelta) -> int:
+        """Delete the agents that were not updated for so long, with everything that is theirs; give how many.
+
+        The adapter's own agent stays in any case. What counts is `updated_at`: a call of `update_agent`, even without
+        fields, keeps an agent.
+
+        Args:
+            older_than: Time since the last update.
+
+        Raises:
+            ArgumentError: Not a positive `timedelta`.
+
+        Statement: sql/agents.sql cleanup_agents. Source: cleanupAgents; differs: deletes what is old, not everything.
+        """
+        if not isinstance(older_than, timedelta) or older_than <= timedelta(0):
+            raise ArgumentError(f"older_than must be a positive timedelta, not {older_than!r:.80}")
+        number: int = await self._executor.fetch_value(
+            SQL["cleanup_agents"], agent_id=self.agent_id, older_than=min(older_than, _LONGEST)
+        )
+        return number
 
     def _read_agents(self, agents: Iterable[Agent | Mapping[str, Any]]) -> tuple[list[UUID], list[dict[str, Any]]]:
         ids, rows = self._read_all(Agent, agents)
         self._need(rows, Agent, "name")
         return ids, rows
+
+
+def _split(value: Any) -> tuple[Any, Any]:
+    """Tell apart an agent's id and its fields: ElizaOS's updateAgents has one beside the other."""
+    if isinstance(value, Mapping) and "agent" in value:
+        return value.get("agentId", value.get("agent_id")), value["agent"]
+    return None, value
+
+
+def _refuse_twice(ids: list[UUID]) -> None:
+    """Refuse two changes of one agent in one statement: what becomes of settings depends on which comes first."""
+    if len(set(ids)) < len(ids):
+        twice = next(id for position, id in enumerate(ids) if id in ids[:position])
+        raise ArgumentError(f"agent {twice} is given twice")

@@ -2,8 +2,383 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+from uuid import UUID
+
+from . import _codecs
+from ._statements import SQL
 from ._store import Store
+from .errors import ArgumentError
+from .models import Component, Model
+
+_NEEDED = ("entity_id", "room_id", "type")
+_PATH = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*(\.[a-zA-Z_][a-zA-Z0-9_]*|\.[0-9]+)*")
+
+NaturalKey = tuple[UUID, str, UUID | None, UUID | None]
 
 
 class Components(Store):
-    """To be written."""
+    """Create, find, change and delete components: what the agent knows of its entities, by type.
+
+    A component's natural key is its entity, type, world and source entity, where None is a value: there is one
+    component for each.
+    """
+
+    # --- writing -----------------------------------------------------------------------------------------------------
+
+    async def create_component(self, component: Component | Mapping[str, Any]) -> bool:
+        """Create a component; False when its id or its natural key is there already, which leaves that one unchanged.
+
+        Raises:
+            As `create_components`.
+
+        Statement: sql/components.sql create_components. Source: createComponent; differs: the natural key is unique,
+        and `created_at` is taken as given.
+        """
+        _, created = await self._create_components([component])
+        return created[0]
+
+    async def create_components(self, components: Iterable[Component | Mapping[str, Any]]) -> list[UUID]:
+        """Create components, all or none, and give their ids in the order given.
+
+        Where the natural key is there already, before or earlier in the batch, that component stays as it is and its id
+        is given.
+
+        Raises:
+            ArgumentError: `entity_id`, `room_id` or `type` is missing.
+            ForeignKeyError: Entity, room, world, source entity or agent does not exist.
+            SerializationError: A component with the natural key was there and was deleted meanwhile; try again.
+
+        Statement: sql/components.sql create_components. One round trip a chunk. Source: createComponents.
+        """
+        ids, _ = await self._create_components(components)
+        return ids
+
+    async def _create_components(
+        self, components: Iterable[Component | Mapping[str, Any]]
+    ) -> tuple[list[UUID], list[bool]]:
+        asked, rows = self._read_all(Component, components)
+        self._need(rows, Component, *_NEEDED)
+        if not rows:
+            return [], []
+        chunks = [
+            {"agent_id": self.agent_id, "components": _codecs.encode_json(chunk, "components")}
+            for chunk in self._chunks(rows)
+        ]
+        stored: dict[UUID, UUID] = {}
+        created: list[bool] = []
+        answers = await self._executor.fetch_chunks(SQL["create_components"], chunks)
+        for chunk, (ids, new) in zip(self._chunks(rows), answers, strict=True):
+            stored |= zip((row["id"] for row in chunk), ids, strict=True)
+            created += new
+        return [stored[id] for id in asked], created
+
+    async def upsert_components(self, components: Iterable[Component | Mapping[str, Any]]) -> list[UUID]:
+        """Create components, or replace room and data of those whose natural key is there; all or none.
+
+        The id and the time of a component that is there stay. Of two with one natural key the last counts. Gives the
+        ids that are stored, in the order given.
+
+        Raises:
+            ArgumentError: `entity_id`, `room_id`, `type` or `data` is missing.
+            ForeignKeyError: Entity, room, world, source entity or agent does not exist.
+            UniqueViolationError: An id is there with another natural key.
+
+        Statement: sql/components.sql upsert_components. One round trip a chunk. Source: upsertComponents; differs: one
+        upsert, no race, and ids come back.
+        """
+        # By natural key, not by id: two with one id and different keys are an error that the server finds.
+        keys: list[NaturalKey] = []
+        rows: dict[NaturalKey, dict[str, Any]] = {}
+        for position, component in enumerate(_batch(components)):
+            try:
+                row = Component.read(component)
+                self._check_agent(row)
+                _need(row, *_NEEDED, "data")
+            except ArgumentError as error:
+                error.args = (f"Component at position {position}: {error}",)
+                raise
+            if row.get("id") is None:
+                row["id"] = _codecs.new_id()
+            keys.append(_natural_key(row))
+            rows[keys[-1]] = row
+        if not rows:
+            return []
+        chunks = [
+            {"agent_id": self.agent_id, "components": _codecs.encode_json(chunk, "components")}
+            for chunk in self._chunks(list(rows.values()))
+        ]
+        stored = {
+            _natural_key(row): row["id"] for row in await self._executor.fetch_chunks(SQL["upsert_components"], chunks)
+        }
+        return [stored[key] for key in keys]
+
+    async def update_component(self, component: Component | Mapping[str, Any]) -> bool:
+        """Change the given fields of a component; False when there is no component of this id.
+
+        Args:
+            component: `id` and the fields to change: of a mapping its keys, of a `Component` what is not None. In a
+                mapping None clears `world_id` and `source_entity_id` and empties `data`, which is replaced as a whole;
+                `patch_component` changes parts of it. `created_at` stays.
+
+        Raises:
+            ArgumentError: `id` is missing; or `entity_id`, `room_id` or `type` is None.
+            ForeignKeyError: What it is to point at does not exist.
+            UniqueViolationError: The new natural key is there already.
+
+        Statement: sql/components.sql update_components. Source: updateComponent; differs: an unknown id is False.
+        """
+        return bool(await self._update_components([component], required=False))
+
+    async def update_components(self, components: Iterable[Component | Mapping[str, Any]]) -> None:
+        """Change components as `update_component` does, all or none; changes of one of them are put together.
+
+        Raises:
+            NotFoundError: A component does not exist; names it. Nothing was changed.
+            As `update_component`.
+
+        Statement: sql/components.sql update_components. One round trip a chunk. Source: updateComponents; differs: one
+        statement, and a component that is not there is an error.
+        """
+        await self._update_components(components, required=True)
+
+    async def _update_components(
+        self, components: Iterable[Component | Mapping[str, Any]], *, required: bool
+    ) -> list[Any]:
+        _, rows = self._read_partial(Component, components, fixed=_NEEDED)
+        if not rows:
+            return []
+        chunks = [
+            {
+                "agent_id": self.agent_id,
+                "components": _codecs.encode_json(chunk, "components"),
+                "required": required,
+            }
+            for chunk in self._chunks(rows)
+        ]
+        return await self._executor.fetch_chunks(SQL["update_components"], chunks)
+
+    async def patch_component(self, component_id: UUID | str, ops: Iterable[Mapping[str, Any]]) -> None:
+        """Change parts of a component's data, all or none; concurrent patches of other parts are not lost.
+
+        Args:
+            component_id: The component.
+            ops: Operations, applied one after the other: `{"op": ..., "path": ..., "value": ...}`. The path is names
+                and indexes joined by dots, such as "wallet.balance" or "items.0.name": letters, digits and
+                underscores, the first part a name. "set" puts a value there and makes what is missing on the way, an
+                array where an index comes next; "push" appends it to the array there; "increment" adds a number to the
+                number there; "remove" deletes what is there, if anything.
+
+        Raises:
+            ArgumentError: An operation, path or value is malformed; nothing was sent.
+            NotFoundError: The component does not exist.
+            DataError: What is at the path, or on the way, is of another type; names component and operation.
+
+        Statement: sql/components.sql patch_components. Source: patchComponents.
+        """
+        await self.patch_components([{"component_id": component_id, "ops": ops}])
+
+    async def patch_components(self, patches: Iterable[Mapping[str, Any]]) -> None:
+        """Change parts of the data of components as `patch_component` does, all or none.
+
+        Args:
+            patches: Mappings `{"componentId": ..., "ops": [...]}`; those of one component are applied in their order.
+
+        Raises:
+            As `patch_component`.
+
+        Statement: sql/components.sql patch_components. One round trip a chunk. Source: patchComponents; differs: does
+        what it says.
+        """
+        ops: dict[UUID, list[dict[str, Any]]] = {}
+        for position, patch in enumerate(_batch(patches)):
+            try:
+                id, given = _read_patch(patch)
+            except ArgumentError as error:
+                error.args = (f"patch at position {position}: {error}",)
+                raise
+            ops.setdefault(id, []).extend(given)
+        if not ops:
+            return
+        rows = [{"id": id, "ops": ops[id]} for id in sorted(ops)]
+        chunks = [
+            {"agent_id": self.agent_id, "patches": _codecs.encode_json(chunk, "patches")}
+            for chunk in self._chunks(rows)
+        ]
+        await self._executor.fetch_chunks(SQL["patch_components"], chunks)
+
+    async def delete_component(self, component_id: UUID | str) -> bool:
+        """Delete a component; False when there was none.
+
+        Statement: sql/components.sql delete_components. Source: deleteComponent.
+        """
+        return await self.delete_components([component_id]) > 0
+
+    async def delete_components(self, component_ids: Iterable[UUID | str]) -> int:
+        """Delete components, all or none; give how many there were.
+
+        Statement: sql/components.sql delete_components. One round trip a chunk. Source: deleteComponents; differs:
+        gives a number.
+        """
+        ids = sorted(set(_codecs.as_ids(component_ids, "component_ids")))
+        if not ids:
+            return 0
+        chunks = [{"agent_id": self.agent_id, "ids": list(chunk)} for chunk in self._chunks(ids)]
+        return sum(row[0] for row in await self._executor.fetch_chunks(SQL["delete_components"], chunks))
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    async def get_component(
+        self,
+        entity_id: UUID | str,
+        type: str,
+        world_id: UUID | str | None = None,
+        source_entity_id: UUID | str | None = None,
+    ) -> Component | None:
+        """Get an entity's component of a type, None where there is none; of several that fit, the oldest.
+
+        Args:
+            entity_id: The entity.
+            type: The type.
+            world_id: Of this world; None: of any, or of none.
+            source_entity_id: From this entity; None: from any, or from none.
+
+        Statement: sql/components.sql get_component. Source: getComponent; differs: always the same one of several.
+        """
+        row = await self._executor.fetch_row(
+            SQL["get_component"],
+            agent_id=self.agent_id,
+            entity_id=_codecs.as_id(entity_id, "entity_id"),
+            type=_codecs.as_text(type, "type"),
+            world_id=_codecs.as_optional_id(world_id, "world_id"),
+            source_entity_id=_codecs.as_optional_id(source_entity_id, "source_entity_id"),
+        )
+        return None if row is None else Component(*row)
+
+    async def get_components(
+        self,
+        entity_id: UUID | str,
+        world_id: UUID | str | None = None,
+        source_entity_id: UUID | str | None = None,
+    ) -> list[Component]:
+        """Get an entity's components, oldest first; equal times are ordered by id. None: any, as in `get_component`.
+
+        Statement: sql/components.sql get_components_for_entities. Source: getComponents.
+        """
+        return await self.get_components_for_entities([entity_id], world_id, source_entity_id)
+
+    async def get_components_for_entities(
+        self,
+        entity_ids: Iterable[UUID | str],
+        world_id: UUID | str | None = None,
+        source_entity_id: UUID | str | None = None,
+    ) -> list[Component]:
+        """Get the components of several entities in one list: in the order of the entities, those of each oldest first.
+
+        Statement: sql/components.sql get_components_for_entities. One round trip. Source: getComponentsForEntities.
+        """
+        ids = list(dict.fromkeys(_codecs.as_ids(entity_ids, "entity_ids")))
+        filters = {
+            "world_id": _codecs.as_optional_id(world_id, "world_id"),
+            "source_entity_id": _codecs.as_optional_id(source_entity_id, "source_entity_id"),
+        }
+        if not ids:
+            return []
+        rows = await self._executor.fetch(
+            SQL["get_components_for_entities"], agent_id=self.agent_id, entity_ids=ids, **filters
+        )
+        return [Component(*row) for row in rows]
+
+    async def get_components_by_ids(self, component_ids: Iterable[UUID | str]) -> list[Component]:
+        """Get those of the components that exist, in the order of the ids, each once.
+
+        Statement: sql/components.sql get_components_by_ids. One round trip. Source: getComponentsByIds.
+        """
+        ids = list(dict.fromkeys(_codecs.as_ids(component_ids, "component_ids")))
+        if not ids:
+            return []
+        rows = await self._executor.fetch(SQL["get_components_by_ids"], agent_id=self.agent_id, ids=ids)
+        return [Component(*row) for row in rows]
+
+    async def get_components_by_natural_keys(
+        self, keys: Iterable[Component | Mapping[str, Any]]
+    ) -> list[Component | None]:
+        """Get a component for each natural key, in the order of the keys; None where there is none.
+
+        Args:
+            keys: Mappings with `entityId`, `type` and, unless they are None, `worldId` and `sourceEntityId`; None is a
+                value here: it finds the component that has none.
+
+        Statement: sql/components.sql get_components_by_natural_keys. One round trip. Source:
+        getComponentsByNaturalKeys; differs: None is a value.
+        """
+        wanted = []
+        for position, key in enumerate(_batch(keys)):
+            try:
+                row = Component.read(key)
+                _need(row, "entity_id", "type")
+            except ArgumentError as error:
+                error.args = (f"key at position {position}: {error}",)
+                raise
+            wanted.append(_natural_key(row))
+        if not wanted:
+            return []
+        entity_ids, types, world_ids, source_entity_ids = map(list, zip(*wanted, strict=True))
+        rows = await self._executor.fetch(
+            SQL["get_components_by_natural_keys"],
+            agent_id=self.agent_id,
+            entity_ids=entity_ids,
+            types=types,
+            world_ids=world_ids,
+            source_entity_ids=source_entity_ids,
+        )
+        return [None if row["id"] is None else Component(*row) for row in rows]
+
+
+def _batch(values: Any) -> Iterable[Any]:
+    if isinstance(values, (Model, Mapping, str, bytes)) or not isinstance(values, Iterable):
+        raise ArgumentError(f"expected a collection, not {type(values).__name__}")
+    return values
+
+
+def _need(row: Mapping[str, Any], *names: str) -> None:
+    for name in names:
+        if row.get(name) is None:
+            raise ArgumentError(f"{name} is missing")
+
+
+def _natural_key(row: Any) -> NaturalKey:
+    return row["entity_id"], row["type"], row.get("world_id"), row.get("source_entity_id")
+
+
+def _read_patch(patch: Any) -> tuple[UUID, list[dict[str, Any]]]:
+    if not isinstance(patch, Mapping):
+        raise ArgumentError(f"expected a mapping, not {type(patch).__name__}")
+    unknown = set(patch) - {"component_id", "componentId", "ops"}
+    if unknown:
+        raise ArgumentError(f"a patch has no field {min(map(str, unknown))!r}")
+    id = _codecs.as_id(patch.get("component_id", patch.get("componentId")), "component_id")
+    return id, [_read_op(op, number) for number, op in enumerate(_batch(patch.get("ops")), 1)]
+
+
+def _read_op(op: Any, number: int) -> dict[str, Any]:
+    if not isinstance(op, Mapping):
+        raise ArgumentError(f"operation {number} must be a mapping, not {type(op).__name__}")
+    kind, path = op.get("op"), op.get("path")
+    if kind not in {"set", "push", "remove", "increment"}:
+        raise ArgumentError(f"operation {number}: op must be set, push, remove or increment, not {kind!r:.40}")
+    if not isinstance(path, str) or not _PATH.fullmatch(path):
+        raise ArgumentError(f"operation {number}: path must be names and indexes joined by dots, not {path!r:.80}")
+    if kind == "remove":
+        return {"op": kind, "path": path}
+    if "value" not in op:
+        raise ArgumentError(f"operation {number}: {kind} needs a value")
+    value = op["value"]
+    if kind == "increment" and (
+        isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)
+    ):
+        raise ArgumentError(f"operation {number}: increment needs a finite number, not {value!r:.40}")
+    return {"op": kind, "path": path, "value": value}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from dotenv import dotenv_values, find_dotenv
 
@@ -21,8 +22,10 @@ def _number(kind: type[int] | type[float], least: float) -> Callable[[Any], Any]
         if isinstance(value, bool):
             raise ValueError("must be a number")
         number = kind(value)
+        if isinstance(value, float) and number != value:
+            raise ValueError("must be a whole number")
         if not least <= number < 1e9:
-            raise ValueError(f"must be at least {least:g}")
+            raise ValueError(f"must be at least {least:g} and below a thousand million")
         return number
 
     return parse
@@ -49,9 +52,27 @@ def _boolean(value: Any) -> bool:
 
 def _dsn(value: Any) -> str:
     text = str(value).strip()
-    if urlsplit(text).scheme not in ("postgres", "postgresql"):
+    if not text.startswith(("postgres://", "postgresql://")):
         raise ValueError("must start with postgres:// or postgresql://")
+    if not _is_unambiguous(text):
+        # A password with a bare "/" would be taken for host and database, and shown in messages as such.
+        raise ValueError("is no address: write @ : / ? # % in a name or password as %40 %3A %2F %3F %23 %25")
     return text
+
+
+_HOST = re.compile(r"([^:@\[\]]*|\[[0-9a-fA-F:.%]*\])(:[0-9]*)?")
+
+
+def _is_unambiguous(dsn: str) -> bool:
+    try:
+        parts = urlsplit(dsn)
+        parse_qsl(parts.query, strict_parsing=bool(parts.query))
+    except ValueError:
+        return False
+    user, _, location = parts.netloc.rpartition("@")
+    if "@" in user + parts.path or "#" in dsn or re.search("%(?![0-9a-fA-F]{2})", dsn):
+        return False
+    return all(map(_HOST.fullmatch, location.split(",")))
 
 
 def _names(value: Any) -> frozenset[str]:
@@ -60,6 +81,12 @@ def _names(value: Any) -> frozenset[str]:
     if not cleaned or "" in cleaned:
         raise ValueError("must name at least one memory type, and none may be empty")
     return cleaned
+
+
+def _label(value: Any) -> str:
+    if not re.fullmatch("[ -~]{1,63}", str(value)):
+        raise ValueError("must be 1 to 63 characters of ASCII: the server would alter anything else")
+    return str(value)
 
 
 def _setting(default: Any, variable: str, parse: Callable[[Any], Any], *, secret: bool = False) -> Any:
@@ -104,7 +131,7 @@ class Config:
     ef_search: int = _setting(100, "ELIZASQL_EF_SEARCH", _number(int, 1))
     batch_size: int = _setting(1000, "ELIZASQL_BATCH_SIZE", _number(int, 1))
     memory_types: frozenset[str] | None = _setting(None, "ELIZASQL_MEMORY_TYPES", _names)
-    application_name: str = _setting("elizasql", "ELIZASQL_APPLICATION_NAME", str)
+    application_name: str = _setting("elizasql", "ELIZASQL_APPLICATION_NAME", _label)
 
     @classmethod
     def load(cls, *, environ: Mapping[str, str] | None = None, **given: Any) -> Config:
@@ -119,8 +146,7 @@ class Config:
             ConfigurationError: An unknown setting, or a value that does not fit; names the setting and its origin.
         """
         if environ is None:
-            from_file = {k: v for k, v in dotenv_values(find_dotenv(usecwd=True)).items() if v is not None}
-            environ = {**from_file, **os.environ}
+            environ = {**_read_env_file(), **os.environ}
         known = {f.name: f for f in fields(cls)}
         unknown = sorted(set(given) - set(known))
         if unknown:
@@ -136,7 +162,7 @@ class Config:
                 continue
             try:
                 values[name] = setting.metadata["parse"](raw)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, RuntimeError) as error:
                 shown = "" if not setting.repr else f" {raw!r:.80}"
                 raise ConfigurationError(f"{origin}{shown}: {error}") from None
         config = cls(**values)
@@ -154,10 +180,19 @@ class Config:
         return f"embedded server in {self.data_dir}" if self.dsn is None else redact(self.dsn)
 
 
+def _read_env_file() -> dict[str, str]:
+    try:
+        found = dotenv_values(find_dotenv(usecwd=True))
+    except (OSError, UnicodeDecodeError) as error:
+        # What was read stays out of the message: the file holds secrets.
+        raise ConfigurationError(f".env cannot be read: {type(error).__name__}") from None
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def redact(dsn: str) -> str:
     """Take everything out of a connection string that could be a secret: keep host, port and database."""
-    parts = urlsplit(dsn)
-    location = parts.hostname or ""
-    if parts.netloc.rpartition("@")[2]:
-        location = parts.netloc.rpartition("@")[2]
-    return urlunsplit((parts.scheme, location, parts.path, "", ""))
+    try:
+        parts = urlsplit(_dsn(dsn))
+    except ValueError:
+        return "(address)"
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

@@ -1,7 +1,7 @@
 """Every error that this library raises, and the one table that makes them out of the server's answers.
 
 ElizaSQLError
-├── ConfigurationError            a setting is missing or wrong; the server or pgvector is too old
+├── ConfigurationError            3D*: a setting is missing or wrong; the server or pgvector is too old
 ├── EmbeddedServerError           the embedded server could not be started, joined or stopped
 ├── MigrationError                a migration failed, or the database is newer than this library
 ├── ClosedError                   the adapter is closed or closing
@@ -10,22 +10,23 @@ ElizaSQLError
 │   └── EmbeddingDimensionError   another width than the agent is locked to: `locked`, `given`
 ├── NotFoundError                 P0002: the row that the call is about does not exist
 ├── UnavailableError              no answer from the server; a later try may succeed
-│   ├── ConnectionLostError       08*, 57P01-57P03, a refused or broken connection
+│   ├── ConnectionLostError       08*, 25P03, 57P01, 57P02, 57P03, a refused or broken connection
 │   ├── PoolTimeoutError          no pooled connection became free in time
-│   └── ServerBusyError           53*: connections, memory or disk exhausted
+│   └── ServerBusyError           53*, 58*: connections, memory or disk exhausted
 ├── DeadlineError                 the call's own time limit passed (57014, or no answer in time)
-├── ConflictError                 another transaction was in the way; a later try may succeed
+├── ConflictError                 40*: another transaction was in the way; a later try may succeed
 │   ├── SerializationError        40001
 │   ├── DeadlockError             40P01
 │   └── LockTimeoutError          55P03
-├── IntegrityError                a rule of the schema refused the row: `constraint`, `table`, `detail`
+├── TransactionError              25*: the transaction failed before, or a savepoint in it is open
+├── IntegrityError                23*: a rule of the schema refused the row: `constraint`, `table`, `detail`
 │   ├── UniqueViolationError      23505
 │   ├── ForeignKeyError           23503: the row points at something that does not exist
 │   ├── NotNullError              23502
 │   └── CheckError                23514
-├── DataError                     22*: a value that the server cannot store
+├── DataError                     21*, 22*, 54*: a value that the server cannot store
 ├── PermissionDeniedError         28*, 42501
-├── SchemaError                   42* and stale plans: the database's schema is not the one expected
+├── SchemaError                   0A*, 3F*, 42*: the database's schema is not the one expected, or no longer
 └── InternalError                 anything else the server or the driver said
 
 Each carries `statement` (the name in `sql/`), `sqlstate` and `retryable`; the driver's error is `__cause__`.
@@ -67,6 +68,7 @@ __all__ = [
     "SchemaError",
     "SerializationError",
     "ServerBusyError",
+    "TransactionError",
     "UnavailableError",
     "UniqueViolationError",
     "translate",
@@ -132,14 +134,16 @@ class EmbeddingDimensionError(ArgumentError):
         self.given = given
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild_dimension_error, (self.agent_id, self.locked, self.given, self.statement)
+        return _rebuild_dimension_error, (self.agent_id, self.locked, self.given, self.statement, self.args)
 
 
 def _rebuild_dimension_error(
-    agent_id: UUID, locked: int | None, given: int, statement: str | None
+    agent_id: UUID, locked: int | None, given: int, statement: str | None, args: tuple[Any, ...]
 ) -> EmbeddingDimensionError:
     """Rebuild the error in another process; `Exception.__reduce__` cannot pass keyword arguments."""
-    return EmbeddingDimensionError(agent_id, locked=locked, given=given, statement=statement)
+    error = EmbeddingDimensionError(agent_id, locked=locked, given=given, statement=statement)
+    error.args = args  # the message may have got the position in a batch
+    return error
 
 
 class NotFoundError(ElizaSQLError):
@@ -186,6 +190,10 @@ class DeadlockError(ConflictError):
 
 class LockTimeoutError(ConflictError):
     """A lock was not available in time."""
+
+
+class TransactionError(ElizaSQLError):
+    """The transaction cannot take the call: an error has ended it before, or a savepoint in it is open."""
 
 
 class IntegrityError(ElizaSQLError):
@@ -249,11 +257,14 @@ _BY_SQLSTATE: dict[str, type[ElizaSQLError]] = {
     "57P01": ConnectionLostError,
     "57P02": ConnectionLostError,
     "57P03": ConnectionLostError,
+    # Standing idle inside a transaction for too long ends the connection.
+    "25P03": ConnectionLostError,
     "08": ConnectionLostError,
     "0A": SchemaError,
     "21": DataError,
     "22": DataError,
     "23": IntegrityError,
+    "25": TransactionError,
     "28": PermissionDeniedError,
     "3D": ConfigurationError,
     "3F": SchemaError,
@@ -281,7 +292,9 @@ def translate(error: BaseException, statement: str | None = None) -> ElizaSQLErr
     if isinstance(error, asyncpg.PostgresError):
         sqlstate = error.sqlstate or ""
         kind = _BY_SQLSTATE.get(sqlstate) or _BY_SQLSTATE.get(sqlstate[:2], InternalError)
-        detail = f": {error.detail}" if isinstance(error, asyncpg.IntegrityConstraintViolationError) else ""
+        detail = ""
+        if error.detail and isinstance(error, asyncpg.IntegrityConstraintViolationError):
+            detail = f": {error.detail}"
         made = kind(f"{prefix}{_first_line(error)}{detail}", statement=statement, sqlstate=sqlstate or None)
         if isinstance(made, IntegrityError):
             made.constraint = error.constraint_name
@@ -291,6 +304,10 @@ def translate(error: BaseException, statement: str | None = None) -> ElizaSQLErr
     # asyncio's TimeoutError is an OSError from Python 3.11 on: it must be asked for first.
     if isinstance(error, (asyncio.TimeoutError, TimeoutError)):
         return DeadlineError(f"{prefix}no answer within the time limit", statement=statement)
+    if isinstance(error, asyncpg.ClientConfigurationError):
+        return ConfigurationError(f"{prefix}{_first_line(error)}", statement=statement)
+    if isinstance(error, asyncpg.OutdatedSchemaCacheError):
+        return SchemaError(f"{prefix}{_first_line(error)}", statement=statement)
     if isinstance(error, (OSError, asyncpg.InterfaceError)) and not isinstance(error, asyncpg.InternalClientError):
         return ConnectionLostError(f"{prefix}{_first_line(error)}", statement=statement)
     return InternalError(f"{prefix}{_first_line(error)}", statement=statement)

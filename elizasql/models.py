@@ -291,10 +291,7 @@ class Memory(Model):
         """Compare field by field; embeddings by their components."""
         if not isinstance(other, Memory):
             return NotImplemented
-        return all(
-            np.array_equal(mine, others) if isinstance(mine, np.ndarray) else mine == others
-            for mine, others in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-        )
+        return all(_same(getattr(self, name), getattr(other, name)) for name in _fields(Memory))
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -663,6 +660,13 @@ def _keys(cls: type[Model]) -> dict[str, str]:
 
 def _camel(name: str) -> str:
     return re.sub(r"_([a-z])", lambda match: match[1].upper(), name)
+
+
+def _same(mine: Any, others: Any) -> bool:
+    # An array compares itself with anything component by component, from either side.
+    if isinstance(mine, np.ndarray) or isinstance(others, np.ndarray):
+        return np.array_equal(mine, others)
+    return bool(mine == others)
 
 
 def _plain(value: Any) -> Any:

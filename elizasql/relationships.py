@@ -2,8 +2,252 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+from uuid import UUID
+
+from . import _codecs
+from ._statements import SQL
 from ._store import Store
+from .errors import ArgumentError
+from .models import Model, Relationship
+
+_NEEDED = ("source_entity_id", "target_entity_id")
 
 
 class Relationships(Store):
-    """To be written."""
+    """Create, find, change and delete relationships between entities of the agent.
+
+    They are directed: from a to b is not from b to a. There is one for each ordered pair; an entity may have one with
+    itself.
+    """
+
+    # --- writing -----------------------------------------------------------------------------------------------------
+
+    async def create_relationship(self, relationship: Relationship | Mapping[str, Any]) -> bool:
+        """Create a relationship; False when it is there already, by pair or id, which leaves that one unchanged.
+
+        Raises:
+            As `create_relationships`.
+
+        Statement: sql/relationships.sql create_relationships. Source: createRelationship; differs: an unknown entity
+        is an error, never False.
+        """
+        _, created = await self._create_relationships([relationship])
+        return created[0]
+
+    async def create_relationships(self, relationships: Iterable[Relationship | Mapping[str, Any]]) -> list[UUID]:
+        """Create relationships, all or none, and give their ids in the order given.
+
+        Where the pair is there already, before or earlier in the batch, that relationship stays as it is and its id is
+        given.
+
+        Raises:
+            ArgumentError: `source_entity_id` or `target_entity_id` is missing.
+            ForeignKeyError: An entity or the agent does not exist.
+            SerializationError: A relationship of the pair was there and was deleted meanwhile; try again.
+
+        Statement: sql/relationships.sql create_relationships. One round trip a chunk. Source: createRelationships;
+        differs: the ids are those that are stored.
+        """
+        ids, _ = await self._create_relationships(relationships)
+        return ids
+
+    async def _create_relationships(
+        self, relationships: Iterable[Relationship | Mapping[str, Any]]
+    ) -> tuple[list[UUID], list[bool]]:
+        asked, rows = self._read_all(Relationship, relationships)
+        self._need(rows, Relationship, *_NEEDED)
+        if not rows:
+            return [], []
+        chunks = [
+            {"agent_id": self.agent_id, "relationships": _codecs.encode_json(chunk, "relationships")}
+            for chunk in self._chunks(rows)
+        ]
+        stored: dict[UUID, UUID] = {}
+        created: list[bool] = []
+        answers = await self._executor.fetch_chunks(SQL["create_relationships"], chunks)
+        for chunk, (ids, new) in zip(self._chunks(rows), answers, strict=True):
+            stored |= zip((row["id"] for row in chunk), ids, strict=True)
+            created += new
+        return [stored[id] for id in asked], created
+
+    async def update_relationship(self, relationship: Relationship | Mapping[str, Any]) -> bool:
+        """Change tags and metadata of a relationship, those that are given; False when there is none of this id.
+
+        Args:
+            relationship: `id` and the fields to change: of a mapping its keys, of a `Relationship` what is not None. In
+                a mapping None empties them. Each is replaced as a whole. The pair and the time stay.
+
+        Raises:
+            ArgumentError: `id` is missing.
+
+        Statement: sql/relationships.sql update_relationships. Source: updateRelationship; differs: what is not given
+        stays, and an unknown id is False.
+        """
+        return bool(await self._update_relationships([relationship], required=False))
+
+    async def update_relationships(self, relationships: Iterable[Relationship | Mapping[str, Any]]) -> None:
+        """Change relationships as `update_relationship` does, all or none; changes of one of them are put together.
+
+        Raises:
+            NotFoundError: A relationship does not exist; names it. Nothing was changed.
+            As `update_relationship`.
+
+        Statement: sql/relationships.sql update_relationships. One round trip a chunk. Source: updateRelationships.
+        """
+        await self._update_relationships(relationships, required=True)
+
+    async def _update_relationships(
+        self, relationships: Iterable[Relationship | Mapping[str, Any]], *, required: bool
+    ) -> list[Any]:
+        _, rows = self._read_partial(Relationship, relationships)
+        if not rows:
+            return []
+        chunks = [
+            {
+                "agent_id": self.agent_id,
+                "relationships": _codecs.encode_json(chunk, "relationships"),
+                "required": required,
+            }
+            for chunk in self._chunks(rows)
+        ]
+        return await self._executor.fetch_chunks(SQL["update_relationships"], chunks)
+
+    async def delete_relationship(self, relationship_id: UUID | str) -> bool:
+        """Delete a relationship; False when there was none.
+
+        Statement: sql/relationships.sql delete_relationships. Source: deleteRelationships.
+        """
+        return await self.delete_relationships([relationship_id]) > 0
+
+    async def delete_relationships(self, relationship_ids: Iterable[UUID | str]) -> int:
+        """Delete relationships, all or none; give how many there were.
+
+        Statement: sql/relationships.sql delete_relationships. One round trip a chunk. Source: deleteRelationships;
+        differs: gives a number.
+        """
+        ids = sorted(set(_codecs.as_ids(relationship_ids, "relationship_ids")))
+        if not ids:
+            return 0
+        chunks = [{"agent_id": self.agent_id, "ids": list(chunk)} for chunk in self._chunks(ids)]
+        return sum(row[0] for row in await self._executor.fetch_chunks(SQL["delete_relationships"], chunks))
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    async def get_relationship(self, source_entity_id: UUID | str, target_entity_id: UUID | str) -> Relationship | None:
+        """Get the relationship from one entity to another, None where there is none.
+
+        Statement: sql/relationships.sql get_relationship. Source: getRelationship; differs: this agent's only.
+        """
+        row = await self._executor.fetch_row(
+            SQL["get_relationship"],
+            agent_id=self.agent_id,
+            source_entity_id=_codecs.as_id(source_entity_id, "source_entity_id"),
+            target_entity_id=_codecs.as_id(target_entity_id, "target_entity_id"),
+        )
+        return None if row is None else Relationship(*row)
+
+    async def get_relationships(
+        self,
+        entity_id: UUID | str | None = None,
+        *,
+        entity_ids: Iterable[UUID | str] | None = None,
+        tags: Iterable[str] | None = None,
+        limit: int | None = None,
+        offset: int | None = None,
+    ) -> list[Relationship]:
+        """Get the relationships of an entity, or of several, as source or target; oldest first, equal times by id.
+
+        Args:
+            entity_id: The entity.
+            entity_ids: The entities, instead of `entity_id`; each relationship comes once.
+            tags: Only those that have at least one of these tags; None or empty: all.
+            limit: At most so many; None: all.
+            offset: Leave out so many of the oldest.
+
+        Raises:
+            ArgumentError: Neither `entity_id` nor `entity_ids` is given, or both.
+
+        Statement: sql/relationships.sql get_relationships, get_relationships_of_entities. One round trip. Source:
+        getRelationships; differs: this agent's only, in a total order.
+        """
+        if (entity_id is None) == (entity_ids is None):
+            raise ArgumentError("give either entity_id or entity_ids")
+        count = _codecs.as_optional_count(limit, "limit")
+        skipped = _codecs.as_optional_count(offset, "offset")
+        params = {
+            "agent_id": self.agent_id,
+            "tags": _read_tags(tags),
+            # The server's numbers end where Python's do not.
+            "reach": None if count is None else min(count + (skipped or 0), 2**63 - 1),
+            "count": count,
+            "skipped": skipped,
+        }
+        if entity_ids is None:
+            id = _codecs.as_id(entity_id, "entity_id")
+            rows = await self._executor.fetch(SQL["get_relationships"], entity_id=id, **params)
+        else:
+            ids = list(dict.fromkeys(_codecs.as_ids(entity_ids, "entity_ids")))
+            if not ids:
+                return []
+            rows = await self._executor.fetch(SQL["get_relationships_of_entities"], entity_ids=ids, **params)
+        return [Relationship(*row) for row in rows]
+
+    async def get_relationships_by_ids(self, relationship_ids: Iterable[UUID | str]) -> list[Relationship]:
+        """Get those of the relationships that exist, in the order of the ids, each once.
+
+        Statement: sql/relationships.sql get_relationships_by_ids. One round trip. Source: getRelationshipsByIds.
+        """
+        ids = list(dict.fromkeys(_codecs.as_ids(relationship_ids, "relationship_ids")))
+        if not ids:
+            return []
+        rows = await self._executor.fetch(SQL["get_relationships_by_ids"], agent_id=self.agent_id, ids=ids)
+        return [Relationship(*row) for row in rows]
+
+    async def get_relationships_by_pairs(
+        self, pairs: Iterable[Relationship | Mapping[str, Any] | tuple[UUID | str, UUID | str]]
+    ) -> list[Relationship | None]:
+        """Get a relationship for each pair, in the order of the pairs; None where there is none.
+
+        Args:
+            pairs: Source and target: mappings with `sourceEntityId` and `targetEntityId`, or tuples.
+
+        Statement: sql/relationships.sql get_relationships_by_pairs. One round trip. Source: getRelationshipsByPairs.
+        """
+        if isinstance(pairs, (Model, Mapping, str, bytes)) or not isinstance(pairs, Iterable):
+            raise ArgumentError(f"expected a collection of pairs, not {type(pairs).__name__}")
+        wanted = [_read_pair(pair, position) for position, pair in enumerate(pairs)]
+        if not wanted:
+            return []
+        rows = await self._executor.fetch(
+            SQL["get_relationships_by_pairs"],
+            agent_id=self.agent_id,
+            source_entity_ids=[source for source, _ in wanted],
+            target_entity_ids=[target for _, target in wanted],
+        )
+        return [None if row["id"] is None else Relationship(*row) for row in rows]
+
+
+def _read_pair(pair: Any, position: int) -> tuple[UUID, UUID]:
+    try:
+        if isinstance(pair, tuple):
+            if len(pair) != 2:
+                raise ArgumentError(f"expected source and target, not {len(pair)} values")
+            return _codecs.as_id(pair[0], "source_entity_id"), _codecs.as_id(pair[1], "target_entity_id")
+        row = Relationship.read(pair)
+        for name in _NEEDED:
+            if row.get(name) is None:
+                raise ArgumentError(f"{name} is missing")
+    except ArgumentError as error:
+        error.args = (f"pair at position {position}: {error}",)
+        raise
+    return row["source_entity_id"], row["target_entity_id"]
+
+
+def _read_tags(tags: Any) -> list[str] | None:
+    if tags is None:
+        return None
+    if isinstance(tags, (str, bytes)) or not isinstance(tags, Iterable):
+        raise ArgumentError("tags must be a collection of strings")
+    return [_codecs.as_text(tag, "tags") for tag in tags] or None

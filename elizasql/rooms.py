@@ -13,32 +13,51 @@ from .models import Room
 
 
 class Rooms(Store):
-    """Create, find and delete rooms of the agent."""
+    """Create, find, change and delete rooms of the agent."""
 
     async def create_room(self, room: Room | Mapping[str, Any]) -> UUID:
         """Create a room and give its id; one that is there already stays as it is.
+
+        Raises:
+            As `create_rooms`.
 
         Statement: sql/rooms.sql create_rooms. Source: createRooms.
         """
         return (await self.create_rooms([room]))[0]
 
     async def create_rooms(self, rooms: Iterable[Room | Mapping[str, Any]]) -> list[UUID]:
-        """Create rooms, all or none, and give their ids in the order given.
+        """Create rooms, all or none, and give their ids in the order given; those that are there stay as they are.
 
         Raises:
             ArgumentError: `source` or `type` is missing.
             ForeignKeyError: The world or the agent does not exist.
 
-        Statement: sql/rooms.sql create_rooms. Source: createRooms.
+        Statement: sql/rooms.sql create_rooms. One round trip a chunk. Source: createRooms; differs: `serverId` is an
+        alias of `messageServerId`, and an id that another agent has is no obstacle.
         """
         ids, rows = self._read_all(Room, rooms)
         self._need(rows, Room, "source", "type")
         if rows:
-            chunks = [
-                {"agent_id": self.agent_id, "rooms": _codecs.encode_json(chunk, "rooms")}
-                for chunk in self._chunks(rows)
-            ]
+            chunks = [{"agent_id": self.agent_id, "rooms": chunk} for chunk in self._encode_chunks(Room, rows, ids)]
             await self._executor.fetch_chunks(SQL["create_rooms"], chunks)
+        return ids
+
+    async def upsert_rooms(self, rooms: Iterable[Room | Mapping[str, Any]]) -> list[UUID]:
+        """Create rooms, or change the given fields of those that are there, all or none; give their ids in order.
+
+        Of a mapping its keys are given, of a `Room` what is not None. `created_at` of a room that is there stays.
+
+        Raises:
+            ArgumentError: `source` or `type` is missing.
+            ForeignKeyError: The world or the agent does not exist.
+
+        Statement: sql/rooms.sql upsert_rooms. One round trip a chunk. Source: upsertRooms; differs: what is not given
+        stays, and ids come back.
+        """
+        ids, rows = self._read_partial(Room, rooms, needed=("source", "type"), new_ids=True)
+        if rows:
+            chunks = [{"agent_id": self.agent_id, "rooms": chunk} for chunk in self._encode_chunks(Room, rows, ids)]
+            await self._executor.fetch_chunks(SQL["upsert_rooms"], chunks)
         return ids
 
     async def get_room(self, room_id: UUID | str) -> Room | None:
@@ -50,16 +69,15 @@ class Rooms(Store):
         return found[0] if found else None
 
     async def get_rooms_by_ids(self, room_ids: Iterable[UUID | str]) -> list[Room]:
-        """Get those of the rooms that exist, in the order of the ids.
+        """Get those of the rooms that exist, in the order of the ids, each once.
 
-        Statement: sql/rooms.sql get_rooms_by_ids. Source: getRoomsByIds.
+        Statement: sql/rooms.sql get_rooms_by_ids. One round trip. Source: getRoomsByIds.
         """
-        ids = _codecs.as_ids(room_ids, "room_ids")
+        ids = list(dict.fromkeys(_codecs.as_ids(room_ids, "room_ids")))
         if not ids:
             return []
         rows = await self._executor.fetch(SQL["get_rooms_by_ids"], agent_id=self.agent_id, ids=ids)
-        found = {row["id"]: Room(*row) for row in rows}
-        return [found[id] for id in dict.fromkeys(ids) if id in found]
+        return [Room(*row) for row in rows]
 
     async def get_rooms_by_world(self, world_id: UUID | str) -> list[Room]:
         """Get the rooms of a world, oldest first.
@@ -70,10 +88,105 @@ class Rooms(Store):
         rows = await self._executor.fetch(SQL["get_rooms_by_world"], agent_id=self.agent_id, world_id=world)
         return [Room(*row) for row in rows]
 
+    async def get_rooms_by_worlds(
+        self, world_ids: Iterable[UUID | str], limit: int | None = None, offset: int | None = None
+    ) -> list[Room]:
+        """Get the rooms of several worlds together, oldest first; equal times are ordered by id.
+
+        Args:
+            world_ids: The worlds.
+            limit: At most so many of all; None: all.
+            offset: Leave out so many of the oldest.
+
+        Statement: sql/rooms.sql get_rooms_by_worlds. One round trip. Source: getRoomsByWorlds; differs: the order is
+        total, so that pages neither repeat nor skip.
+        """
+        worlds = list(dict.fromkeys(_codecs.as_ids(world_ids, "world_ids")))
+        count = _codecs.as_optional_count(limit, "limit")
+        skipped = _codecs.as_optional_count(offset, "offset") or 0
+        if not worlds or count == 0:
+            return []
+        rows = await self._executor.fetch(
+            SQL["get_rooms_by_worlds"],
+            agent_id=self.agent_id,
+            world_ids=worlds,
+            reach=None if count is None else min(count + skipped, 2**63 - 1),
+            count=count,
+            skipped=skipped,
+        )
+        return [Room(*row) for row in rows]
+
+    async def update_room(self, room: Room | Mapping[str, Any]) -> bool:
+        """Change the given fields of a room; False when there is no room of this id.
+
+        Args:
+            room: `id` and the fields to change: of a mapping its keys, of a `Room` what is not None. In a mapping None
+                clears `name`, `channel_id`, `message_server_id`, `world_id` and empties `metadata`. `metadata` is
+                replaced as a whole.
+
+        Raises:
+            ArgumentError: `id` is missing, or `source`, `type` or `created_at` is None.
+            ForeignKeyError: The world does not exist.
+
+        Statement: sql/rooms.sql update_rooms. Source: updateRoom; differs: another agent's room cannot be moved.
+        """
+        return bool(await self._update_rooms([room], required=False))
+
+    async def update_rooms(self, rooms: Iterable[Room | Mapping[str, Any]]) -> None:
+        """Change rooms as `update_room` does, all or none; changes of one room in several places are put together.
+
+        Raises:
+            NotFoundError: A room does not exist; names it. Nothing was changed.
+            As `update_room`.
+
+        Statement: sql/rooms.sql update_rooms. One round trip a chunk. Source: updateRooms.
+        """
+        await self._update_rooms(rooms, required=True)
+
+    async def _update_rooms(self, rooms: Iterable[Room | Mapping[str, Any]], *, required: bool) -> list[Any]:
+        ids, rows = self._read_partial(Room, rooms, fixed=("source", "type", "created_at"))
+        if not rows:
+            return []
+        chunks = [
+            {"agent_id": self.agent_id, "rooms": chunk, "required": required}
+            for chunk in self._encode_chunks(Room, rows, ids)
+        ]
+        return await self._executor.fetch_chunks(SQL["update_rooms"], chunks)
+
     async def delete_room(self, room_id: UUID | str) -> bool:
         """Delete a room with its participants, memories, logs and components; False when there was none.
 
-        Statement: sql/rooms.sql delete_rooms. Source: deleteRoom.
+        Statement: sql/rooms.sql delete_rooms. Source: deleteRoom; differs: this agent's only.
         """
-        ids = [_codecs.as_id(room_id, "room_id")]
-        return bool(await self._executor.fetch(SQL["delete_rooms"], agent_id=self.agent_id, ids=ids))
+        return await self.delete_rooms([room_id]) > 0
+
+    async def delete_rooms(self, room_ids: Iterable[UUID | str]) -> int:
+        """Delete rooms as `delete_room` does, all or none, and give how many there were.
+
+        Statement: sql/rooms.sql delete_rooms. One round trip. Source: deleteRooms.
+        """
+        ids = sorted(set(_codecs.as_ids(room_ids, "room_ids")))
+        if not ids:
+            return 0
+        deleted: int = await self._executor.fetch_value(SQL["delete_rooms"], agent_id=self.agent_id, ids=ids)
+        return deleted
+
+    async def delete_rooms_by_world_id(self, world_id: UUID | str) -> int:
+        """Delete the rooms of a world as `delete_room` does, all or none, and give how many there were.
+
+        Statement: sql/rooms.sql delete_rooms_by_world_ids. Source: deleteRoomsByWorldId; differs: one statement.
+        """
+        return await self.delete_rooms_by_world_ids([world_id])
+
+    async def delete_rooms_by_world_ids(self, world_ids: Iterable[UUID | str]) -> int:
+        """Delete the rooms of several worlds as `delete_room` does, all or none, and give how many there were.
+
+        Statement: sql/rooms.sql delete_rooms_by_world_ids. One round trip. Source: deleteRoomsByWorldIds.
+        """
+        worlds = sorted(set(_codecs.as_ids(world_ids, "world_ids")))
+        if not worlds:
+            return 0
+        deleted: int = await self._executor.fetch_value(
+            SQL["delete_rooms_by_world_ids"], agent_id=self.agent_id, world_ids=worlds
+        )
+        return deleted

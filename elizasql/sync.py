@@ -7,18 +7,20 @@ adapter has a thread of its own with an event loop in it; any number of threads 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import functools
 import inspect
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import CancelledError
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 from uuid import UUID
 
+from . import _codecs
 from . import adapter as _asynchronous
 from .config import Config
-from .errors import ArgumentError, ClosedError
+from .errors import ArgumentError, ClosedError, ElizaSQLError
 
 __all__ = ["DatabaseAdapter", "connect", "open"]
 
@@ -30,18 +32,34 @@ class _Loop:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="elizasql-sync", daemon=True)
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._thread = threading.Thread(target=self._serve, name="elizasql-sync", daemon=True)
         self._thread.start()
+
+    def _serve(self) -> None:
+        try:
+            self._loop.run_forever()
+            # Whoever waits for a call that came in at the last moment must not wait for ever.
+            left = asyncio.all_tasks(self._loop)
+            for task in left:
+                task.cancel()
+            if left:
+                self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        finally:
+            self._loop.close()
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine there and wait for it; an interrupt of the waiting thread cancels it."""
-        if self._loop.is_closed():
-            coroutine.close()
-            raise ClosedError("the adapter is closed")
         if threading.current_thread() is self._thread:
             coroutine.close()
             raise ArgumentError("a blocking call inside the adapter's own event loop would wait for itself")
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        with self._lock:
+            if self._stopped:
+                coroutine.close()
+                raise ClosedError("the adapter is closed")
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
         except CancelledError:
@@ -52,11 +70,11 @@ class _Loop:
 
     def stop(self) -> None:
         """End the thread and close the loop. Idempotent."""
-        if self._loop.is_closed():
-            return
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        with self._lock:
+            if not self._stopped:
+                self._stopped = True
+                self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
-        self._loop.close()
 
 
 class DatabaseAdapter:
@@ -84,13 +102,17 @@ class DatabaseAdapter:
         try:
             yield DatabaseAdapter(self._loop, bound)
         except BaseException as error:
-            if not self._loop.run(context.__aexit__(type(error), error, error.__traceback__)):
-                raise
+            # A KeyboardInterrupt or SystemExit would end the loop that it is thrown into.
+            inside = error if isinstance(error, Exception) else asyncio.CancelledError()
+            with suppress(ClosedError):
+                self._loop.run(context.__aexit__(type(inside), inside, inside.__traceback__))
+            raise
         else:
             self._loop.run(context.__aexit__(None, None, None))
 
     def with_entity_context(self, entity_id: UUID | str | None, callback: Callable[[DatabaseAdapter], T]) -> T:
         """Run `callback(tx)` in a transaction on behalf of an entity, and give what it gives."""
+        _codecs.as_optional_id(entity_id, "entity_id")
         with self.transaction() as bound:
             return callback(bound)
 
@@ -98,9 +120,27 @@ class DatabaseAdapter:
         """Close the adapter and end its thread. Idempotent."""
         try:
             self._loop.run(self._adapter.close(timeout))
+        except ArgumentError:
+            raise  # in a transaction, or on the loop's own thread: nothing was closed
         except ClosedError:
-            return
-        self._loop.stop()
+            self._loop.stop()
+        except BaseException:
+            self._loop.stop()
+            raise
+        else:
+            self._loop.stop()
+        _opened.discard(self)
+
+
+_opened: set[DatabaseAdapter] = set()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Close what was left open: afterwards the loops stand still, and whoever asks them for something would hang."""
+    for adapter in list(_opened):
+        with suppress(ElizaSQLError):
+            adapter.close(timeout=1.0)
 
 
 _END: Any = object()
@@ -116,11 +156,13 @@ def _blocking(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
         def iterate(self: DatabaseAdapter, *args: Any, **kwargs: Any) -> Iterator[Any]:
             items = getattr(self._adapter, name)(*args, **kwargs)
-            try:
-                while (item := self._loop.run(_next(items))) is not _END:
+            while (item := self._loop.run(_next(items))) is not _END:
+                try:
                     yield item
-            finally:
-                self._loop.run(items.aclose())
+                except BaseException:  # noqa: PERF203 - left early, else it has ended by itself
+                    with suppress(ClosedError):
+                        self._loop.run(items.aclose())
+                    raise
 
         return iterate
 
@@ -140,12 +182,13 @@ def open(*, agent_id: UUID | str, dsn: str | None = None, data_dir: Any = None, 
     """Open an agent's memory for blocking code; `close()` when done. Takes and raises what `elizasql.open` does."""
     loop = _Loop()
     try:
-        return DatabaseAdapter(
-            loop, loop.run(_asynchronous.open(agent_id=agent_id, dsn=dsn, data_dir=data_dir, **settings))
-        )
+        opened = loop.run(_asynchronous.open(agent_id=agent_id, dsn=dsn, data_dir=data_dir, **settings))
     except BaseException:
         loop.stop()
         raise
+    adapter = DatabaseAdapter(loop, opened)
+    _opened.add(adapter)
+    return adapter
 
 
 @contextmanager

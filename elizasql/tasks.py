@@ -1,9 +1,460 @@
-"""Tasks."""
+"""Tasks, and the workers that share them."""
 
 from __future__ import annotations
 
-from ._store import Store
+import logging
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+from . import _codecs
+from ._listener import Listener
+from ._statements import SQL
+from ._store import Store, as_limit, unwrap
+from .errors import ArgumentError, ElizaSQLError
+from .models import Task
+
+logger = logging.getLogger("elizasql")
+
+# What an update changes. The rest is what the claims keep, or stays for good.
+_CHANGEABLE = frozenset(
+    {"id", "name", "description", "room_id", "world_id", "entity_id", "tags", "metadata", "due_at", "max_attempts"}
+)
+
+# Tasks that one claim takes at most: each is written.
+_MOST_CLAIMS = 10_000
+
+# The filter whose index serves, the narrowest first.
+_BY_SCOPE = {"room_id": "get_tasks_of_room", "entity_id": "get_tasks_of_entity", "world_id": "get_tasks_of_world"}
 
 
 class Tasks(Store):
-    """To be written."""
+    """Create, find, change and delete tasks, and share them among workers.
+
+    A worker takes what is tagged "queue" and ready, does it within the lease, and ends the claim:
+
+        async for task in db.wait_for_tasks(lease=30):
+            try:
+                await do(task)
+            except Exception as error:
+                await db.fail_task(task, error)
+            else:
+                await db.complete_task(task)
+
+    Every task is done at least once: a worker that dies leaves its task to the next one when the lease ends. Times are
+    the server's.
+    """
+
+    _listeners: set[Listener]
+
+    # --- the tasks themselves ----------------------------------------------------------------------------------------
+
+    async def create_task(self, task: Task | Mapping[str, Any]) -> UUID:
+        """Create a task and give its id; one that is there already stays as it is.
+
+        Raises:
+            ArgumentError: `name` is missing, or a value does not fit.
+            ForeignKeyError: The agent does not exist.
+
+        Statement: sql/tasks.sql create_tasks. One round trip. Source: createTask; differs: no world is needed, the
+        entity is stored.
+        """
+        return (await self.create_tasks([task]))[0]
+
+    async def create_tasks(self, tasks: Iterable[Task | Mapping[str, Any]]) -> list[UUID]:
+        """Create tasks, all or none, and give their ids in the order given. What only claims change is not written.
+
+        Raises:
+            As `create_task`; an ArgumentError names the position of the task.
+
+        Statement: sql/tasks.sql create_tasks. One round trip a chunk. Source: createTasks.
+        """
+        ids, rows = self._read_all(Task, tasks)
+        self._need(rows, Task, "name")
+        _check_attempts(rows, ids)
+        if rows:
+            chunks = [{"agent_id": self.agent_id, "tasks": encoded} for encoded in self._encode_chunks(Task, rows, ids)]
+            await self._executor.fetch_chunks(SQL["create_tasks"], chunks)
+        return ids
+
+    async def get_task(self, task_id: UUID | str) -> Task | None:
+        """Get a task, None where there is none.
+
+        Statement: sql/tasks.sql get_tasks_by_ids. One round trip. Source: getTask.
+        """
+        found = await self.get_tasks_by_ids([task_id])
+        return found[0] if found else None
+
+    async def get_tasks_by_ids(self, task_ids: Iterable[UUID | str]) -> list[Task]:
+        """Get those of the tasks that exist, in the order of the ids.
+
+        Statement: sql/tasks.sql get_tasks_by_ids. One round trip. Source: getTasksByIds.
+        """
+        ids = _codecs.as_ids(task_ids, "task_ids")
+        if not ids:
+            return []
+        rows = await self._executor.fetch(SQL["get_tasks_by_ids"], agent_id=self.agent_id, ids=list(dict.fromkeys(ids)))
+        return [Task(*row) for row in rows]
+
+    async def get_tasks(
+        self,
+        *,
+        room_id: UUID | str | None = None,
+        entity_id: UUID | str | None = None,
+        world_id: UUID | str | None = None,
+        tags: Iterable[str] | str | None = None,
+        agent_ids: Iterable[UUID | str] | None = None,
+        count: int | None = None,
+        limit: int | None = None,
+        offset: int | None = None,
+    ) -> list[Task]:
+        """Get tasks, oldest first; equal times are ordered by id. Filters combine with AND.
+
+        Args:
+            room_id, entity_id, world_id: Only of these.
+            tags: Only those that have all of these tags; none: no filter.
+            agent_ids: Taken for ElizaOS's sake: the adapter's agent; another one is refused.
+            count: At most so many; None: all.
+            limit: Another name of `count`.
+            offset: Leave out so many of the oldest.
+
+        Statement: sql/tasks.sql get_tasks, get_tasks_by_tags, get_tasks_of_room, get_tasks_of_entity or
+        get_tasks_of_world. One round trip. Source: getTasks; differs: the entity filters, in a fixed order.
+        """
+        for agent_id in [] if agent_ids is None else _codecs.as_ids(agent_ids, "agent_ids"):
+            self._check_agent({"agent_id": agent_id})
+        params: dict[str, Any] = {
+            "room_id": _codecs.as_optional_id(room_id, "room_id"),
+            "entity_id": _codecs.as_optional_id(entity_id, "entity_id"),
+            "world_id": _codecs.as_optional_id(world_id, "world_id"),
+            "tags": _texts(tags, "tags"),
+            "count": as_limit(count, limit),
+            "skip": _codecs.as_optional_count(offset, "offset"),
+        }
+        by_tags = "get_tasks_by_tags" if params["tags"] else "get_tasks"
+        name = next((_BY_SCOPE[scope] for scope in _BY_SCOPE if params[scope] is not None), by_tags)
+        return [Task(*row) for row in await self._executor.fetch(SQL[name], agent_id=self.agent_id, **params)]
+
+    async def get_tasks_by_name(
+        self, name: str, *, count: int | None = None, limit: int | None = None, offset: int | None = None
+    ) -> list[Task]:
+        """Get the tasks of a name, oldest first.
+
+        Args:
+            name: Exactly this.
+            count, limit, offset: As in `get_tasks`.
+
+        Statement: sql/tasks.sql get_tasks_by_name. One round trip. Source: getTasksByName; differs: in a fixed order.
+        """
+        rows = await self._executor.fetch(
+            SQL["get_tasks_by_name"],
+            agent_id=self.agent_id,
+            name=_codecs.as_text(name, "name"),
+            count=as_limit(count, limit),
+            skip=_codecs.as_optional_count(offset, "offset"),
+        )
+        return [Task(*row) for row in rows]
+
+    async def update_task(self, task_id: UUID | str, task: Task | Mapping[str, Any]) -> bool:
+        """Change the fields of a task that are given; False when there is no task of this id.
+
+        Args:
+            task_id: The task.
+            task: Of a mapping its keys, of a model what is not None: name, description, room_id, world_id, entity_id,
+                tags, metadata (replaced as a whole), due_at, max_attempts. None clears what can be empty. A new
+                `due_at` counts from the end of a claim on. Whatever else is in it is left as it is.
+
+        Raises:
+            ArgumentError: `name` or `max_attempts` is None, or a value does not fit.
+
+        Statement: sql/tasks.sql update_tasks. One round trip. Source: updateTask; differs: the entity can be changed,
+        the answer tells whether there was one.
+        """
+        rows = self._read_patches([_with_id(_codecs.as_id(task_id, "task_id"), task)])
+        return bool(await self._update_tasks(rows, required=False))
+
+    async def update_tasks(self, tasks: Iterable[Task | Mapping[str, Any]]) -> None:
+        """Change tasks as `update_task` does, all or none.
+
+        Args:
+            tasks: Models or mappings with `id`, or mappings `{"id": ..., "task": ...}`.
+
+        Raises:
+            ArgumentError: Names the position of the task that is wrong.
+            NotFoundError: A task does not exist; names it. Nothing was changed.
+
+        Statement: sql/tasks.sql update_tasks. One round trip a chunk. Source: updateTasks.
+        """
+        await self._update_tasks(self._read_patches(unwrap(Task, tasks, "task")), required=True)
+
+    def _read_patches(self, tasks: Iterable[Task | Mapping[str, Any]]) -> tuple[list[UUID], list[dict[str, Any]]]:
+        ids, rows = self._read_partial(Task, tasks, fixed=("name", "max_attempts"))
+        _check_attempts(rows, ids)
+        return ids, [{key: value for key, value in row.items() if key in _CHANGEABLE} for row in rows]
+
+    async def _update_tasks(self, read: tuple[list[UUID], list[dict[str, Any]]], *, required: bool) -> list[Any]:
+        ids, rows = read
+        if not rows:
+            return []
+        chunks = [
+            {"agent_id": self.agent_id, "tasks": encoded, "required": required}
+            for encoded in self._encode_chunks(Task, rows, ids)
+        ]
+        return await self._executor.fetch_chunks(SQL["update_tasks"], chunks)
+
+    async def update_pending_task(self, task_id: UUID | str, task: Task | Mapping[str, Any]) -> bool:
+        """Change a task as `update_task` does, only while it is tagged "queue" and no worker has it; False otherwise.
+
+        Of concurrent callers whose change takes the tag away, exactly one gets True: it has the task.
+
+        Statement: sql/tasks.sql update_pending_task. One round trip. Source: updatePendingTask.
+        """
+        id = _codecs.as_id(task_id, "task_id")
+        _, rows = self._read_patches([_with_id(id, task)])
+        encoded = _codecs.encode_json(rows[0], "task")
+        return bool(
+            await self._executor.fetch_value(SQL["update_pending_task"], agent_id=self.agent_id, id=id, task=encoded)
+        )
+
+    async def delete_task(self, task_id: UUID | str) -> bool:
+        """Delete a task, claimed or not; False when there was none.
+
+        Statement: sql/tasks.sql delete_tasks. One round trip. Source: deleteTask.
+        """
+        return await self.delete_tasks([task_id]) > 0
+
+    async def delete_tasks(self, task_ids: Iterable[UUID | str]) -> int:
+        """Delete tasks, all or none; give how many there were.
+
+        Statement: sql/tasks.sql delete_tasks. One round trip a chunk. Source: deleteTasks; differs: this agent's only.
+        """
+        ids = sorted(set(_codecs.as_ids(task_ids, "task_ids")))
+        if not ids:
+            return 0
+        chunks = [{"agent_id": self.agent_id, "ids": list(chunk)} for chunk in self._chunks(ids)]
+        return sum(row[0] for row in await self._executor.fetch_chunks(SQL["delete_tasks"], chunks))
+
+    # --- workers -----------------------------------------------------------------------------------------------------
+
+    async def claim_tasks(
+        self,
+        limit: int = 1,
+        lease: float | timedelta = 30.0,
+        *,
+        worker: str | None = None,
+        names: Iterable[str] | str | None = None,
+        tags: Iterable[str] | str | None = None,
+    ) -> list[Task]:
+        """Take tasks that are tagged "queue" and ready: no other worker gets them until the lease ends.
+
+        Those that have been ready for longest come first. Tasks that another transaction has locked are stepped over.
+
+        Args:
+            limit: At most so many, up to 10,000.
+            lease: Seconds that they are the caller's; `heartbeat_task` extends it.
+            worker: The caller's name, for people who look at the table.
+            names: Only tasks of these names.
+            tags: Only tasks that have all of these tags besides "queue".
+
+        Returns:
+            Tasks with a `claim_token`, which ends the claim: pass them to `complete_task`, `fail_task` or
+            `release_task`. `ready_at` is the end of the lease.
+
+        Raises:
+            ArgumentError: A value does not fit; nothing was sent.
+
+        Statement: sql/tasks.sql claim_tasks or claim_tasks_by_names. One round trip.
+        """
+        params: dict[str, Any] = {
+            "agent_id": self.agent_id,
+            "count": _codecs.as_count(limit, "limit"),
+            "lease": _seconds(lease, "lease", least=0.001),
+            "worker": _codecs.as_optional_text(worker, "worker"),
+            "names": _texts(names, "names"),
+            "tags": _texts(tags, "tags"),
+        }
+        if params["count"] > _MOST_CLAIMS:
+            raise ArgumentError(f"limit must be at most {_MOST_CLAIMS}, not {limit}")
+        if params["count"] == 0 or params["names"] == []:
+            return []
+        statement = SQL["claim_tasks" if names is None else "claim_tasks_by_names"]
+        return [Task(*row) for row in await self._executor.fetch(statement, **params)]
+
+    async def heartbeat_task(self, task: Task | Mapping[str, Any], lease: float | timedelta = 30.0) -> bool:
+        """Extend the lease of a claim to so many seconds from now; False when the claim is lost.
+
+        It is lost when another worker has taken the task after the lease ended, or the task is gone. That the lease
+        ended does not lose it.
+
+        Statement: sql/tasks.sql heartbeat_task. One round trip.
+        """
+        params = self._claim(task) | {"lease": _seconds(lease, "lease", least=0.001)}
+        return bool(await self._executor.fetch_value(SQL["heartbeat_task"], **params))
+
+    async def complete_task(self, task: Task | Mapping[str, Any], *, again_in: float | timedelta | None = None) -> bool:
+        """End a claim with success: the task is deleted, or due again in so many seconds; False when the claim is lost.
+
+        Args:
+            task: As `claim_tasks` gave it.
+            again_in: None: delete it. Otherwise its attempts begin anew.
+
+        Statement: sql/tasks.sql complete_task or repeat_task. One round trip.
+        """
+        params = self._claim(task)
+        if again_in is None:
+            return bool(await self._executor.fetch_value(SQL["complete_task"], **params))
+        params["delay"] = _seconds(again_in, "again_in")
+        return bool(await self._executor.fetch_value(SQL["repeat_task"], **params))
+
+    async def release_task(self, task: Task | Mapping[str, Any], *, delay: float | timedelta = 0.0) -> bool:
+        """Give a claim back as if it had not been: the attempt does not count. False when the claim is lost.
+
+        Args:
+            task: As `claim_tasks` gave it.
+            delay: Seconds before a worker may take it.
+
+        Statement: sql/tasks.sql release_task. One round trip.
+        """
+        params = self._claim(task) | {"delay": _seconds(delay, "delay")}
+        return bool(await self._executor.fetch_value(SQL["release_task"], **params))
+
+    async def fail_task(
+        self,
+        task: Task | Mapping[str, Any],
+        error: str | BaseException,
+        *,
+        retry: bool = True,
+        base_delay: float | timedelta = 1.0,
+        max_delay: float | timedelta = 3600.0,
+    ) -> bool:
+        """End a claim with an error; False when the claim is lost.
+
+        The task is ready again after `base_delay * 2 ** (attempts - 1)` seconds, at most `max_delay`, and up to a
+        quarter more. After `max_attempts` claims it is dead: it stays with its error, and a greater `max_attempts`
+        revives it.
+
+        Args:
+            task: As `claim_tasks` gave it.
+            error: What to remember: text or an exception.
+            retry: False: it is dead at once.
+            base_delay, max_delay: Seconds.
+
+        Statement: sql/tasks.sql fail_task. One round trip.
+        """
+        text = f"{type(error).__name__}: {error}" if isinstance(error, BaseException) else error
+        params = self._claim(task) | {
+            "error": _codecs.as_text(text, "error"),
+            "retry": _codecs.as_bool(retry, "retry"),
+            "base_delay": _seconds(base_delay, "base_delay"),
+            "max_delay": _seconds(max_delay, "max_delay"),
+        }
+        return bool(await self._executor.fetch_value(SQL["fail_task"], **params))
+
+    async def wait_for_tasks(
+        self,
+        *,
+        lease: float | timedelta = 30.0,
+        worker: str | None = None,
+        names: Iterable[str] | str | None = None,
+        tags: Iterable[str] | str | None = None,
+        poll_interval: float | timedelta = 10.0,
+    ) -> AsyncGenerator[Task, None]:
+        """Claim tasks one by one, as they become ready, without end.
+
+        The server's notification wakes it at once, on a connection of its own. A task that becomes due, a lease that
+        ends, or a task whose notification was lost is found at its time or after `poll_interval`. While the server does
+        not answer it logs a warning and goes on waiting. Use `contextlib.aclosing` when the loop may be left early:
+        that closes the connection.
+
+        Args:
+            lease, worker, names, tags: As in `claim_tasks`.
+            poll_interval: Seconds after which it looks in any case.
+
+        Yields:
+            Tasks as `claim_tasks` gives them.
+
+        Raises:
+            ArgumentError: A value does not fit; nothing was sent.
+            ClosedError: The adapter was closed.
+
+        Statement: sql/tasks.sql claim_tasks or claim_tasks_by_names; get_seconds_to_next_task when nothing is ready.
+        """
+        if self._executor.in_transaction:
+            raise ArgumentError(
+                "wait_for_tasks() does not run in a transaction: call it on the adapter that was opened"
+            )
+        longest = _seconds(poll_interval, "poll_interval", least=0.001)
+        wanted = {"names": _texts(names, "names"), "tags": _texts(tags, "tags")}
+        if wanted["names"] == []:
+            raise ArgumentError("names must not be empty: no task would ever come")
+        _seconds(lease, "lease", least=0.001)
+        listener = Listener(self._address, self.config, f"elizasql_tasks_{self.agent_id.hex}")
+        self._listeners.add(listener)
+        try:
+            while True:
+                pause = longest
+                try:
+                    claimed = await self.claim_tasks(1, lease, worker=worker, **wanted)
+                    if not claimed:
+                        pause = await self._until_next(longest, wanted)
+                except ElizaSQLError as error:
+                    if not error.retryable:
+                        raise
+                    logger.warning("waiting for tasks is interrupted: %s", error)
+                    claimed = []
+                for task in claimed:
+                    yield task
+                if not claimed:
+                    await listener.wait(pause)
+        finally:
+            self._listeners.discard(listener)
+            await listener.close()
+
+    async def _until_next(self, longest: float, wanted: dict[str, Any]) -> float:
+        """Give the seconds to wait for the next task that is known to become ready."""
+        seconds: float | None = await self._executor.fetch_value(
+            SQL["get_seconds_to_next_task"], agent_id=self.agent_id, **wanted
+        )
+        # What is ready already was locked or came a moment too late: it is looked for again, but not without a pause.
+        return longest if seconds is None else min(max(seconds, 0.05), longest)
+
+    def _claim(self, task: Task | Mapping[str, Any]) -> dict[str, Any]:
+        """Give what identifies a claim."""
+        given = Task.read(task)
+        self._check_agent(given)
+        if given.get("id") is None or given.get("claim_token") is None:
+            raise ArgumentError("the task is not claimed: it needs id and claim_token, as claim_tasks gives them")
+        return {"agent_id": self.agent_id, "id": given["id"], "claim_token": given["claim_token"]}
+
+
+def _check_attempts(rows: Iterable[Mapping[str, Any]], ids: list[UUID]) -> None:
+    for row in rows:
+        attempts = row.get("max_attempts")
+        if attempts is not None and not 1 <= attempts < 2**31:
+            position = ids.index(row["id"])
+            raise ArgumentError(f"Task at position {position}: max_attempts must be between 1 and 2 ** 31 - 1")
+
+
+def _with_id(id: UUID, task: Task | Mapping[str, Any]) -> dict[str, Any]:
+    given = Task.read(task)
+    if given.get("id") not in (None, id):
+        raise ArgumentError(f"the task's id is {given['id']}, but {id} is to be changed")
+    return given | {"id": id}
+
+
+def _texts(value: Iterable[str] | str | None, name: str) -> list[str] | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return [_codecs.as_text(value, name)]
+    if isinstance(value, (bytes, Mapping)) or not isinstance(value, Iterable):
+        raise ArgumentError(f"{name} must be a collection of strings, not {type(value).__name__}")
+    return [_codecs.as_text(item, name) for item in value]
+
+
+def _seconds(value: float | timedelta, name: str, *, least: float = 0.0) -> float:
+    seconds = value.total_seconds() if isinstance(value, timedelta) else value
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not least <= seconds < 1e9:
+        raise ArgumentError(f"{name} must be a number of seconds, at least {least:g}, not {value!r:.40}")
+    return float(seconds)

@@ -9,7 +9,19 @@ from uuid import UUID
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["DIMENSIONS", "JSON", "Dimension", "Embedding", "EmbeddingInput", "IdInput", "Indexing", "UserState"]
+__all__ = [
+    "DIMENSIONS",
+    "JSON",
+    "Dimension",
+    "Embedding",
+    "EmbeddingInput",
+    "GoalStatus",
+    "IdInput",
+    "Indexing",
+    "Objective",
+    "RunStatus",
+    "UserState",
+]
 
 Dimension: TypeAlias = Literal[384, 512, 768, 1024, 1536, 3072]
 """The widths that an embedding may have."""
@@ -33,3 +45,12 @@ Indexing: TypeAlias = Literal["background", "manual", "inline"]
 
 UserState: TypeAlias = Literal["FOLLOWED", "MUTED"]
 """How an agent follows a room."""
+
+GoalStatus: TypeAlias = Literal["IN_PROGRESS", "DONE", "FAILED"]
+"""How far a goal is."""
+
+Objective: TypeAlias = "dict[str, Any]"
+"""A step of a goal: `id`, `description`, `completed`, and whatever else belongs to it."""
+
+RunStatus: TypeAlias = Literal["started", "completed", "timeout", "error"]
+"""How a run ended, or that it has not."""

@@ -13,60 +13,125 @@ from .models import World
 
 
 class Worlds(Store):
-    """Create, find and delete worlds of the agent."""
+    """Create, find, change and delete worlds of the agent."""
 
     async def create_world(self, world: World | Mapping[str, Any]) -> UUID:
         """Create a world and give its id; one that is there already stays as it is.
+
+        Raises:
+            As `create_worlds`.
 
         Statement: sql/worlds.sql create_worlds. Source: createWorld.
         """
         return (await self.create_worlds([world]))[0]
 
     async def create_worlds(self, worlds: Iterable[World | Mapping[str, Any]]) -> list[UUID]:
-        """Create worlds, all or none, and give their ids in the order given.
+        """Create worlds, all or none, and give their ids in the order given; those that are there stay as they are.
 
-        Statement: sql/worlds.sql create_worlds. Source: createWorlds.
+        Raises:
+            ArgumentError: A field does not fit, such as a `serverId` that is no UUID.
+            ForeignKeyError: The agent does not exist.
+
+        Statement: sql/worlds.sql create_worlds. One round trip a chunk. Source: createWorlds.
         """
         ids, rows = self._read_all(World, worlds)
         if rows:
-            chunks = [
-                {"agent_id": self.agent_id, "worlds": _codecs.encode_json(chunk, "worlds")}
-                for chunk in self._chunks(rows)
-            ]
+            chunks = [{"agent_id": self.agent_id, "worlds": chunk} for chunk in self._encode_chunks(World, rows, ids)]
             await self._executor.fetch_chunks(SQL["create_worlds"], chunks)
+        return ids
+
+    async def upsert_worlds(self, worlds: Iterable[World | Mapping[str, Any]]) -> list[UUID]:
+        """Create worlds, or change the given fields of those that are there, all or none; give their ids in order.
+
+        Of a mapping its keys are given, of a `World` what is not None. `created_at` of a world that is there stays.
+
+        Raises:
+            As `create_worlds`.
+
+        Statement: sql/worlds.sql upsert_worlds. One round trip a chunk. Source: upsertWorlds; differs: what is not
+        given stays, and ids come back.
+        """
+        ids, rows = self._read_partial(World, worlds, new_ids=True)
+        if rows:
+            chunks = [{"agent_id": self.agent_id, "worlds": chunk} for chunk in self._encode_chunks(World, rows, ids)]
+            await self._executor.fetch_chunks(SQL["upsert_worlds"], chunks)
         return ids
 
     async def get_world(self, world_id: UUID | str) -> World | None:
         """Get a world, None where there is none.
 
-        Statement: sql/worlds.sql get_worlds_by_ids. Source: getWorld.
+        Statement: sql/worlds.sql get_worlds_by_ids. Source: getWorld; differs: this agent's only.
         """
         found = await self.get_worlds_by_ids([world_id])
         return found[0] if found else None
 
     async def get_worlds_by_ids(self, world_ids: Iterable[UUID | str]) -> list[World]:
-        """Get those of the worlds that exist, in the order of the ids.
+        """Get those of the worlds that exist, in the order of the ids, each once.
 
-        Statement: sql/worlds.sql get_worlds_by_ids. Source: getWorldsByIds.
+        Statement: sql/worlds.sql get_worlds_by_ids. One round trip. Source: getWorldsByIds.
         """
-        ids = _codecs.as_ids(world_ids, "world_ids")
+        ids = list(dict.fromkeys(_codecs.as_ids(world_ids, "world_ids")))
         if not ids:
             return []
         rows = await self._executor.fetch(SQL["get_worlds_by_ids"], agent_id=self.agent_id, ids=ids)
-        found = {row["id"]: World(*row) for row in rows}
-        return [found[id] for id in dict.fromkeys(ids) if id in found]
+        return [World(*row) for row in rows]
 
     async def get_all_worlds(self) -> list[World]:
-        """Get every world of the agent, oldest first.
+        """Get every world of the agent, oldest first; equal times are ordered by id.
 
         Statement: sql/worlds.sql get_all_worlds. Source: getAllWorlds.
         """
         return [World(*row) for row in await self._executor.fetch(SQL["get_all_worlds"], agent_id=self.agent_id)]
 
+    async def update_world(self, world: World | Mapping[str, Any]) -> bool:
+        """Change the given fields of a world; False when there is no world of this id.
+
+        Args:
+            world: `id` and the fields to change: of a mapping its keys, of a `World` what is not None. In a mapping
+                None clears `message_server_id` and empties `name` and `metadata`. `metadata` is replaced as a whole.
+
+        Raises:
+            ArgumentError: `id` is missing, or `created_at` is None.
+
+        Statement: sql/worlds.sql update_worlds. Source: updateWorld; differs: what is not given stays.
+        """
+        return bool(await self._update_worlds([world], required=False))
+
+    async def update_worlds(self, worlds: Iterable[World | Mapping[str, Any]]) -> None:
+        """Change worlds as `update_world` does, all or none; changes of one world in several places are put together.
+
+        Raises:
+            NotFoundError: A world does not exist; names it. Nothing was changed.
+            As `update_world`.
+
+        Statement: sql/worlds.sql update_worlds. One round trip a chunk. Source: updateWorlds.
+        """
+        await self._update_worlds(worlds, required=True)
+
+    async def _update_worlds(self, worlds: Iterable[World | Mapping[str, Any]], *, required: bool) -> list[Any]:
+        ids, rows = self._read_partial(World, worlds, fixed=("created_at",))
+        if not rows:
+            return []
+        chunks = [
+            {"agent_id": self.agent_id, "worlds": chunk, "required": required}
+            for chunk in self._encode_chunks(World, rows, ids)
+        ]
+        return await self._executor.fetch_chunks(SQL["update_worlds"], chunks)
+
     async def remove_world(self, world_id: UUID | str) -> bool:
         """Delete a world and its components; rooms and memories stay and lose their world. False when there was none.
 
-        Statement: sql/worlds.sql delete_worlds. Source: removeWorld.
+        Statement: sql/worlds.sql delete_worlds. Source: removeWorld; differs: nothing points at the world any more.
         """
-        ids = [_codecs.as_id(world_id, "world_id")]
-        return bool(await self._executor.fetch(SQL["delete_worlds"], agent_id=self.agent_id, ids=ids))
+        return await self.delete_worlds([world_id]) > 0
+
+    async def delete_worlds(self, world_ids: Iterable[UUID | str]) -> int:
+        """Delete worlds as `remove_world` does, all or none, and give how many there were.
+
+        Statement: sql/worlds.sql delete_worlds. One round trip. Source: deleteWorlds.
+        """
+        ids = sorted(set(_codecs.as_ids(world_ids, "world_ids")))
+        if not ids:
+            return 0
+        deleted: int = await self._executor.fetch_value(SQL["delete_worlds"], agent_id=self.agent_id, ids=ids)
+        return deleted

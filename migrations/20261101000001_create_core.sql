@@ -49,7 +49,7 @@ CREATE TABLE elizasql.agents (
     -- What embeddings point at: an embedding of another width than its agent's has nothing to refer to.
     CONSTRAINT agents_embedding_dimension_key UNIQUE (id, embedding_dimension)
 );
-CREATE INDEX agents_created_at_idx ON elizasql.agents (created_at, id);
+CREATE INDEX agents_created_at_idx ON elizasql.agents (created_at);
 CREATE INDEX agents_updated_at_idx ON elizasql.agents (updated_at);
 
 -- A dimension that is set stays: the first one to lock it wins.
@@ -151,7 +151,8 @@ CREATE TABLE elizasql.components (
     REFERENCES elizasql.entities (agent_id, id) ON DELETE CASCADE
 );
 CREATE INDEX components_room_idx ON elizasql.components (agent_id, room_id);
-CREATE INDEX components_world_idx ON elizasql.components (agent_id, world_id, type, entity_id);
+-- The collation makes it the only index that serves a type in a world: query_entities asks for it by that.
+CREATE INDEX components_world_idx ON elizasql.components (agent_id, world_id, type COLLATE "C", entity_id);
 CREATE INDEX components_source_entity_idx ON elizasql.components (agent_id, source_entity_id);
 CREATE INDEX components_type_idx ON elizasql.components (agent_id, type, entity_id);
 

@@ -5,7 +5,20 @@ SELECT
     id, name, username, system, bio, message_examples, post_examples, topics, adjectives, knowledge, plugins, settings,
     style, enabled, server_id, created_at, updated_at
 FROM elizasql.agents
-WHERE id = ANY(:ids::uuid []);
+WHERE id = ANY(:ids::uuid[]);
+
+-- name: get_agents(count, skipped)
+-- All agents, oldest first.
+SELECT
+    id, name, username, system, bio, message_examples, post_examples, topics, adjectives, knowledge, plugins, settings,
+    style, enabled, server_id, created_at, updated_at
+FROM elizasql.agents
+ORDER BY created_at, id
+LIMIT :count::bigint
+OFFSET :skipped::bigint;
+
+-- name: count_agents()$
+SELECT count(*) FROM elizasql.agents;
 
 -- name: create_agents(agents)
 -- Creates the agents whose id is not there yet and gives their ids. An agent that is there stays as it is.
@@ -41,8 +54,91 @@ RETURNING
     id, name, username, system, bio, message_examples, post_examples, topics, adjectives, knowledge, plugins, settings,
     style, enabled, server_id, created_at, updated_at;
 
--- name: delete_agents(ids)
--- Deletes agents and, by cascade, everything that is theirs; gives the ids that were there.
-DELETE FROM elizasql.agents
-WHERE id = ANY(:ids::uuid [])
-RETURNING id;
+-- name: upsert_agents(agents)!
+-- Creates agents, or changes the fields that are given of those that are there, as update_agents does. agents: an
+-- object by id. jsonb_populate_record keeps what the row has wherever a key is not given.
+INSERT INTO elizasql.agents AS a (
+    id, name, username, system, bio, message_examples, post_examples, topics, adjectives, knowledge, plugins, settings,
+    style, enabled, server_id, created_at, updated_at
+)
+SELECT
+    g.id, g.name, g.username, g.system, coalesce(g.bio, '[]'), coalesce(g.message_examples, '[]'),
+    coalesce(g.post_examples, '[]'), coalesce(g.topics, '[]'), coalesce(g.adjectives, '[]'),
+    coalesce(g.knowledge, '[]'), coalesce(g.plugins, '[]'), coalesce(g.settings, '{}'), coalesce(g.style, '{}'),
+    coalesce(g.enabled, TRUE), g.server_id, coalesce(g.created_at, now()), coalesce(g.updated_at, g.created_at, now())
+FROM jsonb_each(:agents::jsonb) AS given (id, agent)
+CROSS JOIN LATERAL jsonb_populate_record(NULL::elizasql.agents, given.agent) AS g
+ORDER BY g.id
+ON CONFLICT (id) DO UPDATE
+SET
+    (
+        name, username, system, bio, message_examples, post_examples, topics, adjectives, knowledge, plugins, settings,
+        style, enabled, server_id, created_at, updated_at
+    ) = (
+        SELECT
+            n.name, n.username, n.system, coalesce(n.bio, '[]'), coalesce(n.message_examples, '[]'),
+            coalesce(n.post_examples, '[]'), coalesce(n.topics, '[]'), coalesce(n.adjectives, '[]'),
+            coalesce(n.knowledge, '[]'), coalesce(n.plugins, '[]'),
+            coalesce(elizasql.merge_settings(a.settings, coalesce(g.agent -> 'settings', '{}')), '{}'),
+            coalesce(n.style, '{}'), n.enabled, n.server_id, n.created_at,
+            coalesce((g.agent ->> 'updated_at')::timestamptz, now())
+        FROM (SELECT :agents::jsonb -> excluded.id::text AS agent) AS g
+        CROSS JOIN LATERAL jsonb_populate_record(a, g.agent) AS n
+    );
+
+-- name: update_agents(agents, required)
+-- Changes the fields that are given, settings by merging; gives the ids that were there. required: an agent that is not
+-- there undoes the statement. A concurrent update is waited for and then built upon: no setting is lost. ANY keeps it
+-- a lookup for each id, where a join of few agents would read them all.
+WITH given AS MATERIALIZED (
+    SELECT (g.agent ->> 'id')::uuid AS id, g.agent
+    FROM jsonb_array_elements(:agents::jsonb) AS g (agent)
+),
+
+updated AS (
+    UPDATE elizasql.agents AS a
+    SET
+        (
+            name, username, system, bio, message_examples, post_examples, topics, adjectives, knowledge, plugins,
+            settings, style, enabled, server_id, created_at, updated_at
+        ) = (
+            SELECT
+                n.name, n.username, n.system, coalesce(n.bio, '[]'), coalesce(n.message_examples, '[]'),
+                coalesce(n.post_examples, '[]'), coalesce(n.topics, '[]'), coalesce(n.adjectives, '[]'),
+                coalesce(n.knowledge, '[]'), coalesce(n.plugins, '[]'),
+                coalesce(elizasql.merge_settings(a.settings, coalesce(g.agent -> 'settings', '{}')), '{}'),
+                coalesce(n.style, '{}'), n.enabled, n.server_id, n.created_at,
+                coalesce((g.agent ->> 'updated_at')::timestamptz, now())
+            FROM jsonb_populate_record(a, g.agent) AS n
+        )
+    FROM given AS g
+    WHERE a.id = g.id AND a.id = ANY(ARRAY(SELECT id FROM given))
+    RETURNING a.id
+)
+
+SELECT id FROM updated
+UNION ALL
+SELECT elizasql.refuse_missing('agents', array_agg(g.id))
+FROM given AS g
+WHERE :required AND NOT EXISTS (SELECT FROM updated WHERE updated.id = g.id)
+HAVING count(*) > 0;
+
+-- name: delete_agents(ids)$
+-- Deletes agents and, by cascade, everything that is theirs; gives how many there were.
+WITH deleted AS (
+    DELETE FROM elizasql.agents
+    WHERE id = ANY(:ids::uuid[])
+    RETURNING id
+)
+
+SELECT count(*) FROM deleted;
+
+-- name: cleanup_agents(agent_id, older_than)$
+-- Deletes the agents that were not updated for so long, except the adapter's own; gives how many.
+WITH deleted AS (
+    DELETE FROM elizasql.agents
+    WHERE updated_at < now() - :older_than::interval AND id <> :agent_id
+    RETURNING id
+)
+
+SELECT count(*) FROM deleted;

@@ -37,7 +37,7 @@ ORDER BY agent_id;
 -- name: remove_agent_from_message_server(message_server_id, agent_id)$
 DELETE FROM elizasql.message_server_agents
 WHERE message_server_id = :message_server_id AND agent_id = :agent_id
-RETURNING TRUE;
+RETURNING TRUE AS deleted;
 
 -- name: create_channel(channel, participant_ids)^
 -- Creates a channel with its participants and gives the row that is stored now: one that is there stays as it is.
@@ -153,7 +153,7 @@ CROSS JOIN LATERAL elizasql.replace_channel_participants(updated.id, :participan
 -- Deletes a channel and, by cascade, its participants and messages.
 DELETE FROM elizasql.channels
 WHERE id = :id
-RETURNING TRUE;
+RETURNING TRUE AS deleted;
 
 -- name: add_channel_participants(channel_id, entity_ids)!
 INSERT INTO elizasql.channel_participants (channel_id, entity_id)

@@ -1,10 +1,18 @@
 -- Rooms of the agent.
 
 -- name: get_rooms_by_ids(agent_id, ids)
-SELECT
-    id, agent_id, name, source, type, channel_id, message_server_id, world_id, metadata, created_at
-FROM elizasql.rooms
-WHERE agent_id = :agent_id AND id = ANY(:ids::uuid []);
+-- In the order of the ids. LIMIT keeps the join a lookup for each id: as a join, or with = ANY, the plan for the average
+-- agent reads all rooms of a large one.
+SELECT r.*
+FROM unnest(:ids::uuid[]) WITH ORDINALITY AS given (id, position)
+CROSS JOIN
+    LATERAL (
+        SELECT id, agent_id, name, source, type, channel_id, message_server_id, world_id, metadata, created_at
+        FROM elizasql.rooms
+        WHERE agent_id = :agent_id AND id = given.id
+        LIMIT 1
+    ) AS r
+ORDER BY given.position;
 
 -- name: get_rooms_by_world(agent_id, world_id)
 SELECT
@@ -12,6 +20,23 @@ SELECT
 FROM elizasql.rooms
 WHERE agent_id = :agent_id AND world_id = :world_id
 ORDER BY created_at, id;
+
+-- name: get_rooms_by_worlds(agent_id, world_ids, reach, count, skipped)
+-- The oldest rooms of several worlds together. reach = count + skipped: no world need give more.
+SELECT r.*
+FROM unnest(:world_ids::uuid[]) AS given (id)
+CROSS JOIN
+    LATERAL (
+        SELECT id, agent_id, name, source, type, channel_id, message_server_id, world_id, metadata, created_at
+        FROM elizasql.rooms
+        WHERE agent_id = :agent_id AND world_id = given.id
+        ORDER BY created_at, id
+        LIMIT :reach::bigint
+    ) AS r
+ORDER BY r.created_at, r.id
+LIMIT
+    :count::bigint
+    OFFSET :skipped::bigint;
 
 -- name: create_rooms(agent_id, rooms)!
 -- A room that is there already stays as it is.
@@ -25,8 +50,106 @@ FROM jsonb_populate_recordset(NULL::elizasql.rooms, :rooms::jsonb)
 ORDER BY id
 ON CONFLICT (agent_id, id) DO NOTHING;
 
--- name: delete_rooms(agent_id, ids)
--- Deletes rooms and, by cascade, their participants, memories, logs and components.
-DELETE FROM elizasql.rooms
-WHERE agent_id = :agent_id AND id = ANY(:ids::uuid [])
-RETURNING id;
+-- name: upsert_rooms(agent_id, rooms)!
+-- Creates rooms, or changes the fields that are given of those that are there.
+WITH given AS MATERIALIZED (
+    SELECT jsonb_object_agg(g.room ->> 'id', g.room) AS by_id
+    FROM jsonb_array_elements(:rooms::jsonb) AS g (room)
+)
+
+INSERT INTO elizasql.rooms AS r (
+    agent_id, id, name, source, type, channel_id, message_server_id, world_id, metadata, created_at
+)
+SELECT
+    :agent_id, g.id, g.name, g.source, g.type, g.channel_id, g.message_server_id, g.world_id,
+    coalesce(g.metadata, '{}'), coalesce(g.created_at, now())
+FROM jsonb_populate_recordset(NULL::elizasql.rooms, :rooms::jsonb) AS g
+ORDER BY g.id
+ON CONFLICT (agent_id, id) DO UPDATE
+    SET
+        name = CASE WHEN (SELECT by_id FROM given) -> excluded.id::text ? 'name' THEN excluded.name ELSE r.name END,
+        source = excluded.source,
+        type = excluded.type,
+        channel_id
+        = CASE
+            WHEN (SELECT by_id FROM given) -> excluded.id::text ? 'channel_id' THEN excluded.channel_id
+            ELSE r.channel_id
+        END,
+        message_server_id
+        = CASE
+            WHEN (SELECT by_id FROM given) -> excluded.id::text ? 'message_server_id' THEN excluded.message_server_id
+            ELSE r.message_server_id
+        END,
+        world_id
+        = CASE
+            WHEN (SELECT by_id FROM given) -> excluded.id::text ? 'world_id' THEN excluded.world_id ELSE r.world_id
+        END,
+        metadata
+        = CASE
+            WHEN (SELECT by_id FROM given) -> excluded.id::text ? 'metadata' THEN excluded.metadata ELSE r.metadata
+        END;
+
+-- name: update_rooms(agent_id, rooms, required)
+-- Changes the fields that are given; gives the ids that were there. required: one that is not undoes the statement.
+-- agent_id comes through the join and not as a filter, which keeps it a lookup for each id.
+WITH given AS MATERIALIZED (
+    SELECT :agent_id::uuid AS agent, r.*, g.room
+    FROM jsonb_array_elements(:rooms::jsonb) AS g (room)
+    CROSS JOIN LATERAL jsonb_populate_record(NULL::elizasql.rooms, g.room) AS r
+),
+
+updated AS (
+    UPDATE elizasql.rooms AS r
+    SET
+        name = CASE WHEN g.room ? 'name' THEN g.name ELSE r.name END,
+        source = coalesce(g.source, r.source),
+        type = coalesce(g.type, r.type),
+        channel_id = CASE WHEN g.room ? 'channel_id' THEN g.channel_id ELSE r.channel_id END,
+        message_server_id
+        = CASE WHEN g.room ? 'message_server_id' THEN g.message_server_id ELSE r.message_server_id END,
+        world_id = CASE WHEN g.room ? 'world_id' THEN g.world_id ELSE r.world_id END,
+        metadata = CASE WHEN g.room ? 'metadata' THEN coalesce(g.metadata, '{}') ELSE r.metadata END,
+        created_at = coalesce(g.created_at, r.created_at)
+    FROM given AS g
+    WHERE r.agent_id = g.agent AND r.id = g.id
+    RETURNING r.id
+)
+
+SELECT id FROM updated
+UNION ALL
+SELECT elizasql.refuse_missing('rooms', array_agg(g.id))
+FROM given AS g
+WHERE :required AND NOT EXISTS (SELECT FROM updated WHERE updated.id = g.id)
+HAVING count(*) > 0;
+
+-- name: delete_rooms(agent_id, ids)$
+-- Deletes rooms and, by cascade, their participants, memories, logs and components; gives how many went.
+WITH given AS MATERIALIZED (
+    SELECT :agent_id::uuid AS agent, g.id
+    FROM unnest(:ids::uuid[]) AS g (id)
+),
+
+deleted AS (
+    DELETE FROM elizasql.rooms AS r
+    USING given AS g
+    WHERE r.agent_id = g.agent AND r.id = g.id
+    RETURNING r.id
+)
+
+SELECT count(*) FROM deleted;
+
+-- name: delete_rooms_by_world_ids(agent_id, world_ids)$
+-- Deletes the rooms of worlds, as delete_rooms does; gives how many went.
+WITH given AS MATERIALIZED (
+    SELECT :agent_id::uuid AS agent, g.id
+    FROM unnest(:world_ids::uuid[]) AS g (id)
+),
+
+deleted AS (
+    DELETE FROM elizasql.rooms AS r
+    USING given AS g
+    WHERE r.agent_id = g.agent AND r.world_id = g.id
+    RETURNING r.id
+)
+
+SELECT count(*) FROM deleted;

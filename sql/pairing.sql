@@ -1,0 +1,175 @@
+-- Who may write to the agent: pairing requests and allowlists, by channel.
+
+-- name: get_pairing_requests(agent_id, channels)
+-- The requests of each channel, oldest first; position: which channel. OFFSET keeps the join a lookup for each channel.
+SELECT
+    r.*,
+    given.position
+FROM unnest(:channels::text[]) WITH ORDINALITY AS given (channel, position)
+CROSS JOIN
+    LATERAL (
+        SELECT id, agent_id, channel, sender_id, code, metadata, created_at, last_seen_at
+        FROM elizasql.pairing_requests
+        WHERE agent_id = :agent_id AND channel = given.channel
+        ORDER BY created_at, id
+        OFFSET 0
+    ) AS r
+ORDER BY given.position, r.created_at, r.id;
+
+-- name: create_pairing_requests(agent_id, requests)!
+-- A request that is there already stays as it is; another one of the same code or sender is an error.
+INSERT INTO elizasql.pairing_requests (
+    agent_id, id, channel, sender_id, code, metadata, created_at, last_seen_at
+)
+SELECT
+    :agent_id, id, channel, sender_id, code, coalesce(metadata, '{}'), coalesce(created_at, now()),
+    coalesce(last_seen_at, created_at, now())
+FROM jsonb_populate_recordset(NULL::elizasql.pairing_requests, :requests::jsonb)
+ORDER BY id
+ON CONFLICT (agent_id, id) DO NOTHING;
+
+-- name: update_pairing_requests(agent_id, requests, required)
+-- Changes the time and the metadata that are given; gives the ids that were there. required: one that is not undoes the
+-- statement. agent_id comes through the join and not as a filter, which keeps it a lookup for each id.
+WITH given AS MATERIALIZED (
+    SELECT :agent_id::uuid AS agent, r.*, g.request
+    FROM jsonb_array_elements(:requests::jsonb) AS g (request)
+    CROSS JOIN LATERAL jsonb_populate_record(NULL::elizasql.pairing_requests, g.request) AS r
+),
+
+updated AS (
+    UPDATE elizasql.pairing_requests AS r
+    SET
+        last_seen_at = coalesce(g.last_seen_at, r.last_seen_at),
+        metadata = CASE WHEN g.request ? 'metadata' THEN coalesce(g.metadata, '{}') ELSE r.metadata END
+    FROM given AS g
+    WHERE r.agent_id = g.agent AND r.id = g.id
+    RETURNING r.id
+)
+
+SELECT id FROM updated
+UNION ALL
+SELECT elizasql.refuse_missing('pairing_requests', array_agg(g.id))
+FROM given AS g
+WHERE :required AND NOT EXISTS (SELECT FROM updated WHERE updated.id = g.id)
+HAVING count(*) > 0;
+
+-- name: delete_pairing_requests(agent_id, ids)$
+-- Gives how many went.
+WITH given AS MATERIALIZED (
+    SELECT :agent_id::uuid AS agent, g.id
+    FROM unnest(:ids::uuid[]) AS g (id)
+),
+
+deleted AS (
+    DELETE FROM elizasql.pairing_requests AS r
+    USING given AS g
+    WHERE r.agent_id = g.agent AND r.id = g.id
+    RETURNING r.id
+)
+
+SELECT count(*) FROM deleted;
+
+-- name: get_pairing_allowlists(agent_id, channels)
+-- The entries of each channel, oldest first; position: which channel. OFFSET keeps the join a lookup for each channel.
+SELECT
+    a.*,
+    given.position
+FROM unnest(:channels::text[]) WITH ORDINALITY AS given (channel, position)
+CROSS JOIN
+    LATERAL (
+        SELECT id, agent_id, channel, sender_id, metadata, created_at
+        FROM elizasql.pairing_allowlist
+        WHERE agent_id = :agent_id AND channel = given.channel
+        ORDER BY created_at, id
+        OFFSET 0
+    ) AS a
+ORDER BY given.position, a.created_at, a.id;
+
+-- name: create_pairing_allowlist_entries(agent_id, entries)
+-- Gives for each id the one that its sender is listed under: an entry that is there already stays as it is, and of two
+-- for one sender the first counts. The update changes nothing: it makes an entry come back that was made since the
+-- statement began.
+WITH given AS MATERIALIZED (
+    SELECT
+        g.id,
+        g.channel,
+        g.sender_id,
+        g.metadata,
+        g.created_at,
+        g.position,
+        coalesce(of_sender.id, of_id.id) AS found
+    FROM
+        jsonb_populate_recordset(NULL::elizasql.pairing_allowlist, :entries::jsonb)
+        WITH ORDINALITY AS g (agent_id, id, channel, sender_id, metadata, created_at, position)
+    LEFT JOIN LATERAL (
+        SELECT id
+        FROM elizasql.pairing_allowlist
+        WHERE agent_id = :agent_id AND channel = g.channel AND sender_id = g.sender_id
+        LIMIT 1
+    ) AS of_sender ON TRUE
+    LEFT JOIN LATERAL (
+        SELECT id
+        FROM elizasql.pairing_allowlist
+        WHERE agent_id = :agent_id AND id = g.id
+        LIMIT 1
+    ) AS of_id ON TRUE
+),
+
+created AS (
+    INSERT INTO elizasql.pairing_allowlist AS a (agent_id, id, channel, sender_id, metadata, created_at)
+    SELECT DISTINCT ON (given.channel, given.sender_id)
+        :agent_id, given.id, given.channel, given.sender_id, coalesce(given.metadata, '{}'),
+        coalesce(given.created_at, now())
+    FROM given
+    WHERE given.found IS NULL
+    ORDER BY given.channel, given.sender_id, given.position
+    ON CONFLICT (agent_id, channel, sender_id) DO UPDATE SET metadata = a.metadata
+    RETURNING a.id, a.channel, a.sender_id
+)
+
+SELECT
+    given.id,
+    coalesce(given.found, created.id) AS listed
+FROM given
+LEFT JOIN created ON given.channel = created.channel AND given.sender_id = created.sender_id;
+
+-- name: update_pairing_allowlist_entries(agent_id, entries, required)
+-- Changes the metadata that are given; gives the ids that were there. required: one that is not undoes the statement.
+-- agent_id comes through the join and not as a filter, which keeps it a lookup for each id.
+WITH given AS MATERIALIZED (
+    SELECT :agent_id::uuid AS agent, a.*, g.entry
+    FROM jsonb_array_elements(:entries::jsonb) AS g (entry)
+    CROSS JOIN LATERAL jsonb_populate_record(NULL::elizasql.pairing_allowlist, g.entry) AS a
+),
+
+updated AS (
+    UPDATE elizasql.pairing_allowlist AS a
+    SET metadata = CASE WHEN g.entry ? 'metadata' THEN coalesce(g.metadata, '{}') ELSE a.metadata END
+    FROM given AS g
+    WHERE a.agent_id = g.agent AND a.id = g.id
+    RETURNING a.id
+)
+
+SELECT id FROM updated
+UNION ALL
+SELECT elizasql.refuse_missing('pairing_allowlist', array_agg(g.id))
+FROM given AS g
+WHERE :required AND NOT EXISTS (SELECT FROM updated WHERE updated.id = g.id)
+HAVING count(*) > 0;
+
+-- name: delete_pairing_allowlist_entries(agent_id, ids)$
+-- Gives how many went.
+WITH given AS MATERIALIZED (
+    SELECT :agent_id::uuid AS agent, g.id
+    FROM unnest(:ids::uuid[]) AS g (id)
+),
+
+deleted AS (
+    DELETE FROM elizasql.pairing_allowlist AS a
+    USING given AS g
+    WHERE a.agent_id = g.agent AND a.id = g.id
+    RETURNING a.id
+)
+
+SELECT count(*) FROM deleted;

@@ -1,0 +1,365 @@
+-- Tasks, and the claims of workers on them. Columns of a task, in the order of elizasql.models.Task:
+-- id, agent_id, name, description, room_id, world_id, entity_id, tags, metadata, created_at, updated_at, due_at, ready_at,
+-- attempts, max_attempts, claim_token, claimed_by, error.
+-- tags @> '{queue}' AND attempts < max_attempts is what the indexes for workers hold; it must stand there as it is.
+
+-- name: create_tasks(agent_id, tasks)!
+-- A task that is there already stays as it is. Tasks without a time get the transaction's, a microsecond apart, so that
+-- their order stays the input's.
+INSERT INTO elizasql.tasks (
+    agent_id, id, name, description, room_id, world_id, entity_id, tags, metadata, created_at, updated_at, due_at,
+    ready_at, max_attempts
+)
+SELECT
+    :agent_id, id, name, coalesce(description, ''), room_id, world_id, entity_id, coalesce(tags, '{}'),
+    coalesce(metadata, '{}'), coalesce(created_at, now() + (ordinality - 1) * interval '1 microsecond'),
+    coalesce(updated_at, created_at, now() + (ordinality - 1) * interval '1 microsecond'), due_at,
+    coalesce(due_at, now() + (ordinality - 1) * interval '1 microsecond'), coalesce(max_attempts, 5)
+FROM jsonb_populate_recordset(NULL::elizasql.tasks, :tasks::jsonb) WITH ORDINALITY
+ORDER BY id
+ON CONFLICT (agent_id, id) DO NOTHING;
+
+-- name: get_tasks_by_ids(agent_id, ids)
+-- In the order of the ids. LIMIT keeps the join a lookup for each id: as a join, or with = ANY, the plan for the average
+-- agent reads all tasks of a large one.
+SELECT t.*
+FROM unnest(:ids::uuid[]) WITH ORDINALITY AS given (id, position)
+CROSS JOIN LATERAL (
+    SELECT
+        id, agent_id, name, description, room_id, world_id, entity_id, tags, metadata, created_at, updated_at, due_at,
+        ready_at, attempts, max_attempts, claim_token, claimed_by, error
+    FROM elizasql.tasks
+    WHERE agent_id = :agent_id AND id = given.id
+    LIMIT 1
+) AS t
+ORDER BY given.position;
+
+-- name: get_tasks(agent_id, skip, count)
+-- Oldest first, as every list of tasks.
+SELECT
+    id, agent_id, name, description, room_id, world_id, entity_id, tags, metadata, created_at, updated_at, due_at,
+    ready_at, attempts, max_attempts, claim_token, claimed_by, error
+FROM elizasql.tasks
+WHERE agent_id = :agent_id
+ORDER BY created_at, id
+LIMIT :count::bigint
+OFFSET :skip::bigint;
+
+-- name: get_tasks_by_tags(agent_id, tags, skip, count)
+-- Those that have all the tags. First they are found by the keys of the tags, which are the agent's own, and by nothing
+-- else: an index that begins with agent_id, or is in order, would be walked to the end for a rare tag.
+WITH found AS MATERIALIZED (
+    SELECT
+        id, agent_id, name, description, room_id, world_id, entity_id, tags, metadata, created_at, updated_at, due_at,
+        ready_at, attempts, max_attempts, claim_token, claimed_by, error
+    FROM elizasql.tasks
+    WHERE elizasql.tag_keys(agent_id, tags) @> elizasql.tag_keys(:agent_id, :tags::text[])
+)
+
+SELECT
+    id, agent_id, name, description, room_id, world_id, entity_id, tags, metadata, created_at, updated_at, due_at,
+    ready_at, attempts, max_attempts, claim_token, claimed_by, error
+FROM found
+WHERE agent_id = :agent_id AND tags @> :tags
+ORDER BY created_at, id
+LIMIT :count::bigint
+OFFSET :skip::bigint;
+
+-- name: get_tasks_by_name(agent_id, name, skip, count)
+SELECT
+    id, agent_id, name, description, room_id, world_id, entity_id, tags, metadata, created_at, updated_at, due_at,
+    ready_at, attempts, max_attempts, claim_token, claimed_by, error
+FROM elizasql.tasks
+WHERE agent_id = :agent_id AND name = :name
+ORDER BY created_at, id
+LIMIT :count::bigint
+OFFSET :skip::bigint;
+
+-- name: get_tasks_of_room(agent_id, room_id, entity_id, world_id, tags, skip, count)
+SELECT
+    id, agent_id, name, description, room_id, world_id, entity_id, tags, metadata, created_at, updated_at, due_at,
+    ready_at, attempts, max_attempts, claim_token, claimed_by, error
+FROM elizasql.tasks
+WHERE
+    agent_id = :agent_id AND room_id = :room_id
+    AND (:entity_id::uuid IS NULL OR entity_id = :entity_id)
+    AND (:world_id::uuid IS NULL OR world_id = :world_id)
+    AND (:tags::text[] IS NULL OR tags @> :tags)
+ORDER BY created_at, id
+LIMIT :count::bigint
+OFFSET :skip::bigint;
+
+-- name: get_tasks_of_entity(agent_id, entity_id, world_id, tags, skip, count)
+SELECT
+    id, agent_id, name, description, room_id, world_id, entity_id, tags, metadata, created_at, updated_at, due_at,
+    ready_at, attempts, max_attempts, claim_token, claimed_by, error
+FROM elizasql.tasks
+WHERE
+    agent_id = :agent_id AND entity_id = :entity_id
+    AND (:world_id::uuid IS NULL OR world_id = :world_id)
+    AND (:tags::text[] IS NULL OR tags @> :tags)
+ORDER BY created_at, id
+LIMIT :count::bigint
+OFFSET :skip::bigint;
+
+-- name: get_tasks_of_world(agent_id, world_id, tags, skip, count)
+SELECT
+    id, agent_id, name, description, room_id, world_id, entity_id, tags, metadata, created_at, updated_at, due_at,
+    ready_at, attempts, max_attempts, claim_token, claimed_by, error
+FROM elizasql.tasks
+WHERE
+    agent_id = :agent_id AND world_id = :world_id
+    AND (:tags::text[] IS NULL OR tags @> :tags)
+ORDER BY created_at, id
+LIMIT :count::bigint
+OFFSET :skip::bigint;
+
+-- name: update_tasks(agent_id, tasks, required)
+-- Changes the keys that are given; gives the ids that were there. required: one that is not there undoes the whole.
+-- A new due time reaches ready_at unless a worker has the task: then that is the end of its lease.
+-- agent_id comes through the join and not as a filter, which keeps it a lookup for each id.
+WITH given AS MATERIALIZED (
+    SELECT
+        :agent_id::uuid AS agent,
+        p.*,
+        g.given
+    FROM jsonb_array_elements(:tasks::jsonb) AS g (given)
+    CROSS JOIN LATERAL jsonb_populate_record(NULL::elizasql.tasks, g.given) AS p
+),
+
+updated AS (
+    UPDATE elizasql.tasks AS t
+    SET
+        name = CASE WHEN g.given ? 'name' THEN g.name ELSE t.name END,
+        description = CASE WHEN g.given ? 'description' THEN coalesce(g.description, '') ELSE t.description END,
+        room_id = CASE WHEN g.given ? 'room_id' THEN g.room_id ELSE t.room_id END,
+        world_id = CASE WHEN g.given ? 'world_id' THEN g.world_id ELSE t.world_id END,
+        entity_id = CASE WHEN g.given ? 'entity_id' THEN g.entity_id ELSE t.entity_id END,
+        tags = CASE WHEN g.given ? 'tags' THEN coalesce(g.tags, '{}') ELSE t.tags END,
+        metadata = CASE WHEN g.given ? 'metadata' THEN coalesce(g.metadata, '{}') ELSE t.metadata END,
+        max_attempts = CASE WHEN g.given ? 'max_attempts' THEN g.max_attempts ELSE t.max_attempts END,
+        due_at = CASE WHEN g.given ? 'due_at' THEN g.due_at ELSE t.due_at END,
+        ready_at = CASE
+            WHEN NOT g.given ? 'due_at' OR (t.claim_token IS NOT NULL AND t.ready_at > now()) THEN t.ready_at
+            ELSE coalesce(g.due_at, now())
+        END,
+        updated_at = now()
+    FROM given AS g
+    WHERE t.agent_id = g.agent AND t.id = g.id
+    RETURNING t.id
+)
+
+SELECT id FROM updated
+UNION ALL
+SELECT elizasql.refuse_missing('tasks', array_agg(g.id))
+FROM given AS g
+WHERE :required AND NOT EXISTS (SELECT FROM updated WHERE updated.id = g.id)
+HAVING count(*) > 0;
+
+-- name: update_pending_task(agent_id, id, task)$
+-- As update_tasks, only while the task is tagged 'queue' and no worker has it. Of callers that take the tag away one wins:
+-- the others wait for its row and find it changed.
+UPDATE elizasql.tasks AS t
+SET
+    name = CASE WHEN g.given ? 'name' THEN p.name ELSE t.name END,
+    description = CASE WHEN g.given ? 'description' THEN coalesce(p.description, '') ELSE t.description END,
+    room_id = CASE WHEN g.given ? 'room_id' THEN p.room_id ELSE t.room_id END,
+    world_id = CASE WHEN g.given ? 'world_id' THEN p.world_id ELSE t.world_id END,
+    entity_id = CASE WHEN g.given ? 'entity_id' THEN p.entity_id ELSE t.entity_id END,
+    tags = CASE WHEN g.given ? 'tags' THEN coalesce(p.tags, '{}') ELSE t.tags END,
+    metadata = CASE WHEN g.given ? 'metadata' THEN coalesce(p.metadata, '{}') ELSE t.metadata END,
+    max_attempts = CASE WHEN g.given ? 'max_attempts' THEN p.max_attempts ELSE t.max_attempts END,
+    due_at = CASE WHEN g.given ? 'due_at' THEN p.due_at ELSE t.due_at END,
+    ready_at = CASE
+        WHEN NOT g.given ? 'due_at' OR (t.claim_token IS NOT NULL AND t.ready_at > now()) THEN t.ready_at
+        ELSE coalesce(p.due_at, now())
+    END,
+    updated_at = now()
+FROM (SELECT :task::jsonb AS given) AS g
+CROSS JOIN LATERAL jsonb_populate_record(NULL::elizasql.tasks, g.given) AS p
+WHERE
+    t.agent_id = :agent_id AND t.id = :id AND t.tags @> '{queue}'
+    AND (t.claim_token IS NULL OR t.ready_at <= now())
+RETURNING TRUE AS done;
+
+-- name: delete_tasks(agent_id, ids)$
+-- Gives how many there were.
+WITH given AS MATERIALIZED (
+    SELECT
+        :agent_id::uuid AS agent,
+        g.id
+    FROM unnest(:ids::uuid[]) AS g (id)
+),
+
+deleted AS (
+    DELETE FROM elizasql.tasks AS t
+    USING given AS g
+    WHERE t.agent_id = g.agent AND t.id = g.id
+    RETURNING t.id
+)
+
+SELECT count(*) FROM deleted;
+
+-- name: claim_tasks(agent_id, tags, worker, lease, count)
+-- Takes tasks that are tagged 'queue' and ready, those first that have been for longest. Locked rows are stepped over:
+-- no two workers get the same task, and none waits for another.
+WITH ready AS MATERIALIZED (
+    SELECT
+        :agent_id::uuid AS agent,
+        id,
+        ready_at
+    FROM elizasql.tasks
+    WHERE
+        agent_id = :agent_id AND tags @> '{queue}' AND attempts < max_attempts AND ready_at <= now()
+        AND (:tags::text[] IS NULL OR tags @> :tags)
+    ORDER BY ready_at, id
+    LIMIT :count::bigint
+    FOR NO KEY UPDATE SKIP LOCKED
+),
+
+claimed AS (
+    UPDATE elizasql.tasks AS t
+    SET
+        ready_at = now() + make_interval(secs => :lease),
+        attempts = t.attempts + 1,
+        claim_token = gen_random_uuid(),
+        claimed_by = :worker
+    FROM ready
+    WHERE t.agent_id = ready.agent AND t.id = ready.id
+    RETURNING
+        t.id, t.agent_id, t.name, t.description, t.room_id, t.world_id, t.entity_id, t.tags, t.metadata, t.created_at,
+        t.updated_at, t.due_at, t.ready_at, t.attempts, t.max_attempts, t.claim_token, t.claimed_by, t.error,
+        ready.ready_at AS was_ready_at
+)
+
+SELECT
+    id, agent_id, name, description, room_id, world_id, entity_id, tags, metadata, created_at, updated_at, due_at,
+    ready_at, attempts, max_attempts, claim_token, claimed_by, error
+FROM claimed
+ORDER BY was_ready_at, id;
+
+-- name: claim_tasks_by_names(agent_id, names, tags, worker, lease, count)
+-- As claim_tasks, of some names. They are looked up name by name first, and then locked one by one until there are enough:
+-- what is locked and not taken would be hidden from other workers. The 100 stand in for those that others lock meanwhile.
+WITH candidates AS MATERIALIZED (
+    SELECT
+        found.id,
+        found.ready_at
+    FROM (SELECT DISTINCT name FROM unnest(:names::text[]) AS given (name)) AS wanted
+    CROSS JOIN LATERAL (
+        SELECT
+            t.id,
+            t.ready_at
+        FROM elizasql.tasks AS t
+        WHERE
+            t.agent_id = :agent_id AND t.name = wanted.name AND t.tags @> '{queue}' AND t.attempts < t.max_attempts
+            AND t.ready_at <= now() AND (:tags::text[] IS NULL OR t.tags @> :tags)
+        ORDER BY t.ready_at, t.id
+        LIMIT :count::bigint + 100
+    ) AS found
+    ORDER BY found.ready_at, found.id
+    LIMIT :count::bigint + 100
+),
+
+ready AS MATERIALIZED (
+    SELECT
+        :agent_id::uuid AS agent,
+        locked.id,
+        locked.ready_at
+    FROM candidates
+    CROSS JOIN LATERAL (
+        SELECT
+            t.id,
+            t.ready_at
+        FROM elizasql.tasks AS t
+        WHERE
+            t.agent_id = :agent_id AND t.id = candidates.id AND t.name = ANY(:names)
+            AND t.tags @> '{queue}' AND t.attempts < t.max_attempts AND t.ready_at <= now()
+            AND (:tags::text[] IS NULL OR t.tags @> :tags)
+        LIMIT 1
+        FOR NO KEY UPDATE SKIP LOCKED
+    ) AS locked
+    LIMIT :count::bigint
+),
+
+claimed AS (
+    UPDATE elizasql.tasks AS t
+    SET
+        ready_at = now() + make_interval(secs => :lease),
+        attempts = t.attempts + 1,
+        claim_token = gen_random_uuid(),
+        claimed_by = :worker
+    FROM ready
+    WHERE t.agent_id = ready.agent AND t.id = ready.id
+    RETURNING
+        t.id, t.agent_id, t.name, t.description, t.room_id, t.world_id, t.entity_id, t.tags, t.metadata, t.created_at,
+        t.updated_at, t.due_at, t.ready_at, t.attempts, t.max_attempts, t.claim_token, t.claimed_by, t.error,
+        ready.ready_at AS was_ready_at
+)
+
+SELECT
+    id, agent_id, name, description, room_id, world_id, entity_id, tags, metadata, created_at, updated_at, due_at,
+    ready_at, attempts, max_attempts, claim_token, claimed_by, error
+FROM claimed
+ORDER BY was_ready_at, id;
+
+-- name: get_seconds_to_next_task(agent_id, names, tags)$
+-- Until the next task becomes ready, by the server's clock; NULL when none will. What became ready a moment ago counts, too:
+-- it may have been between two statements. What has been ready for longer is locked, and whoever locks it takes it.
+SELECT extract(EPOCH FROM (ready_at - now()))::double precision AS seconds
+FROM elizasql.tasks
+WHERE
+    agent_id = :agent_id AND tags @> '{queue}' AND attempts < max_attempts
+    AND ready_at > now() - interval '1 second'
+    AND (:names::text[] IS NULL OR name = ANY(:names))
+    AND (:tags::text[] IS NULL OR tags @> :tags)
+ORDER BY ready_at, id
+LIMIT 1;
+
+-- name: heartbeat_task(agent_id, id, claim_token, lease)$
+UPDATE elizasql.tasks
+SET ready_at = now() + make_interval(secs => :lease)
+WHERE agent_id = :agent_id AND id = :id AND claim_token = :claim_token
+RETURNING TRUE AS done;
+
+-- name: complete_task(agent_id, id, claim_token)$
+DELETE FROM elizasql.tasks
+WHERE agent_id = :agent_id AND id = :id AND claim_token = :claim_token
+RETURNING TRUE AS done;
+
+-- name: repeat_task(agent_id, id, claim_token, delay)$
+-- Ends a claim with success, and the task is due again after the delay.
+UPDATE elizasql.tasks
+SET
+    due_at = now() + make_interval(secs => :delay),
+    ready_at = now() + make_interval(secs => :delay),
+    attempts = 0,
+    claim_token = NULL,
+    error = NULL,
+    updated_at = now()
+WHERE agent_id = :agent_id AND id = :id AND claim_token = :claim_token
+RETURNING TRUE AS done;
+
+-- name: release_task(agent_id, id, claim_token, delay)$
+-- Ends a claim as if it had not been; the task is ready again after the delay, and not before it is due.
+UPDATE elizasql.tasks
+SET
+    ready_at = greatest(due_at, now() + make_interval(secs => :delay)),
+    attempts = attempts - 1,
+    claim_token = NULL
+WHERE agent_id = :agent_id AND id = :id AND claim_token = :claim_token
+RETURNING TRUE AS done;
+
+-- name: fail_task(agent_id, id, claim_token, error, retry, base_delay, max_delay)$
+-- Ends a claim with an error. The pause doubles with every attempt, and is up to a quarter longer by chance, so that what
+-- failed together is not tried together again. Without retry the attempts are used up at once.
+UPDATE elizasql.tasks
+SET
+    ready_at = now() + make_interval(
+        secs => least(:max_delay, :base_delay * power(2, least(attempts - 1, 60))) * (1 + random() / 4)
+    ),
+    attempts = CASE WHEN :retry THEN attempts ELSE greatest(attempts, max_attempts) END,
+    claim_token = NULL,
+    error = :error
+WHERE agent_id = :agent_id AND id = :id AND claim_token = :claim_token
+RETURNING TRUE AS done;

@@ -1,0 +1,584 @@
+"""Opening, closing and looking after an adapter: what is checked, what is left behind, what is never shown."""
+
+from __future__ import annotations
+
+import asyncio
+import traceback
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
+from uuid import uuid4
+
+import asyncpg
+import pytest
+
+import elizasql
+from elizasql import Config, DatabaseAdapter, Memory, _embedded, _pool, _store
+from elizasql._pool import Server
+from tests.conftest import MakeAdapter
+from tests.locking import blocked_pid, locked
+
+SECRET = "hunter2-secret"
+# Nobody listens there, and only root could.
+REFUSED = f"postgresql://ann:{SECRET}@127.0.0.1:1/agents"
+
+
+def memory(text: str = "x", **fields: Any) -> Memory:
+    return Memory(content={"text": text}, **fields)
+
+
+def with_query(dsn: str, **params: str) -> str:
+    parts = urlsplit(dsn)
+    query = dict(parse_qsl(parts.query)) | params
+    return urlunsplit(parts._replace(query=urlencode(query, quote_via=quote)))
+
+
+async def sessions(raw: asyncpg.Connection[Any], name: str) -> int:
+    return int(await raw.fetchval("SELECT count(*) FROM pg_stat_activity WHERE application_name = $1", name))
+
+
+async def assert_gone(raw: asyncpg.Connection[Any], name: str) -> None:
+    """Wait for the server to end the sessions of that name; the client's side is closed already."""
+    while await sessions(raw, name):
+        pass
+
+
+@contextmanager
+def nothing_left() -> Iterator[None]:
+    """Check that no task and no embedded server is left."""
+    tasks, servers = asyncio.all_tasks(), set(_embedded._servers)
+    yield
+    left = asyncio.all_tasks() - tasks
+    assert not [task for task in left if "listening.<locals>" not in str(task)]
+    assert _embedded._servers == servers
+
+
+# --- open ------------------------------------------------------------------------------------------------------------
+
+
+async def test_open_and_close(dsn: str, raw: asyncpg.Connection[Any]) -> None:
+    name = f"test {uuid4()}"
+    with nothing_left():
+        agent = uuid4()
+        db = await elizasql.open(agent_id=str(agent), dsn=dsn, application_name=name, pool_min_size=2)
+        assert db.agent_id == agent
+        assert isinstance(db.config, Config)
+        assert await db.is_ready()
+        assert await sessions(raw, name) == 2
+        await db.close()
+        await assert_gone(raw, name)
+        assert not await db.is_ready()
+
+
+async def test_connect_closes_whatever_happens(dsn: str) -> None:
+    with nothing_left():
+        with pytest.raises(ZeroDivisionError):
+            async with elizasql.connect(agent_id=uuid4(), dsn=dsn) as db:
+                assert await db.is_ready()
+                raise ZeroDivisionError
+        with pytest.raises(elizasql.ClosedError):
+            await db.get_memory_by_id(uuid4())
+
+
+async def test_connect_that_is_cancelled_closes(dsn: str, raw: asyncpg.Connection[Any]) -> None:
+    name = f"test {uuid4()}"
+    opened = asyncio.Event()
+
+    async def work() -> None:
+        async with elizasql.connect(agent_id=uuid4(), dsn=dsn, application_name=name):
+            opened.set()
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(work())
+    await opened.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await assert_gone(raw, name)
+
+
+@pytest.mark.parametrize("agent_id", ["no id", None, 5, "'; DROP SCHEMA elizasql; --"])
+async def test_agent_id_is_checked_before_anything(agent_id: Any) -> None:
+    with nothing_left(), pytest.raises(elizasql.ArgumentError, match="agent_id"):
+        await elizasql.open(agent_id=agent_id, dsn=REFUSED)
+
+
+async def test_unknown_setting_is_refused_before_anything() -> None:
+    with nothing_left(), pytest.raises(elizasql.ConfigurationError, match="unknown setting pool_size"):
+        await elizasql.open(agent_id=uuid4(), dsn=REFUSED, pool_size=3)
+
+
+async def test_data_dir_of_the_call_beats_the_address_of_the_environment(
+    dsn: str, server_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if str(server_dir) not in dsn:
+        pytest.skip("the embedded server is not used")
+    monkeypatch.setenv("POSTGRES_URL", REFUSED)
+    with nothing_left():
+        async with elizasql.connect(agent_id=uuid4(), data_dir=server_dir) as db:
+            assert await db.is_ready()
+            assert db._embedded is not None
+        with pytest.raises(elizasql.ConnectionLostError):
+            await elizasql.open(agent_id=uuid4())
+        async with elizasql.connect(agent_id=uuid4(), dsn=dsn, data_dir="/nowhere") as db:
+            assert db._embedded is None
+
+
+async def test_embedded_server_is_the_default(dsn: str, server_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if str(server_dir) not in dsn:
+        pytest.skip("the embedded server is not used")
+    monkeypatch.delenv("POSTGRES_URL", raising=False)
+    monkeypatch.setenv("PGLITE_DATA_DIR", str(server_dir))
+    async with elizasql.connect(agent_id=uuid4()) as db:
+        assert await db.is_ready()
+        assert db._embedded is not None
+        assert db._embedded.data_dir == server_dir.resolve()
+
+
+@pytest.mark.parametrize("stage", ["_prepare", "create_pool", "check_settings"])
+@pytest.mark.parametrize("error", [RuntimeError, asyncio.CancelledError])
+async def test_failed_open_leaves_nothing_behind(
+    dsn: str,
+    server_dir: Path,
+    raw: asyncpg.Connection[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+    error: type[BaseException],
+) -> None:
+    if str(server_dir) not in dsn:
+        pytest.skip("the embedded server is not used")
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(elizasql.adapter if stage == "_prepare" else _pool, stage, broken)
+    name = f"test {uuid4()}"
+    with nothing_left(), pytest.raises(error):
+        await elizasql.open(agent_id=uuid4(), data_dir=server_dir, application_name=name, pool_min_size=2)
+    await assert_gone(raw, name)
+
+
+@pytest.mark.parametrize("steps", range(0, 200, 20))
+async def test_open_that_is_cancelled_leaves_nothing_behind(dsn: str, raw: asyncpg.Connection[Any], steps: int) -> None:
+    name = f"test {uuid4()}"
+    with nothing_left():
+        task = asyncio.create_task(
+            elizasql.open(agent_id=uuid4(), dsn=dsn, application_name=name, pool_min_size=3, indexing="manual")
+        )
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        task.cancel()
+        result = (await asyncio.gather(task, return_exceptions=True))[0]
+        if isinstance(result, DatabaseAdapter):
+            await result.close()
+        else:
+            assert isinstance(result, asyncio.CancelledError)
+    await assert_gone(raw, name)
+
+
+# --- addresses that do not work --------------------------------------------------------------------------------------
+
+
+async def assert_hidden(kind: type[Exception], dsn: str, **settings: Any) -> elizasql.ElizaSQLError:
+    """Open in vain, and look for the password in all that the error shows."""
+    with nothing_left(), pytest.raises(elizasql.ElizaSQLError) as caught:
+        await elizasql.open(agent_id=uuid4(), dsn=dsn, **settings)
+    shown = "".join(traceback.format_exception(caught.value)) + repr(caught.value) + repr(vars(caught.value))
+    assert SECRET not in shown
+    assert isinstance(caught.value, kind), shown
+    return caught.value
+
+
+async def test_nobody_listens() -> None:
+    error = await assert_hidden(elizasql.ConnectionLostError, REFUSED)
+    assert error.retryable
+    assert isinstance(error.__cause__, OSError)
+
+
+async def test_no_such_host() -> None:
+    await assert_hidden(elizasql.ConnectionLostError, f"postgres://ann:{SECRET}@no-such-host.invalid/db")
+
+
+async def test_no_such_socket(tmp_path: Path) -> None:
+    await assert_hidden(elizasql.ConnectionLostError, f"postgres://ann:{SECRET}@/db?host={quote(str(tmp_path))}")
+
+
+@asynccontextmanager
+async def listening(answer: bytes) -> AsyncIterator[str]:
+    """Give the address of a server that says one thing only, and then waits for the client to go."""
+    ended: list[asyncio.Future[None]] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        end = asyncio.get_running_loop().create_future()
+        ended.append(end)
+        writer.write(answer)
+        try:
+            await reader.read()
+        except ConnectionResetError:
+            pass
+        finally:
+            writer.close()
+            end.set_result(None)
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        await asyncio.gather(*ended)
+
+
+async def test_server_that_does_not_answer() -> None:
+    async with listening(b"") as where:
+        dsn = f"postgres://ann:{SECRET}@{where}/db?sslmode=disable"
+        error = await assert_hidden(elizasql.ConnectionLostError, dsn, connection_timeout=0.2)
+        assert where in str(error)
+        assert error.retryable
+
+
+async def test_something_else_listens() -> None:
+    async with listening(b"HTTP/1.1 400 Bad Request\r\n\r\n") as where:
+        dsn = f"postgres://ann:{SECRET}@{where}/db?sslmode=disable"
+        await assert_hidden(elizasql.UnavailableError, dsn, connection_timeout=0.5)
+
+
+async def test_wrong_password_and_missing_database(dsn: str, server_dir: Path) -> None:
+    if str(server_dir) not in dsn:
+        pytest.skip("the embedded server is not used")
+    await assert_hidden(
+        elizasql.ConfigurationError, urlunsplit(urlsplit(dsn)._replace(path=f"/{uuid4()}")) + f"&password={SECRET}"
+    )
+    hba = server_dir / "data" / "pg_hba.conf"
+    text = hba.read_text()
+    admin = await asyncpg.connect(dsn.replace("//elizasql@", "//postgres@"))
+    try:
+        await admin.execute("CREATE ROLE guarded LOGIN PASSWORD 'right'")
+        hba.write_text(f"local all guarded scram-sha-256\n{text}")
+        await admin.execute("SELECT pg_reload_conf()")
+        while not await admin.fetchval(
+            "SELECT EXISTS (SELECT FROM pg_hba_file_rules WHERE 'guarded' = ANY(user_name))"
+        ):
+            pass
+        guarded = dsn.replace("//elizasql@", f"//guarded:{SECRET}@")
+        error = await assert_hidden(elizasql.PermissionDeniedError, guarded)
+        assert error.sqlstate == "28P01"
+        assert not error.retryable
+        await assert_hidden(elizasql.PermissionDeniedError, with_query(guarded, sslmode="prefer"))
+    finally:
+        hba.write_text(text)
+        await admin.execute("SELECT pg_reload_conf()")
+        await admin.execute("DROP ROLE guarded")
+        await admin.close()
+
+
+async def test_role_without_rights(dsn: str, server_dir: Path) -> None:
+    if str(server_dir) not in dsn:
+        pytest.skip("the embedded server is not used")
+    admin = await asyncpg.connect(dsn.replace("//elizasql@", "//postgres@"))
+    try:
+        await admin.execute("CREATE ROLE nobody_special LOGIN")
+        await assert_hidden(elizasql.PermissionDeniedError, dsn.replace("//elizasql@", f"//nobody_special:{SECRET}@"))
+    finally:
+        await admin.execute("DROP ROLE nobody_special")
+        await admin.close()
+
+
+async def test_address_that_the_driver_does_not_take(dsn: str) -> None:
+    await assert_hidden(elizasql.ConfigurationError, with_query(dsn, sslmode="sometimes"))
+
+
+# --- what the server must be -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("server", "message"),
+    [
+        (Server(140012, "0.8.5", "public", "0.8.5"), "PostgreSQL 15 or newer is needed; the server is 14"),
+        (Server(90624, None, None, None), "the server is 9"),
+        (Server(180004, None, None, None), "does not have the extension pgvector"),
+        (Server(180004, None, None, "0.8.3"), "found 0.8.3: install a newer"),
+        (Server(180004, "0.8.3", "public", "0.8.3"), "found 0.8.3: install a newer"),
+        (Server(180004, "0.5.1", "public", "0.8.5"), "found 0.5.1: run ALTER EXTENSION vector UPDATE"),
+        (Server(180004, "0.7", "public", "0.10.0"), "run ALTER EXTENSION"),
+    ],
+)
+def test_servers_that_are_refused(server: Server, message: str) -> None:
+    with pytest.raises(elizasql.ConfigurationError, match=message):
+        server.check()
+
+
+@pytest.mark.parametrize(
+    "server",
+    [
+        Server(150000, "0.8.4", "public", "0.8.4"),
+        Server(180004, None, None, "0.8.4"),
+        Server(180004, "0.10.0", "other", None),
+        Server(190000, "1.0", "public", "1.0"),
+    ],
+)
+def test_servers_that_are_taken(server: Server) -> None:
+    server.check()
+
+
+async def test_refused_server_is_let_go(
+    dsn: str, raw: asyncpg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"test {uuid4()}"
+    monkeypatch.setattr(_pool, "MINIMUM_POSTGRES", 990000)
+    with nothing_left(), pytest.raises(elizasql.ConfigurationError, match="PostgreSQL"):
+        await elizasql.open(agent_id=uuid4(), dsn=dsn, application_name=name)
+    await assert_gone(raw, name)
+
+
+async def test_settings_are_in_force_on_every_connection(make_db: MakeAdapter) -> None:
+    db = await make_db(ef_search=77, application_name="ada")
+    pool = db._executor._pool
+    held = [await pool.acquire() for _ in range(3)]
+    for connection in held:
+        for name, value in _pool.session_settings(db.config).items():
+            found = await connection.fetchval("SELECT current_setting($1)", name)
+            assert found in (value, "1min") if value == "60s" else found == value, name
+        await pool.release(connection)
+    assert _pool.session_settings(db.config)["hnsw.ef_search"] == "77"
+    assert _pool.session_settings(db.config)["application_name"] == "ada"
+
+
+async def test_settings_survive_use(db: DatabaseAdapter) -> None:
+    """Nothing is reset when a connection is given back, so nothing may be set."""
+    pool = db._executor._pool
+    question = "SELECT current_setting(name) FROM unnest($1::text[]) AS name"
+    names = list(_pool.session_settings(db.config))
+    before = await pool.fetch(question, names)
+    await db.create_memories([memory() for _ in range(3)], "messages")
+    await db.get_memories(table_name="messages")
+    assert await pool.fetch(question, names) == before
+
+
+@pytest.mark.parametrize("name", sorted(_pool.session_settings(Config())))
+async def test_setting_that_is_not_in_force(dsn: str, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """As behind a pooler that drops what the connection asks for."""
+    real = _pool.session_settings
+    calls = 0
+
+    def dropped(config: Config) -> dict[str, str]:
+        nonlocal calls
+        calls += 1
+        settings = real(config)
+        if calls == 1:  # what the connections are asked to be
+            del settings[name]
+        return settings
+
+    monkeypatch.setattr(_pool, "session_settings", dropped)
+    # Where the server's own default is what we want.
+    other = {"TimeZone": "Asia/Tokyo", "jit": "on", "idle_in_transaction_session_timeout": "30s"}
+    address = with_query(dsn, **{name: other[name]}) if name in other else dsn
+    with nothing_left(), pytest.raises(elizasql.ConfigurationError, match=rf"does not apply {name}:"):
+        await elizasql.open(agent_id=uuid4(), dsn=address, pool_min_size=0)
+
+
+# --- calls -----------------------------------------------------------------------------------------------------------
+
+
+async def test_pool_exhausted(make_db: MakeAdapter) -> None:
+    db = await make_db(pool_max_size=2, connection_timeout=0.2)
+    pool = db._executor._pool
+    held = [await pool.acquire(), await pool.acquire()]
+    with pytest.raises(elizasql.PoolTimeoutError, match="all 2 are in use") as caught:
+        await db.get_memory_by_id(uuid4())
+    assert caught.value.retryable
+    assert caught.value.statement == "get_memory_by_id"
+    assert not await db.is_ready()
+    assert db._executor.in_flight == 0
+    for connection in held:
+        await pool.release(connection)
+    assert await db.is_ready()
+
+
+async def test_more_calls_than_connections(db: DatabaseAdapter) -> None:
+    await asyncio.gather(*(db.create_memory(memory(str(number)), "messages") for number in range(100)))
+    assert await db.count_memories() == 100
+    assert db._executor.in_flight == 0
+
+
+async def test_cancelled_waiters_take_no_connection_with_them(make_db: MakeAdapter) -> None:
+    db = await make_db(pool_max_size=2)
+    pool = db._executor._pool
+    held = [await pool.acquire(), await pool.acquire()]
+    tasks = [asyncio.create_task(db.get_memory_by_id(uuid4())) for _ in range(100)]
+    await asyncio.sleep(0)
+    assert db._executor.in_flight == 100
+    for task in tasks[::2]:
+        task.cancel()
+    for connection in held:
+        await pool.release(connection)
+    for task in tasks[1::4]:
+        task.cancel()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert {type(result) for result in results} == {type(None), asyncio.CancelledError}
+    assert db._executor.in_flight == 0
+    assert pool.get_idle_size() == pool.get_size()
+
+
+async def test_ready_tells_and_never_raises(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
+    db = await make_db(pool_max_size=1)
+    pid = await db._executor._pool.fetchval("SELECT pg_backend_pid()")
+    # Asked before the loop has looked at the socket: that the connection is broken is found out by asking.
+    killed = await raw.fetchval("SELECT pg_terminate_backend($1, 10000)", pid)
+    assert killed
+    for _ in range(2):
+        ready = await db.is_ready()
+    assert ready
+
+
+async def test_killed_connection_is_replaced(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
+    db = await make_db(pool_max_size=1)
+    id = await db.create_memory(memory("old"), "messages")
+    async with locked(raw, id):
+        task = asyncio.create_task(db.update_memory(memory("new", id=id)))
+        assert await raw.fetchval("SELECT pg_terminate_backend($1, 10000)", await blocked_pid(raw, task))
+        with pytest.raises(elizasql.ConnectionLostError) as caught:
+            await task
+    assert caught.value.retryable
+    assert await db.update_memory(memory("new", id=id))
+
+
+async def test_result_is_given_even_if_the_connection_breaks_on_its_way_back(
+    db: DatabaseAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = asyncpg.pool.PoolConnectionHolder.release
+
+    async def broken(self: Any, timeout: float | None) -> None:
+        await real(self, timeout)
+        raise asyncio.TimeoutError
+
+    monkeypatch.setattr(asyncpg.pool.PoolConnectionHolder, "release", broken)
+    id = await db.create_memory(memory("kept"), "messages")
+    found = await db.get_memory_by_id(id)
+    assert found is not None
+    with pytest.raises(elizasql.ForeignKeyError):
+        await db.create_memory(memory(room_id=uuid4()), "messages")
+    assert db._executor.in_flight == 0
+
+
+# --- close -----------------------------------------------------------------------------------------------------------
+
+
+async def test_use_after_close(make_db: MakeAdapter) -> None:
+    db = await make_db()
+    await db.close()
+    await db.close()
+    with pytest.raises(elizasql.ClosedError, match="closed") as caught:
+        await db.get_memory_by_id(uuid4())
+    assert caught.value.statement == "get_memory_by_id"
+    assert not caught.value.retryable
+    with pytest.raises(elizasql.ClosedError):
+        await db.create_memories([memory(), memory()], "messages")
+    with pytest.raises(elizasql.ClosedError):
+        await db.index_memories()
+    assert not await db.is_ready()
+
+
+async def test_closing_one_adapter_leaves_the_others(make_db: MakeAdapter) -> None:
+    one, other = await make_db(), await make_db()
+    await one.close()
+    assert await other.is_ready()
+
+
+async def test_close_waits_for_calls_that_run_and_for_those_that_wait(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any]
+) -> None:
+    db = await make_db(pool_max_size=1)
+    other = await make_db(db.agent_id)
+    id = await db.create_memory(memory("old"), "messages")
+    async with locked(raw, id):
+        running = asyncio.create_task(db.update_memory(memory("new", id=id)))
+        await blocked_pid(raw, running)
+        waiting = [asyncio.create_task(db.create_memory(memory(f"{number}"), "messages")) for number in range(5)]
+        await asyncio.sleep(0)
+        closing = [asyncio.create_task(db.close()) for _ in range(3)]
+        await asyncio.sleep(0)
+        with pytest.raises(elizasql.ClosedError):
+            await db.get_memory_by_id(id)
+        assert not any(task.done() for task in (running, *waiting, *closing))
+    await asyncio.gather(*closing)
+    assert running.done()
+    assert await running
+    assert all(task.done() for task in waiting)
+    await asyncio.gather(*waiting)
+    assert await other.count_memories() == 6
+
+
+async def test_close_cuts_calls_that_take_too_long(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
+    name = f"test {uuid4()}"
+    db = await make_db(pool_max_size=1, application_name=name)
+    id = await db.create_memory(memory("old"), "messages")
+    async with locked(raw, id):
+        running = asyncio.create_task(db.update_memory(memory("new", id=id)))
+        await blocked_pid(raw, running)
+        waiting = asyncio.create_task(db.get_memory_by_id(id))
+        await asyncio.sleep(0)
+        await db.close(timeout=0.1)
+        results = await asyncio.gather(running, waiting, return_exceptions=True)
+    assert [type(result) for result in results] == [elizasql.ClosedError, elizasql.ClosedError]
+    await assert_gone(raw, name)
+
+
+async def test_close_that_is_cancelled_cuts_at_once(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
+    name = f"test {uuid4()}"
+    db = await make_db(pool_max_size=1, application_name=name)
+    id = await db.create_memory(memory("old"), "messages")
+    async with locked(raw, id):
+        running = asyncio.create_task(db.update_memory(memory("new", id=id)))
+        await blocked_pid(raw, running)
+        closing = asyncio.create_task(db.close())
+        await asyncio.sleep(0)
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        await db.close(timeout=0.1)
+        with pytest.raises(elizasql.ClosedError):
+            await running
+    await assert_gone(raw, name)
+
+
+async def test_embedded_server_stays_until_running_calls_have_ended(
+    dsn: str, server_dir: Path, raw: asyncpg.Connection[Any]
+) -> None:
+    """Whoever closes second must not take the server away from under the first one."""
+    if str(server_dir) not in dsn:
+        pytest.skip("the embedded server is not used")
+    db = await elizasql.open(agent_id=uuid4(), data_dir=server_dir, indexing="manual")
+    await db.ensure_agent_exists({"name": "test"})
+    id = await db.create_memory(memory("old"), "messages")
+    async with locked(raw, id):
+        running = asyncio.create_task(db.update_memory(memory("new", id=id)))
+        await blocked_pid(raw, running)
+        closing = [asyncio.create_task(db.close()) for _ in range(2)]
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert db._embedded in _embedded._servers
+    await asyncio.gather(*closing)
+    assert await running
+    assert db._embedded is None
+
+
+async def test_background_indexer_ends_with_the_adapter(dsn: str) -> None:
+    with nothing_left():
+        async with elizasql.connect(agent_id=uuid4(), dsn=dsn, indexing="background"):
+            assert any(task.get_name() == "elizasql-indexer" for task in asyncio.all_tasks())
+
+
+# --- the parts it is made of -----------------------------------------------------------------------------------------
+
+
+def test_no_two_domains_share_a_name() -> None:
+    """They are all one object: a private helper of the same name would stand in for the other's."""
+    owner: dict[str, str] = {}
+    for domain in DatabaseAdapter.__bases__:
+        assert domain.__bases__ == (_store.Store,), domain
+        for name in vars(domain):
+            if name.startswith("__"):
+                continue
+            assert name not in owner, f"{name} stands in {owner[name]} and in {domain.__name__}"
+            owner[name] = domain.__name__
+            assert name not in vars(_store.Store), name
+            assert name not in vars(DatabaseAdapter), name

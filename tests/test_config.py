@@ -1,0 +1,253 @@
+"""Where settings come from, what is refused, and that no secret is ever shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elizasql import Config, ConfigurationError
+from elizasql.config import redact
+
+SECRET = "hunter2-secret"
+DSN = f"postgresql://ann:{SECRET}@db.example:5433/agents?application_name=x"
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+VARIABLES = {name: field.metadata["variable"] for name, field in FIELDS.items()}
+
+# For each setting: as text, what it becomes, and another value as an argument.
+VALUES: dict[str, tuple[str, Any, Any]] = {
+    "dsn": ("postgres://a/b", "postgres://a/b", "postgresql://c/d"),
+    "data_dir": ("some/where", Path("some/where"), Path("elsewhere")),
+    "migrate": ("false", False, True),
+    "migration_dsn": ("postgres://direct/b", "postgres://direct/b", "postgresql://other/d"),
+    "pool_max_size": ("7", 7, 8),
+    "pool_min_size": ("3", 3, 4),
+    "pool_idle_timeout": ("12.5", 12.5, 13.0),
+    "connection_timeout": ("2", 2.0, 2.5),
+    "command_timeout": ("9", 9.0, 9.5),
+    "indexing": ("manual", "manual", "inline"),
+    "index_batch_size": ("50", 50, 51),
+    "index_interval": ("0.5", 0.5, 0.25),
+    "ef_search": ("200", 200, 300),
+    "batch_size": ("10", 10, 11),
+    "memory_types": ("messages, facts", frozenset({"messages", "facts"}), frozenset({"documents"})),
+    "application_name": ("ada", "ada", "bob"),
+}
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An environment and a working folder without any setting."""
+    for variable in VARIABLES.values():
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_setting_is_tested_here() -> None:
+    assert list(VALUES) == list(FIELDS)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_argument_environment_file_default(name: str, bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    variable, (text, parsed, argument) = VARIABLES[name], VALUES[name]
+    assert getattr(Config.load(), name) == FIELDS[name].default
+
+    (bare / ".env").write_text(f"{variable}={text}\n")
+    assert getattr(Config.load(), name) == parsed
+
+    # What is behind is not even looked at.
+    (bare / ".env").write_text(f"{variable}={'?' * 70}\n")
+    monkeypatch.setenv(variable, text)
+    assert getattr(Config.load(), name) == parsed
+
+    monkeypatch.setenv(variable, "?" * 70)
+    assert getattr(Config.load(**{name: argument}), name) == argument
+
+
+@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("empty", ["", "  "])
+def test_empty_variable_counts_as_unset(name: str, empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLES[name], empty)
+    assert getattr(Config.load(), name) == FIELDS[name].default
+
+
+def test_none_counts_as_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTGRES_POOL_MAX", "7")
+    assert Config.load(pool_max_size=None).pool_max_size == 7
+
+
+def test_names_of_the_original_are_kept() -> None:
+    config = Config.load(
+        environ={
+            "POSTGRES_URL": "postgres://a/b",
+            "PGLITE_DATA_DIR": "~/x",
+            "POSTGRES_POOL_MAX": " 9 ",
+            "POSTGRES_POOL_MIN": "2",
+        }
+    )
+    assert (config.dsn, config.pool_max_size, config.pool_min_size) == ("postgres://a/b", 9, 2)
+    assert config.data_dir == Path("~/x").expanduser()
+
+
+def test_file_is_found_upwards_and_environment_is_left_alone(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (bare / ".env").write_text("POSTGRES_POOL_MAX=7\nOTHER=thing\n")
+    below = bare / "a" / "b"
+    below.mkdir(parents=True)
+    monkeypatch.chdir(below)
+    before = dict(os.environ)
+    assert Config.load().pool_max_size == 7
+    assert dict(os.environ) == before
+
+
+def test_given_environment_replaces_process_and_file(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (bare / ".env").write_text("POSTGRES_POOL_MAX=7\n")
+    monkeypatch.setenv("POSTGRES_POOL_MAX", "8")
+    assert Config.load(environ={}).pool_max_size == 20
+
+
+def test_file_that_is_no_text(bare: Path) -> None:
+    (bare / ".env").write_bytes(b"POSTGRES_URL=\xff\xfe" + SECRET.encode())
+    with pytest.raises(ConfigurationError, match=r"\.env cannot be read") as caught:
+        Config.load()
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("dsn", "mysql://a/b", "postgres://"),
+        ("dsn", "host=a", "postgres://"),
+        ("migration_dsn", "POSTGRES://a", "postgres://"),
+        ("data_dir", 5, ""),
+        ("data_dir", "~no-such-user-here/x", "home"),
+        ("migrate", "maybe", "true or false"),
+        ("pool_max_size", 0, "at least 1"),
+        ("pool_max_size", "many", "'many'"),
+        ("pool_max_size", True, "number"),
+        ("pool_max_size", 2.5, "whole"),
+        ("pool_max_size", "2.5", "2.5"),
+        ("pool_max_size", 10**9, "below"),
+        ("pool_min_size", -1, "at least 0"),
+        ("pool_idle_timeout", -1, "at least 0"),
+        ("connection_timeout", 0, "at least 0.001"),
+        ("connection_timeout", "nan", "at least"),
+        ("command_timeout", "inf", "below"),
+        ("indexing", "sometimes", "background, manual, inline"),
+        ("index_batch_size", 0, "at least 1"),
+        ("index_interval", 0, "at least"),
+        ("ef_search", 1001, "1000"),
+        ("batch_size", 5001, "5000"),
+        ("memory_types", "", "memory type"),
+        ("memory_types", "a,,b", "none may be empty"),
+        ("memory_types", 5, "iterable"),
+        ("application_name", "x" * 64, "63"),
+        ("application_name", "naïve", "ASCII"),
+        ("application_name", "a\x00b", "ASCII"),
+    ],
+)
+def test_bad_value_names_setting_and_origin(name: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        Config.load(**{name: value})
+    assert str(caught.value).startswith(name)
+    assert message in str(caught.value)
+    assert not caught.value.retryable
+    if isinstance(value, str) and value and name not in ("ef_search", "batch_size"):
+        with pytest.raises(ConfigurationError, match=f"^{VARIABLES[name]}"):
+            Config.load(environ={VARIABLES[name]: value})
+
+
+def test_sizes_that_contradict_each_other() -> None:
+    with pytest.raises(ConfigurationError, match="pool_min_size is larger"):
+        Config.load(pool_min_size=5, pool_max_size=4)
+
+
+def test_unknown_setting() -> None:
+    with pytest.raises(ConfigurationError, match="unknown setting poolsize, zzz; known are dsn, data_dir") as caught:
+        Config.load(poolsize=3, zzz=SECRET)
+    assert SECRET not in str(caught.value)
+
+
+def test_configuration_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config.load().dsn = "postgres://x/y"  # type: ignore[misc]
+
+
+# --- secrets ---------------------------------------------------------------------------------------------------------
+
+
+def test_address_is_not_shown() -> None:
+    config = Config.load(dsn=DSN, migration_dsn=DSN)
+    assert config.dsn == DSN
+    for shown in (repr(config), str(config), config.where, f"{config}"):
+        assert SECRET not in shown
+        assert "ann" not in shown
+    assert config.where == "postgresql://db.example:5433/agents"
+    assert Config.load(data_dir="/var/x").where == "embedded server in /var/x"
+
+
+@pytest.mark.parametrize(
+    "dsn",
+    [
+        f"postgres://ann:pa/{SECRET}@host/db",
+        f"postgres://ann:pa?{SECRET}@host/db",
+        f"postgres://ann:pa#{SECRET}@host/db",
+        f"postgres://ann:{SECRET}@x@host/db",
+        f"postgres://ann:{SECRET}%zz@host/db",
+        f"postgres://ann:{SECRET}/db",
+        f"postgres://ann:{SECRET}",
+        f"postgres://ann:{SECRET}\u2100@host/db",
+        f"postgres://ann:{SECRET}@[::1/db",
+        f"postgres://ann:p@host/db?{SECRET}",
+        f"mysql://ann:{SECRET}@host/db",
+        f"{SECRET}",
+        f"postgres:/ann:{SECRET}@host/db",
+    ],
+)
+@pytest.mark.parametrize("name", ["dsn", "migration_dsn"])
+def test_address_that_could_be_read_in_two_ways_is_refused(dsn: str, name: str) -> None:
+    """What stands on the wrong side of a bare "/" or "@" would be shown as the host."""
+    ways: list[dict[str, Any]] = [{name: dsn}, {"environ": {VARIABLES[name]: dsn}}]
+    for way in ways:
+        with pytest.raises(ConfigurationError) as caught:
+            Config.load(**way)
+        assert SECRET not in "".join(traceback.format_exception(caught.value))
+        assert SECRET not in repr(caught.value)
+    assert SECRET not in redact(dsn)
+
+
+@pytest.mark.parametrize(
+    ("dsn", "shown"),
+    [
+        ("postgres://", "postgres://"),
+        ("postgresql://localhost", "postgresql://localhost"),
+        ("postgres://ann@host:5432/db?sslmode=require", "postgres://host:5432/db"),
+        ("postgres://ann:a%40b%2Fc@h1:1,h2:2/db", "postgres://h1:1,h2:2/db"),
+        ("postgres://ann:p:q@[::1]:5432/db", "postgres://[::1]:5432/db"),
+        ("postgres://ann@/db?host=%2Ftmp%2Frun", "postgres:///db"),
+        (f"postgres://host/db?user=ann&password={SECRET}", "postgres://host/db"),
+        (f"postgres://host/db?password={SECRET}@x", "postgres://host/db"),
+    ],
+)
+def test_addresses_of_every_form_are_taken(dsn: str, shown: str) -> None:
+    config = Config.load(dsn=dsn)
+    assert config.dsn == dsn
+    assert config.where == shown
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\r\n\t"), min_size=6).filter(str.strip))
+def test_no_password_of_any_kind_is_shown(password: str) -> None:
+    marked = f"Zq{password}qZ"
+    dsn = f"postgres://ann:{marked}@host.example:5432/db"
+    try:
+        shown = Config.load(environ={}, dsn=dsn).where
+    except ConfigurationError as error:
+        shown = "".join(traceback.format_exception(error))
+    assert "Zq" not in shown
+    assert "qZ" not in shown

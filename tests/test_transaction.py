@@ -1,0 +1,633 @@
+"""Transactions: all or nothing, savepoints, one connection, and what breaks in the middle."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+import numpy as np
+import pytest
+
+import elizasql
+from elizasql import DatabaseAdapter, Memory, Room, World
+from tests.conftest import MakeAdapter
+from tests.locking import blocked_pid, locked
+
+ASK_PID = "SELECT pg_backend_pid()"
+
+
+def memory(text: str = "x", **fields: Any) -> Memory:
+    return Memory(content={"text": text}, **fields)
+
+
+async def add(db: DatabaseAdapter, text: str = "x", **fields: Any) -> UUID:
+    return await db.create_memory(memory(text, **fields), "messages")
+
+
+async def texts(db: DatabaseAdapter) -> list[str]:
+    return sorted(found.content["text"] for found in await db.get_memories(table_name="messages"))  # type: ignore[index]
+
+
+async def fail(db: DatabaseAdapter) -> None:
+    """Make the server raise an error."""
+    with pytest.raises(elizasql.ForeignKeyError):
+        await add(db, "homeless", room_id=uuid4())
+
+
+async def assert_sound(db: DatabaseAdapter) -> None:
+    """Every connection of the pool can be used, and none of them is in a transaction or taken."""
+    pool = db._executor._pool
+    assert pool.get_size() == pool.get_idle_size()
+    assert db._executor.in_flight == 0
+    held = [await asyncio.wait_for(pool.acquire(), 10) for _ in range(pool.get_max_size())]
+    for connection in held:
+        assert not connection.is_in_transaction()
+        assert await connection.fetchval("SELECT pg_current_xact_id_if_assigned()") is None
+        await pool.release(connection)
+
+
+# --- all or nothing --------------------------------------------------------------------------------------------------
+
+
+async def test_commit(db: DatabaseAdapter, make_db: MakeAdapter) -> None:
+    other = await make_db(db.agent_id)
+    async with db.transaction() as tx:
+        await add(tx, "a")
+        await add(tx, "b")
+        assert await texts(tx) == ["a", "b"]
+        assert await texts(db) == []
+        assert await texts(other) == []
+    assert await texts(db) == ["a", "b"]
+    assert await texts(other) == ["a", "b"]
+    await assert_sound(db)
+
+
+async def test_rollback_on_any_exception(db: DatabaseAdapter) -> None:
+    class OwnError(Exception):
+        pass
+
+    error = OwnError("mine")
+    with pytest.raises(OwnError) as caught:
+        async with db.transaction() as tx:
+            await add(tx)
+            raise error
+    assert caught.value is error
+    assert caught.value.__context__ is None
+    assert await texts(db) == []
+    await assert_sound(db)
+
+
+async def test_rollback_on_an_error_of_ours(db: DatabaseAdapter) -> None:
+    with pytest.raises(elizasql.ForeignKeyError) as caught:
+        async with db.transaction() as tx:
+            await add(tx, "a")
+            await add(tx, "homeless", room_id=uuid4())
+    assert caught.value.statement == "create_memory"
+    assert await texts(db) == []
+    await assert_sound(db)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit])
+async def test_rollback_on_what_is_no_exception(db: DatabaseAdapter, error: type[BaseException]) -> None:
+    context = db.transaction()
+    tx = await context.__aenter__()
+    await add(tx)
+    raised = error()
+    # By hand: pytest and asyncio take these for themselves.
+    assert not await context.__aexit__(error, raised, None)
+    assert await texts(db) == []
+    await assert_sound(db)
+
+
+async def test_error_before_any_io_ends_nothing(db: DatabaseAdapter) -> None:
+    async with db.transaction() as tx:
+        await add(tx, "a")
+        with pytest.raises(elizasql.ArgumentError):
+            await tx.create_memory(memory(), "")
+        await add(tx, "b")
+    assert await texts(db) == ["a", "b"]
+
+
+async def test_every_domain_runs_inside(db: DatabaseAdapter, make_db: MakeAdapter) -> None:
+    other = await make_db(db.agent_id)
+    world, room = uuid4(), uuid4()
+    with pytest.raises(ZeroDivisionError):
+        async with db.transaction() as tx:
+            await tx.create_world(World(id=world, name="w"))
+            await tx.create_room(Room(id=room, source="s", type="GROUP", world_id=world))
+            assert await tx.get_room(room) is not None
+            assert await other.get_room(room) is None
+            raise ZeroDivisionError
+    assert await db.get_world(world) is None
+    assert await db.get_room(room) is None
+
+
+async def test_dimension_that_was_rolled_back_is_not_remembered(make_db: MakeAdapter) -> None:
+    db = await make_db(dimension=None)
+    with pytest.raises(ZeroDivisionError):
+        async with db.transaction() as tx:
+            await tx.ensure_embedding_dimension(384)
+            await add(tx, embedding=np.ones(384))
+            raise ZeroDivisionError
+    assert await db.get_embedding_dimension() is None
+    await db.ensure_embedding_dimension(768)
+    await add(db, embedding=np.ones(768))
+    with pytest.raises(elizasql.EmbeddingDimensionError):
+        await add(db, embedding=np.ones(384))
+
+
+async def test_vectors_are_searched_inside_and_found_outside_afterwards(db: DatabaseAdapter) -> None:
+    vector = np.ones(384, dtype=np.float32)
+    async with db.transaction() as tx:
+        id = await add(tx, embedding=vector)
+        hits = await tx.search_memories(embedding=vector, table_name="messages")
+        assert [hit.id for hit in hits] == [id]
+        assert await db.search_memories(embedding=vector, table_name="messages") == []
+    assert [hit.id for hit in await db.search_memories(embedding=vector, table_name="messages")] == [id]
+
+
+@pytest.mark.parametrize("good", [True, False])
+async def test_batch_of_several_chunks(make_db: MakeAdapter, good: bool) -> None:
+    db = await make_db(batch_size=10)
+    batch = [memory(str(number)) for number in range(35)]
+    if not good:
+        batch[-1].room_id = uuid4()
+    async with db.transaction() as tx:
+        await add(tx, "before")
+        if good:
+            assert len(await tx.create_memories(batch, "messages")) == 35
+            assert len(await texts(tx)) == 36
+        else:
+            # The chunks have a savepoint of their own.
+            with pytest.raises(elizasql.ForeignKeyError):
+                await tx.create_memories(batch, "messages")
+            assert await texts(tx) == ["before"]
+    assert len(await texts(db)) == (36 if good else 1)
+    await assert_sound(db)
+
+
+async def test_round_trips(db: DatabaseAdapter, round_trips: list[str]) -> None:
+    async with db.transaction() as tx:
+        await add(tx)
+        await texts(tx)
+    assert len(round_trips) == 4
+    assert round_trips[0].startswith("BEGIN")
+    assert round_trips[-1].startswith("COMMIT")
+
+
+async def test_round_trips_of_a_rollback(db: DatabaseAdapter, round_trips: list[str]) -> None:
+    with pytest.raises(ZeroDivisionError):
+        async with db.transaction():
+            raise ZeroDivisionError
+    assert [sent.strip(";") for sent in round_trips] == ["BEGIN", "ROLLBACK"]
+
+
+async def test_with_entity_context(db: DatabaseAdapter) -> None:
+    entity = uuid4()
+
+    async def work(tx: DatabaseAdapter) -> str:
+        await add(tx, "kept")
+        assert await texts(db) == []
+        return "given back"
+
+    assert await db.with_entity_context(entity, work) == "given back"
+    await db.with_entity_context(str(entity), work_nothing)
+    await db.with_entity_context(None, work_nothing)
+    assert await texts(db) == ["kept"]
+
+    async def broken(tx: DatabaseAdapter) -> None:
+        await add(tx, "lost")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await db.with_entity_context(entity, broken)
+    assert await texts(db) == ["kept"]
+
+
+async def work_nothing(tx: DatabaseAdapter) -> None:
+    pass
+
+
+async def test_entity_that_is_no_id(db: DatabaseAdapter, round_trips: list[str]) -> None:
+    with pytest.raises(elizasql.ArgumentError, match="entity_id"):
+        await db.with_entity_context("'; DROP TABLE elizasql.agents; --", work_nothing)
+    assert round_trips == []
+
+
+# --- errors of the server inside -------------------------------------------------------------------------------------
+
+
+async def test_error_ends_the_transaction(db: DatabaseAdapter) -> None:
+    with pytest.raises(elizasql.TransactionError) as caught:
+        async with db.transaction() as tx:
+            await add(tx, "a")
+            await fail(tx)
+            with pytest.raises(elizasql.TransactionError):
+                await add(tx, "b")
+            assert not await tx.is_ready()
+            await texts(tx)
+    assert caught.value.sqlstate == "25P02"
+    assert not caught.value.retryable
+    assert await texts(db) == []
+    await assert_sound(db)
+
+
+async def test_end_of_a_failed_transaction_is_no_success(db: DatabaseAdapter) -> None:
+    """The server answers COMMIT with ROLLBACK and no error; whoever caught the first error must hear of it."""
+    with pytest.raises(elizasql.TransactionError):
+        async with db.transaction() as tx:
+            await add(tx, "a")
+            await fail(tx)
+    assert await texts(db) == []
+    await assert_sound(db)
+
+
+async def test_call_that_ran_out_of_time_ends_the_transaction(
+    db: DatabaseAdapter, raw: asyncpg.Connection[Any]
+) -> None:
+    id = await add(db, "old")
+    with pytest.raises(elizasql.TransactionError):
+        async with db.transaction() as tx, locked(raw, id):
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(tx.update_memory(memory("new", id=id)), 0.1)
+    assert await texts(db) == ["old"]
+    await assert_sound(db)
+
+
+# --- savepoints ------------------------------------------------------------------------------------------------------
+
+
+async def test_error_in_a_savepoint_undoes_only_it(db: DatabaseAdapter, round_trips: list[str]) -> None:
+    async with db.transaction() as tx:
+        await add(tx, "a")
+        with pytest.raises(elizasql.ForeignKeyError):
+            async with tx.transaction() as inner:
+                await add(inner, "b")
+                await add(inner, "homeless", room_id=uuid4())
+        await add(tx, "c")
+        with pytest.raises(ZeroDivisionError):
+            async with tx.transaction() as inner:
+                await add(inner, "d")
+                raise ZeroDivisionError
+        async with tx.transaction() as inner:
+            await add(inner, "e")
+    assert len(round_trips) == 2 + 6 + 6
+    assert await texts(db) == ["a", "c", "e"]
+    await assert_sound(db)
+
+
+async def test_error_that_was_caught_in_a_savepoint(db: DatabaseAdapter) -> None:
+    async with db.transaction() as tx:
+        await add(tx, "a")
+        with pytest.raises(elizasql.TransactionError):
+            async with tx.transaction() as inner:
+                await add(inner, "b")
+                await fail(inner)
+        await add(tx, "c")
+    assert await texts(db) == ["a", "c"]
+    await assert_sound(db)
+
+
+async def test_savepoints_in_savepoints(db: DatabaseAdapter) -> None:
+    async with db.transaction() as one:
+        await add(one, "1")
+        async with one.transaction() as two:
+            await add(two, "2")
+            with pytest.raises(ZeroDivisionError):
+                async with two.transaction() as three:
+                    await add(three, "3")
+                    async with three.transaction() as four:
+                        await add(four, "4")
+                    raise ZeroDivisionError
+            await add(two, "5")
+    assert await texts(db) == ["1", "2", "5"]
+
+
+async def test_outer_error_undoes_finished_savepoints(db: DatabaseAdapter) -> None:
+    with pytest.raises(ZeroDivisionError):
+        async with db.transaction() as tx:
+            async with tx.transaction() as inner:
+                await add(inner)
+            raise ZeroDivisionError
+    assert await texts(db) == []
+
+
+async def test_outer_adapter_is_refused_while_a_savepoint_is_open(db: DatabaseAdapter) -> None:
+    """To wait for the savepoint's end would be to wait for oneself."""
+    async with db.transaction() as tx:
+        async with tx.transaction() as inner:
+            with pytest.raises(elizasql.TransactionError, match="savepoint"):
+                await add(tx, "outer")
+            with pytest.raises(elizasql.TransactionError, match="savepoint"):
+                async with tx.transaction():
+                    pass
+            results = await asyncio.gather(add(tx, "outer"), add(inner, "a"), return_exceptions=True)
+            assert isinstance(results[0], elizasql.TransactionError)
+        await add(tx, "b")
+    assert await texts(db) == ["a", "b"]
+
+
+# --- one connection --------------------------------------------------------------------------------------------------
+
+
+async def test_concurrent_calls_run_one_after_the_other(db: DatabaseAdapter) -> None:
+    async with db.transaction() as tx:
+        await asyncio.gather(*(add(tx, f"{number:02}") for number in range(40)))
+        assert len(await texts(tx)) == 40
+        assert db._executor._pool.get_size() - db._executor._pool.get_idle_size() == 1
+    assert len(await texts(db)) == 40
+
+
+async def test_transactions_of_one_adapter_run_side_by_side(db: DatabaseAdapter) -> None:
+    """Each waits inside for all of the others to have begun."""
+    begun: list[int] = []
+    all_begun = asyncio.Event()
+
+    async def work(number: int) -> None:
+        async with db.transaction() as tx:
+            await add(tx, str(number))
+            begun.append(number)
+            if len(begun) == 5:
+                all_begun.set()
+            await all_begun.wait()
+
+    await asyncio.gather(*map(work, range(5)))
+    assert await texts(db) == list("01234")
+    await assert_sound(db)
+
+
+async def test_use_after_the_end(db: DatabaseAdapter) -> None:
+    async with db.transaction() as tx:
+        async with tx.transaction() as inner:
+            await add(inner)
+        for use in (add(inner), inner.is_ready()):
+            with pytest.raises(elizasql.ClosedError, match="transaction is over"):
+                await raising(use)
+    with pytest.raises(elizasql.ClosedError, match="transaction is over"):
+        await add(tx)
+    with pytest.raises(elizasql.ClosedError):
+        async with tx.transaction():
+            pass
+    with pytest.raises(ZeroDivisionError):
+        async with db.transaction() as tx:
+            raise ZeroDivisionError
+    with pytest.raises(elizasql.ClosedError):
+        await add(tx)
+    assert await texts(db) == ["x"]
+    await assert_sound(db)
+
+
+async def raising(call: Awaitable[Any]) -> None:
+    """Await a call; `is_ready` says no where others raise."""
+    if await call is False:
+        raise elizasql.ClosedError("transaction is over")
+
+
+@pytest.mark.parametrize("keep", [True, False])
+async def test_calls_that_still_run_at_the_end(db: DatabaseAdapter, raw: asyncpg.Connection[Any], keep: bool) -> None:
+    """The one that is running belongs to the transaction, those that wait for their turn do not run at all."""
+    id = await add(db, "old")
+    running: list[asyncio.Task[Any]] = []
+
+    async def block(tx: DatabaseAdapter) -> None:
+        running.append(asyncio.create_task(tx.update_memory(memory("new", id=id))))
+        await blocked_pid(raw, running[0])
+        running.extend(asyncio.create_task(add(tx, "late")) for _ in range(3))
+        await asyncio.sleep(0)
+        if not keep:
+            raise ZeroDivisionError
+
+    async def whole() -> None:
+        async with db.transaction() as tx:
+            await block(tx)
+
+    async with locked(raw, id):
+        task = asyncio.create_task(whole())
+        while len(running) < 4:
+            await asyncio.sleep(0)
+        assert not task.done()
+    results = await asyncio.gather(task, *running, return_exceptions=True)
+    assert (results[0] is None) == keep
+    assert results[1] is True
+    assert all(isinstance(result, elizasql.ClosedError) for result in results[2:])
+    assert await texts(db) == ["new" if keep else "old"]
+    await assert_sound(db)
+
+
+async def test_adapter_of_a_transaction_does_not_close_and_does_not_index(db: DatabaseAdapter) -> None:
+    async with db.transaction() as tx:
+        for call in (tx.close, tx.index_memories, lambda: tx.index_memories(rebuild=True)):
+            with pytest.raises(elizasql.ArgumentError, match="transaction"):
+                await call()
+        await add(tx)
+    assert await texts(db) == ["x"]
+
+
+async def test_closing_waits_for_a_transaction(make_db: MakeAdapter) -> None:
+    db = await make_db()
+    other = await make_db(db.agent_id)
+    async with db.transaction() as tx:
+        await add(tx, "a")
+        closing = asyncio.create_task(db.close())
+        await asyncio.sleep(0)
+        with pytest.raises(elizasql.ClosedError):
+            await texts(db)
+        await add(tx, "b")
+        assert not closing.done()
+    await closing
+    assert await texts(other) == ["a", "b"]
+
+
+async def test_transaction_on_a_closed_adapter(make_db: MakeAdapter) -> None:
+    db = await make_db()
+    await db.close()
+    with pytest.raises(elizasql.ClosedError):
+        async with db.transaction():
+            pytest.fail("never reached")
+
+
+async def test_no_free_connection(make_db: MakeAdapter) -> None:
+    db = await make_db(pool_max_size=1, connection_timeout=0.2)
+    async with db.transaction() as tx:
+        with pytest.raises(elizasql.PoolTimeoutError) as caught:
+            async with db.transaction():
+                pytest.fail("never reached")
+        assert caught.value.statement == "transaction"
+        await add(tx)
+    assert await texts(db) == ["x"]
+    await assert_sound(db)
+
+
+# --- broken in the middle --------------------------------------------------------------------------------------------
+
+
+async def test_cancellation_inside_a_call(db: DatabaseAdapter, raw: asyncpg.Connection[Any]) -> None:
+    id = await add(db, "old")
+
+    async def work() -> None:
+        async with db.transaction() as tx:
+            await add(tx, "lost")
+            await tx.update_memory(memory("new", id=id))
+
+    async with locked(raw, id):
+        task = asyncio.create_task(work())
+        await blocked_pid(raw, task)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert await texts(db) == ["old"]
+    await assert_sound(db)
+
+
+async def test_cancellation_between_calls(db: DatabaseAdapter) -> None:
+    reached = asyncio.Event()
+
+    async def work() -> None:
+        async with db.transaction() as tx:
+            await add(tx, "lost")
+            reached.set()
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(work())
+    await reached.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await texts(db) == []
+    await assert_sound(db)
+
+
+async def test_cancellation_anywhere(db: DatabaseAdapter, caplog: pytest.LogCaptureFixture) -> None:
+    """All or nothing, whichever step of the loop it hits, BEGIN and COMMIT included."""
+
+    async def work() -> None:
+        async with db.transaction() as tx:
+            await add(tx, "a")
+            async with tx.transaction() as inner:
+                await add(inner, "b")
+
+    steps, further = 0, 1
+    while True:
+        before = len(await texts(db))
+        task = asyncio.create_task(work())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        task.cancel()
+        result = (await asyncio.gather(task, return_exceptions=True))[0]
+        added = len(await texts(db)) - before
+        await assert_sound(db)
+        if result is None:
+            break
+        assert isinstance(result, asyncio.CancelledError)
+        assert added in (0, 2)
+        steps, further = further, steps + further
+    assert added == 2
+    assert steps > 10
+    assert not caplog.records
+
+
+async def _kill(raw: asyncpg.Connection[Any], pid: int) -> None:
+    assert await raw.fetchval("SELECT pg_terminate_backend($1, 10000)", pid)
+
+
+def _connection(tx: DatabaseAdapter) -> Any:
+    return tx._executor._connection  # type: ignore[attr-defined]
+
+
+KILLED: dict[str, Callable[[DatabaseAdapter], Awaitable[Any]]] = {
+    "call": add,
+    "end": work_nothing,
+    "savepoint": lambda tx: tx.with_entity_context(None, work_nothing),
+}
+
+
+@pytest.mark.parametrize("noticed", [True, False])
+@pytest.mark.parametrize("then", KILLED)
+async def test_connection_killed_between_calls(
+    db: DatabaseAdapter, raw: asyncpg.Connection[Any], then: str, noticed: bool
+) -> None:
+    """Noticed: asyncpg has seen the end of the connection before anything is sent on it."""
+    with pytest.raises(elizasql.ConnectionLostError) as caught:
+        async with db.transaction() as tx:
+            await add(tx, "lost")
+            connection = _connection(tx)
+            await _kill(raw, connection.get_server_pid())
+            while noticed and connection._con is not None:
+                await asyncio.sleep(0)
+            await KILLED[then](tx)
+    assert caught.value.retryable
+    assert await texts(db) == []
+    await assert_sound(db)
+
+
+@pytest.mark.parametrize("noticed", [True, False])
+async def test_error_of_the_caller_is_not_hidden_by_a_killed_connection(
+    db: DatabaseAdapter, raw: asyncpg.Connection[Any], noticed: bool
+) -> None:
+    with pytest.raises(ZeroDivisionError):
+        async with db.transaction() as tx, tx.transaction() as inner:
+            await add(inner, "lost")
+            connection = _connection(tx)
+            await _kill(raw, connection.get_server_pid())
+            while noticed and connection._con is not None:
+                await asyncio.sleep(0)
+            raise ZeroDivisionError
+    assert await texts(db) == []
+    await assert_sound(db)
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+async def test_connection_killed_inside_a_call(make_db: MakeAdapter, raw: asyncpg.Connection[Any], chunks: int) -> None:
+    db = await make_db(batch_size=2)
+    first, *others = await db.create_memories([memory("old") for _ in range(2 * chunks)], "messages")
+
+    async def work() -> None:
+        async with db.transaction() as tx:
+            await add(tx, "lost")
+            await tx.update_memories([memory("new", id=id) for id in (first, *others)])
+
+    async with locked(raw, max(first, *others)):
+        task = asyncio.create_task(work())
+        await _kill(raw, await blocked_pid(raw, task))
+        with pytest.raises(elizasql.ConnectionLostError):
+            await task
+    assert set(await texts(db)) == {"old"}
+    await assert_sound(db)
+
+
+async def test_caught_connection_loss_is_no_success(db: DatabaseAdapter, raw: asyncpg.Connection[Any]) -> None:
+    with pytest.raises(elizasql.ConnectionLostError):
+        async with db.transaction() as tx:
+            await add(tx, "lost")
+            await _kill(raw, _connection(tx).get_server_pid())
+            with pytest.raises(elizasql.ConnectionLostError):
+                await add(tx, "lost")
+    assert await texts(db) == []
+    await assert_sound(db)
+
+
+async def test_savepoint_that_was_cancelled_while_it_began(
+    db: DatabaseAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server has ended the transaction, which no call has told of."""
+    async with db.transaction() as outer:
+        await add(outer, "kept")
+
+    async def cancelled(self: Any) -> None:
+        with pytest.raises(asyncpg.DivisionByZeroError):
+            await self._connection.execute("SELECT 1 / 0")
+        raise asyncio.CancelledError
+
+    with pytest.raises(elizasql.TransactionError):
+        async with db.transaction() as tx:
+            await add(tx, "lost")
+            with monkeypatch.context() as patch:
+                patch.setattr(asyncpg.transaction.Transaction, "start", cancelled)
+                with pytest.raises(asyncio.CancelledError):
+                    async with tx.transaction():
+                        pytest.fail("never reached")
+    assert await texts(db) == ["kept"]
+    await assert_sound(db)
