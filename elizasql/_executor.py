@@ -213,6 +213,14 @@ class _TransactionExecutor(Executor):
     async def _release(self, connection: Any) -> None:  # noqa: ARG002
         self._turn.release()
 
+    async def fetch_chunks(self, statement: Statement, chunks: Sequence[dict[str, Any]]) -> list[asyncpg.Record]:
+        """Run a statement once for each chunk, all or none; give all rows."""
+        try:
+            return await super().fetch_chunks(statement, chunks)
+        except BaseException:
+            self._doubtful = True
+            raise
+
     async def _run(self, statement: Statement, method: str, arguments: Arguments) -> Any:
         try:
             return await super()._run(statement, method, arguments)

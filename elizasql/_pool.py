@@ -1,9 +1,9 @@
 """Connections: the pool, what every connection is set to, and what the server must be.
 
 The settings travel in the startup packet: no round trip, and they are what RESET returns to. Generic plans search in
-0.42 ms where custom ones take 0.60 ms. They go with `enable_seqscan` and `enable_sort` off: every statement of `sql/` is
-written for an index, and a plan that was made while a table was small, or without knowing the LIMIT, must neither scan a
-table that has grown nor sort what HNSW gives in order. Where no index serves, the server still scans and sorts.
+0.42 ms where custom ones take 0.60 ms. They go with `enable_seqscan` and `enable_sort` off: every statement of `sql/`
+is written for an index, and a plan that was made while a table was small, or without knowing the LIMIT, must neither
+scan a table that has grown nor sort what HNSW gives in order. Where no index serves, the server still scans and sorts.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ def session_settings(config: Config) -> dict[str, str]:
 
     `hnsw.iterative_scan`: without it a filtered search returns fewer rows than asked for. `relaxed_order`: the exact
     ranking behind it puts the rows in order, and `strict_order` drops rows that come late (recall 0.91 instead of 0.97
-    for the 300 nearest of 6,000). `scan_mem_multiplier`: with work_mem alone the scan may stop early. `idle_in_transaction...`: a
-    client that hangs inside a transaction must not hold its locks for ever.
+    for the 300 nearest of 6,000). `scan_mem_multiplier`: with work_mem alone the scan may stop early.
+    `idle_in_transaction_session_timeout`: a client that hangs inside a transaction must not hold its locks for ever.
+    `max_parallel_workers_per_gather`: starting workers costs more than any of these statements.
     """
     return {
         "application_name": config.application_name,
@@ -41,6 +42,7 @@ def session_settings(config: Config) -> dict[str, str]:
         "hnsw.scan_mem_multiplier": "4",
         "idle_in_transaction_session_timeout": "60s",
         "jit": "off",
+        "max_parallel_workers_per_gather": "0",
         "plan_cache_mode": "force_generic_plan",
         "TimeZone": "UTC",
     }

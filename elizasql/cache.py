@@ -23,11 +23,12 @@ Ttl: TypeAlias = "float | timedelta | None"
 _Entry: TypeAlias = "tuple[str, bytes, timedelta | None]"
 
 # Expired entries are swept along with every 16th entry that can expire, two for each that came: what has expired does
-# not pile up. Within every write it would cost 50 us of the server, more than the write itself.
+# not pile up. Within every write it would cost 50 us of the server, more than the write itself. Not in a transaction,
+# which would hold the locks to its end.
 _SWEEP_EVERY = 16
 _SWEEP_EACH = 2
 
-# Beyond it the sum with today may leave the server's calendar.
+# Far within the server's calendar, which ends in the year 294276.
 _LONGEST_TTL = timedelta(days=365_000)
 
 
@@ -128,7 +129,7 @@ class Cache(Store):
     def _sweep_due(self, rows: Sequence[_Entry]) -> bool:
         """Count the entries that can expire, and tell whether enough of them came since the last sweep."""
         self._expiring_entries += sum(life is not None for _, _, life in rows)
-        due = self._expiring_entries >= _SWEEP_EVERY
+        due = self._expiring_entries >= _SWEEP_EVERY and not self._executor.in_transaction
         if due:
             self._expiring_entries = 0
         return due

@@ -1,4 +1,9 @@
--- The cache, and who may write to the agent: pairing requests and allowlists.
+-- The cache, and who may write to the agent: pairing requests and allowlists. And what the planner shall think of agents:
+--
+-- Plans are generic, made for the average agent. Where most agents have a few rows, any index that begins with agent_id
+-- seems as good as the one that a statement is written for, and a large agent pays for it: all that is its own is read.
+-- With 60,000 rooms of one agent among 30,000 with one each, a lookup of one id took 8 to 20 ms instead of 0.15. Told that
+-- there are 10 agents, the planner takes every agent for a large one; for small ones the plan is as good as another.
 
 -- migrate:up
 
@@ -60,7 +65,19 @@ CREATE TABLE elizasql.pairing_allowlist (
 );
 CREATE INDEX pairing_allowlist_created_at_idx ON elizasql.pairing_allowlist (agent_id, channel, created_at, id);
 
+ALTER TABLE elizasql.worlds ALTER COLUMN agent_id SET (n_distinct = 10);
+ALTER TABLE elizasql.rooms ALTER COLUMN agent_id SET (n_distinct = 10);
+ALTER TABLE elizasql.entities ALTER COLUMN agent_id SET (n_distinct = 10);
+ALTER TABLE elizasql.participants ALTER COLUMN agent_id SET (n_distinct = 10);
+ALTER TABLE elizasql.cache ALTER COLUMN agent_id SET (n_distinct = 10);
+ALTER TABLE elizasql.pairing_requests ALTER COLUMN agent_id SET (n_distinct = 10);
+ALTER TABLE elizasql.pairing_allowlist ALTER COLUMN agent_id SET (n_distinct = 10);
+
 -- migrate:down
+ALTER TABLE elizasql.worlds ALTER COLUMN agent_id RESET (n_distinct);
+ALTER TABLE elizasql.rooms ALTER COLUMN agent_id RESET (n_distinct);
+ALTER TABLE elizasql.entities ALTER COLUMN agent_id RESET (n_distinct);
+ALTER TABLE elizasql.participants ALTER COLUMN agent_id RESET (n_distinct);
 DROP TABLE elizasql.pairing_allowlist;
 DROP TABLE elizasql.pairing_requests;
 DROP TABLE elizasql.cache;

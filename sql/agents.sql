@@ -14,8 +14,9 @@ SELECT
     style, enabled, server_id, created_at, updated_at
 FROM elizasql.agents
 ORDER BY created_at, id
-LIMIT :count::bigint
-OFFSET :skipped::bigint;
+LIMIT
+    :count::bigint
+    OFFSET :skipped::bigint;
 
 -- name: count_agents()$
 SELECT count(*) FROM elizasql.agents;
@@ -70,21 +71,31 @@ FROM jsonb_each(:agents::jsonb) AS given (id, agent)
 CROSS JOIN LATERAL jsonb_populate_record(NULL::elizasql.agents, given.agent) AS g
 ORDER BY g.id
 ON CONFLICT (id) DO UPDATE
-SET
-    (
-        name, username, system, bio, message_examples, post_examples, topics, adjectives, knowledge, plugins, settings,
-        style, enabled, server_id, created_at, updated_at
-    ) = (
-        SELECT
-            n.name, n.username, n.system, coalesce(n.bio, '[]'), coalesce(n.message_examples, '[]'),
-            coalesce(n.post_examples, '[]'), coalesce(n.topics, '[]'), coalesce(n.adjectives, '[]'),
-            coalesce(n.knowledge, '[]'), coalesce(n.plugins, '[]'),
-            coalesce(elizasql.merge_settings(a.settings, coalesce(g.agent -> 'settings', '{}')), '{}'),
-            coalesce(n.style, '{}'), n.enabled, n.server_id, n.created_at,
-            coalesce((g.agent ->> 'updated_at')::timestamptz, now())
-        FROM (SELECT :agents::jsonb -> excluded.id::text AS agent) AS g
-        CROSS JOIN LATERAL jsonb_populate_record(a, g.agent) AS n
-    );
+    SET
+        (
+            name,
+            username,
+            system,
+            bio,
+            message_examples,
+            post_examples,
+            topics,
+            adjectives,
+            knowledge,
+            plugins,
+            settings,
+            style, enabled, server_id, created_at, updated_at
+        ) = (
+            SELECT
+                n.name, n.username, n.system, coalesce(n.bio, '[]'), coalesce(n.message_examples, '[]'),
+                coalesce(n.post_examples, '[]'), coalesce(n.topics, '[]'), coalesce(n.adjectives, '[]'),
+                coalesce(n.knowledge, '[]'), coalesce(n.plugins, '[]'),
+                coalesce(elizasql.merge_settings(a.settings, coalesce(g.agent -> 'settings', '{}')), '{}'),
+                coalesce(n.style, '{}'), n.enabled, n.server_id, n.created_at,
+                coalesce((g.agent ->> 'updated_at')::timestamptz, now())
+            FROM (SELECT :agents::jsonb -> excluded.id::text AS agent) AS g
+            CROSS JOIN LATERAL jsonb_populate_record(a, g.agent) AS n
+        );
 
 -- name: update_agents(agents, required)
 -- Changes the fields that are given, settings by merging; gives the ids that were there. required: an agent that is not

@@ -17,35 +17,38 @@ LIMIT 1;
 -- OFFSET 0 keeps the join a lookup for each entity: as a join, the plan for the average agent reads all of a large one.
 SELECT c.*
 FROM unnest(:entity_ids::uuid[]) WITH ORDINALITY AS given (entity_id, position)
-CROSS JOIN LATERAL (
-    SELECT id, agent_id, entity_id, room_id, world_id, source_entity_id, type, data, created_at
-    FROM elizasql.components
-    WHERE
-        agent_id = :agent_id AND entity_id = given.entity_id
-        AND (:world_id::uuid IS NULL OR world_id = :world_id)
-        AND (:source_entity_id::uuid IS NULL OR source_entity_id = :source_entity_id)
-    OFFSET 0
-) AS c
+CROSS JOIN
+    LATERAL (
+        SELECT id, agent_id, entity_id, room_id, world_id, source_entity_id, type, data, created_at
+        FROM elizasql.components
+        WHERE
+            agent_id = :agent_id AND entity_id = given.entity_id
+            AND (:world_id::uuid IS NULL OR world_id = :world_id)
+            AND (:source_entity_id::uuid IS NULL OR source_entity_id = :source_entity_id)
+        OFFSET 0
+    ) AS c
 ORDER BY given.position, c.created_at, c.id;
 
 -- name: get_components_by_ids(agent_id, ids)
 -- In the order of the ids.
 SELECT c.*
 FROM unnest(:ids::uuid[]) WITH ORDINALITY AS given (id, position)
-CROSS JOIN LATERAL (
-    SELECT id, agent_id, entity_id, room_id, world_id, source_entity_id, type, data, created_at
-    FROM elizasql.components
-    WHERE agent_id = :agent_id AND id = given.id
-    LIMIT 1
-) AS c
+CROSS JOIN
+    LATERAL (
+        SELECT id, agent_id, entity_id, room_id, world_id, source_entity_id, type, data, created_at
+        FROM elizasql.components
+        WHERE agent_id = :agent_id AND id = given.id
+        LIMIT 1
+    ) AS c
 ORDER BY given.position;
 
 -- name: get_components_by_natural_keys(agent_id, entity_ids, types, world_ids, source_entity_ids)
 -- One row for each key, in their order, empty where there is no such component.
 SELECT c.*
-FROM unnest(
-    :entity_ids::uuid[], :types::text[], :world_ids::uuid[], :source_entity_ids::uuid[]
-) WITH ORDINALITY AS given (entity_id, type, world_id, source_entity_id, position)
+FROM
+    unnest(
+        :entity_ids::uuid[], :types::text[], :world_ids::uuid[], :source_entity_ids::uuid[]
+    ) WITH ORDINALITY AS given (entity_id, type, world_id, source_entity_id, position)
 LEFT JOIN LATERAL (
     SELECT id, agent_id, entity_id, room_id, world_id, source_entity_id, type, data, created_at
     FROM elizasql.components

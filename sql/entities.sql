@@ -8,25 +8,27 @@ SELECT
     e.*,
     c.*
 FROM unnest(:ids::uuid[]) WITH ORDINALITY AS given (id, position)
-CROSS JOIN LATERAL (
-    SELECT id, agent_id, names, metadata, created_at
-    FROM elizasql.entities
-    WHERE agent_id = :agent_id AND id = given.id
-    LIMIT 1
-) AS e
-CROSS JOIN LATERAL (
-    SELECT
-        array_agg(id) AS ids, array_agg(agent_id) AS agent_ids, array_agg(entity_id) AS entity_ids,
-        array_agg(room_id) AS room_ids, array_agg(world_id) AS world_ids,
-        array_agg(source_entity_id) AS source_entity_ids, array_agg(type) AS types, array_agg(data) AS datas,
-        array_agg(created_at) AS created_ats
-    FROM (
-        SELECT id, agent_id, entity_id, room_id, world_id, source_entity_id, type, data, created_at
-        FROM elizasql.components
-        WHERE :include_components AND agent_id = :agent_id AND entity_id = given.id
-        ORDER BY created_at, id
-    ) AS of_entity
-) AS c
+CROSS JOIN
+    LATERAL (
+        SELECT id, agent_id, names, metadata, created_at
+        FROM elizasql.entities
+        WHERE agent_id = :agent_id AND id = given.id
+        LIMIT 1
+    ) AS e
+CROSS JOIN
+    LATERAL (
+        SELECT
+            array_agg(id) AS ids, array_agg(agent_id) AS agent_ids, array_agg(entity_id) AS entity_ids,
+            array_agg(room_id) AS room_ids, array_agg(world_id) AS world_ids,
+            array_agg(source_entity_id) AS source_entity_ids, array_agg(type) AS types, array_agg(data) AS datas,
+            array_agg(created_at) AS created_ats
+        FROM (
+            SELECT id, agent_id, entity_id, room_id, world_id, source_entity_id, type, data, created_at
+            FROM elizasql.components
+            WHERE :include_components AND agent_id = :agent_id AND entity_id = given.id
+            ORDER BY created_at, id
+        ) AS of_entity
+    ) AS c
 ORDER BY given.position;
 
 -- name: get_entities_for_rooms(agent_id, room_ids, include_components)
@@ -37,31 +39,34 @@ SELECT
     e.*,
     c.*
 FROM unnest(:room_ids::uuid[]) WITH ORDINALITY AS given (room_id, position)
-CROSS JOIN LATERAL (
-    SELECT entity_id
-    FROM elizasql.participants
-    WHERE agent_id = :agent_id AND room_id = given.room_id
-    OFFSET 0
-) AS p
-CROSS JOIN LATERAL (
-    SELECT id, agent_id, names, metadata, created_at
-    FROM elizasql.entities
-    WHERE agent_id = :agent_id AND id = p.entity_id
-    LIMIT 1
-) AS e
-CROSS JOIN LATERAL (
-    SELECT
-        array_agg(id) AS ids, array_agg(agent_id) AS agent_ids, array_agg(entity_id) AS entity_ids,
-        array_agg(room_id) AS room_ids, array_agg(world_id) AS world_ids,
-        array_agg(source_entity_id) AS source_entity_ids, array_agg(type) AS types, array_agg(data) AS datas,
-        array_agg(created_at) AS created_ats
-    FROM (
-        SELECT id, agent_id, entity_id, room_id, world_id, source_entity_id, type, data, created_at
-        FROM elizasql.components
-        WHERE :include_components AND agent_id = :agent_id AND entity_id = p.entity_id
-        ORDER BY created_at, id
-    ) AS of_entity
-) AS c
+CROSS JOIN
+    LATERAL (
+        SELECT entity_id
+        FROM elizasql.participants
+        WHERE agent_id = :agent_id AND room_id = given.room_id
+        OFFSET 0
+    ) AS p
+CROSS JOIN
+    LATERAL (
+        SELECT id, agent_id, names, metadata, created_at
+        FROM elizasql.entities
+        WHERE agent_id = :agent_id AND id = p.entity_id
+        LIMIT 1
+    ) AS e
+CROSS JOIN
+    LATERAL (
+        SELECT
+            array_agg(id) AS ids, array_agg(agent_id) AS agent_ids, array_agg(entity_id) AS entity_ids,
+            array_agg(room_id) AS room_ids, array_agg(world_id) AS world_ids,
+            array_agg(source_entity_id) AS source_entity_ids, array_agg(type) AS types, array_agg(data) AS datas,
+            array_agg(created_at) AS created_ats
+        FROM (
+            SELECT id, agent_id, entity_id, room_id, world_id, source_entity_id, type, data, created_at
+            FROM elizasql.components
+            WHERE :include_components AND agent_id = :agent_id AND entity_id = p.entity_id
+            ORDER BY created_at, id
+        ) AS of_entity
+    ) AS c
 ORDER BY given.position, e.created_at, e.id;
 
 -- name: get_entities_by_names(agent_id, names)
@@ -69,23 +74,25 @@ ORDER BY given.position, e.created_at, e.id;
 WITH found AS MATERIALIZED (
     SELECT DISTINCT e.id
     FROM unnest(:names::text[]) AS given (name)
-    CROSS JOIN LATERAL (
-        SELECT agent_id, id, names
-        FROM elizasql.entities
-        WHERE elizasql.name_grams(agent_id, names) @> elizasql.query_grams(:agent_id, given.name, 0)
-        OFFSET 0
-    ) AS e
+    CROSS JOIN
+        LATERAL (
+            SELECT agent_id, id, names
+            FROM elizasql.entities
+            WHERE elizasql.name_grams(agent_id, names) @> elizasql.query_grams(:agent_id, given.name, 0)
+            OFFSET 0
+        ) AS e
     WHERE e.agent_id = :agent_id AND given.name = ANY(e.names)
 )
 
 SELECT e.*
 FROM found
-CROSS JOIN LATERAL (
-    SELECT id, agent_id, names, metadata, created_at
-    FROM elizasql.entities
-    WHERE agent_id = :agent_id AND id = found.id
-    LIMIT 1
-) AS e
+CROSS JOIN
+    LATERAL (
+        SELECT id, agent_id, names, metadata, created_at
+        FROM elizasql.entities
+        WHERE agent_id = :agent_id AND id = found.id
+        LIMIT 1
+    ) AS e
 ORDER BY e.created_at, e.id;
 
 -- name: get_first_entities(agent_id, count)
@@ -237,12 +244,13 @@ found AS MATERIALIZED (
 
 SELECT e.*
 FROM found
-CROSS JOIN LATERAL (
-    SELECT id, agent_id, names, metadata, created_at
-    FROM elizasql.entities
-    WHERE agent_id = :agent_id AND id = found.id
-    LIMIT 1
-) AS e
+CROSS JOIN
+    LATERAL (
+        SELECT id, agent_id, names, metadata, created_at
+        FROM elizasql.entities
+        WHERE agent_id = :agent_id AND id = found.id
+        LIMIT 1
+    ) AS e
 ORDER BY found.rank, e.id;
 
 -- name: query_entities(agent_id, entity_ids, component_type, world_id, data, include_all_components, count, skipped)
@@ -254,9 +262,10 @@ WITH matched AS MATERIALIZED (
     (
         SELECT e.id
         FROM unnest(:entity_ids::uuid[]) AS given (id)
-        CROSS JOIN LATERAL (
-            SELECT id FROM elizasql.entities WHERE agent_id = :agent_id AND id = given.id LIMIT 1
-        ) AS e
+        CROSS JOIN
+            LATERAL (
+                SELECT id FROM elizasql.entities WHERE agent_id = :agent_id AND id = given.id LIMIT 1
+            ) AS e
         LEFT JOIN LATERAL (
             SELECT id
             FROM elizasql.components
@@ -271,8 +280,9 @@ WITH matched AS MATERIALIZED (
             c.id IS NOT NULL
             OR (:component_type::text IS NULL AND :world_id::uuid IS NULL AND :data::jsonb IS NULL)
         ORDER BY e.id
-        LIMIT :count::bigint
-        OFFSET :skipped::bigint
+        LIMIT
+            :count::bigint
+            OFFSET :skipped::bigint
     )
     UNION ALL
     (
@@ -283,8 +293,9 @@ WITH matched AS MATERIALIZED (
             AND agent_id = :agent_id AND world_id = :world_id AND type = :component_type COLLATE "C"
             AND (:data::jsonb IS NULL OR data @> :data)
         ORDER BY entity_id
-        LIMIT :count::bigint
-        OFFSET :skipped::bigint
+        LIMIT
+            :count::bigint
+            OFFSET :skipped::bigint
     )
     UNION ALL
     (
@@ -294,8 +305,9 @@ WITH matched AS MATERIALIZED (
             :entity_ids::uuid[] IS NULL AND :world_id::uuid IS NULL AND :component_type::text IS NOT NULL
             AND agent_id = :agent_id AND type = :component_type AND (:data::jsonb IS NULL OR data @> :data)
         ORDER BY entity_id
-        LIMIT :count::bigint
-        OFFSET :skipped::bigint
+        LIMIT
+            :count::bigint
+            OFFSET :skipped::bigint
     )
     UNION ALL
     (
@@ -305,8 +317,9 @@ WITH matched AS MATERIALIZED (
             :entity_ids::uuid[] IS NULL AND :world_id::uuid IS NOT NULL AND :component_type::text IS NULL
             AND agent_id = :agent_id AND world_id = :world_id AND (:data::jsonb IS NULL OR data @> :data)
         ORDER BY entity_id
-        LIMIT :count::bigint
-        OFFSET :skipped::bigint
+        LIMIT
+            :count::bigint
+            OFFSET :skipped::bigint
     )
     UNION ALL
     (
@@ -316,8 +329,9 @@ WITH matched AS MATERIALIZED (
             :entity_ids::uuid[] IS NULL AND :component_type::text IS NULL AND :world_id::uuid IS NULL
             AND :data::jsonb IS NOT NULL AND agent_id = :agent_id AND data @> :data
         ORDER BY entity_id
-        LIMIT :count::bigint
-        OFFSET :skipped::bigint
+        LIMIT
+            :count::bigint
+            OFFSET :skipped::bigint
     )
     UNION ALL
     (
@@ -327,8 +341,9 @@ WITH matched AS MATERIALIZED (
             :entity_ids::uuid[] IS NULL AND :component_type::text IS NULL AND :world_id::uuid IS NULL
             AND :data::jsonb IS NULL AND agent_id = :agent_id
         ORDER BY id
-        LIMIT :count::bigint
-        OFFSET :skipped::bigint
+        LIMIT
+            :count::bigint
+            OFFSET :skipped::bigint
     )
 )
 
@@ -336,27 +351,29 @@ SELECT
     e.*,
     c.*
 FROM matched
-CROSS JOIN LATERAL (
-    SELECT id, agent_id, names, metadata, created_at
-    FROM elizasql.entities
-    WHERE agent_id = :agent_id AND id = matched.id
-    LIMIT 1
-) AS e
-CROSS JOIN LATERAL (
-    SELECT
-        array_agg(id) AS ids, array_agg(agent_id) AS agent_ids, array_agg(entity_id) AS entity_ids,
-        array_agg(room_id) AS room_ids, array_agg(world_id) AS world_ids,
-        array_agg(source_entity_id) AS source_entity_ids, array_agg(type) AS types, array_agg(data) AS datas,
-        array_agg(created_at) AS created_ats
-    FROM (
-        SELECT id, agent_id, entity_id, room_id, world_id, source_entity_id, type, data, created_at
-        FROM elizasql.components
-        WHERE
-            agent_id = :agent_id AND entity_id = matched.id
-            AND (:include_all_components OR :component_type::text IS NULL OR type = :component_type)
-        ORDER BY created_at, id
-    ) AS of_entity
-) AS c
+CROSS JOIN
+    LATERAL (
+        SELECT id, agent_id, names, metadata, created_at
+        FROM elizasql.entities
+        WHERE agent_id = :agent_id AND id = matched.id
+        LIMIT 1
+    ) AS e
+CROSS JOIN
+    LATERAL (
+        SELECT
+            array_agg(id) AS ids, array_agg(agent_id) AS agent_ids, array_agg(entity_id) AS entity_ids,
+            array_agg(room_id) AS room_ids, array_agg(world_id) AS world_ids,
+            array_agg(source_entity_id) AS source_entity_ids, array_agg(type) AS types, array_agg(data) AS datas,
+            array_agg(created_at) AS created_ats
+        FROM (
+            SELECT id, agent_id, entity_id, room_id, world_id, source_entity_id, type, data, created_at
+            FROM elizasql.components
+            WHERE
+                agent_id = :agent_id AND entity_id = matched.id
+                AND (:include_all_components OR :component_type::text IS NULL OR type = :component_type)
+            ORDER BY created_at, id
+        ) AS of_entity
+    ) AS c
 ORDER BY e.id;
 
 -- name: create_entities(agent_id, entities)!
@@ -377,10 +394,10 @@ FROM jsonb_each(:entities::jsonb) AS given (id, entity)
 CROSS JOIN LATERAL jsonb_populate_record(NULL::elizasql.entities, given.entity) AS g
 ORDER BY g.id
 ON CONFLICT (agent_id, id) DO UPDATE
-SET
-    names = CASE WHEN (:entities::jsonb -> excluded.id::text) ? 'names' THEN excluded.names ELSE e.names END,
-    metadata
-    = CASE WHEN (:entities::jsonb -> excluded.id::text) ? 'metadata' THEN excluded.metadata ELSE e.metadata END;
+    SET
+        names = CASE WHEN (:entities::jsonb -> excluded.id::text) ? 'names' THEN excluded.names ELSE e.names END,
+        metadata
+        = CASE WHEN (:entities::jsonb -> excluded.id::text) ? 'metadata' THEN excluded.metadata ELSE e.metadata END;
 
 -- name: update_entities(agent_id, entities, required)
 -- Changes the fields that are given; gives the ids that were there. required: one that is not undoes the statement.

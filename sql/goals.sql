@@ -19,12 +19,13 @@ ON CONFLICT (agent_id, id) DO NOTHING;
 -- In the order of the ids. LIMIT keeps the join a lookup for each id.
 SELECT g.*
 FROM unnest(:ids::uuid[]) WITH ORDINALITY AS given (id, position)
-CROSS JOIN LATERAL (
-    SELECT id, agent_id, room_id, entity_id, name, status, objectives, created_at, updated_at
-    FROM elizasql.goals
-    WHERE agent_id = :agent_id AND id = given.id
-    LIMIT 1
-) AS g
+CROSS JOIN
+    LATERAL (
+        SELECT id, agent_id, room_id, entity_id, name, status, objectives, created_at, updated_at
+        FROM elizasql.goals
+        WHERE agent_id = :agent_id AND id = given.id
+        LIMIT 1
+    ) AS g
 ORDER BY given.position;
 
 -- name: get_goals(agent_id, statuses, skip, count)
@@ -33,50 +34,56 @@ SELECT
     found.id, found.agent_id, found.room_id, found.entity_id, found.name, found.status, found.objectives,
     found.created_at, found.updated_at
 FROM unnest(:statuses::text[]) AS wanted (status)
-CROSS JOIN LATERAL (
-    SELECT *
-    FROM elizasql.goals AS g
-    WHERE g.agent_id = :agent_id AND g.status = wanted.status
-    ORDER BY g.created_at, g.id
-    LIMIT :count::bigint + coalesce(:skip::bigint, 0)
-) AS found
+CROSS JOIN
+    LATERAL (
+        SELECT *
+        FROM elizasql.goals AS g
+        WHERE g.agent_id = :agent_id AND g.status = wanted.status
+        ORDER BY g.created_at, g.id
+        LIMIT :count::bigint + coalesce(:skip::bigint, 0)
+    ) AS found
 ORDER BY found.created_at, found.id
-LIMIT :count::bigint
-OFFSET :skip::bigint;
+LIMIT
+    :count::bigint
+    OFFSET :skip::bigint;
 
 -- name: get_goals_of_room(agent_id, room_id, entity_id, statuses, skip, count)
 SELECT
     found.id, found.agent_id, found.room_id, found.entity_id, found.name, found.status, found.objectives,
     found.created_at, found.updated_at
 FROM unnest(:statuses::text[]) AS wanted (status)
-CROSS JOIN LATERAL (
-    SELECT *
-    FROM elizasql.goals AS g
-    WHERE
-        g.agent_id = :agent_id AND g.room_id = :room_id AND g.status = wanted.status
-        AND (:entity_id::uuid IS NULL OR g.entity_id = :entity_id)
-    ORDER BY g.created_at, g.id
-    LIMIT :count::bigint + coalesce(:skip::bigint, 0)
-) AS found
+CROSS JOIN
+    LATERAL (
+        SELECT *
+        FROM elizasql.goals AS g
+        WHERE
+            g.agent_id = :agent_id AND g.room_id = :room_id AND g.status = wanted.status
+            AND (:entity_id::uuid IS NULL OR g.entity_id = :entity_id)
+        ORDER BY g.created_at, g.id
+        LIMIT :count::bigint + coalesce(:skip::bigint, 0)
+    ) AS found
 ORDER BY found.created_at, found.id
-LIMIT :count::bigint
-OFFSET :skip::bigint;
+LIMIT
+    :count::bigint
+    OFFSET :skip::bigint;
 
 -- name: get_goals_of_entity(agent_id, entity_id, statuses, skip, count)
 SELECT
     found.id, found.agent_id, found.room_id, found.entity_id, found.name, found.status, found.objectives,
     found.created_at, found.updated_at
 FROM unnest(:statuses::text[]) AS wanted (status)
-CROSS JOIN LATERAL (
-    SELECT *
-    FROM elizasql.goals AS g
-    WHERE g.agent_id = :agent_id AND g.entity_id = :entity_id AND g.status = wanted.status
-    ORDER BY g.created_at, g.id
-    LIMIT :count::bigint + coalesce(:skip::bigint, 0)
-) AS found
+CROSS JOIN
+    LATERAL (
+        SELECT *
+        FROM elizasql.goals AS g
+        WHERE g.agent_id = :agent_id AND g.entity_id = :entity_id AND g.status = wanted.status
+        ORDER BY g.created_at, g.id
+        LIMIT :count::bigint + coalesce(:skip::bigint, 0)
+    ) AS found
 ORDER BY found.created_at, found.id
-LIMIT :count::bigint
-OFFSET :skip::bigint;
+LIMIT
+    :count::bigint
+    OFFSET :skip::bigint;
 
 -- name: update_goals(agent_id, goals, required)
 -- Changes the keys that are given; gives the ids that were there. required: one that is not there undoes the whole.

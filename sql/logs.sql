@@ -7,10 +7,11 @@ INSERT INTO elizasql.logs (agent_id, id, entity_id, room_id, type, body, created
 SELECT
     :agent_id, id, entity_id, room_id, type, body,
     coalesce(created_at, now() + position * interval '1 microsecond')
-FROM unnest(
-    :ids::uuid[], :entity_ids::uuid[], :room_ids::uuid[], :types::text[], :bodies::jsonb[],
-    :created_ats::timestamptz[]
-) WITH ORDINALITY AS given (id, entity_id, room_id, type, body, created_at, position)
+FROM
+    unnest(
+        :ids::uuid[], :entity_ids::uuid[], :room_ids::uuid[], :types::text[], :bodies::jsonb[],
+        :created_ats::timestamptz[]
+    ) WITH ORDINALITY AS given (id, entity_id, room_id, type, body, created_at, position)
 ORDER BY id
 ON CONFLICT (agent_id, id) DO NOTHING;
 
@@ -26,8 +27,9 @@ WHERE
         coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
     )
 ORDER BY created_at DESC, id DESC
-LIMIT :count::bigint
-OFFSET :skip::bigint;
+LIMIT
+    :count::bigint
+    OFFSET :skip::bigint;
 
 -- name: get_logs_by_type(agent_id, type, cursor_time, cursor_id, skip, count)
 -- As get_logs, of one type.
@@ -41,8 +43,9 @@ WHERE
         coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
     )
 ORDER BY created_at DESC, id DESC
-LIMIT :count::bigint
-OFFSET :skip::bigint;
+LIMIT
+    :count::bigint
+    OFFSET :skip::bigint;
 
 -- name: get_logs_of_room(agent_id, room_id, type, cursor_time, cursor_id, skip, count)
 -- As get_logs, of one room.
@@ -57,8 +60,9 @@ WHERE
         coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
     )
 ORDER BY created_at DESC, id DESC
-LIMIT :count::bigint
-OFFSET :skip::bigint;
+LIMIT
+    :count::bigint
+    OFFSET :skip::bigint;
 
 -- name: get_logs_of_entity(agent_id, entity_id, room_id, type, cursor_time, cursor_id, skip, count)
 -- As get_logs, of one entity.
@@ -74,19 +78,21 @@ WHERE
         coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
     )
 ORDER BY created_at DESC, id DESC
-LIMIT :count::bigint
-OFFSET :skip::bigint;
+LIMIT
+    :count::bigint
+    OFFSET :skip::bigint;
 
 -- name: get_logs_by_ids(agent_id, ids)
 -- In the order of the ids. LIMIT keeps the join a lookup for each id.
 SELECT l.*
 FROM unnest(:ids::uuid[]) WITH ORDINALITY AS given (id, position)
-CROSS JOIN LATERAL (
-    SELECT id, agent_id, entity_id, room_id, type, body, created_at
-    FROM elizasql.logs
-    WHERE agent_id = :agent_id AND id = given.id
-    LIMIT 1
-) AS l
+CROSS JOIN
+    LATERAL (
+        SELECT id, agent_id, entity_id, room_id, type, body, created_at
+        FROM elizasql.logs
+        WHERE agent_id = :agent_id AND id = given.id
+        LIMIT 1
+    ) AS l
 ORDER BY given.position;
 
 -- name: update_logs(agent_id, ids, types, bodies)
@@ -142,8 +148,9 @@ SELECT
 FROM elizasql.logs
 WHERE agent_id = :agent_id
 ORDER BY created_at DESC, id DESC
-LIMIT 1
-OFFSET :keep::bigint - 1;
+LIMIT
+    1
+    OFFSET :keep::bigint - 1;
 
 -- name: prune_logs(agent_id, before, age, kept_time, kept_id, batch_size)$
 -- Deletes the oldest logs that are before the time, or of the age, and before the oldest one to keep; gives how many.
@@ -227,8 +234,9 @@ matching AS MATERIALIZED (
 page AS MATERIALIZED (
     SELECT * FROM matching
     ORDER BY started_at DESC NULLS LAST, run_id ASC
-    LIMIT :count::bigint
-    OFFSET :skip::bigint
+    LIMIT
+        :count::bigint
+        OFFSET :skip::bigint
 )
 
 SELECT
@@ -280,20 +288,21 @@ LEFT JOIN LATERAL (
     ORDER BY created_at, id
     LIMIT 1
 ) AS described ON TRUE
-CROSS JOIN LATERAL (
-    SELECT
-        count(*) FILTER (WHERE type = 'action') AS actions,
-        count(*) FILTER (WHERE starts_with(type, 'useModel:')) + coalesce(sum(
-            CASE
-                WHEN body ->> 'promptCount' ~ '^[0-9]{1,9}([.]0+)?$' THEN (body ->> 'promptCount')::numeric
-            END
-        ) FILTER (WHERE type = 'action'), 0)::bigint AS model_calls,
-        count(*) FILTER (
-            WHERE (type = 'action' AND body -> 'result' ->> 'success' = 'false')
-            OR (type = 'embedding_event' AND body ->> 'status' = 'failed')
-        ) AS errors,
-        count(*) FILTER (WHERE type = 'evaluator') AS evaluators
-    FROM elizasql.logs
-    WHERE agent_id = :agent_id AND run_id = page.run_id AND run_id IS NOT NULL
-) AS counted
+CROSS JOIN
+    LATERAL (
+        SELECT
+            count(*) FILTER (WHERE type = 'action') AS actions,
+            count(*) FILTER (WHERE starts_with(type, 'useModel:')) + coalesce(sum(
+                CASE
+                    WHEN body ->> 'promptCount' ~ '^[0-9]{1,9}([.]0+)?$' THEN (body ->> 'promptCount')::numeric
+                END
+            ) FILTER (WHERE type = 'action'), 0)::bigint AS model_calls,
+            count(*) FILTER (
+                WHERE (type = 'action' AND body -> 'result' ->> 'success' = 'false')
+                OR (type = 'embedding_event' AND body ->> 'status' = 'failed')
+            ) AS errors,
+            count(*) FILTER (WHERE type = 'evaluator') AS evaluators
+        FROM elizasql.logs
+        WHERE agent_id = :agent_id AND run_id = page.run_id AND run_id IS NOT NULL
+    ) AS counted
 ORDER BY page.started_at DESC NULLS LAST, page.run_id ASC;

@@ -180,7 +180,7 @@ WHERE channel_id = :channel_id
 ORDER BY entity_id;
 
 -- name: is_channel_participant(channel_id, entity_id)$
-SELECT EXISTS (
+SELECT EXISTS(
     SELECT FROM elizasql.channel_participants
     WHERE channel_id = :channel_id AND entity_id = :entity_id
 );

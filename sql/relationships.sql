@@ -32,8 +32,9 @@ FROM (
     )
 ) AS found
 ORDER BY created_at, id
-LIMIT :count::bigint
-OFFSET :skipped::bigint;
+LIMIT
+    :count::bigint
+    OFFSET :skipped::bigint;
 
 -- name: get_relationships_of_entities(agent_id, entity_ids, tags, reach, count, skipped)
 -- As get_relationships, of several entities together, each relationship once. reach = count + skipped: no entity need
@@ -41,58 +42,64 @@ OFFSET :skipped::bigint;
 WITH found AS MATERIALIZED (
     SELECT r.id
     FROM unnest(:entity_ids::uuid[]) AS given (id)
-    CROSS JOIN LATERAL (
-        (
-            SELECT id
-            FROM elizasql.relationships
-            WHERE
-                agent_id = :agent_id AND source_entity_id = given.id AND (:tags::text[] IS NULL OR tags && :tags)
-            ORDER BY created_at, id
-            LIMIT :reach::bigint
-        )
-        UNION ALL
-        (
-            SELECT id
-            FROM elizasql.relationships
-            WHERE
-                agent_id = :agent_id AND target_entity_id = given.id AND (:tags::text[] IS NULL OR tags && :tags)
-            ORDER BY created_at, id
-            LIMIT :reach::bigint
-        )
-    ) AS r
+    CROSS JOIN
+        LATERAL (
+            (
+                SELECT id
+                FROM elizasql.relationships
+                WHERE
+                    agent_id = :agent_id AND source_entity_id = given.id AND (:tags::text[] IS NULL OR tags && :tags)
+                ORDER BY created_at, id
+                LIMIT :reach::bigint
+            )
+            UNION ALL
+            (
+                SELECT id
+                FROM elizasql.relationships
+                WHERE
+                    agent_id = :agent_id AND target_entity_id = given.id AND (:tags::text[] IS NULL OR tags && :tags)
+                ORDER BY created_at, id
+                LIMIT :reach::bigint
+            )
+        ) AS r
     GROUP BY r.id
 )
 
 SELECT r.*
 FROM found
-CROSS JOIN LATERAL (
-    SELECT id, agent_id, source_entity_id, target_entity_id, tags, metadata, created_at
-    FROM elizasql.relationships
-    WHERE agent_id = :agent_id AND id = found.id
-    LIMIT 1
-) AS r
+CROSS JOIN
+    LATERAL (
+        SELECT id, agent_id, source_entity_id, target_entity_id, tags, metadata, created_at
+        FROM elizasql.relationships
+        WHERE agent_id = :agent_id AND id = found.id
+        LIMIT 1
+    ) AS r
 ORDER BY r.created_at, r.id
-LIMIT :count::bigint
-OFFSET :skipped::bigint;
+LIMIT
+    :count::bigint
+    OFFSET :skipped::bigint;
 
 -- name: get_relationships_by_ids(agent_id, ids)
 -- In the order of the ids. LIMIT keeps the join a lookup for each id.
 SELECT r.*
 FROM unnest(:ids::uuid[]) WITH ORDINALITY AS given (id, position)
-CROSS JOIN LATERAL (
-    SELECT id, agent_id, source_entity_id, target_entity_id, tags, metadata, created_at
-    FROM elizasql.relationships
-    WHERE agent_id = :agent_id AND id = given.id
-    LIMIT 1
-) AS r
+CROSS JOIN
+    LATERAL (
+        SELECT id, agent_id, source_entity_id, target_entity_id, tags, metadata, created_at
+        FROM elizasql.relationships
+        WHERE agent_id = :agent_id AND id = given.id
+        LIMIT 1
+    ) AS r
 ORDER BY given.position;
 
 -- name: get_relationships_by_pairs(agent_id, source_entity_ids, target_entity_ids)
 -- One row for each pair, in their order, empty where there is no such relationship.
 SELECT r.*
-FROM unnest(:source_entity_ids::uuid[], :target_entity_ids::uuid[]) WITH ORDINALITY AS given (
-    source_entity_id, target_entity_id, position
-)
+FROM
+    unnest(:source_entity_ids::uuid[], :target_entity_ids::uuid[]) WITH ORDINALITY
+        AS given (
+            source_entity_id, target_entity_id, position
+        )
 LEFT JOIN LATERAL (
     SELECT id, agent_id, source_entity_id, target_entity_id, tags, metadata, created_at
     FROM elizasql.relationships

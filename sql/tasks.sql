@@ -24,14 +24,26 @@ ON CONFLICT (agent_id, id) DO NOTHING;
 -- agent reads all tasks of a large one.
 SELECT t.*
 FROM unnest(:ids::uuid[]) WITH ORDINALITY AS given (id, position)
-CROSS JOIN LATERAL (
-    SELECT
-        id, agent_id, name, description, room_id, world_id, entity_id, tags, metadata, created_at, updated_at, due_at,
-        ready_at, attempts, max_attempts, claim_token, claimed_by, error
-    FROM elizasql.tasks
-    WHERE agent_id = :agent_id AND id = given.id
-    LIMIT 1
-) AS t
+CROSS JOIN
+    LATERAL (
+        SELECT
+            id,
+            agent_id,
+            name,
+            description,
+            room_id,
+            world_id,
+            entity_id,
+            tags,
+            metadata,
+            created_at,
+            updated_at,
+            due_at,
+            ready_at, attempts, max_attempts, claim_token, claimed_by, error
+        FROM elizasql.tasks
+        WHERE agent_id = :agent_id AND id = given.id
+        LIMIT 1
+    ) AS t
 ORDER BY given.position;
 
 -- name: get_tasks(agent_id, skip, count)
@@ -42,8 +54,9 @@ SELECT
 FROM elizasql.tasks
 WHERE agent_id = :agent_id
 ORDER BY created_at, id
-LIMIT :count::bigint
-OFFSET :skip::bigint;
+LIMIT
+    :count::bigint
+    OFFSET :skip::bigint;
 
 -- name: get_tasks_by_tags(agent_id, tags, skip, count)
 -- Those that have all the tags. First they are found by the keys of the tags, which are the agent's own, and by nothing
@@ -62,8 +75,9 @@ SELECT
 FROM found
 WHERE agent_id = :agent_id AND tags @> :tags
 ORDER BY created_at, id
-LIMIT :count::bigint
-OFFSET :skip::bigint;
+LIMIT
+    :count::bigint
+    OFFSET :skip::bigint;
 
 -- name: get_tasks_by_name(agent_id, name, skip, count)
 SELECT
@@ -72,8 +86,9 @@ SELECT
 FROM elizasql.tasks
 WHERE agent_id = :agent_id AND name = :name
 ORDER BY created_at, id
-LIMIT :count::bigint
-OFFSET :skip::bigint;
+LIMIT
+    :count::bigint
+    OFFSET :skip::bigint;
 
 -- name: get_tasks_of_room(agent_id, room_id, entity_id, world_id, tags, skip, count)
 SELECT
@@ -86,8 +101,9 @@ WHERE
     AND (:world_id::uuid IS NULL OR world_id = :world_id)
     AND (:tags::text[] IS NULL OR tags @> :tags)
 ORDER BY created_at, id
-LIMIT :count::bigint
-OFFSET :skip::bigint;
+LIMIT
+    :count::bigint
+    OFFSET :skip::bigint;
 
 -- name: get_tasks_of_entity(agent_id, entity_id, world_id, tags, skip, count)
 SELECT
@@ -99,8 +115,9 @@ WHERE
     AND (:world_id::uuid IS NULL OR world_id = :world_id)
     AND (:tags::text[] IS NULL OR tags @> :tags)
 ORDER BY created_at, id
-LIMIT :count::bigint
-OFFSET :skip::bigint;
+LIMIT
+    :count::bigint
+    OFFSET :skip::bigint;
 
 -- name: get_tasks_of_world(agent_id, world_id, tags, skip, count)
 SELECT
@@ -111,8 +128,9 @@ WHERE
     agent_id = :agent_id AND world_id = :world_id
     AND (:tags::text[] IS NULL OR tags @> :tags)
 ORDER BY created_at, id
-LIMIT :count::bigint
-OFFSET :skip::bigint;
+LIMIT
+    :count::bigint
+    OFFSET :skip::bigint;
 
 -- name: update_tasks(agent_id, tasks, required)
 -- Changes the keys that are given; gives the ids that were there. required: one that is not there undoes the whole.
@@ -246,17 +264,18 @@ WITH candidates AS MATERIALIZED (
         found.id,
         found.ready_at
     FROM (SELECT DISTINCT name FROM unnest(:names::text[]) AS given (name)) AS wanted
-    CROSS JOIN LATERAL (
-        SELECT
-            t.id,
-            t.ready_at
-        FROM elizasql.tasks AS t
-        WHERE
-            t.agent_id = :agent_id AND t.name = wanted.name AND t.tags @> '{queue}' AND t.attempts < t.max_attempts
-            AND t.ready_at <= now() AND (:tags::text[] IS NULL OR t.tags @> :tags)
-        ORDER BY t.ready_at, t.id
-        LIMIT :count::bigint + 100
-    ) AS found
+    CROSS JOIN
+        LATERAL (
+            SELECT
+                t.id,
+                t.ready_at
+            FROM elizasql.tasks AS t
+            WHERE
+                t.agent_id = :agent_id AND t.name = wanted.name AND t.tags @> '{queue}' AND t.attempts < t.max_attempts
+                AND t.ready_at <= now() AND (:tags::text[] IS NULL OR t.tags @> :tags)
+            ORDER BY t.ready_at, t.id
+            LIMIT :count::bigint + 100
+        ) AS found
     ORDER BY found.ready_at, found.id
     LIMIT :count::bigint + 100
 ),
@@ -267,18 +286,19 @@ ready AS MATERIALIZED (
         locked.id,
         locked.ready_at
     FROM candidates
-    CROSS JOIN LATERAL (
-        SELECT
-            t.id,
-            t.ready_at
-        FROM elizasql.tasks AS t
-        WHERE
-            t.agent_id = :agent_id AND t.id = candidates.id AND t.name = ANY(:names)
-            AND t.tags @> '{queue}' AND t.attempts < t.max_attempts AND t.ready_at <= now()
-            AND (:tags::text[] IS NULL OR t.tags @> :tags)
-        LIMIT 1
-        FOR NO KEY UPDATE SKIP LOCKED
-    ) AS locked
+    CROSS JOIN
+        LATERAL (
+            SELECT
+                t.id,
+                t.ready_at
+            FROM elizasql.tasks AS t
+            WHERE
+                t.agent_id = :agent_id AND t.id = candidates.id AND t.name = ANY(:names)
+                AND t.tags @> '{queue}' AND t.attempts < t.max_attempts AND t.ready_at <= now()
+                AND (:tags::text[] IS NULL OR t.tags @> :tags)
+            LIMIT 1
+            FOR NO KEY UPDATE SKIP LOCKED
+        ) AS locked
     LIMIT :count::bigint
 ),
 

@@ -62,7 +62,7 @@ class Skew:
 
 
 def _blocks_scanned(node: dict[str, Any]) -> int:
-    """Give the blocks that the scans of a plan read, without those that it writes: they depend on where there is room."""
+    """Give the blocks that the scans of a plan read; those that it writes depend on where there is room."""
     if "Plans" in node:
         return sum(map(_blocks_scanned, node["Plans"]))
     # A scan of a CTE counts what the CTE did.

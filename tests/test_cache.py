@@ -410,6 +410,17 @@ async def test_setting_entries_that_expire_sweeps_in_small_bits(
     assert set(await stored(raw, db)) == {"for ever", "live", *(f"live {i}" for i in range(20))}
 
 
+async def test_a_transaction_does_not_sweep(db: DatabaseAdapter, raw: asyncpg.Connection[Any]) -> None:
+    await db.set_caches({"old 1": 1, "old 2": 1})
+    await expire(raw, db, "old 1", "old 2")
+    async with db.transaction() as tx:
+        for i in range(20):
+            await tx.set_cache("live", i, HOUR)
+        await tx.set_caches({f"live {i}": i for i in range(20)}, ttl=HOUR)
+    assert {"old 1", "old 2"} <= set(await stored(raw, db))
+    assert await db.sweep_cache() == 2
+
+
 async def test_a_sweep_spares_what_the_same_statement_sets(db: DatabaseAdapter, raw: asyncpg.Connection[Any]) -> None:
     keys = [f"key {i}" for i in range(40)]
     await db.set_caches(dict.fromkeys(keys, 1))
