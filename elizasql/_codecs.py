@@ -5,7 +5,8 @@ Everything is checked and encoded here, before a connection is taken, so that ba
 
 Text follows one policy wherever it is stored, in a text column or anywhere inside JSON, keys included: PostgreSQL can
 hold every character but U+0000 and unpaired surrogates. A surrogate pair is joined to the character that it stands for;
-U+0000 and an unpaired surrogate become U+FFFD, one for one; nothing else is altered.
+U+0000 and an unpaired surrogate become U+FFFD, one for one; nothing else is altered. Of keys that become one, the last
+counts.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -29,7 +29,13 @@ class Store:
     _executor: Executor
 
     def _read_all(
-        self, kind: type[Model], values: Iterable[object], *, new_ids: bool = True, first_wins: bool = True
+        self,
+        kind: type[Model],
+        values: Iterable[object],
+        *,
+        new_ids: bool = True,
+        first_wins: bool = True,
+        read: Callable[[Any], dict[str, Any]] | None = None,
     ) -> tuple[list[UUID], list[dict[str, Any]]]:
         """Check a batch before any I/O.
 
@@ -38,6 +44,7 @@ class Store:
             values: Models or mappings.
             new_ids: Make an id for whatever has none; otherwise that is an error.
             first_wins: Of two rows with one id, which one counts.
+            read: How a value is read; None: as the model does.
 
         Returns:
             The id of every value in the order given; and the fields of each row, every id once.
@@ -51,7 +58,7 @@ class Store:
         rows: dict[UUID, dict[str, Any]] = {}
         for position, value in enumerate(values):
             try:
-                row = kind.read(value)
+                row = (read or kind.read)(value)
                 self._check_agent(row)
             except ArgumentError as error:
                 error.args = (f"{kind.__name__} at position {position}: {error}",)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -55,7 +55,7 @@ class Memories(Store):
 
         Statement: sql/embeddings.sql lock_embedding_dimension. Source: ensureEmbeddingDimension; differs: really locks.
         """
-        if isinstance(dimension, bool) or dimension not in DIMENSIONS:
+        if _codecs.as_count(dimension, "dimension") not in DIMENSIONS:
             raise ArgumentError(f"dimension must be one of {', '.join(map(str, DIMENSIONS))}, not {dimension!r:.40}")
         locked = await self._executor.fetch_value(
             SQL["lock_embedding_dimension"], agent_id=self.agent_id, dimension=dimension
@@ -104,7 +104,7 @@ class Memories(Store):
         """
         ids, rows = self._read_memories([memory], table_name, unique)
         row = rows[0]
-        given = self._width_of(rows)
+        given = await self._width_of(rows)
         if given is not None and row["unique"] is None:
             return (await self._create(ids, rows, given))[0]
         params = {
@@ -142,7 +142,7 @@ class Memories(Store):
         Source: createMemories.
         """
         ids, rows = self._read_memories(memories, table_name, None)
-        return await self._create(ids, rows, self._width_of(rows)) if rows else []
+        return await self._create(ids, rows, await self._width_of(rows)) if rows else []
 
     async def _create(self, ids: list[UUID], rows: list[dict[str, Any]], given: int | None) -> list[UUID]:
         undecided = any(row["unique"] is None and row["embedding"] is not None for row in rows)
@@ -175,7 +175,7 @@ class Memories(Store):
         ids, rows = self._read_memories(memories, table_name, None, first_wins=False)
         if not rows:
             return []
-        given = self._width_of(rows)
+        given = await self._width_of(rows)
         chunks: list[dict[str, Any]] = []
         for chunk in self._chunks(rows):
             columns = _columns(chunk)
@@ -214,22 +214,22 @@ class Memories(Store):
         await self._update(memories, required=True)
 
     async def _update(self, memories: Iterable[Memory | Mapping[str, Any]], *, required: bool) -> list[Any]:
-        _, rows = self._read_all(Memory, memories, new_ids=False, first_wins=False)
+        _, rows = self._read_all(Memory, memories, new_ids=False, first_wins=False, read=self._reader(Memory.read))
         if not rows:
             return []
         rows.sort(key=lambda row: row["id"].int)
-        given = self._width_of(rows)
+        given = await self._width_of(rows)
         chunks = [
             {
                 "agent_id": self.agent_id,
                 "ids": [row["id"] for row in chunk],
-                "contents": [_object(row, "content") for row in chunk],
-                "metadatas": [_object(row, "metadata") for row in chunk],
+                "contents": [row.get("content") for row in chunk],
+                "metadatas": [row.get("metadata") for row in chunk],
                 "uniques": [row.get("unique") for row in chunk],
                 "entity_ids": [row.get("entity_id") for row in chunk],
                 "room_ids": [row.get("room_id") for row in chunk],
                 "world_ids": [row.get("world_id") for row in chunk],
-                "embeddings": [_vector(row) for row in chunk],
+                "embeddings": [row.get("embedding") for row in chunk],
                 "indexed": self._inline,
                 "required": required,
             }
@@ -338,7 +338,9 @@ class Memories(Store):
         Statement: sql/memories.sql get_memory_by_id. One round trip. Source: getMemoryById; differs: this agent's only.
         """
         found = await self._fetch_memories(
-            "get_memory_by_id", id=_codecs.as_id(memory_id, "memory_id"), include_embedding=include_embedding
+            "get_memory_by_id",
+            id=_codecs.as_id(memory_id, "memory_id"),
+            include_embedding=_codecs.as_bool(include_embedding, "include_embedding"),
         )
         return found[0] if found else None
 
@@ -350,12 +352,11 @@ class Memories(Store):
         Statement: sql/memories.sql get_memories_by_ids. One round trip. Source: getMemoriesByIds.
         """
         ids = _codecs.as_ids(memory_ids, "memory_ids")
-        kind = None if table_name is None else self._type(table_name)
-        if not ids:
-            return []
-        return await self._fetch_memories(
-            "get_memories_by_ids", ids=ids, type=kind, include_embedding=include_embedding
-        )
+        params = {
+            "type": None if table_name is None else self._type(table_name),
+            "include_embedding": _codecs.as_bool(include_embedding, "include_embedding"),
+        }
+        return await self._fetch_memories("get_memories_by_ids", ids=ids, **params) if ids else []
 
     async def get_memories_by_room_ids(
         self,
@@ -371,12 +372,12 @@ class Memories(Store):
         Statement: sql/memories.sql get_memories_by_room_ids. One round trip. Source: getMemoriesByRoomIds.
         """
         rooms = list(dict.fromkeys(_codecs.as_ids(room_ids, "room_ids")))
-        params = {"type": self._type(table_name), "count": _limit(count, limit)}
-        if not rooms:
-            return []
-        return await self._fetch_memories(
-            "get_memories_by_room_ids", room_ids=rooms, include_embedding=include_embedding, **params
-        )
+        params = {
+            "type": self._type(table_name),
+            "count": _limit(count, limit),
+            "include_embedding": _codecs.as_bool(include_embedding, "include_embedding"),
+        }
+        return await self._fetch_memories("get_memories_by_room_ids", room_ids=rooms, **params) if rooms else []
 
     async def get_memories_by_world_id(
         self,
@@ -397,7 +398,7 @@ class Memories(Store):
             world_id=_codecs.as_id(world_id, "world_id"),
             type=self._type(table_name),
             count=_limit(count, limit),
-            include_embedding=include_embedding,
+            include_embedding=_codecs.as_bool(include_embedding, "include_embedding"),
         )
 
     async def count_memories(
@@ -483,7 +484,8 @@ class Memories(Store):
         Statement: sql/embeddings.sql search_memories, search_memories_by_hnsw, search_memories_of_room, _of_entity or
         _of_world. One round trip. Source: searchMemories; differs: uses an index, the threshold 0 means 0.
         """
-        vector = self._check_width(_codecs.as_embedding(embedding))
+        vector = _codecs.as_embedding(embedding)
+        self._check_width(vector.shape[0])
         number = _limit(count, limit)
         number = 10 if number is None else number
         kind = self._type(table_name)
@@ -496,11 +498,12 @@ class Memories(Store):
             "only_unique": _codecs.as_bool(unique, "unique"),
             "threshold": threshold,
             "count": number,
-            "candidates": number * _RERANK,
+            "candidates": min(number * _RERANK, 2**63 - 1),
             "include_embedding": _codecs.as_bool(include_embedding, "include_embedding"),
         }
-        if number == 0:
+        if number == 0 or await self._find_dimension() is None:
             return []
+        self._check_width(vector.shape[0])
         path = _path(scope)
         if path is not None:
             statement = SQL.at(_BY_SCOPE["search_memories"][path], vector.shape[0])
@@ -637,50 +640,67 @@ class Memories(Store):
         first_wins: bool = True,
     ) -> tuple[list[UUID], list[dict[str, Any]]]:
         kind = None if table_name is None else self._type(table_name)
-        if isinstance(memories, Iterable) and not isinstance(memories, (str, bytes, Mapping)):
-            memories = [_unwrap(memory) for memory in memories]
-        ids, rows = self._read_all(Memory, memories, first_wins=first_wins)
-        self._need(rows, Memory, "content")
         decided = None if unique is None else _codecs.as_bool(unique, "unique")
-        prepared = []
-        for row in rows:
+
+        def prepare(value: object) -> dict[str, Any]:
+            row = _unwrap(value)
+            if row.get("content") is None:
+                raise ArgumentError("content is missing")
             if kind is None and row.get("type") is None:
                 raise ArgumentError("table_name is missing, and so is the memory's type")
-            prepared.append(
-                {
-                    "id": row["id"],
-                    "type": kind or self._type(row["type"]),
-                    "created_at": row.get("created_at"),
-                    "content": _codecs.encode_json(row["content"], "content"),
-                    "entity_id": row.get("entity_id"),
-                    "room_id": row.get("room_id"),
-                    "world_id": row.get("world_id"),
-                    "unique": row.get("unique") if decided is None else decided,
-                    "metadata": _codecs.encode_json(row.get("metadata") or {}, "metadata"),
-                    "embedding": _vector(row),
-                    "width": None if row.get("embedding") is None else row["embedding"].shape[0],
-                }
-            )
-        return ids, prepared
+            return {
+                "id": row.get("id"),
+                "agent_id": row.get("agent_id"),
+                "type": kind or self._type(row["type"]),
+                "created_at": row.get("created_at"),
+                "content": row["content"],
+                "entity_id": row.get("entity_id"),
+                "room_id": row.get("room_id"),
+                "world_id": row.get("world_id"),
+                "unique": row.get("unique") if decided is None else decided,
+                "metadata": row.get("metadata") or {},
+                "embedding": row.get("embedding"),
+            }
 
-    def _width_of(self, rows: Sequence[Mapping[str, Any]]) -> int | None:
-        """Give the one width of a batch's embeddings, None where there are none; refuse a wrong one."""
-        given: int | None = None
-        for row in rows:
-            width = row.get("width")
-            if width is None and row.get("embedding") is not None:
-                width = row["embedding"].shape[0]
-            if width is None:
-                continue
-            if (self._dimension or given or width) != width:
-                raise EmbeddingDimensionError(self.agent_id, locked=self._dimension or given, given=width)
-            given = width
+        return self._read_all(Memory, memories, first_wins=first_wins, read=self._reader(prepare))
+
+    def _reader(self, prepare: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+        """Give what reads one memory of a batch: checks it, and encodes its JSON and its embedding."""
+        first: int | None = None
+
+        def read(value: Any) -> dict[str, Any]:
+            nonlocal first
+            row = prepare(value)
+            for name in ("content", "metadata"):
+                if row.get(name) is not None:
+                    row[name] = _codecs.encode_json(row[name], name)
+            vector = row.get("embedding")
+            if vector is not None:
+                row["width"] = vector.shape[0]
+                self._check_width(row["width"])
+                first = first or row["width"]
+                if row["width"] != first:
+                    raise ArgumentError(f"embedding has {row['width']} dimensions, others of the batch have {first}")
+                row["embedding"] = _codecs.encode_vector(vector)
+            return row
+
+        return read
+
+    async def _width_of(self, rows: Sequence[Mapping[str, Any]]) -> int | None:
+        """Give the one width of a batch's embeddings, None where there are none; refuse one that is not the agent's.
+
+        Asks the server while this adapter does not know the agent's width: another one may have locked it meanwhile.
+        """
+        given = next((row["width"] for row in rows if row.get("width") is not None), None)
+        if given is not None and await self._find_dimension() is None:
+            raise EmbeddingDimensionError(self.agent_id, locked=None, given=given)
+        if given is not None:
+            self._check_width(given)
         return given
 
-    def _check_width(self, vector: Any) -> Any:
-        if self._dimension is not None and vector.shape[0] != self._dimension:
-            raise EmbeddingDimensionError(self.agent_id, locked=self._dimension, given=vector.shape[0])
-        return vector
+    def _check_width(self, width: int) -> None:
+        if self._dimension is not None and width != self._dimension:
+            raise EmbeddingDimensionError(self.agent_id, locked=self._dimension, given=width)
 
     async def _write(self, statement: Statement, chunks: list[dict[str, Any]], given: int | None) -> list[Any]:
         """Run a write; an embedding of another width than the agent's is told from other broken references."""
@@ -694,7 +714,6 @@ class Memories(Store):
                 self.agent_id, locked=locked, given=given, statement=statement.name
             ) from error
         if given is not None:
-            self._dimension = given
             self._indexer.wake()
         return rows
 
@@ -718,12 +737,13 @@ class Memories(Store):
 
     async def _fetch_memories(self, name: str, **params: Any) -> list[Memory]:
         # Without a dimension there is no embedding to read: any of the six texts will do.
-        statement = SQL.at(name, self._dimension or (await self._find_dimension(params)) or 384)
+        dimension = await self._find_dimension() if params["include_embedding"] else self._dimension
+        statement = SQL.at(name, dimension or 384)
         return [Memory(*row) for row in await self._executor.fetch(statement, agent_id=self.agent_id, **params)]
 
-    async def _find_dimension(self, params: Mapping[str, Any]) -> int | None:
-        """Ask for the dimension when embeddings are wanted and another process may have locked it since the open."""
-        return await self.get_embedding_dimension() if params["include_embedding"] else None
+    async def _find_dimension(self) -> int | None:
+        """Give the agent's width, and ask the server for it while it is unknown: another one may have locked it."""
+        return self._dimension or await self.get_embedding_dimension()
 
 
 _BY_SCOPE: dict[str, dict[str | None, str]] = {
@@ -778,30 +798,20 @@ def _cursor(cursor: Memory | Mapping[str, Any] | tuple[datetime, UUID] | None) -
     return row["created_at"], row["id"]
 
 
-def _unwrap(memory: Any) -> Any:
-    """Take the batch contract's form of a memory, {memory, tableName, unique}, for a memory with these fields."""
+def _unwrap(memory: Any) -> dict[str, Any]:
+    """Read a memory; the batch contract's form of it, {memory, tableName, unique}, is one with these fields."""
     if not (isinstance(memory, Mapping) and "memory" in memory):
-        return memory
+        return Memory.read(memory)
     unknown = set(memory) - {"memory", "tableName", "table_name", "unique"}
     if unknown:
         raise ArgumentError(f"a memory to create has no {', '.join(sorted(map(str, unknown)))}")
     fields = Memory.read(memory["memory"])
     kind = memory.get("tableName", memory.get("table_name"))
     if kind is not None:
-        fields["type"] = kind
+        fields["type"] = _codecs.as_text(kind, "tableName")
     if memory.get("unique") is not None:
-        fields["unique"] = memory["unique"]
+        fields["unique"] = _codecs.as_bool(memory["unique"], "unique")
     return fields
-
-
-def _vector(row: Mapping[str, Any]) -> bytes | None:
-    vector = row.get("embedding")
-    return None if vector is None else _codecs.encode_vector(vector)
-
-
-def _object(row: Mapping[str, Any], name: str) -> bytes | None:
-    value = row.get(name)
-    return None if value is None else _codecs.encode_json(value, name)
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

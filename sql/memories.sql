@@ -62,6 +62,7 @@ created AS (
         entity_id,
         room_id, world_id, is_unique, metadata
     FROM given
+    ORDER BY id
     ON CONFLICT (agent_id, id) DO NOTHING
     RETURNING id, "unique"
 )
@@ -111,6 +112,7 @@ created AS (
         entity_id,
         room_id, world_id, coalesce(is_unique, NOT is_duplicate), metadata
     FROM given
+    ORDER BY id
     ON CONFLICT (agent_id, id) DO NOTHING
     RETURNING id, "unique"
 )
@@ -150,6 +152,7 @@ stored AS (
         entity_id,
         room_id, world_id, is_unique, metadata
     FROM given
+    ORDER BY id
     ON CONFLICT (agent_id, id) DO UPDATE
         SET
             content = excluded.content,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import dataclasses
 import json
 from collections.abc import AsyncIterator
 from datetime import datetime, timedelta, timezone
@@ -558,3 +559,19 @@ async def test_a_large_agent_among_small_ones_is_read_by_the_index(skew: Skew) -
     }
     for name, params in statements.items():
         await skew.check(SQL[name], **params)
+
+
+async def test_the_planner_takes_every_agent_for_a_large_one(skew: Skew) -> None:
+    """Told how few agents there are, it finds the right index for the plainest statement, too."""
+    plain = dataclasses.replace(
+        SQL["delete_rooms"],
+        sql="DELETE FROM elizasql.rooms WHERE agent_id = $1 AND id = ANY($2::uuid[])",
+        params=("agent_id", "ids"),
+    )
+    await skew.check(plain, ids=[skew.room])
+    told = await skew.session.fetch(
+        "SELECT relname FROM pg_attribute INNER JOIN pg_class ON pg_class.oid = attrelid"
+        " WHERE attname = 'agent_id' AND relnamespace = 'elizasql'::regnamespace AND 'n_distinct=10' = ANY(attoptions)"
+    )
+    wanted = {"worlds", "rooms", "entities", "participants", "cache", "pairing_requests", "pairing_allowlist"}
+    assert wanted <= {row[0] for row in told}
