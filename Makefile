@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 FILE ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types lint-sql format pytest test-slow bench bench-quick schema clean
+.PHONY: help demo test check lint types lint-sql format pytest test-slow bench bench-check generate clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,15 +49,15 @@ pytest: $(VENV)/installed-dev ## the tests, without the slow ones
 test-slow: $(VENV)/installed-dev ## the tests that take too long for every change
 	$(BIN)/pytest -m slow --timeout 1800
 
-.PHONY: bench-check
 bench-check: $(VENV)/installed-dev ## each benchmark once, on tiny data
 	ELIZASQL_BENCH=quick $(BIN)/pytest benchmarks --benchmark-disable -q
 
 bench: $(VENV)/installed-dev ## the benchmarks: 100,000 memories, tables of figures
 	$(BIN)/pytest benchmarks --benchmark-enable -q -s --timeout 3600
 
-schema: $(VENV)/installed-dev ## write migrations/schema.sql anew from the migrations
+generate: $(VENV)/installed-dev ## write migrations/schema.sql and elizasql/sync.pyi anew
 	$(BIN)/python -m tests.schema_dump
+	$(BIN)/python -m tests.sync_stub
 
 clean: ## remove what the other targets made, but not the data of the demo
 	rm -rf $(VENV) build dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -163,3 +163,8 @@ def test_new_ids_are_of_version_7_and_ascend() -> None:
     assert len(set(ids)) == 1000
     assert {id.version for id in ids} == {7}
     assert [id.int >> 80 for id in ids] == sorted(id.int >> 80 for id in ids)
+
+
+def test_every_method_stands_in_the_parity_table() -> None:
+    text = (PACKAGE.parent / "docs" / "parity.md").read_text(encoding="utf-8")
+    assert [name for name in METHODS if not re.search(rf"(?<!\w){name}(?!\w)", text)] == []
