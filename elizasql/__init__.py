@@ -10,11 +10,11 @@ async with elizasql.connect(agent_id=AGENT) as db:
 
 from .adapter import DatabaseAdapter, connect, open
 from .config import Config
+from .elizaos import create_database_adapter, plugin
 from .errors import *  # noqa: F403
 from .errors import __all__ as _errors
 from .models import *  # noqa: F403
 from .models import __all__ as _models
-from .elizaos import create_database_adapter, plugin
 
 __version__ = "0.1.0"
 
