@@ -113,16 +113,18 @@ class Cache(Store):
         return True
 
     async def _set_caches(self, rows: Sequence[_Entry], *, sweep: bool) -> None:
+        # In the order of the hashes over all chunks, so that two batches cannot wait for each other.
+        in_order = sorted((_hash(row[0]), *row) for row in rows)
         chunks = [
             {
                 "agent_id": self.agent_id,
-                "keys": [key for key, _, _ in chunk],
-                "key_hashes": [_hash(key) for key, _, _ in chunk],
-                "values": [value for _, value, _ in chunk],
-                "ttls": [life for _, _, life in chunk],
+                "key_hashes": [key_hash for key_hash, *_ in chunk],
+                "keys": [key for _, key, _, _ in chunk],
+                "values": [value for _, _, value, _ in chunk],
+                "ttls": [life for *_, life in chunk],
                 "swept": _SWEEP_EACH * max(len(chunk), _SWEEP_EVERY) if sweep else 0,
             }
-            for chunk in self._chunks(rows)
+            for chunk in self._chunks(in_order)
         ]
         await self._executor.fetch_chunks(SQL["set_caches"], chunks)
 

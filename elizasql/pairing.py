@@ -63,6 +63,7 @@ class Pairing(Store):
         """
         ids, rows = self._read_all(PairingRequest, requests)
         self._need(rows, PairingRequest, "channel", "sender_id", "code")
+        rows.sort(key=lambda row: row["id"].int)  # over all chunks, so that two batches cannot wait for each other
         if rows:
             chunks = [
                 {"agent_id": self.agent_id, "requests": chunk}

@@ -37,6 +37,7 @@ class Rooms(Store):
         """
         ids, rows = self._read_all(Room, rooms)
         self._need(rows, Room, "source", "type")
+        rows.sort(key=lambda row: row["id"].int)  # over all chunks, so that two batches cannot wait for each other
         if rows:
             chunks = [{"agent_id": self.agent_id, "rooms": chunk} for chunk in self._encode_chunks(Room, rows, ids)]
             await self._executor.fetch_chunks(SQL["create_rooms"], chunks)

@@ -11,7 +11,7 @@ import atexit
 import functools
 import inspect
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
@@ -46,7 +46,6 @@ class _Loop:
                 task.cancel()
             if left:
                 self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
-            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         finally:
             self._loop.close()
 
@@ -150,6 +149,11 @@ async def _next(items: AsyncIterator[Any]) -> Any:
     return await anext(items, _END)
 
 
+async def _leave(items: AsyncGenerator[Any, None]) -> None:
+    # A coroutine, not what `aclose` gives: that one enters the generator even where it is thrown away unused.
+    await items.aclose()
+
+
 def _blocking(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     if inspect.isasyncgenfunction(method):
 
@@ -161,7 +165,7 @@ def _blocking(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
                     yield item
                 except BaseException:  # noqa: PERF203 - left early, else it has ended by itself
                     with suppress(ClosedError):
-                        self._loop.run(items.aclose())
+                        self._loop.run(_leave(items))
                     raise
 
         return iterate

@@ -35,6 +35,7 @@ class Worlds(Store):
         Statement: sql/worlds.sql create_worlds. One round trip a chunk. Source: createWorlds.
         """
         ids, rows = self._read_all(World, worlds)
+        rows.sort(key=lambda row: row["id"].int)  # over all chunks, so that two batches cannot wait for each other
         if rows:
             chunks = [{"agent_id": self.agent_id, "worlds": chunk} for chunk in self._encode_chunks(World, rows, ids)]
             await self._executor.fetch_chunks(SQL["create_worlds"], chunks)

@@ -54,11 +54,11 @@ deleted AS (
 INSERT INTO elizasql.cache (agent_id, key, value, expires_at)
 SELECT
     :agent_id,
-    given.key,
-    given.value,
-    statement_timestamp() + given.ttl
-FROM unnest(:keys::text[], :values::jsonb[], :ttls::interval[]) AS given (key, value, ttl)
-ORDER BY given.key
+    g.key,
+    g.value,
+    statement_timestamp() + g.ttl
+FROM unnest(:key_hashes::bytea[], :keys::text[], :values::jsonb[], :ttls::interval[]) AS g (key_hash, key, value, ttl)
+ORDER BY g.key_hash
 ON CONFLICT (agent_id, key_hash) DO UPDATE
     SET
         value = excluded.value,
@@ -89,8 +89,24 @@ ON CONFLICT (agent_id, key_hash) DO UPDATE
 RETURNING TRUE AS done;
 
 -- name: delete_caches(agent_id, key_hashes)!
-DELETE FROM elizasql.cache
-WHERE agent_id = :agent_id AND key_hash = ANY(:key_hashes::bytea[]);
+-- Entries are locked in the order in which set_caches writes them, so that two batches cannot wait for each other.
+WITH locked AS MATERIALIZED (
+    SELECT
+        of_key.agent_id,
+        of_key.key_hash
+    FROM unnest(:key_hashes::bytea[]) AS given (key_hash)
+    CROSS JOIN
+        LATERAL (
+            SELECT agent_id, key_hash
+            FROM elizasql.cache
+            WHERE agent_id = :agent_id AND key_hash = given.key_hash
+            FOR UPDATE
+        ) AS of_key
+)
+
+DELETE FROM elizasql.cache AS c
+USING locked
+WHERE c.agent_id = locked.agent_id AND c.key_hash = locked.key_hash;
 
 -- name: sweep_cache(agent_id, count)$
 -- Deletes expired entries, the longest expired first, but none that is being set; gives how many went.

@@ -30,11 +30,23 @@ ON CONFLICT (agent_id, id) DO NOTHING;
 
 -- name: update_pairing_requests(agent_id, requests, required)
 -- Changes the time and the metadata that are given; gives the ids that were there. required: one that is not undoes the
--- statement. agent_id comes through the join and not as a filter, which keeps it a lookup for each id.
+-- statement. Rows are locked in the order of the ids, so that two batches cannot wait for each other.
 WITH given AS MATERIALIZED (
-    SELECT :agent_id::uuid AS agent, r.*, g.request
+    SELECT r.*, g.request
     FROM jsonb_array_elements(:requests::jsonb) AS g (request)
     CROSS JOIN LATERAL jsonb_populate_record(NULL::elizasql.pairing_requests, g.request) AS r
+),
+
+locked AS MATERIALIZED (
+    SELECT of_id.agent_id AS agent, given.*
+    FROM given
+    CROSS JOIN
+        LATERAL (
+            SELECT agent_id
+            FROM elizasql.pairing_requests
+            WHERE agent_id = :agent_id AND id = given.id
+            FOR NO KEY UPDATE
+        ) AS of_id
 ),
 
 updated AS (
@@ -42,7 +54,7 @@ updated AS (
     SET
         last_seen_at = coalesce(g.last_seen_at, r.last_seen_at),
         metadata = CASE WHEN g.request ? 'metadata' THEN coalesce(g.metadata, '{}') ELSE r.metadata END
-    FROM given AS g
+    FROM locked AS g
     WHERE r.agent_id = g.agent AND r.id = g.id
     RETURNING r.id
 )
@@ -56,15 +68,22 @@ HAVING count(*) > 0;
 
 -- name: delete_pairing_requests(agent_id, ids)$
 -- Gives how many went.
-WITH given AS MATERIALIZED (
-    SELECT :agent_id::uuid AS agent, g.id
-    FROM unnest(:ids::uuid[]) AS g (id)
+WITH locked AS MATERIALIZED (
+    SELECT of_id.agent_id, of_id.id
+    FROM unnest(:ids::uuid[]) AS given (id)
+    CROSS JOIN
+        LATERAL (
+            SELECT agent_id, id
+            FROM elizasql.pairing_requests
+            WHERE agent_id = :agent_id AND id = given.id
+            FOR UPDATE
+        ) AS of_id
 ),
 
 deleted AS (
     DELETE FROM elizasql.pairing_requests AS r
-    USING given AS g
-    WHERE r.agent_id = g.agent AND r.id = g.id
+    USING locked
+    WHERE r.agent_id = locked.agent_id AND r.id = locked.id
     RETURNING r.id
 )
 
@@ -136,17 +155,30 @@ LEFT JOIN created ON given.channel = created.channel AND given.sender_id = creat
 
 -- name: update_pairing_allowlist_entries(agent_id, entries, required)
 -- Changes the metadata that are given; gives the ids that were there. required: one that is not undoes the statement.
--- agent_id comes through the join and not as a filter, which keeps it a lookup for each id.
+-- Rows are locked in the order of the ids, so that two batches cannot wait for each other, and joined by the whole key,
+-- so that each is looked up.
 WITH given AS MATERIALIZED (
-    SELECT :agent_id::uuid AS agent, a.*, g.entry
+    SELECT a.*, g.entry
     FROM jsonb_array_elements(:entries::jsonb) AS g (entry)
     CROSS JOIN LATERAL jsonb_populate_record(NULL::elizasql.pairing_allowlist, g.entry) AS a
+),
+
+locked AS MATERIALIZED (
+    SELECT of_id.agent_id AS agent, given.*
+    FROM given
+    CROSS JOIN
+        LATERAL (
+            SELECT agent_id
+            FROM elizasql.pairing_allowlist
+            WHERE agent_id = :agent_id AND id = given.id
+            FOR NO KEY UPDATE
+        ) AS of_id
 ),
 
 updated AS (
     UPDATE elizasql.pairing_allowlist AS a
     SET metadata = CASE WHEN g.entry ? 'metadata' THEN coalesce(g.metadata, '{}') ELSE a.metadata END
-    FROM given AS g
+    FROM locked AS g
     WHERE a.agent_id = g.agent AND a.id = g.id
     RETURNING a.id
 )
@@ -160,15 +192,22 @@ HAVING count(*) > 0;
 
 -- name: delete_pairing_allowlist_entries(agent_id, ids)$
 -- Gives how many went.
-WITH given AS MATERIALIZED (
-    SELECT :agent_id::uuid AS agent, g.id
-    FROM unnest(:ids::uuid[]) AS g (id)
+WITH locked AS MATERIALIZED (
+    SELECT of_id.agent_id, of_id.id
+    FROM unnest(:ids::uuid[]) AS given (id)
+    CROSS JOIN
+        LATERAL (
+            SELECT agent_id, id
+            FROM elizasql.pairing_allowlist
+            WHERE agent_id = :agent_id AND id = given.id
+            FOR UPDATE
+        ) AS of_id
 ),
 
 deleted AS (
     DELETE FROM elizasql.pairing_allowlist AS a
-    USING given AS g
-    WHERE a.agent_id = g.agent AND a.id = g.id
+    USING locked
+    WHERE a.agent_id = locked.agent_id AND a.id = locked.id
     RETURNING a.id
 )
 

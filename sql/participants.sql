@@ -48,31 +48,51 @@ WHERE agent_id = :agent_id AND room_id = :room_id AND entity_id = :entity_id
 RETURNING TRUE AS done;
 
 -- name: delete_participants(agent_id, room_ids, entity_ids)$
--- Ends memberships; gives how many there were. agent_id comes through the join and not as a filter, which keeps it a
--- lookup for each pair.
-WITH given AS MATERIALIZED (
+-- Ends memberships; gives how many there were. Rows are locked in the order of the pairs, so that two batches cannot wait
+-- for each other, and joined by the whole key, so that each is looked up.
+WITH locked AS MATERIALIZED (
     SELECT
-        :agent_id::uuid AS agent,
-        g.room_id,
-        g.entity_id
-    FROM unnest(:room_ids::uuid[], :entity_ids::uuid[]) AS g (room_id, entity_id)
+        of_pair.agent_id,
+        of_pair.room_id,
+        of_pair.entity_id
+    FROM unnest(:room_ids::uuid[], :entity_ids::uuid[]) AS given (room_id, entity_id)
+    CROSS JOIN
+        LATERAL (
+            SELECT agent_id, room_id, entity_id
+            FROM elizasql.participants
+            WHERE agent_id = :agent_id AND room_id = given.room_id AND entity_id = given.entity_id
+            FOR UPDATE
+        ) AS of_pair
 ),
 
 deleted AS (
     DELETE FROM elizasql.participants AS p
-    USING given AS g
-    WHERE p.agent_id = g.agent AND p.room_id = g.room_id AND p.entity_id = g.entity_id
+    USING locked
+    WHERE p.agent_id = locked.agent_id AND p.room_id = locked.room_id AND p.entity_id = locked.entity_id
     RETURNING p.id
 )
 
 SELECT count(*) FROM deleted;
 
 -- name: update_participants(agent_id, participants)
--- Changes the fields that are given; a membership that is not there undoes the statement.
+-- Changes the fields that are given; a membership that is not there undoes the statement. Locked as by
+-- delete_participants.
 WITH given AS MATERIALIZED (
-    SELECT :agent_id::uuid AS agent, p.*, g.participant
+    SELECT p.*, g.participant
     FROM jsonb_array_elements(:participants::jsonb) AS g (participant)
     CROSS JOIN LATERAL jsonb_populate_record(NULL::elizasql.participants, g.participant) AS p
+),
+
+locked AS MATERIALIZED (
+    SELECT of_pair.agent_id AS agent, given.*
+    FROM given
+    CROSS JOIN
+        LATERAL (
+            SELECT agent_id
+            FROM elizasql.participants
+            WHERE agent_id = :agent_id AND room_id = given.room_id AND entity_id = given.entity_id
+            FOR NO KEY UPDATE
+        ) AS of_pair
 ),
 
 updated AS (
@@ -80,7 +100,7 @@ updated AS (
     SET
         room_state = CASE WHEN g.participant ? 'room_state' THEN g.room_state ELSE p.room_state END,
         metadata = CASE WHEN g.participant ? 'metadata' THEN coalesce(g.metadata, '{}') ELSE p.metadata END
-    FROM given AS g
+    FROM locked AS g
     WHERE p.agent_id = g.agent AND p.room_id = g.room_id AND p.entity_id = g.entity_id
     RETURNING p.room_id, p.entity_id
 )

@@ -91,11 +91,24 @@ ON CONFLICT (agent_id, id) DO UPDATE
 
 -- name: update_rooms(agent_id, rooms, required)
 -- Changes the fields that are given; gives the ids that were there. required: one that is not undoes the statement.
--- agent_id comes through the join and not as a filter, which keeps it a lookup for each id.
+-- Rows are locked in the order of the ids, so that two batches cannot wait for each other, and joined by the whole key,
+-- so that each is looked up.
 WITH given AS MATERIALIZED (
-    SELECT :agent_id::uuid AS agent, r.*, g.room
+    SELECT r.*, g.room
     FROM jsonb_array_elements(:rooms::jsonb) AS g (room)
     CROSS JOIN LATERAL jsonb_populate_record(NULL::elizasql.rooms, g.room) AS r
+),
+
+locked AS MATERIALIZED (
+    SELECT of_id.agent_id AS agent, given.*
+    FROM given
+    CROSS JOIN
+        LATERAL (
+            SELECT agent_id
+            FROM elizasql.rooms
+            WHERE agent_id = :agent_id AND id = given.id
+            FOR NO KEY UPDATE
+        ) AS of_id
 ),
 
 updated AS (
@@ -110,7 +123,7 @@ updated AS (
         world_id = CASE WHEN g.room ? 'world_id' THEN g.world_id ELSE r.world_id END,
         metadata = CASE WHEN g.room ? 'metadata' THEN coalesce(g.metadata, '{}') ELSE r.metadata END,
         created_at = coalesce(g.created_at, r.created_at)
-    FROM given AS g
+    FROM locked AS g
     WHERE r.agent_id = g.agent AND r.id = g.id
     RETURNING r.id
 )
@@ -124,15 +137,22 @@ HAVING count(*) > 0;
 
 -- name: delete_rooms(agent_id, ids)$
 -- Deletes rooms and, by cascade, their participants, memories, logs and components; gives how many went.
-WITH given AS MATERIALIZED (
-    SELECT :agent_id::uuid AS agent, g.id
-    FROM unnest(:ids::uuid[]) AS g (id)
+WITH locked AS MATERIALIZED (
+    SELECT of_id.agent_id, of_id.id
+    FROM unnest(:ids::uuid[]) AS given (id)
+    CROSS JOIN
+        LATERAL (
+            SELECT agent_id, id
+            FROM elizasql.rooms
+            WHERE agent_id = :agent_id AND id = given.id
+            FOR UPDATE
+        ) AS of_id
 ),
 
 deleted AS (
     DELETE FROM elizasql.rooms AS r
-    USING given AS g
-    WHERE r.agent_id = g.agent AND r.id = g.id
+    USING locked
+    WHERE r.agent_id = locked.agent_id AND r.id = locked.id
     RETURNING r.id
 )
 
@@ -141,14 +161,34 @@ SELECT count(*) FROM deleted;
 -- name: delete_rooms_by_world_ids(agent_id, world_ids)$
 -- Deletes the rooms of worlds, as delete_rooms does; gives how many went.
 WITH given AS MATERIALIZED (
-    SELECT :agent_id::uuid AS agent, g.id
-    FROM unnest(:world_ids::uuid[]) AS g (id)
+    SELECT r.id
+    FROM unnest(:world_ids::uuid[]) AS w (id)
+    CROSS JOIN
+        LATERAL (
+            SELECT id
+            FROM elizasql.rooms
+            WHERE agent_id = :agent_id AND world_id = w.id
+            OFFSET 0
+        ) AS r
+    ORDER BY r.id
+),
+
+locked AS MATERIALIZED (
+    SELECT of_id.agent_id, of_id.id
+    FROM given
+    CROSS JOIN
+        LATERAL (
+            SELECT agent_id, id
+            FROM elizasql.rooms
+            WHERE agent_id = :agent_id AND id = given.id AND world_id = ANY(:world_ids::uuid[])
+            FOR UPDATE
+        ) AS of_id
 ),
 
 deleted AS (
     DELETE FROM elizasql.rooms AS r
-    USING given AS g
-    WHERE r.agent_id = g.agent AND r.world_id = g.id
+    USING locked
+    WHERE r.agent_id = locked.agent_id AND r.id = locked.id
     RETURNING r.id
 )
 

@@ -57,11 +57,24 @@ ON CONFLICT (agent_id, id) DO UPDATE
 
 -- name: update_worlds(agent_id, worlds, required)
 -- Changes the fields that are given; gives the ids that were there. required: one that is not undoes the statement.
--- agent_id comes through the join and not as a filter, which keeps it a lookup for each id.
+-- Rows are locked in the order of the ids, so that two batches cannot wait for each other, and joined by the whole key,
+-- so that each is looked up.
 WITH given AS MATERIALIZED (
-    SELECT :agent_id::uuid AS agent, w.*, g.world
+    SELECT w.*, g.world
     FROM jsonb_array_elements(:worlds::jsonb) AS g (world)
     CROSS JOIN LATERAL jsonb_populate_record(NULL::elizasql.worlds, g.world) AS w
+),
+
+locked AS MATERIALIZED (
+    SELECT of_id.agent_id AS agent, given.*
+    FROM given
+    CROSS JOIN
+        LATERAL (
+            SELECT agent_id
+            FROM elizasql.worlds
+            WHERE agent_id = :agent_id AND id = given.id
+            FOR NO KEY UPDATE
+        ) AS of_id
 ),
 
 updated AS (
@@ -72,7 +85,7 @@ updated AS (
         = CASE WHEN g.world ? 'message_server_id' THEN g.message_server_id ELSE w.message_server_id END,
         metadata = CASE WHEN g.world ? 'metadata' THEN coalesce(g.metadata, '{}') ELSE w.metadata END,
         created_at = coalesce(g.created_at, w.created_at)
-    FROM given AS g
+    FROM locked AS g
     WHERE w.agent_id = g.agent AND w.id = g.id
     RETURNING w.id
 )
@@ -86,15 +99,22 @@ HAVING count(*) > 0;
 
 -- name: delete_worlds(agent_id, ids)$
 -- Deletes worlds and their components; rooms and memories stay and no longer point at the world; gives how many went.
-WITH given AS MATERIALIZED (
-    SELECT :agent_id::uuid AS agent, g.id
-    FROM unnest(:ids::uuid[]) AS g (id)
+WITH locked AS MATERIALIZED (
+    SELECT of_id.agent_id, of_id.id
+    FROM unnest(:ids::uuid[]) AS given (id)
+    CROSS JOIN
+        LATERAL (
+            SELECT agent_id, id
+            FROM elizasql.worlds
+            WHERE agent_id = :agent_id AND id = given.id
+            FOR UPDATE
+        ) AS of_id
 ),
 
 deleted AS (
     DELETE FROM elizasql.worlds AS w
-    USING given AS g
-    WHERE w.agent_id = g.agent AND w.id = g.id
+    USING locked
+    WHERE w.agent_id = locked.agent_id AND w.id = locked.id
     RETURNING w.id
 )
 

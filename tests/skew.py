@@ -31,7 +31,7 @@ class Skew:
 
     Attributes:
         room, entity: A membership.
-        world: Of that room, with ten rooms in it.
+        world: With one room in it; the others have ten.
         key_hash: Of the cache entry "key 5".
         request, entry: Of pairing; each is alone in its channel, "channel 5".
     """
@@ -93,7 +93,7 @@ async def load(dsn: str) -> AsyncIterator[Skew]:
         await session.execute(LOAD.format(agent=agent, small=SMALL_AGENTS, large=LARGE))
         tables = ("worlds", "rooms", "entities", "participants", "cache", "pairing_requests", "pairing_allowlist")
         await session.execute(f"ANALYZE {', '.join(f'elizasql.{table}' for table in tables)}")
-        row = await session.fetchrow(PICK, agent)
+        row = await session.fetchrow(PICK, agent, f"world{1 + LARGE // 10}")
         assert row is not None
         yield Skew(session, agent, *row)
     finally:
@@ -136,7 +136,7 @@ SELECT agent_id, md5('entry' || n)::uuid, 'channel ' || n, 'sender ' || n FROM o
 
 PICK = """
 SELECT
-    md5('world1')::uuid, md5('room5')::uuid, md5('entity5')::uuid, key_hash, md5('request5')::uuid, md5('entry5')::uuid
+    md5($2)::uuid, md5('room5')::uuid, md5('entity5')::uuid, key_hash, md5('request5')::uuid, md5('entry5')::uuid
 FROM elizasql.cache
 WHERE agent_id = $1 AND key = 'key 5'
 """

@@ -458,6 +458,23 @@ async def test_a_sweep_skips_what_is_being_set(db: DatabaseAdapter, raw: asyncpg
     assert await db.get_cache("a") == 2
 
 
+async def test_sets_and_deletes_in_any_order_do_not_wait_for_each_other(make_db: MakeAdapter) -> None:
+    first = await make_db(batch_size=7)
+    second = await make_db(first.agent_id)
+    values = {f"key {i}": i for i in range(50)}
+    keys = list(values)
+    for _ in range(10):
+        await asyncio.gather(
+            first.set_caches(values),
+            second.set_caches(dict(reversed(values.items()))),
+            second.delete_caches(keys),
+            first.delete_caches(keys[::-1]),
+            second.set_caches(values, ttl=HOUR),
+        )
+    await first.set_caches(values)
+    assert await second.get_caches(keys) == values
+
+
 # --- compare and set -------------------------------------------------------------------------------------------------
 
 

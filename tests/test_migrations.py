@@ -167,7 +167,9 @@ def test_versions_are_those_of_the_files() -> None:
 
 def test_dump_is_up_to_date(dsn: str) -> None:
     dumped = schema_dump.dump(dsn, _embedded._binaries())
-    assert schema_dump.SCHEMA.read_text(encoding="utf-8") == dumped, "migrations/schema.sql is stale: run `make generate`"
+    assert schema_dump.SCHEMA.read_text(encoding="utf-8") == dumped, (
+        "migrations/schema.sql is stale: run `make generate`"
+    )
 
 
 async def test_every_down_undoes_its_up(fresh: str, tmp_path: Path) -> None:

@@ -431,6 +431,24 @@ async def test_concurrent_updates_lose_nothing(make_db: MakeAdapter) -> None:
     assert all((p.room_state, p.metadata) == ("MUTED", {"a": 1}) for p in found)
 
 
+async def test_concurrent_deletes_do_not_wait_for_each_other(make_db: MakeAdapter) -> None:
+    first = await make_db()
+    second = await make_db(first.agent_id)
+    entities, rooms = await make_many(first, 10, 3)
+    pairs = [(entity, room) for entity in entities for room in rooms]
+    for _ in range(5):
+        for room in rooms:
+            await first.add_participants_room(entities, room)
+        await asyncio.gather(
+            first.delete_participants(pairs),
+            second.delete_participants(pairs[::-1]),
+            second.delete_participants(sorted(pairs)),
+            *(first.create_room_participants(entities[::-1], room) for room in rooms),
+        )
+        await first.delete_participants(pairs)
+        assert await first.get_participants_for_rooms(rooms) == [[]] * 3
+
+
 # --- another agent, round trips, plans -------------------------------------------------------------------------------
 
 

@@ -451,6 +451,66 @@ async def test_delete_by_world(db: DatabaseAdapter, raw: asyncpg.Connection[Any]
     assert {world.id for world in await db.get_all_worlds()} == set(worlds)
 
 
+async def test_concurrent_deletes_do_not_wait_for_each_other(make_db: MakeAdapter) -> None:
+    first = await make_db()
+    second = await make_db(first.agent_id)
+    for _ in range(5):
+        worlds = await first.create_worlds([World(), World()])
+        rooms = [room(worldId=worlds[i % 2]) for i in range(40)]
+        ids = await first.create_rooms(rooms)
+        counts = await asyncio.gather(
+            first.delete_rooms(ids),
+            second.delete_rooms_by_world_ids(worlds),
+            first.delete_rooms_by_world_ids(worlds[::-1]),
+            second.upsert_rooms(rooms[::-1]),
+            first.delete_rooms(ids[::-1]),
+            *(second.update_room({"id": id, "name": "x"}) for id in ids[:5]),
+        )
+        assert all(0 <= count <= 40 for count in counts[:3])  # type: ignore[operator]
+        await first.delete_rooms(ids)
+        assert await first.get_rooms_by_worlds(worlds) == []
+
+
+async def test_a_room_that_left_a_world_meanwhile_is_spared(
+    db: DatabaseAdapter, agent_world: Scene, raw: asyncpg.Connection[Any]
+) -> None:
+    """It leaves in a transaction that ends while the deletion waits for it."""
+    other = await db.create_room(room(worldId=agent_world.world))
+    transaction = raw.transaction()
+    await transaction.start()
+    await raw.execute(
+        "UPDATE elizasql.rooms SET world_id = NULL WHERE agent_id = $1 AND id = $2", db.agent_id, agent_world.room
+    )
+    call = asyncio.ensure_future(db.delete_rooms_by_world_id(agent_world.world))
+    waits = "SELECT count(*) FROM pg_locks WHERE NOT granted AND $1 = ANY(pg_blocking_pids(pid))"
+    while not await raw.fetchval(waits, raw.get_server_pid()):
+        assert not call.done(), "it did not wait"
+    await transaction.commit()
+    assert await call == 1
+    assert await db.get_room(other) is None
+    assert await db.get_room(agent_world.room) is not None
+
+
+async def test_an_update_that_waits_sees_what_it_waited_for(
+    db: DatabaseAdapter, agent_world: Scene, raw: asyncpg.Connection[Any]
+) -> None:
+    for end, there in (
+        ("UPDATE elizasql.rooms SET channel_id = 'theirs'", True),
+        ("DELETE FROM elizasql.rooms", False),
+    ):
+        transaction = raw.transaction()
+        await transaction.start()
+        await raw.execute(f"{end} WHERE agent_id = $1 AND id = $2", db.agent_id, agent_world.room)
+        call = asyncio.ensure_future(db.update_room({"id": agent_world.room, "name": "ours"}))
+        waits = "SELECT count(*) FROM pg_locks WHERE NOT granted AND $1 = ANY(pg_blocking_pids(pid))"
+        while not await raw.fetchval(waits, raw.get_server_pid()):
+            assert not call.done(), "it did not wait"
+        await transaction.commit()
+        assert await call is there
+        stored = await db.get_room(agent_world.room)
+        assert (None if stored is None else (stored.name, stored.channel_id)) == (("ours", "theirs") if there else None)
+
+
 # --- another agent ---------------------------------------------------------------------------------------------------
 
 
