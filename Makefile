@@ -35,6 +35,7 @@ lint: $(VENV)/installed-dev ## ruff: format and rules
 
 types: $(VENV)/installed-dev ## mypy --strict
 	$(BIN)/mypy
+	$(BIN)/mypy elizasql/sync.py
 
 lint-sql: $(VENV)/installed-dev ## sqlfluff on sql/ and migrations/
 	$(BIN)/sqlfluff lint --disable-progress-bar sql $(filter-out migrations/schema.sql,$(wildcard migrations/*.sql))

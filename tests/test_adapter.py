@@ -415,6 +415,7 @@ async def test_cancelled_waiters_take_no_connection_with_them(make_db: MakeAdapt
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert {type(result) for result in results} == {type(None), asyncio.CancelledError}
     assert db._executor.in_flight == 0
+    await db._executor.let_go()
     assert pool.get_idle_size() == pool.get_size()
 
 

@@ -40,6 +40,7 @@ async def fail(db: DatabaseAdapter) -> None:
 async def assert_sound(db: DatabaseAdapter) -> None:
     """Every connection of the pool can be used, and none of them is in a transaction or taken."""
     pool = db._executor._pool
+    await db._executor.let_go()
     assert pool.get_size() == pool.get_idle_size()
     assert db._executor.in_flight == 0
     held = [await asyncio.wait_for(pool.acquire(), 10) for _ in range(pool.get_max_size())]
@@ -337,6 +338,7 @@ async def test_concurrent_calls_run_one_after_the_other(db: DatabaseAdapter) -> 
     async with db.transaction() as tx:
         await asyncio.gather(*(add(tx, f"{number:02}") for number in range(40)))
         assert len(await texts(tx)) == 40
+        await db._executor.let_go()
         assert db._executor._pool.get_size() - db._executor._pool.get_idle_size() == 1
     assert len(await texts(db)) == 40
 
