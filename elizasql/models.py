@@ -87,13 +87,13 @@ class Model:
     def read(cls, value: object) -> dict[str, Any]:
         """Give the fields that a model or mapping sets, checked: of a mapping its keys, of a model what is not None."""
         if isinstance(value, cls):
-            given = {name: getattr(value, name) for name in _fields(cls) if getattr(value, name) is not None}
+            given = {name: item for name in _fields(cls) if (item := getattr(value, name)) is not None}
         elif isinstance(value, Mapping):
             given = cls._by_field(value)
         else:
             raise ArgumentError(f"expected {cls.__name__} or a mapping, not {type(value).__name__}")
         readers = _fields(cls)
-        return {name: readers[name](item, name) for name, item in given.items()}
+        return {name: None if item is None else readers[name](item, name) for name, item in given.items()}
 
     @classmethod
     def _by_field(cls, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -632,10 +632,6 @@ _READERS: dict[str, Callable[[Any, str], Any]] = {
 }
 
 
-def _optional(reader: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
-    return lambda value, name: None if value is None else reader(value, name)
-
-
 # Both are filled on first use: a class's fields are known only after its decorator ran.
 _FIELDS: dict[type[Model], dict[str, Callable[[Any, str], Any]]] = {}
 _KEYS: dict[type[Model], dict[str, str]] = {}
@@ -645,8 +641,7 @@ def _fields(cls: type[Model]) -> dict[str, Callable[[Any, str], Any]]:
     if cls not in _FIELDS:
         # With postponed evaluation a field's type is its text; the table above is the closed list of them.
         _FIELDS[cls] = {
-            field.name: _optional(_READERS[str(field.type).removesuffix(" | None")])
-            for field in dataclasses.fields(cls)
+            field.name: _READERS[str(field.type).removesuffix(" | None")] for field in dataclasses.fields(cls)
         }
     return _FIELDS[cls]
 

@@ -86,7 +86,9 @@ def agents() -> dict[str, UUID]:
     return {"few": uuid4(), "many": uuid4()}
 
 
-WORLD, OTHER, BIG, SMALL, ENTITY, RARE = (uuid4() for _ in range(6))
+WORLD, BIG, SMALL, ENTITY, RARE = (uuid4() for _ in range(5))
+# A generic plan is made for the average room: with two rooms in all, the index of the type is as good as the room's.
+WORLDS, ROOMS, ENTITIES = ([uuid4() for _ in range(60)] for _ in range(3))
 
 
 @pytest.fixture
@@ -98,16 +100,16 @@ async def loaded(
     for name, db in adapters.items():
         if await db.count_memories():
             continue
-        await db.create_worlds([World(id=WORLD), World(id=OTHER)])
-        await db.create_rooms([Room(id=id, source="t", type="GROUP", world_id=WORLD) for id in (BIG, SMALL)])
-        await db.create_entities([Entity(id=ENTITY), Entity(id=RARE)])
+        await db.create_worlds([World(id=id) for id in (WORLD, *WORLDS)])
+        await db.create_rooms([Room(id=id, source="t", type="GROUP", world_id=WORLD) for id in (BIG, SMALL, *ROOMS)])
+        await db.create_entities([Entity(id=id) for id in (ENTITY, RARE, *ENTITIES)])
         number = 40 if name == "few" else MANY
         await db.create_memories(
             [
                 Memory(
-                    room_id=SMALL if i % 200 == 0 else BIG,
-                    entity_id=RARE if i % 100 == 0 else ENTITY,
-                    world_id=WORLD if i % 2 else OTHER,
+                    room_id=SMALL if i % 200 == 0 else BIG if i % 10 < 6 else ROOMS[i % 60],
+                    entity_id=RARE if i % 100 == 0 else ENTITY if i % 10 < 6 else ENTITIES[i % 60],
+                    world_id=WORLD if i % 2 else WORLDS[i % 60],
                     content={"text": f"memory {i}"},
                     embedding=vectors[i],
                     unique=True,
