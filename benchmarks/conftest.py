@@ -72,7 +72,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     report = config.stash[_REPORT]
     # Nobody reads the figures of a quick run.
-    if report.tables and not (QUICK and config.getoption("benchmark_disable")):
+    if report.tables and (config.getoption("benchmark_enable") or not QUICK):
         report.setup["load at the end"] = " ".join(f"{load:.2f}" for load in os.getloadavg())
         terminalreporter.section("elizasql benchmarks")
         terminalreporter.write_line(report.text())

@@ -612,6 +612,7 @@ async def test_remains_of_a_pid_file(stopped: Path, content: str) -> None:
 
 
 async def test_cancelled_start_leaves_nothing(home: Path) -> None:
+    held = set(_embedded._locks)  # the server of the other tests has some
     for delay in (0.0, 0.05, 0.3, 0.7):
         task = asyncio.create_task(acquire(home))
         await asyncio.wait({task}, timeout=delay)
@@ -620,7 +621,7 @@ async def test_cancelled_start_leaves_nothing(home: Path) -> None:
             await (await task).release()
         await until(lambda: not running(home))
         assert not list(home.glob("data.tmp-*"))
-        assert not _embedded._locks
+        assert set(_embedded._locks) <= held
     await (await acquire(home)).release()
 
 
