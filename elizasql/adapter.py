@@ -101,8 +101,9 @@ class DatabaseAdapter(
 
         Args:
             progress: Called with the number moved so far and the number to move.
-            rebuild: Build the index of the agent's partition anew, about ten times as fast for a large load; searches
-                and writes of agents in the same partition wait meanwhile.
+            rebuild: Build the index of the agent's partition anew, faster when most of it is new; searches and writes
+                of agents in the same partition wait meanwhile. 100,000 vectors take about two minutes: raise
+                `command_timeout` for them.
 
         Statement: sql/embeddings.sql index_embeddings, one round trip a batch; or rebuild_index.
         """

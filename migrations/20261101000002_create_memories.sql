@@ -243,7 +243,7 @@ BEGIN
 END
 $$;
 
--- Moves a whole tail into the HNSW index by building the index anew: 6,000 rows/s instead of 400-800. Everything else
+-- Moves a whole tail into the HNSW index by building the index anew: about 1,000 rows/s instead of 150-800. Everything else
 -- that touches the agent's partition waits until it is done.
 CREATE FUNCTION elizasql.rebuild_index(given_agent uuid) RETURNS bigint LANGUAGE plpgsql AS $$
 DECLARE
