@@ -44,6 +44,11 @@ _PEAK_MAX = 65504.0
 # Sequences whose items are no numbers, or numbers that nobody meant as such.
 _NO_NUMBERS = (str, bytes, bytearray, memoryview, Mapping)
 
+# The same limits for the sum of the squares, which takes a third of the time: whoever keeps them has a largest
+# component of at least 2**-24, even with the most components that there are, and of at most 65504.
+_SQUARES_MIN = max(DIMENSIONS) * _PEAK_MIN**2
+_SQUARES_MAX = _PEAK_MAX**2
+
 _FLOAT32 = np.dtype(np.float32)
 _BIG_ENDIAN = np.dtype(">f4")
 _HEADERS = {dimension: struct.pack(">HH", dimension, 0) for dimension in DIMENSIONS}
@@ -241,6 +246,16 @@ def as_embedding(value: object, name: str = "embedding") -> Embedding:
         EmbeddingError: Another type or shape, a width that is not supported, a component that is not finite or beyond
             +-65504, or all components zero or below 2**-24, which the index would round to zero.
     """
+    # What comes from a model, and nothing the matter with it: 1.1 us instead of 3.3.
+    if (
+        type(value) is np.ndarray
+        and value.dtype == _FLOAT32
+        and value.ndim == 1
+        and value.shape[0] in _HEADERS
+        and value.flags.c_contiguous
+        and _SQUARES_MIN <= value.dot(value) <= _SQUARES_MAX
+    ):
+        return value
     if isinstance(value, (Vector, HalfVector)):
         value = value.to_numpy()
     if not isinstance(value, np.ndarray):

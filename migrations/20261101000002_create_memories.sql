@@ -28,10 +28,13 @@ CREATE TABLE elizasql.memories (
     CHECK (metadata ->> 'type' <> 'fragment' OR (metadata ? 'documentId' AND metadata ? 'position')),
     CONSTRAINT memories_document_check CHECK (metadata ->> 'type' <> 'document' OR metadata ? 'timestamp')
 ) PARTITION BY HASH (agent_id);
-CREATE INDEX memories_type_idx ON elizasql.memories (agent_id, type, created_at DESC, id DESC);
+-- On an expression that only the agent-wide statements order by: a generic plan takes a range of times for half a
+-- percent of the rows, under which the index of a type looks as good as that of a room, and would be walked in its place.
+CREATE INDEX memories_type_idx ON elizasql.memories (agent_id, type, (created_at AT TIME ZONE 'UTC') DESC, id DESC);
 CREATE INDEX memories_room_idx ON elizasql.memories (agent_id, room_id, type, created_at DESC, id DESC);
 CREATE INDEX memories_entity_idx ON elizasql.memories (agent_id, entity_id, type, created_at DESC, id DESC);
-CREATE INDEX memories_world_idx ON elizasql.memories (agent_id, world_id, type, created_at DESC, id DESC);
+CREATE INDEX memories_world_idx ON elizasql.memories (agent_id, world_id, type, created_at DESC, id DESC)
+WHERE world_id IS NOT NULL;
 -- The fragments of a document, found when the document is deleted.
 CREATE INDEX memories_document_idx ON elizasql.memories (agent_id, (metadata ->> 'documentId'))
 WHERE metadata ? 'documentId';
@@ -77,7 +80,7 @@ CREATE TABLE elizasql.embeddings (
 CREATE INDEX embeddings_type_idx ON elizasql.embeddings (agent_id, type);
 CREATE INDEX embeddings_room_idx ON elizasql.embeddings (agent_id, room_id, type);
 CREATE INDEX embeddings_entity_idx ON elizasql.embeddings (agent_id, entity_id, type);
-CREATE INDEX embeddings_world_idx ON elizasql.embeddings (agent_id, world_id, type);
+CREATE INDEX embeddings_world_idx ON elizasql.embeddings (agent_id, world_id, type) WHERE world_id IS NOT NULL;
 CREATE INDEX embeddings_tail_idx ON elizasql.embeddings (agent_id, type) WHERE NOT indexed;
 CREATE INDEX embeddings_xid_idx ON elizasql.embeddings (agent_id, xid);
 
@@ -147,12 +150,34 @@ EXECUTE FUNCTION elizasql.copy_scope_to_embedding();
 -- A function, because a statement does not see rows that were committed while it waited for a lock, and the inner
 -- statements of a volatile function do: of concurrent near-duplicates exactly one stays unique. The locks are held to
 -- the end of the transaction and taken in one order, so that two batches cannot wait for each other.
+--
+-- The narrowest scope that is given has an index, and up to 20,000 rows of it are compared exactly (1.2 ms for 6,000 of
+-- 10,000 rows; HNSW under a filter takes 4.5 ms and may miss the duplicate).
 DO $create$
 DECLARE
     dim int;
+    exact text := '';
+    scope text[];
 BEGIN
+    FOREACH scope SLICE 1 IN ARRAY ARRAY[['rooms', 'room_id'], ['entities', 'entity_id'], ['worlds', 'world_id']] LOOP
+        exact := exact || replace(replace($exact$
+        IF size > 20000 AND given_ids[i] IS NOT NULL THEN
+            SELECT count(*) INTO size FROM (
+                SELECT FROM elizasql.embeddings
+                WHERE agent_id = given_agent AND id_column = given_ids[i] AND type = types[i] LIMIT 20001) AS counted;
+            IF size <= 20000 THEN
+                SELECT EXISTS (
+                    SELECT FROM elizasql.embeddings
+                    WHERE agent_id = given_agent AND id_column = given_ids[i] AND type = types[i]
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND dim_384 <=> vectors[i] <= 0.05) INTO found;
+            END IF;
+        END IF;$exact$, 'given_ids', scope[1]), 'id_column', scope[2]);
+    END LOOP;
     FOREACH dim IN ARRAY ARRAY[384, 512, 768, 1024, 1536, 3072] LOOP
-        EXECUTE replace($template$
+        EXECUTE replace(replace($template$
 CREATE FUNCTION elizasql.near_duplicates_384(
     given_agent uuid, types text[], rooms uuid[], worlds uuid[], entities uuid[], vectors vector[], uniques boolean[]
 ) RETURNS boolean[] LANGUAGE plpgsql VOLATILE AS $body$
@@ -189,19 +214,7 @@ BEGIN
         CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
         found := FALSE;
         size := 20001;
-        IF rooms[i] IS NOT NULL THEN
-            SELECT count(*) INTO size FROM (
-                SELECT FROM elizasql.embeddings
-                WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i] LIMIT 20001) AS scope;
-            IF size <= 20000 THEN
-                SELECT EXISTS (
-                    SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i]
-                        AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND (entities[i] IS NULL OR entity_id = entities[i])
-                        AND dim_384 <=> vectors[i] <= 0.05) INTO found;
-            END IF;
-        END IF;
+        @exact@
         IF size > 20000 THEN
             SELECT EXISTS (
                 SELECT FROM (
@@ -224,7 +237,7 @@ BEGIN
     END LOOP;
     RETURN duplicates;
 END
-$body$ $template$, '384', dim::text);
+$body$ $template$, '@exact@', exact), '384', dim::text);
     END LOOP;
 END
 $create$;

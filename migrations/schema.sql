@@ -202,16 +202,46 @@ BEGIN
         CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
         found := FALSE;
         size := 20001;
-        IF rooms[i] IS NOT NULL THEN
+        
+        IF size > 20000 AND rooms[i] IS NOT NULL THEN
             SELECT count(*) INTO size FROM (
                 SELECT FROM elizasql.embeddings
-                WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i] LIMIT 20001) AS scope;
+                WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i] LIMIT 20001) AS counted;
             IF size <= 20000 THEN
                 SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
                     WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i]
-                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND dim_1024 <=> vectors[i] <= 0.05) INTO found;
+            END IF;
+        END IF;
+        IF size > 20000 AND entities[i] IS NOT NULL THEN
+            SELECT count(*) INTO size FROM (
+                SELECT FROM elizasql.embeddings
+                WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i] LIMIT 20001) AS counted;
+            IF size <= 20000 THEN
+                SELECT EXISTS (
+                    SELECT FROM elizasql.embeddings
+                    WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i]
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND dim_1024 <=> vectors[i] <= 0.05) INTO found;
+            END IF;
+        END IF;
+        IF size > 20000 AND worlds[i] IS NOT NULL THEN
+            SELECT count(*) INTO size FROM (
+                SELECT FROM elizasql.embeddings
+                WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i] LIMIT 20001) AS counted;
+            IF size <= 20000 THEN
+                SELECT EXISTS (
+                    SELECT FROM elizasql.embeddings
+                    WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i]
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
                         AND dim_1024 <=> vectors[i] <= 0.05) INTO found;
             END IF;
         END IF;
@@ -275,16 +305,46 @@ BEGIN
         CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
         found := FALSE;
         size := 20001;
-        IF rooms[i] IS NOT NULL THEN
+        
+        IF size > 20000 AND rooms[i] IS NOT NULL THEN
             SELECT count(*) INTO size FROM (
                 SELECT FROM elizasql.embeddings
-                WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i] LIMIT 20001) AS scope;
+                WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i] LIMIT 20001) AS counted;
             IF size <= 20000 THEN
                 SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
                     WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i]
-                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND dim_1536 <=> vectors[i] <= 0.05) INTO found;
+            END IF;
+        END IF;
+        IF size > 20000 AND entities[i] IS NOT NULL THEN
+            SELECT count(*) INTO size FROM (
+                SELECT FROM elizasql.embeddings
+                WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i] LIMIT 20001) AS counted;
+            IF size <= 20000 THEN
+                SELECT EXISTS (
+                    SELECT FROM elizasql.embeddings
+                    WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i]
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND dim_1536 <=> vectors[i] <= 0.05) INTO found;
+            END IF;
+        END IF;
+        IF size > 20000 AND worlds[i] IS NOT NULL THEN
+            SELECT count(*) INTO size FROM (
+                SELECT FROM elizasql.embeddings
+                WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i] LIMIT 20001) AS counted;
+            IF size <= 20000 THEN
+                SELECT EXISTS (
+                    SELECT FROM elizasql.embeddings
+                    WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i]
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
                         AND dim_1536 <=> vectors[i] <= 0.05) INTO found;
             END IF;
         END IF;
@@ -348,16 +408,46 @@ BEGIN
         CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
         found := FALSE;
         size := 20001;
-        IF rooms[i] IS NOT NULL THEN
+        
+        IF size > 20000 AND rooms[i] IS NOT NULL THEN
             SELECT count(*) INTO size FROM (
                 SELECT FROM elizasql.embeddings
-                WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i] LIMIT 20001) AS scope;
+                WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i] LIMIT 20001) AS counted;
             IF size <= 20000 THEN
                 SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
                     WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i]
-                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND dim_3072 <=> vectors[i] <= 0.05) INTO found;
+            END IF;
+        END IF;
+        IF size > 20000 AND entities[i] IS NOT NULL THEN
+            SELECT count(*) INTO size FROM (
+                SELECT FROM elizasql.embeddings
+                WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i] LIMIT 20001) AS counted;
+            IF size <= 20000 THEN
+                SELECT EXISTS (
+                    SELECT FROM elizasql.embeddings
+                    WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i]
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND dim_3072 <=> vectors[i] <= 0.05) INTO found;
+            END IF;
+        END IF;
+        IF size > 20000 AND worlds[i] IS NOT NULL THEN
+            SELECT count(*) INTO size FROM (
+                SELECT FROM elizasql.embeddings
+                WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i] LIMIT 20001) AS counted;
+            IF size <= 20000 THEN
+                SELECT EXISTS (
+                    SELECT FROM elizasql.embeddings
+                    WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i]
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
                         AND dim_3072 <=> vectors[i] <= 0.05) INTO found;
             END IF;
         END IF;
@@ -421,16 +511,46 @@ BEGIN
         CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
         found := FALSE;
         size := 20001;
-        IF rooms[i] IS NOT NULL THEN
+        
+        IF size > 20000 AND rooms[i] IS NOT NULL THEN
             SELECT count(*) INTO size FROM (
                 SELECT FROM elizasql.embeddings
-                WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i] LIMIT 20001) AS scope;
+                WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i] LIMIT 20001) AS counted;
             IF size <= 20000 THEN
                 SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
                     WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i]
-                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND dim_384 <=> vectors[i] <= 0.05) INTO found;
+            END IF;
+        END IF;
+        IF size > 20000 AND entities[i] IS NOT NULL THEN
+            SELECT count(*) INTO size FROM (
+                SELECT FROM elizasql.embeddings
+                WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i] LIMIT 20001) AS counted;
+            IF size <= 20000 THEN
+                SELECT EXISTS (
+                    SELECT FROM elizasql.embeddings
+                    WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i]
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND dim_384 <=> vectors[i] <= 0.05) INTO found;
+            END IF;
+        END IF;
+        IF size > 20000 AND worlds[i] IS NOT NULL THEN
+            SELECT count(*) INTO size FROM (
+                SELECT FROM elizasql.embeddings
+                WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i] LIMIT 20001) AS counted;
+            IF size <= 20000 THEN
+                SELECT EXISTS (
+                    SELECT FROM elizasql.embeddings
+                    WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i]
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
                         AND dim_384 <=> vectors[i] <= 0.05) INTO found;
             END IF;
         END IF;
@@ -494,16 +614,46 @@ BEGIN
         CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
         found := FALSE;
         size := 20001;
-        IF rooms[i] IS NOT NULL THEN
+        
+        IF size > 20000 AND rooms[i] IS NOT NULL THEN
             SELECT count(*) INTO size FROM (
                 SELECT FROM elizasql.embeddings
-                WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i] LIMIT 20001) AS scope;
+                WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i] LIMIT 20001) AS counted;
             IF size <= 20000 THEN
                 SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
                     WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i]
-                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND dim_512 <=> vectors[i] <= 0.05) INTO found;
+            END IF;
+        END IF;
+        IF size > 20000 AND entities[i] IS NOT NULL THEN
+            SELECT count(*) INTO size FROM (
+                SELECT FROM elizasql.embeddings
+                WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i] LIMIT 20001) AS counted;
+            IF size <= 20000 THEN
+                SELECT EXISTS (
+                    SELECT FROM elizasql.embeddings
+                    WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i]
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND dim_512 <=> vectors[i] <= 0.05) INTO found;
+            END IF;
+        END IF;
+        IF size > 20000 AND worlds[i] IS NOT NULL THEN
+            SELECT count(*) INTO size FROM (
+                SELECT FROM elizasql.embeddings
+                WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i] LIMIT 20001) AS counted;
+            IF size <= 20000 THEN
+                SELECT EXISTS (
+                    SELECT FROM elizasql.embeddings
+                    WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i]
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
                         AND dim_512 <=> vectors[i] <= 0.05) INTO found;
             END IF;
         END IF;
@@ -567,16 +717,46 @@ BEGIN
         CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
         found := FALSE;
         size := 20001;
-        IF rooms[i] IS NOT NULL THEN
+        
+        IF size > 20000 AND rooms[i] IS NOT NULL THEN
             SELECT count(*) INTO size FROM (
                 SELECT FROM elizasql.embeddings
-                WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i] LIMIT 20001) AS scope;
+                WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i] LIMIT 20001) AS counted;
             IF size <= 20000 THEN
                 SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
                     WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i]
-                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND dim_768 <=> vectors[i] <= 0.05) INTO found;
+            END IF;
+        END IF;
+        IF size > 20000 AND entities[i] IS NOT NULL THEN
+            SELECT count(*) INTO size FROM (
+                SELECT FROM elizasql.embeddings
+                WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i] LIMIT 20001) AS counted;
+            IF size <= 20000 THEN
+                SELECT EXISTS (
+                    SELECT FROM elizasql.embeddings
+                    WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i]
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND dim_768 <=> vectors[i] <= 0.05) INTO found;
+            END IF;
+        END IF;
+        IF size > 20000 AND worlds[i] IS NOT NULL THEN
+            SELECT count(*) INTO size FROM (
+                SELECT FROM elizasql.embeddings
+                WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i] LIMIT 20001) AS counted;
+            IF size <= 20000 THEN
+                SELECT EXISTS (
+                    SELECT FROM elizasql.embeddings
+                    WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i]
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
                         AND dim_768 <=> vectors[i] <= 0.05) INTO found;
             END IF;
         END IF;
@@ -2088,9 +2268,9 @@ CREATE INDEX embeddings_tail_idx ON ONLY elizasql.embeddings USING btree (agent_
 
 CREATE INDEX embeddings_p00_agent_id_type_idx1 ON elizasql.embeddings_p00 USING btree (agent_id, type) WHERE (NOT indexed);
 
-CREATE INDEX embeddings_world_idx ON ONLY elizasql.embeddings USING btree (agent_id, world_id, type);
+CREATE INDEX embeddings_world_idx ON ONLY elizasql.embeddings USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
 
-CREATE INDEX embeddings_p00_agent_id_world_id_type_idx ON elizasql.embeddings_p00 USING btree (agent_id, world_id, type);
+CREATE INDEX embeddings_p00_agent_id_world_id_type_idx ON elizasql.embeddings_p00 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX embeddings_xid_idx ON ONLY elizasql.embeddings USING btree (agent_id, xid);
 
@@ -2116,7 +2296,7 @@ CREATE INDEX embeddings_p01_agent_id_type_idx ON elizasql.embeddings_p01 USING b
 
 CREATE INDEX embeddings_p01_agent_id_type_idx1 ON elizasql.embeddings_p01 USING btree (agent_id, type) WHERE (NOT indexed);
 
-CREATE INDEX embeddings_p01_agent_id_world_id_type_idx ON elizasql.embeddings_p01 USING btree (agent_id, world_id, type);
+CREATE INDEX embeddings_p01_agent_id_world_id_type_idx ON elizasql.embeddings_p01 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX embeddings_p01_agent_id_xid_idx ON elizasql.embeddings_p01 USING btree (agent_id, xid);
 
@@ -2140,7 +2320,7 @@ CREATE INDEX embeddings_p02_agent_id_type_idx ON elizasql.embeddings_p02 USING b
 
 CREATE INDEX embeddings_p02_agent_id_type_idx1 ON elizasql.embeddings_p02 USING btree (agent_id, type) WHERE (NOT indexed);
 
-CREATE INDEX embeddings_p02_agent_id_world_id_type_idx ON elizasql.embeddings_p02 USING btree (agent_id, world_id, type);
+CREATE INDEX embeddings_p02_agent_id_world_id_type_idx ON elizasql.embeddings_p02 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX embeddings_p02_agent_id_xid_idx ON elizasql.embeddings_p02 USING btree (agent_id, xid);
 
@@ -2164,7 +2344,7 @@ CREATE INDEX embeddings_p03_agent_id_type_idx ON elizasql.embeddings_p03 USING b
 
 CREATE INDEX embeddings_p03_agent_id_type_idx1 ON elizasql.embeddings_p03 USING btree (agent_id, type) WHERE (NOT indexed);
 
-CREATE INDEX embeddings_p03_agent_id_world_id_type_idx ON elizasql.embeddings_p03 USING btree (agent_id, world_id, type);
+CREATE INDEX embeddings_p03_agent_id_world_id_type_idx ON elizasql.embeddings_p03 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX embeddings_p03_agent_id_xid_idx ON elizasql.embeddings_p03 USING btree (agent_id, xid);
 
@@ -2188,7 +2368,7 @@ CREATE INDEX embeddings_p04_agent_id_type_idx ON elizasql.embeddings_p04 USING b
 
 CREATE INDEX embeddings_p04_agent_id_type_idx1 ON elizasql.embeddings_p04 USING btree (agent_id, type) WHERE (NOT indexed);
 
-CREATE INDEX embeddings_p04_agent_id_world_id_type_idx ON elizasql.embeddings_p04 USING btree (agent_id, world_id, type);
+CREATE INDEX embeddings_p04_agent_id_world_id_type_idx ON elizasql.embeddings_p04 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX embeddings_p04_agent_id_xid_idx ON elizasql.embeddings_p04 USING btree (agent_id, xid);
 
@@ -2212,7 +2392,7 @@ CREATE INDEX embeddings_p05_agent_id_type_idx ON elizasql.embeddings_p05 USING b
 
 CREATE INDEX embeddings_p05_agent_id_type_idx1 ON elizasql.embeddings_p05 USING btree (agent_id, type) WHERE (NOT indexed);
 
-CREATE INDEX embeddings_p05_agent_id_world_id_type_idx ON elizasql.embeddings_p05 USING btree (agent_id, world_id, type);
+CREATE INDEX embeddings_p05_agent_id_world_id_type_idx ON elizasql.embeddings_p05 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX embeddings_p05_agent_id_xid_idx ON elizasql.embeddings_p05 USING btree (agent_id, xid);
 
@@ -2236,7 +2416,7 @@ CREATE INDEX embeddings_p06_agent_id_type_idx ON elizasql.embeddings_p06 USING b
 
 CREATE INDEX embeddings_p06_agent_id_type_idx1 ON elizasql.embeddings_p06 USING btree (agent_id, type) WHERE (NOT indexed);
 
-CREATE INDEX embeddings_p06_agent_id_world_id_type_idx ON elizasql.embeddings_p06 USING btree (agent_id, world_id, type);
+CREATE INDEX embeddings_p06_agent_id_world_id_type_idx ON elizasql.embeddings_p06 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX embeddings_p06_agent_id_xid_idx ON elizasql.embeddings_p06 USING btree (agent_id, xid);
 
@@ -2260,7 +2440,7 @@ CREATE INDEX embeddings_p07_agent_id_type_idx ON elizasql.embeddings_p07 USING b
 
 CREATE INDEX embeddings_p07_agent_id_type_idx1 ON elizasql.embeddings_p07 USING btree (agent_id, type) WHERE (NOT indexed);
 
-CREATE INDEX embeddings_p07_agent_id_world_id_type_idx ON elizasql.embeddings_p07 USING btree (agent_id, world_id, type);
+CREATE INDEX embeddings_p07_agent_id_world_id_type_idx ON elizasql.embeddings_p07 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX embeddings_p07_agent_id_xid_idx ON elizasql.embeddings_p07 USING btree (agent_id, xid);
 
@@ -2284,7 +2464,7 @@ CREATE INDEX embeddings_p08_agent_id_type_idx ON elizasql.embeddings_p08 USING b
 
 CREATE INDEX embeddings_p08_agent_id_type_idx1 ON elizasql.embeddings_p08 USING btree (agent_id, type) WHERE (NOT indexed);
 
-CREATE INDEX embeddings_p08_agent_id_world_id_type_idx ON elizasql.embeddings_p08 USING btree (agent_id, world_id, type);
+CREATE INDEX embeddings_p08_agent_id_world_id_type_idx ON elizasql.embeddings_p08 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX embeddings_p08_agent_id_xid_idx ON elizasql.embeddings_p08 USING btree (agent_id, xid);
 
@@ -2308,7 +2488,7 @@ CREATE INDEX embeddings_p09_agent_id_type_idx ON elizasql.embeddings_p09 USING b
 
 CREATE INDEX embeddings_p09_agent_id_type_idx1 ON elizasql.embeddings_p09 USING btree (agent_id, type) WHERE (NOT indexed);
 
-CREATE INDEX embeddings_p09_agent_id_world_id_type_idx ON elizasql.embeddings_p09 USING btree (agent_id, world_id, type);
+CREATE INDEX embeddings_p09_agent_id_world_id_type_idx ON elizasql.embeddings_p09 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX embeddings_p09_agent_id_xid_idx ON elizasql.embeddings_p09 USING btree (agent_id, xid);
 
@@ -2332,7 +2512,7 @@ CREATE INDEX embeddings_p10_agent_id_type_idx ON elizasql.embeddings_p10 USING b
 
 CREATE INDEX embeddings_p10_agent_id_type_idx1 ON elizasql.embeddings_p10 USING btree (agent_id, type) WHERE (NOT indexed);
 
-CREATE INDEX embeddings_p10_agent_id_world_id_type_idx ON elizasql.embeddings_p10 USING btree (agent_id, world_id, type);
+CREATE INDEX embeddings_p10_agent_id_world_id_type_idx ON elizasql.embeddings_p10 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX embeddings_p10_agent_id_xid_idx ON elizasql.embeddings_p10 USING btree (agent_id, xid);
 
@@ -2356,7 +2536,7 @@ CREATE INDEX embeddings_p11_agent_id_type_idx ON elizasql.embeddings_p11 USING b
 
 CREATE INDEX embeddings_p11_agent_id_type_idx1 ON elizasql.embeddings_p11 USING btree (agent_id, type) WHERE (NOT indexed);
 
-CREATE INDEX embeddings_p11_agent_id_world_id_type_idx ON elizasql.embeddings_p11 USING btree (agent_id, world_id, type);
+CREATE INDEX embeddings_p11_agent_id_world_id_type_idx ON elizasql.embeddings_p11 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX embeddings_p11_agent_id_xid_idx ON elizasql.embeddings_p11 USING btree (agent_id, xid);
 
@@ -2380,7 +2560,7 @@ CREATE INDEX embeddings_p12_agent_id_type_idx ON elizasql.embeddings_p12 USING b
 
 CREATE INDEX embeddings_p12_agent_id_type_idx1 ON elizasql.embeddings_p12 USING btree (agent_id, type) WHERE (NOT indexed);
 
-CREATE INDEX embeddings_p12_agent_id_world_id_type_idx ON elizasql.embeddings_p12 USING btree (agent_id, world_id, type);
+CREATE INDEX embeddings_p12_agent_id_world_id_type_idx ON elizasql.embeddings_p12 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX embeddings_p12_agent_id_xid_idx ON elizasql.embeddings_p12 USING btree (agent_id, xid);
 
@@ -2404,7 +2584,7 @@ CREATE INDEX embeddings_p13_agent_id_type_idx ON elizasql.embeddings_p13 USING b
 
 CREATE INDEX embeddings_p13_agent_id_type_idx1 ON elizasql.embeddings_p13 USING btree (agent_id, type) WHERE (NOT indexed);
 
-CREATE INDEX embeddings_p13_agent_id_world_id_type_idx ON elizasql.embeddings_p13 USING btree (agent_id, world_id, type);
+CREATE INDEX embeddings_p13_agent_id_world_id_type_idx ON elizasql.embeddings_p13 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX embeddings_p13_agent_id_xid_idx ON elizasql.embeddings_p13 USING btree (agent_id, xid);
 
@@ -2428,7 +2608,7 @@ CREATE INDEX embeddings_p14_agent_id_type_idx ON elizasql.embeddings_p14 USING b
 
 CREATE INDEX embeddings_p14_agent_id_type_idx1 ON elizasql.embeddings_p14 USING btree (agent_id, type) WHERE (NOT indexed);
 
-CREATE INDEX embeddings_p14_agent_id_world_id_type_idx ON elizasql.embeddings_p14 USING btree (agent_id, world_id, type);
+CREATE INDEX embeddings_p14_agent_id_world_id_type_idx ON elizasql.embeddings_p14 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX embeddings_p14_agent_id_xid_idx ON elizasql.embeddings_p14 USING btree (agent_id, xid);
 
@@ -2452,7 +2632,7 @@ CREATE INDEX embeddings_p15_agent_id_type_idx ON elizasql.embeddings_p15 USING b
 
 CREATE INDEX embeddings_p15_agent_id_type_idx1 ON elizasql.embeddings_p15 USING btree (agent_id, type) WHERE (NOT indexed);
 
-CREATE INDEX embeddings_p15_agent_id_world_id_type_idx ON elizasql.embeddings_p15 USING btree (agent_id, world_id, type);
+CREATE INDEX embeddings_p15_agent_id_world_id_type_idx ON elizasql.embeddings_p15 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX embeddings_p15_agent_id_xid_idx ON elizasql.embeddings_p15 USING btree (agent_id, xid);
 
@@ -2504,17 +2684,17 @@ CREATE INDEX memories_room_idx ON ONLY elizasql.memories USING btree (agent_id, 
 
 CREATE INDEX memories_p00_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p00 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_type_idx ON ONLY elizasql.memories USING btree (agent_id, type, created_at DESC, id DESC);
-
-CREATE INDEX memories_p00_agent_id_type_created_at_id_idx ON elizasql.memories_p00 USING btree (agent_id, type, created_at DESC, id DESC);
-
 CREATE INDEX memories_text_length_idx ON ONLY elizasql.memories USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
 
 CREATE INDEX memories_p00_agent_id_type_length_idx ON elizasql.memories_p00 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
 
-CREATE INDEX memories_world_idx ON ONLY elizasql.memories USING btree (agent_id, world_id, type, created_at DESC, id DESC);
+CREATE INDEX memories_type_idx ON ONLY elizasql.memories USING btree (agent_id, type, (created_at AT TIME ZONE 'UTC'::text) DESC, id DESC);
 
-CREATE INDEX memories_p00_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p00 USING btree (agent_id, world_id, type, created_at DESC, id DESC);
+CREATE INDEX memories_p00_agent_id_type_timezone_id_idx ON elizasql.memories_p00 USING btree (agent_id, type, (created_at AT TIME ZONE 'UTC'::text) DESC, id DESC);
+
+CREATE INDEX memories_world_idx ON ONLY elizasql.memories USING btree (agent_id, world_id, type, created_at DESC, id DESC) WHERE (world_id IS NOT NULL);
+
+CREATE INDEX memories_p00_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p00 USING btree (agent_id, world_id, type, created_at DESC, id DESC) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX memories_p01_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p01 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
@@ -2522,11 +2702,11 @@ CREATE INDEX memories_p01_agent_id_expr_idx ON elizasql.memories_p01 USING btree
 
 CREATE INDEX memories_p01_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p01 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p01_agent_id_type_created_at_id_idx ON elizasql.memories_p01 USING btree (agent_id, type, created_at DESC, id DESC);
-
 CREATE INDEX memories_p01_agent_id_type_length_idx ON elizasql.memories_p01 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
 
-CREATE INDEX memories_p01_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p01 USING btree (agent_id, world_id, type, created_at DESC, id DESC);
+CREATE INDEX memories_p01_agent_id_type_timezone_id_idx ON elizasql.memories_p01 USING btree (agent_id, type, (created_at AT TIME ZONE 'UTC'::text) DESC, id DESC);
+
+CREATE INDEX memories_p01_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p01 USING btree (agent_id, world_id, type, created_at DESC, id DESC) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX memories_p02_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p02 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
@@ -2534,11 +2714,11 @@ CREATE INDEX memories_p02_agent_id_expr_idx ON elizasql.memories_p02 USING btree
 
 CREATE INDEX memories_p02_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p02 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p02_agent_id_type_created_at_id_idx ON elizasql.memories_p02 USING btree (agent_id, type, created_at DESC, id DESC);
-
 CREATE INDEX memories_p02_agent_id_type_length_idx ON elizasql.memories_p02 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
 
-CREATE INDEX memories_p02_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p02 USING btree (agent_id, world_id, type, created_at DESC, id DESC);
+CREATE INDEX memories_p02_agent_id_type_timezone_id_idx ON elizasql.memories_p02 USING btree (agent_id, type, (created_at AT TIME ZONE 'UTC'::text) DESC, id DESC);
+
+CREATE INDEX memories_p02_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p02 USING btree (agent_id, world_id, type, created_at DESC, id DESC) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX memories_p03_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p03 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
@@ -2546,11 +2726,11 @@ CREATE INDEX memories_p03_agent_id_expr_idx ON elizasql.memories_p03 USING btree
 
 CREATE INDEX memories_p03_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p03 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p03_agent_id_type_created_at_id_idx ON elizasql.memories_p03 USING btree (agent_id, type, created_at DESC, id DESC);
-
 CREATE INDEX memories_p03_agent_id_type_length_idx ON elizasql.memories_p03 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
 
-CREATE INDEX memories_p03_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p03 USING btree (agent_id, world_id, type, created_at DESC, id DESC);
+CREATE INDEX memories_p03_agent_id_type_timezone_id_idx ON elizasql.memories_p03 USING btree (agent_id, type, (created_at AT TIME ZONE 'UTC'::text) DESC, id DESC);
+
+CREATE INDEX memories_p03_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p03 USING btree (agent_id, world_id, type, created_at DESC, id DESC) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX memories_p04_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p04 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
@@ -2558,11 +2738,11 @@ CREATE INDEX memories_p04_agent_id_expr_idx ON elizasql.memories_p04 USING btree
 
 CREATE INDEX memories_p04_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p04 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p04_agent_id_type_created_at_id_idx ON elizasql.memories_p04 USING btree (agent_id, type, created_at DESC, id DESC);
-
 CREATE INDEX memories_p04_agent_id_type_length_idx ON elizasql.memories_p04 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
 
-CREATE INDEX memories_p04_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p04 USING btree (agent_id, world_id, type, created_at DESC, id DESC);
+CREATE INDEX memories_p04_agent_id_type_timezone_id_idx ON elizasql.memories_p04 USING btree (agent_id, type, (created_at AT TIME ZONE 'UTC'::text) DESC, id DESC);
+
+CREATE INDEX memories_p04_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p04 USING btree (agent_id, world_id, type, created_at DESC, id DESC) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX memories_p05_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p05 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
@@ -2570,11 +2750,11 @@ CREATE INDEX memories_p05_agent_id_expr_idx ON elizasql.memories_p05 USING btree
 
 CREATE INDEX memories_p05_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p05 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p05_agent_id_type_created_at_id_idx ON elizasql.memories_p05 USING btree (agent_id, type, created_at DESC, id DESC);
-
 CREATE INDEX memories_p05_agent_id_type_length_idx ON elizasql.memories_p05 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
 
-CREATE INDEX memories_p05_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p05 USING btree (agent_id, world_id, type, created_at DESC, id DESC);
+CREATE INDEX memories_p05_agent_id_type_timezone_id_idx ON elizasql.memories_p05 USING btree (agent_id, type, (created_at AT TIME ZONE 'UTC'::text) DESC, id DESC);
+
+CREATE INDEX memories_p05_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p05 USING btree (agent_id, world_id, type, created_at DESC, id DESC) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX memories_p06_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p06 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
@@ -2582,11 +2762,11 @@ CREATE INDEX memories_p06_agent_id_expr_idx ON elizasql.memories_p06 USING btree
 
 CREATE INDEX memories_p06_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p06 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p06_agent_id_type_created_at_id_idx ON elizasql.memories_p06 USING btree (agent_id, type, created_at DESC, id DESC);
-
 CREATE INDEX memories_p06_agent_id_type_length_idx ON elizasql.memories_p06 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
 
-CREATE INDEX memories_p06_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p06 USING btree (agent_id, world_id, type, created_at DESC, id DESC);
+CREATE INDEX memories_p06_agent_id_type_timezone_id_idx ON elizasql.memories_p06 USING btree (agent_id, type, (created_at AT TIME ZONE 'UTC'::text) DESC, id DESC);
+
+CREATE INDEX memories_p06_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p06 USING btree (agent_id, world_id, type, created_at DESC, id DESC) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX memories_p07_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p07 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
@@ -2594,11 +2774,11 @@ CREATE INDEX memories_p07_agent_id_expr_idx ON elizasql.memories_p07 USING btree
 
 CREATE INDEX memories_p07_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p07 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p07_agent_id_type_created_at_id_idx ON elizasql.memories_p07 USING btree (agent_id, type, created_at DESC, id DESC);
-
 CREATE INDEX memories_p07_agent_id_type_length_idx ON elizasql.memories_p07 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
 
-CREATE INDEX memories_p07_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p07 USING btree (agent_id, world_id, type, created_at DESC, id DESC);
+CREATE INDEX memories_p07_agent_id_type_timezone_id_idx ON elizasql.memories_p07 USING btree (agent_id, type, (created_at AT TIME ZONE 'UTC'::text) DESC, id DESC);
+
+CREATE INDEX memories_p07_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p07 USING btree (agent_id, world_id, type, created_at DESC, id DESC) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX memories_p08_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p08 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
@@ -2606,11 +2786,11 @@ CREATE INDEX memories_p08_agent_id_expr_idx ON elizasql.memories_p08 USING btree
 
 CREATE INDEX memories_p08_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p08 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p08_agent_id_type_created_at_id_idx ON elizasql.memories_p08 USING btree (agent_id, type, created_at DESC, id DESC);
-
 CREATE INDEX memories_p08_agent_id_type_length_idx ON elizasql.memories_p08 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
 
-CREATE INDEX memories_p08_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p08 USING btree (agent_id, world_id, type, created_at DESC, id DESC);
+CREATE INDEX memories_p08_agent_id_type_timezone_id_idx ON elizasql.memories_p08 USING btree (agent_id, type, (created_at AT TIME ZONE 'UTC'::text) DESC, id DESC);
+
+CREATE INDEX memories_p08_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p08 USING btree (agent_id, world_id, type, created_at DESC, id DESC) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX memories_p09_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p09 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
@@ -2618,11 +2798,11 @@ CREATE INDEX memories_p09_agent_id_expr_idx ON elizasql.memories_p09 USING btree
 
 CREATE INDEX memories_p09_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p09 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p09_agent_id_type_created_at_id_idx ON elizasql.memories_p09 USING btree (agent_id, type, created_at DESC, id DESC);
-
 CREATE INDEX memories_p09_agent_id_type_length_idx ON elizasql.memories_p09 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
 
-CREATE INDEX memories_p09_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p09 USING btree (agent_id, world_id, type, created_at DESC, id DESC);
+CREATE INDEX memories_p09_agent_id_type_timezone_id_idx ON elizasql.memories_p09 USING btree (agent_id, type, (created_at AT TIME ZONE 'UTC'::text) DESC, id DESC);
+
+CREATE INDEX memories_p09_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p09 USING btree (agent_id, world_id, type, created_at DESC, id DESC) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX memories_p10_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p10 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
@@ -2630,11 +2810,11 @@ CREATE INDEX memories_p10_agent_id_expr_idx ON elizasql.memories_p10 USING btree
 
 CREATE INDEX memories_p10_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p10 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p10_agent_id_type_created_at_id_idx ON elizasql.memories_p10 USING btree (agent_id, type, created_at DESC, id DESC);
-
 CREATE INDEX memories_p10_agent_id_type_length_idx ON elizasql.memories_p10 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
 
-CREATE INDEX memories_p10_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p10 USING btree (agent_id, world_id, type, created_at DESC, id DESC);
+CREATE INDEX memories_p10_agent_id_type_timezone_id_idx ON elizasql.memories_p10 USING btree (agent_id, type, (created_at AT TIME ZONE 'UTC'::text) DESC, id DESC);
+
+CREATE INDEX memories_p10_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p10 USING btree (agent_id, world_id, type, created_at DESC, id DESC) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX memories_p11_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p11 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
@@ -2642,11 +2822,11 @@ CREATE INDEX memories_p11_agent_id_expr_idx ON elizasql.memories_p11 USING btree
 
 CREATE INDEX memories_p11_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p11 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p11_agent_id_type_created_at_id_idx ON elizasql.memories_p11 USING btree (agent_id, type, created_at DESC, id DESC);
-
 CREATE INDEX memories_p11_agent_id_type_length_idx ON elizasql.memories_p11 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
 
-CREATE INDEX memories_p11_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p11 USING btree (agent_id, world_id, type, created_at DESC, id DESC);
+CREATE INDEX memories_p11_agent_id_type_timezone_id_idx ON elizasql.memories_p11 USING btree (agent_id, type, (created_at AT TIME ZONE 'UTC'::text) DESC, id DESC);
+
+CREATE INDEX memories_p11_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p11 USING btree (agent_id, world_id, type, created_at DESC, id DESC) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX memories_p12_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p12 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
@@ -2654,11 +2834,11 @@ CREATE INDEX memories_p12_agent_id_expr_idx ON elizasql.memories_p12 USING btree
 
 CREATE INDEX memories_p12_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p12 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p12_agent_id_type_created_at_id_idx ON elizasql.memories_p12 USING btree (agent_id, type, created_at DESC, id DESC);
-
 CREATE INDEX memories_p12_agent_id_type_length_idx ON elizasql.memories_p12 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
 
-CREATE INDEX memories_p12_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p12 USING btree (agent_id, world_id, type, created_at DESC, id DESC);
+CREATE INDEX memories_p12_agent_id_type_timezone_id_idx ON elizasql.memories_p12 USING btree (agent_id, type, (created_at AT TIME ZONE 'UTC'::text) DESC, id DESC);
+
+CREATE INDEX memories_p12_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p12 USING btree (agent_id, world_id, type, created_at DESC, id DESC) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX memories_p13_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p13 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
@@ -2666,11 +2846,11 @@ CREATE INDEX memories_p13_agent_id_expr_idx ON elizasql.memories_p13 USING btree
 
 CREATE INDEX memories_p13_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p13 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p13_agent_id_type_created_at_id_idx ON elizasql.memories_p13 USING btree (agent_id, type, created_at DESC, id DESC);
-
 CREATE INDEX memories_p13_agent_id_type_length_idx ON elizasql.memories_p13 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
 
-CREATE INDEX memories_p13_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p13 USING btree (agent_id, world_id, type, created_at DESC, id DESC);
+CREATE INDEX memories_p13_agent_id_type_timezone_id_idx ON elizasql.memories_p13 USING btree (agent_id, type, (created_at AT TIME ZONE 'UTC'::text) DESC, id DESC);
+
+CREATE INDEX memories_p13_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p13 USING btree (agent_id, world_id, type, created_at DESC, id DESC) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX memories_p14_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p14 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
@@ -2678,11 +2858,11 @@ CREATE INDEX memories_p14_agent_id_expr_idx ON elizasql.memories_p14 USING btree
 
 CREATE INDEX memories_p14_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p14 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p14_agent_id_type_created_at_id_idx ON elizasql.memories_p14 USING btree (agent_id, type, created_at DESC, id DESC);
-
 CREATE INDEX memories_p14_agent_id_type_length_idx ON elizasql.memories_p14 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
 
-CREATE INDEX memories_p14_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p14 USING btree (agent_id, world_id, type, created_at DESC, id DESC);
+CREATE INDEX memories_p14_agent_id_type_timezone_id_idx ON elizasql.memories_p14 USING btree (agent_id, type, (created_at AT TIME ZONE 'UTC'::text) DESC, id DESC);
+
+CREATE INDEX memories_p14_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p14 USING btree (agent_id, world_id, type, created_at DESC, id DESC) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX memories_p15_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p15 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
@@ -2690,11 +2870,11 @@ CREATE INDEX memories_p15_agent_id_expr_idx ON elizasql.memories_p15 USING btree
 
 CREATE INDEX memories_p15_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p15 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p15_agent_id_type_created_at_id_idx ON elizasql.memories_p15 USING btree (agent_id, type, created_at DESC, id DESC);
-
 CREATE INDEX memories_p15_agent_id_type_length_idx ON elizasql.memories_p15 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
 
-CREATE INDEX memories_p15_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p15 USING btree (agent_id, world_id, type, created_at DESC, id DESC);
+CREATE INDEX memories_p15_agent_id_type_timezone_id_idx ON elizasql.memories_p15 USING btree (agent_id, type, (created_at AT TIME ZONE 'UTC'::text) DESC, id DESC);
+
+CREATE INDEX memories_p15_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p15 USING btree (agent_id, world_id, type, created_at DESC, id DESC) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX message_server_agents_agent_idx ON elizasql.message_server_agents USING btree (agent_id);
 
@@ -2962,9 +3142,9 @@ ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p0
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p00_agent_id_room_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p00_agent_id_type_created_at_id_idx;
-
 ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p00_agent_id_type_length_idx;
+
+ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p00_agent_id_type_timezone_id_idx;
 
 ALTER INDEX elizasql.memories_world_idx ATTACH PARTITION elizasql.memories_p00_agent_id_world_id_type_created_at_id_idx;
 
@@ -2976,9 +3156,9 @@ ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p0
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p01_agent_id_room_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p01_agent_id_type_created_at_id_idx;
-
 ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p01_agent_id_type_length_idx;
+
+ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p01_agent_id_type_timezone_id_idx;
 
 ALTER INDEX elizasql.memories_world_idx ATTACH PARTITION elizasql.memories_p01_agent_id_world_id_type_created_at_id_idx;
 
@@ -2990,9 +3170,9 @@ ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p0
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p02_agent_id_room_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p02_agent_id_type_created_at_id_idx;
-
 ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p02_agent_id_type_length_idx;
+
+ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p02_agent_id_type_timezone_id_idx;
 
 ALTER INDEX elizasql.memories_world_idx ATTACH PARTITION elizasql.memories_p02_agent_id_world_id_type_created_at_id_idx;
 
@@ -3004,9 +3184,9 @@ ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p0
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p03_agent_id_room_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p03_agent_id_type_created_at_id_idx;
-
 ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p03_agent_id_type_length_idx;
+
+ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p03_agent_id_type_timezone_id_idx;
 
 ALTER INDEX elizasql.memories_world_idx ATTACH PARTITION elizasql.memories_p03_agent_id_world_id_type_created_at_id_idx;
 
@@ -3018,9 +3198,9 @@ ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p0
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p04_agent_id_room_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p04_agent_id_type_created_at_id_idx;
-
 ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p04_agent_id_type_length_idx;
+
+ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p04_agent_id_type_timezone_id_idx;
 
 ALTER INDEX elizasql.memories_world_idx ATTACH PARTITION elizasql.memories_p04_agent_id_world_id_type_created_at_id_idx;
 
@@ -3032,9 +3212,9 @@ ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p0
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p05_agent_id_room_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p05_agent_id_type_created_at_id_idx;
-
 ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p05_agent_id_type_length_idx;
+
+ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p05_agent_id_type_timezone_id_idx;
 
 ALTER INDEX elizasql.memories_world_idx ATTACH PARTITION elizasql.memories_p05_agent_id_world_id_type_created_at_id_idx;
 
@@ -3046,9 +3226,9 @@ ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p0
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p06_agent_id_room_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p06_agent_id_type_created_at_id_idx;
-
 ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p06_agent_id_type_length_idx;
+
+ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p06_agent_id_type_timezone_id_idx;
 
 ALTER INDEX elizasql.memories_world_idx ATTACH PARTITION elizasql.memories_p06_agent_id_world_id_type_created_at_id_idx;
 
@@ -3060,9 +3240,9 @@ ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p0
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p07_agent_id_room_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p07_agent_id_type_created_at_id_idx;
-
 ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p07_agent_id_type_length_idx;
+
+ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p07_agent_id_type_timezone_id_idx;
 
 ALTER INDEX elizasql.memories_world_idx ATTACH PARTITION elizasql.memories_p07_agent_id_world_id_type_created_at_id_idx;
 
@@ -3074,9 +3254,9 @@ ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p0
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p08_agent_id_room_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p08_agent_id_type_created_at_id_idx;
-
 ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p08_agent_id_type_length_idx;
+
+ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p08_agent_id_type_timezone_id_idx;
 
 ALTER INDEX elizasql.memories_world_idx ATTACH PARTITION elizasql.memories_p08_agent_id_world_id_type_created_at_id_idx;
 
@@ -3088,9 +3268,9 @@ ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p0
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p09_agent_id_room_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p09_agent_id_type_created_at_id_idx;
-
 ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p09_agent_id_type_length_idx;
+
+ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p09_agent_id_type_timezone_id_idx;
 
 ALTER INDEX elizasql.memories_world_idx ATTACH PARTITION elizasql.memories_p09_agent_id_world_id_type_created_at_id_idx;
 
@@ -3102,9 +3282,9 @@ ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p1
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p10_agent_id_room_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p10_agent_id_type_created_at_id_idx;
-
 ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p10_agent_id_type_length_idx;
+
+ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p10_agent_id_type_timezone_id_idx;
 
 ALTER INDEX elizasql.memories_world_idx ATTACH PARTITION elizasql.memories_p10_agent_id_world_id_type_created_at_id_idx;
 
@@ -3116,9 +3296,9 @@ ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p1
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p11_agent_id_room_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p11_agent_id_type_created_at_id_idx;
-
 ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p11_agent_id_type_length_idx;
+
+ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p11_agent_id_type_timezone_id_idx;
 
 ALTER INDEX elizasql.memories_world_idx ATTACH PARTITION elizasql.memories_p11_agent_id_world_id_type_created_at_id_idx;
 
@@ -3130,9 +3310,9 @@ ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p1
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p12_agent_id_room_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p12_agent_id_type_created_at_id_idx;
-
 ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p12_agent_id_type_length_idx;
+
+ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p12_agent_id_type_timezone_id_idx;
 
 ALTER INDEX elizasql.memories_world_idx ATTACH PARTITION elizasql.memories_p12_agent_id_world_id_type_created_at_id_idx;
 
@@ -3144,9 +3324,9 @@ ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p1
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p13_agent_id_room_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p13_agent_id_type_created_at_id_idx;
-
 ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p13_agent_id_type_length_idx;
+
+ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p13_agent_id_type_timezone_id_idx;
 
 ALTER INDEX elizasql.memories_world_idx ATTACH PARTITION elizasql.memories_p13_agent_id_world_id_type_created_at_id_idx;
 
@@ -3158,9 +3338,9 @@ ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p1
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p14_agent_id_room_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p14_agent_id_type_created_at_id_idx;
-
 ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p14_agent_id_type_length_idx;
+
+ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p14_agent_id_type_timezone_id_idx;
 
 ALTER INDEX elizasql.memories_world_idx ATTACH PARTITION elizasql.memories_p14_agent_id_world_id_type_created_at_id_idx;
 
@@ -3172,9 +3352,9 @@ ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p1
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p15_agent_id_room_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p15_agent_id_type_created_at_id_idx;
-
 ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p15_agent_id_type_length_idx;
+
+ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p15_agent_id_type_timezone_id_idx;
 
 ALTER INDEX elizasql.memories_world_idx ATTACH PARTITION elizasql.memories_p15_agent_id_world_id_type_created_at_id_idx;
 

@@ -319,7 +319,7 @@ ORDER BY m.created_at DESC, m.id DESC;
 
 -- name: get_memories(agent_id, type, only_unique, start_time, end_time, cursor_time, cursor_id, metadata, text_contains, skip, count, include_embedding)
 -- All of a type, newest first. The time range includes both ends; the cursor is the last row of the page before, whose
--- exact time is read by its id: ElizaOS's JSON carries milliseconds only.
+-- exact time is read by its id: ElizaOS's JSON carries milliseconds only. Times are compared as the index has them.
 SELECT
     id, entity_id, agent_id, room_id, world_id, type, content, metadata, "unique", created_at,
     CASE WHEN :include_embedding THEN (
@@ -328,22 +328,22 @@ SELECT
 FROM elizasql.memories AS m
 WHERE
     agent_id = :agent_id AND type = :type
-    AND created_at >= coalesce(:start_time::timestamptz, '-infinity')
-    AND created_at <= coalesce(:end_time::timestamptz, 'infinity')
-    AND (created_at, id) < (
+    AND created_at AT TIME ZONE 'UTC' >= coalesce(:start_time::timestamptz, '-infinity') AT TIME ZONE 'UTC'
+    AND created_at AT TIME ZONE 'UTC' <= coalesce(:end_time::timestamptz, 'infinity') AT TIME ZONE 'UTC'
+    AND (created_at AT TIME ZONE 'UTC', id) < (
         coalesce(
             (
                 SELECT exact.created_at FROM elizasql.memories AS exact
                 WHERE exact.agent_id = :agent_id AND exact.id = :cursor_id
             ),
             :cursor_time::timestamptz, 'infinity'
-        ),
+        ) AT TIME ZONE 'UTC',
         coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
     )
     AND ("unique" OR NOT :only_unique)
     AND (:metadata::jsonb IS NULL OR metadata @> :metadata)
     AND (:text_contains::text IS NULL OR strpos(lower(content ->> 'text'), lower(:text_contains)) > 0)
-ORDER BY created_at DESC, id DESC
+ORDER BY created_at AT TIME ZONE 'UTC' DESC, id DESC
 LIMIT
     :count::bigint
     OFFSET :skip::bigint;
@@ -446,8 +446,8 @@ SELECT count(*)
 FROM elizasql.memories
 WHERE
     agent_id = :agent_id AND type = :type
-    AND created_at >= coalesce(:start_time::timestamptz, '-infinity')
-    AND created_at <= coalesce(:end_time::timestamptz, 'infinity')
+    AND created_at AT TIME ZONE 'UTC' >= coalesce(:start_time::timestamptz, '-infinity') AT TIME ZONE 'UTC'
+    AND created_at AT TIME ZONE 'UTC' <= coalesce(:end_time::timestamptz, 'infinity') AT TIME ZONE 'UTC'
     AND ("unique" OR NOT :only_unique)
     AND (:metadata::jsonb IS NULL OR metadata @> :metadata)
     AND (:text_contains::text IS NULL OR strpos(lower(content ->> 'text'), lower(:text_contains)) > 0);
