@@ -811,7 +811,8 @@ def _forget_in_child() -> None:
     _servers.clear()
 
 
-async def _release_all() -> None:
+async def release_all() -> None:
+    """Release every use that this process has."""
     for server in list(_servers):
         with contextlib.suppress(EmbeddedServerError, OSError):
             await server.release(timeout=10)
@@ -820,7 +821,7 @@ async def _release_all() -> None:
 @atexit.register
 def _at_exit() -> None:
     if _servers:
-        asyncio.run(_release_all())
+        asyncio.run(release_all())
 
 
 if hasattr(os, "register_at_fork"):

@@ -1,43 +1,63 @@
 """The only module that runs the statements of `sql/` for the domains.
 
-One place orders the arguments, takes a connection, runs, and translates errors; retries, the circuit breaker and
-metrics have their place here, around `_run`.
-
-A connection whose call went well is kept for the next one, up to a second, before it goes back to the pool: taking it
-from asyncpg's pool and giving it back costs more than all else that this library adds to a call, a task and two timers
-each time. While a call waits for the pool nothing is kept, so that the pool's order of waiting holds.
+One place orders the arguments, asks the circuit breaker, takes a connection, runs, judges failures, tries again and
+translates errors; all within the time that the call has. `_retry` says what a failure means, `_breaker` whether the
+server is asked at all, `_pool` where the connections come from.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
-from typing import Any
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 
 import asyncpg
 
+from ._calls import Meter, current_deadline
+from ._pool import Lane, drop, is_open
+from ._registry import Connections, retry_policy
+from ._retry import OUT_OF_MEMORY, Outcome, classify, is_answer
 from ._statements import SQL, Statement
+from .config import Config
 from .errors import (
+    CircuitOpenError,
     ClosedError,
     ConnectionLostError,
+    DeadlineError,
     ElizaSQLError,
     PoolTimeoutError,
     TransactionError,
+    UnknownOutcomeError,
     translate,
 )
 
 logger = logging.getLogger("elizasql")
 
+T = TypeVar("T")
 Arguments = list[Any]
+Work = Callable[[Any, float], Awaitable[Any]]
 
-# Seconds after which connections that were kept go back to the pool, which closes what is idle for long.
-_KEEP = 1.0
+# Seconds between two looks at a transaction whose end the server has not decided yet.
+_SETTLE_PAUSE = 0.05
+
+
+class _Failed(Exception):  # noqa: N818 - never leaves this module
+    """A try that failed: the driver's error, and what it means."""
+
+    def __init__(self, error: Exception, outcome: Outcome, connection: Any, *, used: bool) -> None:
+        super().__init__(error)
+        self.error = error
+        self.outcome = outcome
+        # A connection that was used before: when it is gone, that may say nothing about the server any more.
+        self.stale = used and outcome is not Outcome.PERMANENT and not is_open(connection)
 
 
 class Executor:
-    """Runs statements, each on a pooled connection.
+    """Runs statements, each on a connection of its lane.
 
     Attributes:
         in_flight: Calls that are running or waiting for a connection.
@@ -46,15 +66,15 @@ class Executor:
 
     in_transaction = False
 
-    def __init__(self, pool: asyncpg.Pool[Any], acquire_timeout: float) -> None:
-        self._pool = pool
-        self._acquire_timeout = acquire_timeout
+    def __init__(self, connections: Connections, lane: Lane, config: Config, meter: Meter) -> None:
+        self.connections = connections
+        self.lane = lane
+        self.meter = meter
+        self._config = config
+        self._breaker = connections.breaker
+        self._policy = retry_policy(config)
         self._closed = False
         self._drained = asyncio.Event()
-        self._kept: list[Any] = []
-        self._waiting = 0
-        self._sweep: asyncio.TimerHandle | None = None
-        self._sweeping: asyncio.Task[None] | None = None
         self.in_flight = 0
 
     async def fetch(self, statement: Statement, **params: Any) -> list[asyncpg.Record]:
@@ -78,156 +98,315 @@ class Executor:
         """Run a statement once for each chunk, all in one transaction when there are several; give all rows."""
         if len(chunks) == 1:
             return await self.fetch(statement, **chunks[0])
-        rows: list[asyncpg.Record] = []
-        connection = await self._acquire(statement.name)
-        try:
-            async with connection.transaction():
-                for chunk in chunks:
-                    rows += await connection.fetch(statement.sql, *_order(statement, chunk))
-        except Exception as error:
-            raise self._explain(error, statement.name, connection) from error
-        finally:
-            await self._release(connection)
+        arguments = [_order(statement, chunk) for chunk in chunks]
+
+        async def work(connection: Any, deadline: float) -> list[asyncpg.Record]:
+            rows: list[asyncpg.Record] = []
+            await self._begin_on(connection, deadline)
+            try:
+                for each in arguments:
+                    rows += await connection.fetch(statement.sql, *each, timeout=_left(deadline))
+            except BaseException as error:
+                # Outside of a transaction the connection goes back, and takes the rest with it.
+                if self.in_transaction or isinstance(error, asyncpg.PostgresError):
+                    await self._undo_on(connection)
+                raise
+            await self._commit_on(connection, deadline)
+            return rows
+
+        # What broke before the end of the transaction was not done; its end is settled by `_commit`.
+        rows: list[asyncpg.Record] = await self._attempts(statement.name, work, Outcome.NOT_APPLIED)
         return rows
 
-    async def _run(self, statement: Statement, method: str, arguments: Arguments) -> Any:
-        connection = await self._acquire(statement.name)
+    async def probe(self) -> None:
+        """Ask the server for a sign of life, once: no try is made again, and the breaker is not asked."""
+        self._enter("ping")
         try:
-            result = await getattr(connection, method)(statement.sql, *arguments)
-        except BaseException as error:
-            # Made before the release: what it says depends on whether the adapter is closed now.
-            made = self._explain(error, statement.name, connection) if isinstance(error, Exception) else None
-            await self._release(connection)
-            if made is None:
+            connection = await self._acquire("ping", current_deadline(self._config.timeout))
+            try:
+                await connection[0].fetchval(SQL["ping"].sql, timeout=self._config.connection_timeout)
+            except BaseException as error:
+                self.lane.give_back(connection[0])
+                if isinstance(error, Exception):
+                    raise translate(error, "ping") from error
                 raise
-            raise made from error
-        await self._keep(connection)
+            self.lane.keep(connection[0])
+        except _Failed as failed:
+            raise self._explain(failed.error, "ping") from failed.error
+        finally:
+            self._leave()
+
+    # --- tries -------------------------------------------------------------------------------------------------------
+
+    async def _run(self, statement: Statement, method: str, arguments: Arguments) -> Any:
+        sql = statement.sql
+
+        def work(connection: Any, deadline: float) -> Any:
+            return getattr(connection, method)(sql, *arguments, timeout=_left(deadline))
+
+        return await self._attempts(
+            statement.name, work, Outcome.NOT_APPLIED if statement.repeatable else Outcome.UNKNOWN
+        )
+
+    async def _attempts(self, name: str, work: Work, lost: Outcome, *, hold: bool = False) -> Any:
+        """Do work on a connection, and again as often as it makes sense.
+
+        Args:
+            name: What errors call it.
+            work: Takes the connection and the time by which it must have ended.
+            lost: What a connection that breaks after something was sent means: NOT_APPLIED where the work may be done
+                again all the same.
+            hold: The connection stays the caller's when it went well.
+
+        Raises:
+            ElizaSQLError: What the last try met.
+        """
+        deadline = current_deadline(self._config.timeout)
+        self._enter(name)
+        try:
+            failures = 0
+            spared = False
+            while True:
+                try:
+                    return await self._attempt(name, work, deadline, hold)
+                except _Failed as failed:
+                    error, outcome = failed.error, failed.outcome
+                    made = self._explain(error, name)
+                    if outcome is Outcome.UNKNOWN:
+                        outcome = lost
+                    if outcome is Outcome.UNKNOWN and not isinstance(made, (DeadlineError, ClosedError)):
+                        raise UnknownOutcomeError(
+                            f"{made}; the statement was sent, and is done as a whole or not at all",
+                            statement=name,
+                            sqlstate=made.sqlstate,
+                        ) from error
+                    if failed.stale and not spared:
+                        # It broke while nobody used it, perhaps long ago. So may the others have: none is trusted.
+                        spared, pause = True, 0.0
+                        await self.lane.replace()
+                    else:
+                        failures += 1
+                        pause = self._policy.delay(failures, error, random.random)
+                    if not self._again(made, outcome, failures, deadline - pause):
+                        raise made from error
+                self.meter.retries += 1
+                logger.warning("%s; tried again in %.2f s", made, pause)
+                await asyncio.sleep(pause)
+                if self._closed:
+                    raise ClosedError(f"{name}: the adapter was closed meanwhile", statement=name)
+        finally:
+            self._leave()
+
+    def _again(self, made: ElizaSQLError, outcome: Outcome, failures: int, latest: float) -> bool:
+        """Decide whether another try makes sense; `latest` is when it would have to begin."""
+        if failures >= self._policy.max_retries or time.monotonic() >= latest or self._closed:
+            return False
+        if isinstance(made, (CircuitOpenError, ClosedError, DeadlineError, PoolTimeoutError)):
+            return False
+        if outcome is Outcome.EXHAUSTED:
+            return made.sqlstate == OUT_OF_MEMORY and failures <= 1
+        return outcome is Outcome.NOT_APPLIED
+
+    async def _attempt(self, name: str, work: Work, deadline: float, hold: bool) -> Any:
+        permit = self._breaker.enter()
+        try:
+            connection, used = await self._acquire(name, deadline)
+        except _Failed as failed:
+            self._judge(permit, failed)
+            raise
+        except BaseException:
+            self._breaker.leave(permit)
+            raise
+        try:
+            result = await work(connection, deadline)
+        except Exception as error:
+            raise self._fail(error, connection, permit, used=used) from error
+        except BaseException:
+            self._breaker.leave(permit)
+            self.lane.give_back(connection)
+            raise
+        if not hold:
+            self.lane.keep(connection)
+        self._breaker.succeed(permit)
         return result
 
-    async def _acquire(self, statement: str) -> Any:
-        if self._closed:
-            raise ClosedError("the adapter is closed", statement=statement)
-        self.in_flight += 1
-        while self._kept:
-            connection = self._kept.pop()
-            if _is_open(connection):
-                return connection
-            await self._give_back(connection)
-        self._waiting += 1
+    async def _acquire(self, name: str, deadline: float) -> tuple[Any, bool]:
         try:
-            return await self._pool.acquire(timeout=self._acquire_timeout)
-        except BaseException as error:
-            self._leave()
-            if isinstance(error, (asyncio.TimeoutError, TimeoutError)):
-                raise self._explain_timeout(statement) from error
-            if isinstance(error, Exception):
-                raise self._explain(error, statement) from error
+            return await self.lane.acquire(_left(deadline))
+        except PoolTimeoutError as error:
+            raise PoolTimeoutError(
+                f"{name}: waited {self._config.connection_timeout:g} s for a connection; "
+                f"all {self.lane.max_size} are in use",
+                statement=name,
+            ) from error
+        except (asyncio.TimeoutError, TimeoutError) as error:
+            if time.monotonic() >= deadline:
+                raise DeadlineError(f"{name}: no connection within the time limit", statement=name) from error
+            made = ConnectionLostError(
+                f"{name}: no connection within {self._config.connection_timeout:g} s; the server does not answer",
+                statement=name,
+            )
+            made.__cause__ = error
+            raise _Failed(made, Outcome.NOT_APPLIED, None, used=False) from error
+        except ElizaSQLError:
             raise
-        finally:
-            self._waiting -= 1
+        except Exception as error:
+            raise _Failed(error, classify(error, sent=False, lost=True), None, used=False) from error
 
-    async def _keep(self, connection: Any) -> None:
-        """End a call that went well: its connection is free and in no transaction."""
-        if self._closed or self._waiting:
-            await self._release(connection)
-            return
-        self._kept.append(connection)
-        self._leave()
-        if self._sweep is None:
-            self._sweep = asyncio.get_running_loop().call_later(_KEEP, self._begin_sweep)
+    def _fail(self, error: Exception, connection: Any, permit: int, *, used: bool) -> _Failed:
+        """Judge a failure after the connection was taken, and let go of it."""
+        if isinstance(error, asyncpg.InternalClientError):
+            drop(connection)  # the driver has lost its place in the conversation
+        failed = _Failed(error, classify(error, sent=True, lost=not is_open(connection)), connection, used=used)
+        if isinstance(error, (asyncio.TimeoutError, TimeoutError)):
+            # Too little time, or a dead server? Its answer to the cancellation tells.
+            self.lane.give_back(
+                connection, lambda answered: (self._breaker.succeed if answered else self._breaker.fail)(permit)
+            )
+            return failed
+        self._judge(permit, failed)
+        if isinstance(error, asyncpg.PostgresError) and _is_free(connection):
+            self.lane.keep(connection)
+        else:
+            if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
+                drop(connection)
+            self.lane.give_back(connection)
+        return failed
 
-    def _begin_sweep(self) -> None:
-        self._sweep = None
-        self._sweeping = asyncio.get_running_loop().create_task(self.let_go(), name="elizasql-sweep")
+    def _judge(self, permit: int, failed: _Failed) -> None:
+        if isinstance(failed.error, UnknownOutcomeError):
+            self._breaker.leave(permit)  # the tries to settle it have spoken
+        elif is_answer(failed.error, failed.outcome):
+            self._breaker.succeed(permit)
+        else:
+            self._breaker.fail(permit)
 
-    async def let_go(self) -> None:
-        """Give the connections that are kept back to the pool."""
-        while self._kept:
-            await self._give_back(self._kept.pop())
+    def _explain(self, error: Exception, name: str) -> ElizaSQLError:
+        made = translate(error, name)
+        if made.statement is None:
+            made.statement = name
+        if self._closed and not self.in_transaction and isinstance(made, ConnectionLostError):
+            return ClosedError(f"{name}: the adapter was closed meanwhile", statement=name)
+        return made
 
-    async def _release(self, connection: Any) -> None:
-        try:
-            await self._give_back(connection)
-        finally:
-            self._leave()
-
-    async def _give_back(self, connection: Any) -> None:
-        try:
-            # Both limits are needed: without one here, a network that swallows packets would never let go.
-            await self._pool.release(connection, timeout=self._acquire_timeout)
-        except Exception:
-            # What the call gives or raises is known already; the pool has dropped the connection.
-            logger.debug("a connection was dropped when it was released", exc_info=True)
+    def _enter(self, name: str) -> None:
+        if self._closed:
+            raise ClosedError("the adapter is closed", statement=name)
+        self.connections.check()
+        self.in_flight += 1
 
     def _leave(self) -> None:
         self.in_flight -= 1
         if self._closed and not self.in_flight:
             self._drained.set()
 
-    def _explain(self, error: Exception, statement: str, connection: Any = None) -> ElizaSQLError:
-        if connection is not None and isinstance(error, asyncpg.InternalClientError):
-            _drop(connection)  # the driver has lost its place in the conversation
-        made = translate(error, statement)
-        if self._closed and not self.in_transaction and isinstance(made, ConnectionLostError):
-            return ClosedError(f"{statement}: the adapter was closed meanwhile", statement=statement)
-        return made
-
-    def _explain_timeout(self, statement: str) -> PoolTimeoutError | ConnectionLostError:
-        waited = f"{statement}: waited {self._acquire_timeout:g} s for a connection"
-        if self._pool.get_size() >= self._pool.get_max_size():
-            return PoolTimeoutError(f"{waited}; all {self._pool.get_size()} are in use", statement=statement)
-        return ConnectionLostError(f"{waited}; the server does not answer", statement=statement)
+    # --- transactions ------------------------------------------------------------------------------------------------
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Executor]:
         """Open a transaction: what runs on the executor that it gives is done as a whole or not at all."""
-        connection = await self._acquire("transaction")
+        self._enter("transaction")
         try:
-            try:
-                transaction = connection.transaction()
-                await transaction.start()
-            except BaseException as error:
-                self._doubt(connection)
-                if isinstance(error, Exception):
-                    raise self._explain(error, "transaction", connection) from error
-                raise
-            inner = _TransactionExecutor(self._pool, self._acquire_timeout, connection)
+
+            async def begin(connection: Any, deadline: float) -> Any:
+                await self._begin_on(connection, deadline)
+                return connection
+
+            connection = await self._attempts("transaction", begin, Outcome.NOT_APPLIED, hold=True)
+            inner = _TransactionExecutor(self, connection)
             try:
                 yield inner
-                await inner.commit(transaction)
+                await inner.end(self._commit_on)
             except BaseException:
-                await inner.roll_back(transaction)
+                await inner.undo(self._undo_on)
                 raise
+            finally:
+                if _is_free(connection):
+                    self.lane.keep(connection)
+                else:
+                    self.lane.give_back(connection)
         finally:
-            await self._release(connection)
+            self._leave()
 
-    def _doubt(self, connection: Any) -> None:
-        """Deal with a connection of which nobody knows whether a transaction was begun on it."""
-        _drop(connection)
+    _BEGIN, _COMMIT = SQL["begin_transaction"], SQL["commit_transaction"]
+    _UNDO = (SQL["roll_back_transaction"],)
 
-    async def close(self, timeout: float) -> None:
-        """Refuse new calls, wait for those in flight at most `timeout` seconds, and close the pool. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
+    async def _begin_on(self, connection: Any, deadline: float) -> None:
         try:
-            await asyncio.wait_for(self._drain(), timeout)
-        except (asyncio.TimeoutError, TimeoutError):
-            self._pool.terminate()
+            await _send(connection, self._BEGIN, deadline)
         except BaseException:
-            self._pool.terminate()
+            drop(connection)  # nobody knows whether it was begun
             raise
 
-    async def _drain(self) -> None:
-        # The pool waits for connections that are in use, but not for the calls that wait for one.
+    async def _commit_on(self, connection: Any, deadline: float) -> None:
+        """End a transaction; when its end is lost, find out how it ended.
+
+        Raises:
+            UnknownOutcomeError: Nobody can tell.
+            Exception: What the driver raised; then nothing was kept.
+        """
+        # The server answers a COMMIT after an error with a ROLLBACK that asyncpg does not report: this look reports it.
+        row = await connection.fetchrow(SQL["get_transaction_id"].sql, timeout=_left(deadline))
+        try:
+            await _send(connection, self._COMMIT, deadline)
+        except Exception as error:
+            lost = not is_open(connection) or isinstance(error, (asyncio.TimeoutError, TimeoutError))
+            if not lost or row["id"] is None:
+                raise
+            drop(connection)
+            status = await self._settle(row["id"], row["timeline"], deadline)
+            if status == "committed":
+                return
+            if status == "aborted":
+                raise
+            raise UnknownOutcomeError(
+                "transaction: the connection was lost at its end; it was kept as a whole or not at all",
+                statement="transaction",
+            ) from error
+
+    async def _undo_on(self, connection: Any) -> None:
+        """Undo a transaction; the error that led here is what the caller gets."""
+        try:
+            for statement in self._UNDO:
+                await _send(connection, statement, time.monotonic() + self._config.connection_timeout)
+        except BaseException as error:
+            # Without the connection the server undoes the transaction, whatever state it is in.
+            logger.debug("a rollback failed, the connection is dropped", exc_info=True)
+            drop(connection)
+            if not isinstance(error, Exception):
+                raise
+
+    async def _settle(self, id: str, timeline: str | None, deadline: float) -> str | None:
+        """Ask what became of a transaction, until the server knows or the time is over."""
+        statement = SQL["get_transaction_status"]
+
+        def ask(connection: Any, deadline: float) -> Any:
+            return connection.fetchval(statement.sql, id, timeline, timeout=_left(deadline))
+
+        outside = Executor(self.connections, self.lane, self._config, self.meter)
+        status: str | None = None
+        while time.monotonic() < deadline:
+            try:
+                status = await outside._attempts(statement.name, ask, Outcome.NOT_APPLIED)
+            except ElizaSQLError:
+                logger.warning("what became of a transaction could not be found out", exc_info=True)
+                return None
+            if status != "in progress":
+                return status
+            await asyncio.sleep(_SETTLE_PAUSE)
+        return None
+
+    # --- the end -----------------------------------------------------------------------------------------------------
+
+    async def close(self, timeout: float) -> bool:
+        """Refuse new calls and wait for those in flight; give whether they ended within `timeout` seconds."""
+        self._closed = True
         if self.in_flight:
-            await self._drained.wait()
-        if self._sweep is not None:
-            self._sweep.cancel()
-        if self._sweeping is not None:
-            await self._sweeping
-        await self.let_go()
-        await self._pool.close()
+            try:
+                await asyncio.wait_for(self._drained.wait(), timeout)
+            except (asyncio.TimeoutError, TimeoutError):
+                return False
+        return True
 
 
 class _TransactionExecutor(Executor):
@@ -238,102 +417,108 @@ class _TransactionExecutor(Executor):
 
     in_transaction = True
 
-    def __init__(self, pool: asyncpg.Pool[Any], acquire_timeout: float, connection: Any) -> None:
-        super().__init__(pool, acquire_timeout)
+    def __init__(self, outer: Executor, connection: Any) -> None:
+        super().__init__(outer.connections, outer.lane, outer._config, outer.meter)
         self._connection = connection
         self._turn = asyncio.Lock()
         self._nested = False
         self._doubtful = False
 
-    async def _acquire(self, statement: str) -> Any:
-        self._check(statement)
-        await self._turn.acquire()
-        try:
-            self._check(statement)  # it may have ended while this call waited
-        except BaseException:
-            self._turn.release()
-            raise
-        return self._connection
+    async def _attempts(self, name: str, work: Work, lost: Outcome, *, hold: bool = False) -> Any:  # noqa: ARG002
+        self._check(name)
+        deadline = current_deadline(self._config.timeout)
+        async with self._turn:
+            self._check(name)  # it may have ended while this call waited
+            try:
+                return await work(self._connection, deadline)
+            except BaseException as error:
+                self._doubtful = True
+                if not isinstance(error, Exception):
+                    raise
+                if isinstance(error, asyncpg.InternalClientError):
+                    drop(self._connection)
+                raise self._explain(error, name) from error
 
-    def _check(self, statement: str) -> None:
+    async def probe(self) -> None:
+        """Ask the server for a sign of life, on the transaction's connection."""
+        await self.fetch_value(SQL["ping"])
+
+    def _check(self, name: str) -> None:
         if self._closed:
-            raise ClosedError("the transaction is over", statement=statement)
+            raise ClosedError("the transaction is over", statement=name)
         if self._nested:
             # To wait for the savepoint's end could be to wait for oneself.
-            raise TransactionError("a savepoint is open: use the adapter that it gave", statement=statement)
-
-    async def _release(self, connection: Any) -> None:  # noqa: ARG002
-        self._turn.release()
-
-    async def _keep(self, connection: Any) -> None:
-        await self._release(connection)
-
-    async def fetch_chunks(self, statement: Statement, chunks: Sequence[dict[str, Any]]) -> list[asyncpg.Record]:
-        """Run a statement once for each chunk, all or none; give all rows."""
-        try:
-            return await super().fetch_chunks(statement, chunks)
-        except BaseException:
-            self._doubtful = True
-            raise
-
-    async def _run(self, statement: Statement, method: str, arguments: Arguments) -> Any:
-        try:
-            return await super()._run(statement, method, arguments)
-        except BaseException:
-            self._doubtful = True
-            raise
-
-    def _doubt(self, connection: Any) -> None:  # noqa: ARG002
-        self._doubtful = True
+            raise TransactionError("a savepoint is open: use the adapter that it gave", statement=name)
+        self.connections.check()
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Executor]:
         """Open a savepoint; until it ends, nothing else runs on this executor."""
-        async with super().transaction() as inner:
+        self._check("transaction")
+        deadline = current_deadline(self._config.timeout)
+        async with self._turn:
+            self._check("transaction")
+            try:
+                await self._begin_on(self._connection, deadline)
+            except Exception as error:
+                raise self._explain(error, "transaction") from error
+            inner = _TransactionExecutor(self, self._connection)
             self._nested = True
             try:
                 yield inner
+                await inner.end(self._commit_on)
+            except BaseException:
+                await inner.undo(self._undo_on)
+                raise
             finally:
                 self._nested = False
 
-    async def commit(self, transaction: Any) -> None:
+    _BEGIN, _COMMIT = SQL["begin_savepoint"], SQL["release_savepoint"]
+    _UNDO = (SQL["roll_back_savepoint"], SQL["release_savepoint"])
+
+    async def _begin_on(self, connection: Any, deadline: float) -> None:
+        try:
+            await _send(connection, self._BEGIN, deadline)
+        except BaseException:
+            self._doubtful = True
+            raise
+
+    async def _commit_on(self, connection: Any, deadline: float) -> None:
+        await _send(connection, self._COMMIT, deadline)
+
+    async def end(self, commit: Callable[[Any, float], Awaitable[None]]) -> None:
         """Keep what was done, once the calls that are running have ended."""
         self._closed = True
+        deadline = current_deadline(self._config.timeout)
         async with self._turn:
             try:
                 if self._doubtful:
-                    # The server answers a COMMIT after an error with a ROLLBACK that asyncpg does not report.
-                    await self._connection.fetchval(SQL["ping"].sql)
-                await transaction.commit()
+                    # A transaction that an error has ended refuses this, but not its own end.
+                    await self._connection.fetchval(SQL["ping"].sql, timeout=_left(deadline))
+                await commit(self._connection, deadline)
             except Exception as error:
                 raise translate(error, "transaction") from error
 
-    async def roll_back(self, transaction: Any) -> None:
-        """Undo what was done, once the calls that are running have ended; the error that led here is raised."""
+    async def undo(self, undo: Callable[[Any], Awaitable[None]]) -> None:
+        """Undo what was done, once the calls that are running have ended."""
         self._closed = True
         async with self._turn:
-            try:
-                await transaction.rollback()
-            except BaseException as error:
-                # Without the connection the server undoes the transaction, whatever state it is in.
-                logger.debug("a rollback failed, the connection is dropped", exc_info=True)
-                _drop(self._connection)
-                if not isinstance(error, Exception):
-                    raise
+            await undo(self._connection)
 
 
-def _is_open(connection: Any) -> bool:
-    """Tell whether a kept connection can be used; the pool takes one back by itself when it breaks."""
-    try:
-        return not connection.is_closed()
-    except asyncpg.InterfaceError:
-        return False
+def _is_free(connection: Any) -> bool:
+    """Tell whether a connection can serve the next call."""
+    return is_open(connection) and not connection.is_in_transaction()
 
 
-def _drop(connection: Any) -> None:
-    """Close a connection at once, unless the pool has already taken it back because it broke."""
-    with suppress(asyncpg.InterfaceError):
-        connection.terminate()
+def _left(deadline: float) -> float:
+    """Give the seconds until then; never zero, which asyncpg would take for none at all."""
+    return max(deadline - time.monotonic(), 0.001)
+
+
+async def _send(connection: Any, statement: Statement, deadline: float) -> None:
+    """Begin or end a transaction; as text and without arguments, since such statements cannot be prepared."""
+    await connection.execute(statement.sql, timeout=_left(deadline))
 
 
 def _order(statement: Statement, params: dict[str, Any]) -> Arguments:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from uuid import UUID
 
+from ._calls import spawn
 from ._executor import Executor
 from ._statements import SQL
 from .config import Config
@@ -30,8 +31,9 @@ class Indexer:
     Batches are small transactions with SKIP LOCKED, so that several processes may run one for the same agent.
     """
 
-    def __init__(self, executor: Executor, agent_id: UUID, config: Config) -> None:
+    def __init__(self, executor: Executor, callers: Executor, agent_id: UUID, config: Config) -> None:
         self._executor = executor
+        self._callers = callers
         self._agent_id = agent_id
         self._config = config
         self._wanted = asyncio.Event()
@@ -42,7 +44,7 @@ class Indexer:
     def start(self) -> None:
         """Begin the task, when indexing is "background"."""
         if self._config.indexing == "background" and self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._run(), name="elizasql-indexer")
+            self._task = spawn(self._run(), "elizasql-indexer")
 
     def wake(self) -> None:
         """Tell that there is something to do."""
@@ -100,7 +102,7 @@ class Indexer:
         """Wait until no call is running, at most for the time of patience."""
         loop = asyncio.get_running_loop()
         until = loop.time() + _PATIENCE
-        while self._executor.in_flight and loop.time() < until:  # noqa: ASYNC110
+        while self._callers.in_flight and loop.time() < until:  # noqa: ASYNC110
             await asyncio.sleep(0.005)  # an event would cost every call; this loop runs off the callers' path
         return True
 

@@ -9,6 +9,7 @@ from typing import Any
 import asyncpg
 
 from . import _pool
+from ._calls import spawn
 from ._statements import SQL
 from .config import Config
 from .errors import ClosedError, ElizaSQLError, translate
@@ -37,7 +38,7 @@ class Listener:
         self._check_interval = check_interval
         self._awake = asyncio.Event()
         self._closed = False
-        self._task = asyncio.get_running_loop().create_task(self._run(), name="elizasql-listener")
+        self._task = spawn(self._run(), "elizasql-listener")
 
     async def wait(self, timeout: float) -> None:
         """Wait for a notification, a new connection, or at most `timeout` seconds.

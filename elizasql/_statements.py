@@ -43,6 +43,14 @@ class Statement:
     file: str
     dimension: int | None = None
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether it may be run again when nobody knows if it was done: the second run changes and says the same.
+
+        So are all but those whose comment says "Not repeatable".
+        """
+        return "Not repeatable:" not in self.doc
+
 
 class Statements(Mapping[str, Statement]):
     """All statements by name; `at(name, dimension)` gives the text for a dimension."""

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 from . import _codecs
+from ._calls import Meter, bound_methods
 from ._executor import Executor
 from .config import Config
 from .errors import ArgumentError
@@ -27,6 +28,11 @@ class Store:
     config: Config
     _address: str
     _executor: Executor
+    _meter: Meter
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        bound_methods(cls)
 
     def _read_all(
         self,

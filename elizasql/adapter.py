@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -11,11 +12,14 @@ from uuid import UUID
 
 import asyncpg
 
-from . import _codecs, _embedded, _migrate, _pool
+from . import _codecs, _embedded, _migrate, _pool, _registry, _shutdown, _telemetry
+from ._calls import Meter, unbounded
 from ._embedded import EmbeddedServer
 from ._executor import Executor
 from ._indexer import Indexer
 from ._listener import Listener
+from ._registry import Connections
+from ._shutdown import opened as _opened
 from ._statements import SQL
 from .agents import Agents
 from .cache import Cache
@@ -67,34 +71,83 @@ class DatabaseAdapter(
         agent_id: UUID,
         config: Config,
         address: str,
-        executor: Executor,
+        connections: Connections,
         embedded: EmbeddedServer | None,
         dimension: int | None,
     ) -> None:
         self.agent_id = agent_id
         self.config = config
         self._address = address
-        self._executor = executor
+        self._connections = connections
+        self._meter = Meter(config.slow_call, _telemetry.observer(address) if config.telemetry else None)
+        self._executor = Executor(connections, connections.interactive, config, self._meter)
+        self._background = Executor(connections, connections.background, config, self._meter)
         self._embedded = embedded
         self._dimension = dimension
         self._large_until: dict[str, float] = {}
         self._listeners: set[Listener] = set()
         self._closing = asyncio.Lock()
-        self._indexer = Indexer(executor, agent_id, config)
+        self._left = False
+        self._indexer = Indexer(self._background, self._executor, agent_id, config)
         self._indexer.start()
         self._indexer.wake()
 
-    async def is_ready(self) -> bool:
-        """Tell whether the server answers.
+    async def is_ready(self, *, timeout: float | None = None) -> bool:
+        """Tell whether the server answers, by one try.
 
         Statement: sql/server.sql ping. Source: isReady.
         """
         try:
-            return bool(await self._executor.fetch_value(SQL["ping"]) == 1)
+            await self._executor.probe()
         except ElizaSQLError:
             return False
+        return True
 
-    async def index_memories(self, progress: Callable[[int, int], None] | None = None, *, rebuild: bool = False) -> int:
+    async def health(self, *, timeout: float | None = None) -> dict[str, Any]:
+        """Tell how the server and the connections to it are; never raises for a server that is down.
+
+        Returns:
+            `ready`: whether the server answered one try; `latency`: its seconds, None when it did not; `error`: what
+            it was then; `breaker`: `state` ("closed", "open", "half_open"), `failures` in a row, `opened` times,
+            `retry_after` seconds; `pool` and `background`: `size` connections that are open, `in_use`, `waiting`
+            calls, `max_size`.
+
+        Statement: sql/server.sql ping. One round trip.
+        """
+        began = time.monotonic()
+        error: str | None = None
+        try:
+            await self._executor.probe()
+        except ElizaSQLError as failure:
+            error = f"{type(failure).__name__}: {failure}"
+        return {
+            "ready": error is None,
+            "latency": time.monotonic() - began if error is None else None,
+            "error": error,
+            **self._connections.snapshot(),
+        }
+
+    async def stats(self, *, timeout: float | None = None) -> dict[str, Any]:
+        """Give figures of this adapter since it was opened, and of its connections.
+
+        Returns:
+            `methods`: of each public method that was called its `count`, `errors` by type, `mean`, `p50`, `p95`, `p99`
+            and `longest` in seconds; `retries`: tries that were made again; `unindexed`: vectors of the agent that are
+            not in the HNSW index yet; and `breaker`, `pool` and `background` as in `health`.
+
+        Statement: sql/embeddings.sql count_unindexed_embeddings. One round trip.
+        """
+        unindexed = await self._executor.fetch_value(SQL["count_unindexed_embeddings"], agent_id=self.agent_id)
+        return {
+            "methods": self._meter.snapshot(),
+            "retries": self._meter.retries,
+            "unindexed": unindexed,
+            **self._connections.snapshot(),
+        }
+
+    async def index_memories(
+        self, progress: Callable[[int, int], None] | None = None, *, rebuild: bool = False, timeout: float | None = None
+    ) -> int:
         """Move every new vector of the agent into the HNSW index now; give how many moved.
 
         Searches are right without it: they scan exactly what is not indexed yet. It makes them fast after a large load.
@@ -102,8 +155,8 @@ class DatabaseAdapter(
         Args:
             progress: Called with the number moved so far and the number to move.
             rebuild: Build the index of the agent's partition anew, faster when most of it is new; searches and writes
-                of agents in the same partition wait meanwhile. 100,000 vectors take about two minutes: raise
-                `command_timeout` for them.
+                of agents in the same partition wait meanwhile. 100,000 vectors take about a minute.
+            timeout: Seconds for the whole of it; None: an hour.
 
         Statement: sql/embeddings.sql index_embeddings, one round trip a batch; or rebuild_index.
         """
@@ -126,9 +179,12 @@ class DatabaseAdapter(
 
         Raises:
             TransactionError: An error was caught inside that had ended the transaction; nothing was kept.
-            ConnectionLostError: The connection broke; if it was at the very end, all or nothing was kept.
+            ConnectionLostError: The connection broke; nothing was kept.
+            UnknownOutcomeError: It broke at the very end, and the server could not be asked how that ended: all was
+                kept or nothing.
 
-        Two round trips more than its calls. Source: transaction; differs: really is one.
+        Three round trips more than its calls: begin, the transaction's id, end. What is inside is never tried again by
+        itself. Source: transaction; differs: really is one.
         """
         async with self._executor.transaction() as executor:
             bound = copy.copy(self)
@@ -136,6 +192,7 @@ class DatabaseAdapter(
             yield bound
         self._indexer.wake()
 
+    @unbounded
     async def with_entity_context(
         self, entity_id: UUID | str | None, callback: Callable[[DatabaseAdapter], Awaitable[T]]
     ) -> T:
@@ -147,8 +204,11 @@ class DatabaseAdapter(
         async with self.transaction() as bound:
             return await callback(bound)
 
+    @unbounded
     async def close(self, timeout: float = 10.0) -> None:
         """Stop the indexer, wait for running calls, and let the connections and the embedded server go. Idempotent.
+
+        Connections that other adapters of this process share stay open. Calls that arrive meanwhile get a ClosedError.
 
         Args:
             timeout: Seconds to wait for calls that are running; after that their connections are cut.
@@ -157,12 +217,24 @@ class DatabaseAdapter(
         """
         self._refuse_in_transaction("close")
         async with self._closing:  # whoever comes second waits, too
-            await self._indexer.stop()
-            for listener in tuple(self._listeners):
-                await listener.close()
+            if self._left:
+                return
+            self._left = True
             try:
-                await self._executor.close(timeout)
+                await self._indexer.stop()
+                for listener in tuple(self._listeners):
+                    await listener.close()
+                drained = await self._executor.close(timeout) and await self._background.close(timeout)
+            except BaseException:
+                self._connections.abandon()
+                raise
+            else:
+                if drained:
+                    await self._connections.leave()
+                else:
+                    self._connections.abandon()
             finally:
+                _opened.discard(self)
                 embedded, self._embedded = self._embedded, None
                 if embedded is not None:
                     await embedded.release()
@@ -197,20 +269,24 @@ async def open(  # noqa: A001
     try:
         address = embedded.dsn if embedded is not None else config.dsn
         assert address is not None
-        vector_schema = await _prepare(address, config)
-        executor = Executor(await _pool.create_pool(address, config, vector_schema), config.connection_timeout)
+        connections = await _registry.join(address, config, lambda: _prepare(address, config))
         try:
+            executor = Executor(connections, connections.interactive, config, Meter(config.slow_call, None))
             rows = await executor.fetch(SQL["get_settings"], names=list(_pool.session_settings(config)))
             _pool.check_settings(rows, config)
             dimension = await executor.fetch_value(SQL["get_embedding_dimension"], agent_id=id)
         except BaseException:
-            await executor.close(config.connection_timeout)
+            connections.abandon()
             raise
     except BaseException:
         if embedded is not None:
             await embedded.release()
         raise
-    return DatabaseAdapter(id, config, address, executor, embedded, dimension)
+    adapter = DatabaseAdapter(id, config, address, connections, embedded, dimension)
+    _opened.add(adapter)
+    if config.handle_signals:
+        _shutdown.install()
+    return adapter
 
 
 @asynccontextmanager

@@ -23,7 +23,7 @@ _LONGEST = timedelta(days=365 * 2000)
 class Agents(Store):
     """Create, find, change and delete agents: the only rows that do not belong to the adapter's agent alone."""
 
-    async def get_agent(self, agent_id: UUID | str) -> Agent | None:
+    async def get_agent(self, agent_id: UUID | str, *, timeout: float | None = None) -> Agent | None:
         """Get an agent, None where there is none.
 
         Statement: sql/agents.sql get_agents_by_ids. Source: getAgent.
@@ -31,7 +31,7 @@ class Agents(Store):
         found = await self.get_agents_by_ids([agent_id])
         return found[0] if found else None
 
-    async def get_agents_by_ids(self, agent_ids: Iterable[UUID | str]) -> list[Agent]:
+    async def get_agents_by_ids(self, agent_ids: Iterable[UUID | str], *, timeout: float | None = None) -> list[Agent]:
         """Get those of the agents that exist, in the order of the ids, each once.
 
         Statement: sql/agents.sql get_agents_by_ids. One round trip. Source: getAgentsByIds.
@@ -42,7 +42,9 @@ class Agents(Store):
         found = {row["id"]: Agent(*row) for row in await self._executor.fetch(SQL["get_agents_by_ids"], ids=ids)}
         return [found[id] for id in dict.fromkeys(ids) if id in found]
 
-    async def get_agents(self, count: int | None = None, offset: int | None = None) -> list[Agent]:
+    async def get_agents(
+        self, count: int | None = None, offset: int | None = None, *, timeout: float | None = None
+    ) -> list[Agent]:
         """Get all agents, oldest first; equal times are ordered by id.
 
         Args:
@@ -58,7 +60,7 @@ class Agents(Store):
         )
         return [Agent(*row) for row in rows]
 
-    async def count_agents(self) -> int:
+    async def count_agents(self, *, timeout: float | None = None) -> int:
         """Count all agents.
 
         Statement: sql/agents.sql count_agents. Source: countAgents; differs: a failure is an error, never 0.
@@ -66,7 +68,7 @@ class Agents(Store):
         number: int = await self._executor.fetch_value(SQL["count_agents"])
         return number
 
-    async def create_agent(self, agent: Agent | Mapping[str, Any]) -> bool:
+    async def create_agent(self, agent: Agent | Mapping[str, Any], *, timeout: float | None = None) -> bool:
         """Create an agent; False when its id is there already, which leaves it unchanged.
 
         Raises:
@@ -77,7 +79,9 @@ class Agents(Store):
         _, rows = self._read_agents([agent])
         return bool(await self._executor.fetch(SQL["create_agents"], agents=_codecs.encode_json(rows, "agents")))
 
-    async def create_agents(self, agents: Iterable[Agent | Mapping[str, Any]]) -> list[UUID]:
+    async def create_agents(
+        self, agents: Iterable[Agent | Mapping[str, Any]], *, timeout: float | None = None
+    ) -> list[UUID]:
         """Create agents, all or none, and give their ids in the order given; those that are there stay as they are.
 
         Raises:
@@ -92,7 +96,9 @@ class Agents(Store):
             await self._executor.fetch_chunks(SQL["create_agents"], chunks)
         return ids
 
-    async def ensure_agent_exists(self, agent: Agent | Mapping[str, Any] | None = None) -> Agent:
+    async def ensure_agent_exists(
+        self, agent: Agent | Mapping[str, Any] | None = None, *, timeout: float | None = None
+    ) -> Agent:
         """Get the adapter's agent, and create it from `agent` when it is not there yet.
 
         An agent that is there comes back as it is. Defaults of a new one: name "Unknown Agent", bio "An AI agent".
@@ -107,7 +113,9 @@ class Agents(Store):
         row = await self._executor.fetch_row(SQL["ensure_agent"], agent=_codecs.encode_json(given, "agent"))
         return Agent(*row)  # type: ignore[misc]
 
-    async def upsert_agents(self, agents: Iterable[Agent | Mapping[str, Any]]) -> list[UUID]:
+    async def upsert_agents(
+        self, agents: Iterable[Agent | Mapping[str, Any]], *, timeout: float | None = None
+    ) -> list[UUID]:
         """Create agents, or change the given fields of those that are there as `update_agent` does; give their ids.
 
         Raises:
@@ -126,7 +134,9 @@ class Agents(Store):
             await self._executor.fetch_chunks(SQL["upsert_agents"], chunks)
         return ids
 
-    async def update_agent(self, agent_id: UUID | str, agent: Agent | Mapping[str, Any]) -> bool:
+    async def update_agent(
+        self, agent_id: UUID | str, agent: Agent | Mapping[str, Any], *, timeout: float | None = None
+    ) -> bool:
         """Change the given fields of an agent; False when there is no agent of this id.
 
         Settings are merged, and no setting that somebody else changes meanwhile is lost: objects are merged key by key,
@@ -144,7 +154,7 @@ class Agents(Store):
         """
         return bool(await self._update_agents([(agent_id, agent)], required=False))
 
-    async def update_agents(self, agents: Iterable[Agent | Mapping[str, Any]]) -> None:
+    async def update_agents(self, agents: Iterable[Agent | Mapping[str, Any]], *, timeout: float | None = None) -> None:
         """Change agents as `update_agent` does, all or none.
 
         Args:
@@ -184,14 +194,14 @@ class Agents(Store):
         ]
         return await self._executor.fetch_chunks(SQL["update_agents"], chunks)
 
-    async def delete_agent(self, agent_id: UUID | str) -> bool:
+    async def delete_agent(self, agent_id: UUID | str, *, timeout: float | None = None) -> bool:
         """Delete an agent and everything that is its own; False when there was none.
 
         Statement: sql/agents.sql delete_agents. Source: deleteAgent.
         """
         return await self.delete_agents([agent_id]) > 0
 
-    async def delete_agents(self, agent_ids: Iterable[UUID | str]) -> int:
+    async def delete_agents(self, agent_ids: Iterable[UUID | str], *, timeout: float | None = None) -> int:
         """Delete agents and everything that is theirs, all or none; give how many there were.
 
         Statement: sql/agents.sql delete_agents. One round trip a chunk. Source: deleteAgents; differs: gives a number.
@@ -202,7 +212,7 @@ class Agents(Store):
         chunks = [{"ids": list(chunk)} for chunk in self._chunks(ids)]
         return sum(row[0] for row in await self._executor.fetch_chunks(SQL["delete_agents"], chunks))
 
-    async def cleanup_agents(self, older_than: timedelta) -> int:
+    async def cleanup_agents(self, older_than: timedelta, *, timeout: float | None = None) -> int:
         """Delete the agents that were not updated for so long, with everything that is theirs; give how many.
 
         The adapter's own agent stays in any case. What counts is `updated_at`: a call of `update_agent`, even without

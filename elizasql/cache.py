@@ -43,7 +43,7 @@ class Cache(Store):
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
-    async def get_cache(self, key: str, default: Any = None) -> Any:
+    async def get_cache(self, key: str, default: Any = None, *, timeout: float | None = None) -> Any:
         """Get the value of a key, `default` where there is none.
 
         With `default=elizasql.MISSING` the answer tells a missing entry from one whose value is null, which is None.
@@ -54,7 +54,7 @@ class Cache(Store):
         row = await self._executor.fetch_row(SQL["get_cache"], agent_id=self.agent_id, key_hash=_hash(key))
         return default if row is None else row[0]
 
-    async def get_caches(self, keys: Iterable[str]) -> dict[str, Any]:
+    async def get_caches(self, keys: Iterable[str], *, timeout: float | None = None) -> dict[str, Any]:
         """Get the values of several keys; keys that are missing are left out.
 
         Statement: sql/cache.sql get_caches. One round trip. Source: getCaches.
@@ -70,7 +70,7 @@ class Cache(Store):
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
-    async def set_cache(self, key: str, value: JSON, ttl: Ttl = None) -> bool:
+    async def set_cache(self, key: str, value: JSON, ttl: Ttl = None, *, timeout: float | None = None) -> bool:
         """Set the value of a key; True.
 
         Args:
@@ -93,7 +93,9 @@ class Cache(Store):
             await self._executor.execute(SQL["set_cache"], agent_id=self.agent_id, key=row[0], value=row[1], ttl=row[2])
         return True
 
-    async def set_caches(self, entries: Iterable[Mapping[str, Any]] | Mapping[str, Any], ttl: Ttl = None) -> bool:
+    async def set_caches(
+        self, entries: Iterable[Mapping[str, Any]] | Mapping[str, Any], ttl: Ttl = None, *, timeout: float | None = None
+    ) -> bool:
         """Set the values of several keys, all or none; True. Of two values for one key the last counts.
 
         Args:
@@ -136,7 +138,9 @@ class Cache(Store):
             self._expiring_entries = 0
         return due
 
-    async def compare_and_set_cache(self, key: str, expected: JSON | Missing, value: JSON, ttl: Ttl = None) -> bool:
+    async def compare_and_set_cache(
+        self, key: str, expected: JSON | Missing, value: JSON, ttl: Ttl = None, *, timeout: float | None = None
+    ) -> bool:
         """Set the value of a key if its value is the expected one; False when it is not.
 
         Of concurrent calls that expect the same value exactly one succeeds.
@@ -169,14 +173,14 @@ class Cache(Store):
 
     # --- deleting ----------------------------------------------------------------------------------------------------
 
-    async def delete_cache(self, key: str) -> bool:
+    async def delete_cache(self, key: str, *, timeout: float | None = None) -> bool:
         """Delete the entry of a key; True, also when there was none: either way there is none now.
 
         Statement: sql/cache.sql delete_caches. Source: deleteCache; differs: a failure is an error.
         """
         return await self.delete_caches([key])
 
-    async def delete_caches(self, keys: Iterable[str]) -> bool:
+    async def delete_caches(self, keys: Iterable[str], *, timeout: float | None = None) -> bool:
         """Delete the entries of several keys, all or none; True as for `delete_cache`.
 
         Statement: sql/cache.sql delete_caches. One round trip. Source: deleteCaches.
@@ -186,7 +190,7 @@ class Cache(Store):
             await self._executor.execute(SQL["delete_caches"], agent_id=self.agent_id, key_hashes=hashes)
         return True
 
-    async def sweep_cache(self, limit: int | None = None) -> int:
+    async def sweep_cache(self, limit: int | None = None, *, timeout: float | None = None) -> int:
         """Delete entries that have expired, the longest expired first, and give how many went.
 
         Nobody needs to call it: setting entries that can expire sweeps, too.

@@ -29,7 +29,7 @@ class Components(Store):
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
-    async def create_component(self, component: Component | Mapping[str, Any]) -> bool:
+    async def create_component(self, component: Component | Mapping[str, Any], *, timeout: float | None = None) -> bool:
         """Create a component; False when its id or its natural key is there already, which leaves that one unchanged.
 
         Raises:
@@ -41,7 +41,9 @@ class Components(Store):
         _, created = await self._create_components([component])
         return created[0]
 
-    async def create_components(self, components: Iterable[Component | Mapping[str, Any]]) -> list[UUID]:
+    async def create_components(
+        self, components: Iterable[Component | Mapping[str, Any]], *, timeout: float | None = None
+    ) -> list[UUID]:
         """Create components, all or none, and give their ids in the order given.
 
         Where the natural key is there already, before or earlier in the batch, that component stays as it is and its id
@@ -76,7 +78,9 @@ class Components(Store):
             created += new
         return [stored[id] for id in asked], created
 
-    async def upsert_components(self, components: Iterable[Component | Mapping[str, Any]]) -> list[UUID]:
+    async def upsert_components(
+        self, components: Iterable[Component | Mapping[str, Any]], *, timeout: float | None = None
+    ) -> list[UUID]:
         """Create components, or replace room and data of those whose natural key is there; all or none.
 
         The id and the time of a component that is there stay. Of two with one natural key the last counts. Gives the
@@ -116,7 +120,7 @@ class Components(Store):
         }
         return [stored[key] for key in keys]
 
-    async def update_component(self, component: Component | Mapping[str, Any]) -> bool:
+    async def update_component(self, component: Component | Mapping[str, Any], *, timeout: float | None = None) -> bool:
         """Change the given fields of a component; False when there is no component of this id.
 
         Args:
@@ -133,7 +137,9 @@ class Components(Store):
         """
         return bool(await self._update_components([component], required=False))
 
-    async def update_components(self, components: Iterable[Component | Mapping[str, Any]]) -> None:
+    async def update_components(
+        self, components: Iterable[Component | Mapping[str, Any]], *, timeout: float | None = None
+    ) -> None:
         """Change components as `update_component` does, all or none; changes of one of them are put together.
 
         Raises:
@@ -161,7 +167,9 @@ class Components(Store):
         ]
         return await self._executor.fetch_chunks(SQL["update_components"], chunks)
 
-    async def patch_component(self, component_id: UUID | str, ops: Iterable[Mapping[str, Any]]) -> None:
+    async def patch_component(
+        self, component_id: UUID | str, ops: Iterable[Mapping[str, Any]], *, timeout: float | None = None
+    ) -> None:
         """Change parts of a component's data, all or none; concurrent patches of other parts are not lost.
 
         Args:
@@ -181,7 +189,7 @@ class Components(Store):
         """
         await self.patch_components([{"component_id": component_id, "ops": ops}])
 
-    async def patch_components(self, patches: Iterable[Mapping[str, Any]]) -> None:
+    async def patch_components(self, patches: Iterable[Mapping[str, Any]], *, timeout: float | None = None) -> None:
         """Change parts of the data of components as `patch_component` does, all or none.
 
         Args:
@@ -210,14 +218,14 @@ class Components(Store):
         ]
         await self._executor.fetch_chunks(SQL["patch_components"], chunks)
 
-    async def delete_component(self, component_id: UUID | str) -> bool:
+    async def delete_component(self, component_id: UUID | str, *, timeout: float | None = None) -> bool:
         """Delete a component; False when there was none.
 
         Statement: sql/components.sql delete_components. Source: deleteComponent.
         """
         return await self.delete_components([component_id]) > 0
 
-    async def delete_components(self, component_ids: Iterable[UUID | str]) -> int:
+    async def delete_components(self, component_ids: Iterable[UUID | str], *, timeout: float | None = None) -> int:
         """Delete components, all or none; give how many there were.
 
         Statement: sql/components.sql delete_components. One round trip a chunk. Source: deleteComponents; differs:
@@ -237,6 +245,8 @@ class Components(Store):
         type: str,
         world_id: UUID | str | None = None,
         source_entity_id: UUID | str | None = None,
+        *,
+        timeout: float | None = None,
     ) -> Component | None:
         """Get an entity's component of a type, None where there is none; of several that fit, the oldest.
 
@@ -263,6 +273,8 @@ class Components(Store):
         entity_id: UUID | str,
         world_id: UUID | str | None = None,
         source_entity_id: UUID | str | None = None,
+        *,
+        timeout: float | None = None,
     ) -> list[Component]:
         """Get an entity's components, oldest first; equal times are ordered by id. None: any, as in `get_component`.
 
@@ -275,6 +287,8 @@ class Components(Store):
         entity_ids: Iterable[UUID | str],
         world_id: UUID | str | None = None,
         source_entity_id: UUID | str | None = None,
+        *,
+        timeout: float | None = None,
     ) -> list[Component]:
         """Get the components of several entities in one list: in the order of the entities, those of each oldest first.
 
@@ -292,7 +306,9 @@ class Components(Store):
         )
         return [Component(*row) for row in rows]
 
-    async def get_components_by_ids(self, component_ids: Iterable[UUID | str]) -> list[Component]:
+    async def get_components_by_ids(
+        self, component_ids: Iterable[UUID | str], *, timeout: float | None = None
+    ) -> list[Component]:
         """Get those of the components that exist, in the order of the ids, each once.
 
         Statement: sql/components.sql get_components_by_ids. One round trip. Source: getComponentsByIds.
@@ -304,7 +320,7 @@ class Components(Store):
         return [Component(*row) for row in rows]
 
     async def get_components_by_natural_keys(
-        self, keys: Iterable[Component | Mapping[str, Any]]
+        self, keys: Iterable[Component | Mapping[str, Any]], *, timeout: float | None = None
     ) -> list[Component | None]:
         """Get a component for each natural key, in the order of the keys; None where there is none.
 

@@ -105,8 +105,24 @@ class Config:
         pool_max_size: Most connections of this process. [POSTGRES_POOL_MAX]
         pool_min_size: Connections kept open when idle. [POSTGRES_POOL_MIN]
         pool_idle_timeout: Seconds after which an idle connection is closed. [ELIZASQL_POOL_IDLE_TIMEOUT]
+        background_pool_size: Connections besides, for the indexer and other work that nobody waits for.
+            [ELIZASQL_BACKGROUND_POOL_SIZE]
+        prepared_statements: False behind a pooler that cannot keep them apart, such as PgBouncer before 1.21 in
+            transaction mode. [ELIZASQL_PREPARED_STATEMENTS]
         connection_timeout: Seconds to wait for a new or a pooled connection. [ELIZASQL_CONNECTION_TIMEOUT]
-        command_timeout: Seconds that one statement may take. [ELIZASQL_COMMAND_TIMEOUT]
+        timeout: Seconds that a call may take altogether, waits and retries included; every method takes its own.
+            [ELIZASQL_TIMEOUT]
+        max_retries: Tries of a call in all, the first included; 1: none is made again. [ELIZASQL_MAX_RETRIES]
+        base_delay: Seconds before the second try; doubles with every further one. [ELIZASQL_BASE_DELAY]
+        max_delay: Longest wait between tries, in seconds, without the jitter. [ELIZASQL_MAX_DELAY]
+        jitter_max: At most so many seconds more, by chance. [ELIZASQL_JITTER_MAX]
+        failure_threshold: Failures in a row that open the circuit breaker. [ELIZASQL_FAILURE_THRESHOLD]
+        reset_timeout: Seconds that it stays open. [ELIZASQL_RESET_TIMEOUT]
+        half_open_max_attempts: Calls that then try at a time, and successes that close it.
+            [ELIZASQL_HALF_OPEN_MAX_ATTEMPTS]
+        slow_call: Seconds from which a call is logged as slow. [ELIZASQL_SLOW_CALL]
+        telemetry: Spans and durations through OpenTelemetry, where it is installed. [ELIZASQL_TELEMETRY]
+        handle_signals: Shut down in order at SIGTERM when the application does not handle it. [ELIZASQL_HANDLE_SIGNALS]
         indexing: Who moves new vectors into the HNSW index. [ELIZASQL_INDEXING]
         index_batch_size: Rows that the indexer moves in one transaction. [ELIZASQL_INDEX_BATCH_SIZE]
         index_interval: Seconds between the indexer's looks at the tail. [ELIZASQL_INDEX_INTERVAL]
@@ -123,8 +139,20 @@ class Config:
     pool_max_size: int = _setting(20, "POSTGRES_POOL_MAX", _number(int, 1))
     pool_min_size: int = _setting(1, "POSTGRES_POOL_MIN", _number(int, 0))
     pool_idle_timeout: float = _setting(30.0, "ELIZASQL_POOL_IDLE_TIMEOUT", _number(float, 0))
+    background_pool_size: int = _setting(2, "ELIZASQL_BACKGROUND_POOL_SIZE", _number(int, 1))
+    prepared_statements: bool = _setting(True, "ELIZASQL_PREPARED_STATEMENTS", _boolean)
     connection_timeout: float = _setting(5.0, "ELIZASQL_CONNECTION_TIMEOUT", _number(float, 0.001))
-    command_timeout: float = _setting(60.0, "ELIZASQL_COMMAND_TIMEOUT", _number(float, 0.001))
+    timeout: float = _setting(60.0, "ELIZASQL_TIMEOUT", _number(float, 0.001))
+    max_retries: int = _setting(3, "ELIZASQL_MAX_RETRIES", _number(int, 1))
+    base_delay: float = _setting(1.0, "ELIZASQL_BASE_DELAY", _number(float, 0))
+    max_delay: float = _setting(10.0, "ELIZASQL_MAX_DELAY", _number(float, 0))
+    jitter_max: float = _setting(1.0, "ELIZASQL_JITTER_MAX", _number(float, 0))
+    failure_threshold: int = _setting(5, "ELIZASQL_FAILURE_THRESHOLD", _number(int, 1))
+    reset_timeout: float = _setting(60.0, "ELIZASQL_RESET_TIMEOUT", _number(float, 0))
+    half_open_max_attempts: int = _setting(3, "ELIZASQL_HALF_OPEN_MAX_ATTEMPTS", _number(int, 1))
+    slow_call: float = _setting(2.0, "ELIZASQL_SLOW_CALL", _number(float, 0))
+    telemetry: bool = _setting(True, "ELIZASQL_TELEMETRY", _boolean)
+    handle_signals: bool = _setting(True, "ELIZASQL_HANDLE_SIGNALS", _boolean)
     indexing: str = _setting("background", "ELIZASQL_INDEXING", _one_of("background", "manual", "inline"))
     index_batch_size: int = _setting(200, "ELIZASQL_INDEX_BATCH_SIZE", _number(int, 1))
     index_interval: float = _setting(1.0, "ELIZASQL_INDEX_INTERVAL", _number(float, 0.001))

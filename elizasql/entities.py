@@ -23,7 +23,7 @@ class Entities(Store):
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
-    async def create_entity(self, entity: Entity | Mapping[str, Any]) -> UUID:
+    async def create_entity(self, entity: Entity | Mapping[str, Any], *, timeout: float | None = None) -> UUID:
         """Create an entity and give its id; one that is there already stays as it is.
 
         Raises:
@@ -33,7 +33,9 @@ class Entities(Store):
         """
         return (await self.create_entities([entity]))[0]
 
-    async def create_entities(self, entities: Iterable[Entity | Mapping[str, Any]]) -> list[UUID]:
+    async def create_entities(
+        self, entities: Iterable[Entity | Mapping[str, Any]], *, timeout: float | None = None
+    ) -> list[UUID]:
         """Create entities, all or none, and give their ids in the order given; those that are there stay as they are.
 
         `components` are not created: `create_components` does.
@@ -54,7 +56,7 @@ class Entities(Store):
             await self._executor.fetch_chunks(SQL["create_entities"], chunks)
         return ids
 
-    async def ensure_entity_exists(self, entity: Entity | Mapping[str, Any]) -> bool:
+    async def ensure_entity_exists(self, entity: Entity | Mapping[str, Any], *, timeout: float | None = None) -> bool:
         """Create an entity unless it is there; True either way.
 
         Statement: sql/entities.sql create_entities. Source: ensureEntityExists.
@@ -62,7 +64,9 @@ class Entities(Store):
         await self.create_entities([entity])
         return True
 
-    async def upsert_entities(self, entities: Iterable[Entity | Mapping[str, Any]]) -> list[UUID]:
+    async def upsert_entities(
+        self, entities: Iterable[Entity | Mapping[str, Any]], *, timeout: float | None = None
+    ) -> list[UUID]:
         """Create entities, or change the given fields of those that are there, all or none; give their ids in order.
 
         Of a mapping its keys are given, of an `Entity` what is not None. `created_at` of one that is there stays.
@@ -85,7 +89,7 @@ class Entities(Store):
             await self._executor.fetch_chunks(SQL["upsert_entities"], chunks)
         return ids
 
-    async def update_entity(self, entity: Entity | Mapping[str, Any]) -> bool:
+    async def update_entity(self, entity: Entity | Mapping[str, Any], *, timeout: float | None = None) -> bool:
         """Change the given fields of an entity; False when there is no entity of this id.
 
         Args:
@@ -100,7 +104,9 @@ class Entities(Store):
         """
         return bool(await self._update_entities([entity], required=False))
 
-    async def update_entities(self, entities: Iterable[Entity | Mapping[str, Any]]) -> None:
+    async def update_entities(
+        self, entities: Iterable[Entity | Mapping[str, Any]], *, timeout: float | None = None
+    ) -> None:
         """Change entities as `update_entity` does, all or none; changes of one of them are put together.
 
         Raises:
@@ -126,14 +132,14 @@ class Entities(Store):
         ]
         return await self._executor.fetch_chunks(SQL["update_entities"], chunks)
 
-    async def delete_entity(self, entity_id: UUID | str) -> bool:
+    async def delete_entity(self, entity_id: UUID | str, *, timeout: float | None = None) -> bool:
         """Delete an entity with its components, memberships, relationships, logs and memories; False: none there.
 
         Statement: sql/entities.sql delete_entities. Source: deleteEntity.
         """
         return await self.delete_entities([entity_id]) > 0
 
-    async def delete_entities(self, entity_ids: Iterable[UUID | str]) -> int:
+    async def delete_entities(self, entity_ids: Iterable[UUID | str], *, timeout: float | None = None) -> int:
         """Delete entities as `delete_entity` does, all or none; give how many there were.
 
         Statement: sql/entities.sql delete_entities. One round trip a chunk. Source: deleteEntities; differs: one
@@ -147,7 +153,9 @@ class Entities(Store):
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
-    async def get_entity(self, entity_id: UUID | str, *, include_components: bool = False) -> Entity | None:
+    async def get_entity(
+        self, entity_id: UUID | str, *, include_components: bool = False, timeout: float | None = None
+    ) -> Entity | None:
         """Get an entity, None where there is none.
 
         Statement: sql/entities.sql get_entities_by_ids. Source: getEntitiesByIds.
@@ -156,7 +164,7 @@ class Entities(Store):
         return found[0] if found else None
 
     async def get_entities_by_ids(
-        self, entity_ids: Iterable[UUID | str], *, include_components: bool = False
+        self, entity_ids: Iterable[UUID | str], *, include_components: bool = False, timeout: float | None = None
     ) -> list[Entity]:
         """Get those of the entities that exist, in the order of the ids, each once.
 
@@ -177,7 +185,7 @@ class Entities(Store):
         return [_entity(row, include) for row in rows]
 
     async def get_entity_by_ids(
-        self, entity_ids: Iterable[UUID | str], *, include_components: bool = False
+        self, entity_ids: Iterable[UUID | str], *, include_components: bool = False, timeout: float | None = None
     ) -> list[Entity]:
         """Get entities: another name of `get_entities_by_ids`, which some callers of ElizaOS use.
 
@@ -185,7 +193,9 @@ class Entities(Store):
         """
         return await self.get_entities_by_ids(entity_ids, include_components=include_components)
 
-    async def get_entities_for_room(self, room_id: UUID | str, include_components: bool = False) -> list[Entity]:
+    async def get_entities_for_room(
+        self, room_id: UUID | str, include_components: bool = False, *, timeout: float | None = None
+    ) -> list[Entity]:
         """Get the entities that take part in a room, oldest first; equal times are ordered by id.
 
         Statement: sql/entities.sql get_entities_for_rooms. Source: getEntitiesForRoom.
@@ -193,7 +203,7 @@ class Entities(Store):
         return (await self.get_entities_for_rooms([room_id], include_components))[0]
 
     async def get_entities_for_rooms(
-        self, room_ids: Iterable[UUID | str], include_components: bool = False
+        self, room_ids: Iterable[UUID | str], include_components: bool = False, *, timeout: float | None = None
     ) -> list[list[Entity]]:
         """Get the entities that take part in each of the rooms: one list for each room asked for, in their order.
 
@@ -212,7 +222,7 @@ class Entities(Store):
             found[position - 1].append(_entity(row, include))
         return found
 
-    async def get_entities_by_names(self, names: Iterable[str]) -> list[Entity]:
+    async def get_entities_by_names(self, names: Iterable[str], *, timeout: float | None = None) -> list[Entity]:
         """Get the entities that have one of the names, exactly as written, oldest first; equal times by id.
 
         Statement: sql/entities.sql get_entities_by_names. One round trip. Source: getEntitiesByNames; differs: no
@@ -226,7 +236,9 @@ class Entities(Store):
         rows = await self._executor.fetch(SQL["get_entities_by_names"], agent_id=self.agent_id, names=wanted)
         return [Entity(*row) for row in rows]
 
-    async def search_entities_by_name(self, query: str, limit: int | None = 10) -> list[Entity]:
+    async def search_entities_by_name(
+        self, query: str, limit: int | None = 10, *, timeout: float | None = None
+    ) -> list[Entity]:
         """Find entities by a part of a name, whatever the case.
 
         First those with a name that is the query, then those with a name that begins with it, then those with a name
@@ -261,6 +273,7 @@ class Entities(Store):
         limit: int | None = None,
         offset: int | None = None,
         include_all_components: bool = False,
+        timeout: float | None = None,
     ) -> list[Entity]:
         """Find entities by a component that they have; ordered by id. All filters must hold.
 

@@ -5,6 +5,7 @@ ElizaSQLError
 ├── EmbeddedServerError           the embedded server could not be started, joined or stopped
 ├── MigrationError                a migration failed, or the database is newer than this library
 ├── ClosedError                   the adapter is closed or closing
+│   └── WrongLoopError            the adapter was opened in another event loop, or before a fork
 ├── ArgumentError (ValueError)    found before any I/O; nothing was written
 │   ├── EmbeddingError            not a finite, non-zero vector that the index can hold
 │   └── EmbeddingDimensionError   another width than the agent is locked to: `locked`, `given`
@@ -12,6 +13,8 @@ ElizaSQLError
 ├── UnavailableError              no answer from the server; a later try may succeed
 │   ├── ConnectionLostError       08*, 25P03, 57P01, 57P02, 57P03, a refused or broken connection
 │   ├── PoolTimeoutError          no pooled connection became free in time
+│   ├── CircuitOpenError          the server failed too often; refused without asking it: `retry_after`
+│   ├── UnknownOutcomeError       the connection was lost after a write was sent that cannot be repeated
 │   └── ServerBusyError           53*, 58*: connections, memory or disk exhausted
 ├── DeadlineError                 the call's own time limit passed (57014, or no answer in time)
 ├── ConflictError                 40*: another transaction was in the way; a later try may succeed
@@ -45,6 +48,7 @@ import asyncpg
 __all__ = [
     "ArgumentError",
     "CheckError",
+    "CircuitOpenError",
     "ClosedError",
     "ConfigurationError",
     "ConflictError",
@@ -71,6 +75,8 @@ __all__ = [
     "TransactionError",
     "UnavailableError",
     "UniqueViolationError",
+    "UnknownOutcomeError",
+    "WrongLoopError",
     "translate",
 ]
 
@@ -101,6 +107,10 @@ class MigrationError(ElizaSQLError):
 
 class ClosedError(ElizaSQLError):
     """The adapter is closed or closing."""
+
+
+class WrongLoopError(ClosedError):
+    """The adapter was opened in another event loop, or before a fork; its connections cannot be used here."""
 
 
 class ArgumentError(ElizaSQLError, ValueError):
@@ -162,6 +172,26 @@ class ConnectionLostError(UnavailableError):
 
 class PoolTimeoutError(UnavailableError):
     """No pooled connection became free in time."""
+
+
+class CircuitOpenError(UnavailableError):
+    """The server has failed too often of late: calls are refused without asking it.
+
+    Attributes:
+        retry_after: Seconds until the next call is let through; 0 when others are finding out right now.
+    """
+
+    retry_after = 0.0
+
+
+class UnknownOutcomeError(UnavailableError):
+    """The connection was lost after a write was sent: it was done as a whole or not at all, and nobody knows which.
+
+    Raised only for what cannot be repeated safely, such as a claim or a count of what was deleted; look at the rows
+    before you call again.
+    """
+
+    retryable = False
 
 
 class ServerBusyError(UnavailableError):
@@ -308,7 +338,7 @@ def translate(error: BaseException, statement: str | None = None) -> ElizaSQLErr
         return ConfigurationError(f"{prefix}{_first_line(error)}", statement=statement)
     if isinstance(error, asyncpg.OutdatedSchemaCacheError):
         return SchemaError(f"{prefix}{_first_line(error)}", statement=statement)
-    if isinstance(error, (OSError, asyncpg.InterfaceError)) and not isinstance(error, asyncpg.InternalClientError):
+    if isinstance(error, (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)):
         return ConnectionLostError(f"{prefix}{_first_line(error)}", statement=statement)
     return InternalError(f"{prefix}{_first_line(error)}", statement=statement)
 

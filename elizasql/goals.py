@@ -21,7 +21,7 @@ class Goals(Store):
     The interface is that of ElizaOS's first line, which its README still promises; no table is left of it there.
     """
 
-    async def create_goal(self, goal: Goal | Mapping[str, Any]) -> UUID:
+    async def create_goal(self, goal: Goal | Mapping[str, Any], *, timeout: float | None = None) -> UUID:
         """Create a goal and give its id; one that is there already stays as it is.
 
         Raises:
@@ -32,7 +32,9 @@ class Goals(Store):
         """
         return (await self.create_goals([goal]))[0]
 
-    async def create_goals(self, goals: Iterable[Goal | Mapping[str, Any]]) -> list[UUID]:
+    async def create_goals(
+        self, goals: Iterable[Goal | Mapping[str, Any]], *, timeout: float | None = None
+    ) -> list[UUID]:
         """Create goals, all or none, and give their ids in the order given.
 
         Raises:
@@ -47,7 +49,7 @@ class Goals(Store):
             await self._executor.fetch_chunks(SQL["create_goals"], chunks)
         return ids
 
-    async def get_goal(self, goal_id: UUID | str) -> Goal | None:
+    async def get_goal(self, goal_id: UUID | str, *, timeout: float | None = None) -> Goal | None:
         """Get a goal, None where there is none.
 
         Statement: sql/goals.sql get_goals_by_ids. One round trip.
@@ -55,7 +57,7 @@ class Goals(Store):
         found = await self.get_goals_by_ids([goal_id])
         return found[0] if found else None
 
-    async def get_goals_by_ids(self, goal_ids: Iterable[UUID | str]) -> list[Goal]:
+    async def get_goals_by_ids(self, goal_ids: Iterable[UUID | str], *, timeout: float | None = None) -> list[Goal]:
         """Get those of the goals that exist, in the order of the ids.
 
         Statement: sql/goals.sql get_goals_by_ids. One round trip.
@@ -75,6 +77,7 @@ class Goals(Store):
         count: int | None = None,
         limit: int | None = None,
         offset: int | None = None,
+        timeout: float | None = None,
     ) -> list[Goal]:
         """Get goals, oldest first; equal times are ordered by id. Filters combine with AND.
 
@@ -106,7 +109,7 @@ class Goals(Store):
         )
         return [Goal(*row) for row in rows]
 
-    async def update_goal(self, goal: Goal | Mapping[str, Any]) -> bool:
+    async def update_goal(self, goal: Goal | Mapping[str, Any], *, timeout: float | None = None) -> bool:
         """Change the fields of a goal that are given; False when there is no goal of this id.
 
         Args:
@@ -120,7 +123,7 @@ class Goals(Store):
         """
         return bool(await self._update_goals([goal], required=False))
 
-    async def update_goals(self, goals: Iterable[Goal | Mapping[str, Any]]) -> None:
+    async def update_goals(self, goals: Iterable[Goal | Mapping[str, Any]], *, timeout: float | None = None) -> None:
         """Change goals as `update_goal` does, all or none.
 
         Raises:
@@ -130,7 +133,9 @@ class Goals(Store):
         """
         await self._update_goals(goals, required=True)
 
-    async def update_goal_status(self, goal_id: UUID | str, status: GoalStatus) -> bool:
+    async def update_goal_status(
+        self, goal_id: UUID | str, status: GoalStatus, *, timeout: float | None = None
+    ) -> bool:
         """Set how far a goal is: "IN_PROGRESS", "DONE" or "FAILED"; False when there is no goal of this id.
 
         Statement: sql/goals.sql update_goals. One round trip. Source: updateGoalStatus.
@@ -148,14 +153,14 @@ class Goals(Store):
         ]
         return await self._executor.fetch_chunks(SQL["update_goals"], chunks)
 
-    async def delete_goal(self, goal_id: UUID | str) -> bool:
+    async def delete_goal(self, goal_id: UUID | str, *, timeout: float | None = None) -> bool:
         """Delete a goal; False when there was none.
 
         Statement: sql/goals.sql delete_goals. One round trip. Source: removeGoal.
         """
         return await self.delete_goals([goal_id]) > 0
 
-    async def delete_goals(self, goal_ids: Iterable[UUID | str]) -> int:
+    async def delete_goals(self, goal_ids: Iterable[UUID | str], *, timeout: float | None = None) -> int:
         """Delete goals, all or none; give how many there were.
 
         Statement: sql/goals.sql delete_goals. One round trip a chunk.
@@ -166,7 +171,7 @@ class Goals(Store):
         chunks = [{"agent_id": self.agent_id, "ids": list(chunk)} for chunk in self._chunks(ids)]
         return sum(row[0] for row in await self._executor.fetch_chunks(SQL["delete_goals"], chunks))
 
-    async def delete_all_goals(self, room_id: UUID | str) -> int:
+    async def delete_all_goals(self, room_id: UUID | str, *, timeout: float | None = None) -> int:
         """Delete the goals of a room; give how many there were.
 
         Statement: sql/goals.sql delete_all_goals. One round trip. Source: removeAllGoals.

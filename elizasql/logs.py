@@ -29,7 +29,7 @@ class Logs(Store):
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
-    async def log(self, log: Log | Mapping[str, Any]) -> None:
+    async def log(self, log: Log | Mapping[str, Any], *, timeout: float | None = None) -> None:
         """Write a log: `body`, `entity_id`, `room_id`, `type`.
 
         The body is stored as it is, but: text that PostgreSQL cannot hold is cleaned as everywhere (U+0000 and unpaired
@@ -46,7 +46,7 @@ class Logs(Store):
         """
         await self.create_logs([log])
 
-    async def create_logs(self, logs: Iterable[Log | Mapping[str, Any]]) -> list[UUID]:
+    async def create_logs(self, logs: Iterable[Log | Mapping[str, Any]], *, timeout: float | None = None) -> list[UUID]:
         """Write logs as `log` does, all or none, and give their ids in the order given.
 
         Logs without a time keep the order given. Ids that are there already keep their rows.
@@ -76,7 +76,7 @@ class Logs(Store):
         await self._executor.fetch_chunks(SQL["create_logs"], chunks)
         return ids
 
-    async def update_logs(self, logs: Iterable[Log | Mapping[str, Any]]) -> None:
+    async def update_logs(self, logs: Iterable[Log | Mapping[str, Any]], *, timeout: float | None = None) -> None:
         """Replace `type` and `body` of logs, each where given, all or none. Whatever else is given is left as it is.
 
         Args:
@@ -103,14 +103,14 @@ class Logs(Store):
         ]
         await self._executor.fetch_chunks(SQL["update_logs"], chunks)
 
-    async def delete_log(self, log_id: UUID | str) -> bool:
+    async def delete_log(self, log_id: UUID | str, *, timeout: float | None = None) -> bool:
         """Delete a log; False when there was none.
 
         Statement: sql/logs.sql delete_logs. One round trip. Source: deleteLog; differs: this agent's only.
         """
         return await self.delete_logs([log_id]) > 0
 
-    async def delete_logs(self, log_ids: Iterable[UUID | str]) -> int:
+    async def delete_logs(self, log_ids: Iterable[UUID | str], *, timeout: float | None = None) -> int:
         """Delete logs, all or none; give how many there were.
 
         Statement: sql/logs.sql delete_logs. One round trip a chunk. Source: deleteLogs.
@@ -121,7 +121,13 @@ class Logs(Store):
         chunks = [{"agent_id": self.agent_id, "ids": list(chunk)} for chunk in self._chunks(ids)]
         return sum(row[0] for row in await self._executor.fetch_chunks(SQL["delete_logs"], chunks))
 
-    async def prune_logs(self, older_than: timedelta | datetime | float | None = None, keep: int | None = None) -> int:
+    async def prune_logs(
+        self,
+        older_than: timedelta | datetime | float | None = None,
+        keep: int | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> int:
         """Delete old logs of the agent, oldest first; give how many.
 
         Each batch of `config.batch_size` is a transaction of its own, so that nobody waits long. When both limits are
@@ -176,6 +182,7 @@ class Logs(Store):
         limit: int | None = None,
         offset: int | None = None,
         cursor: Cursor | None = None,
+        timeout: float | None = None,
     ) -> list[Log]:
         """Get logs, newest first; equal times are ordered by id, descending. Filters combine with AND.
 
@@ -214,7 +221,7 @@ class Logs(Store):
             statement = SQL["get_logs" if type is None else "get_logs_by_type"]
         return [Log(*row) for row in await self._executor.fetch(statement, **params)]
 
-    async def get_logs_by_ids(self, log_ids: Iterable[UUID | str]) -> list[Log]:
+    async def get_logs_by_ids(self, log_ids: Iterable[UUID | str], *, timeout: float | None = None) -> list[Log]:
         """Get those of the logs that exist, in the order of the ids.
 
         Statement: sql/logs.sql get_logs_by_ids. One round trip. Source: getLogsByIds.
@@ -237,6 +244,7 @@ class Logs(Store):
         from_time: datetime | float | None = None,
         to_time: datetime | float | None = None,
         entity_id: UUID | str | None = None,
+        timeout: float | None = None,
     ) -> AgentRunSummaryResult:
         """See the agent's runs: logs of type "run_event" with the same `body["runId"]`.
 

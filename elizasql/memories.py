@@ -42,7 +42,7 @@ class Memories(Store):
 
     # --- the dimension -----------------------------------------------------------------------------------------------
 
-    async def ensure_embedding_dimension(self, dimension: int) -> None:
+    async def ensure_embedding_dimension(self, dimension: int, *, timeout: float | None = None) -> None:
         """Lock the agent to a width of embeddings. The first lock stays for good; the same width again is no error.
 
         Args:
@@ -66,7 +66,7 @@ class Memories(Store):
         if locked != dimension:
             raise EmbeddingDimensionError(self.agent_id, locked=locked, given=dimension)
 
-    async def get_embedding_dimension(self) -> int | None:
+    async def get_embedding_dimension(self, *, timeout: float | None = None) -> int | None:
         """Get the width that the agent is locked to, None before the first lock.
 
         Statement: sql/embeddings.sql get_embedding_dimension.
@@ -81,6 +81,8 @@ class Memories(Store):
         memory: Memory | Mapping[str, Any],
         table_name: str | None = None,
         unique: bool | None = None,
+        *,
+        timeout: float | None = None,
     ) -> UUID:
         """Store a memory with the embedding that it has, both or neither, and give its id.
 
@@ -124,6 +126,8 @@ class Memories(Store):
         self,
         memories: Iterable[Memory | Mapping[str, Any]],
         table_name: str | None = None,
+        *,
+        timeout: float | None = None,
     ) -> list[UUID]:
         """Store memories with the embeddings that they have, all or none, and give their ids in the order given.
 
@@ -161,6 +165,8 @@ class Memories(Store):
         self,
         memories: Iterable[Memory | Mapping[str, Any]],
         table_name: str | None = None,
+        *,
+        timeout: float | None = None,
     ) -> list[UUID]:
         """Store memories, or replace content, metadata, `unique` and embedding of those that are there.
 
@@ -188,7 +194,7 @@ class Memories(Store):
         await self._write(SQL.at("upsert_memories", given or 384), chunks, given)
         return ids
 
-    async def update_memory(self, memory: Memory | Mapping[str, Any]) -> bool:
+    async def update_memory(self, memory: Memory | Mapping[str, Any], *, timeout: float | None = None) -> bool:
         """Change the fields of a memory that are given; False when there is no memory of this id.
 
         Args:
@@ -203,7 +209,9 @@ class Memories(Store):
         """
         return bool(await self._update([memory], required=False))
 
-    async def update_memories(self, memories: Iterable[Memory | Mapping[str, Any]]) -> None:
+    async def update_memories(
+        self, memories: Iterable[Memory | Mapping[str, Any]], *, timeout: float | None = None
+    ) -> None:
         """Change memories as `update_memory` does, all or none.
 
         Raises:
@@ -237,14 +245,14 @@ class Memories(Store):
         ]
         return await self._write(SQL.at("update_memories", given or 384), chunks, given)
 
-    async def delete_memory(self, memory_id: UUID | str) -> bool:
+    async def delete_memory(self, memory_id: UUID | str, *, timeout: float | None = None) -> bool:
         """Delete a memory and, when it is a document, its fragments; False when there was nothing.
 
         Statement: sql/memories.sql delete_memories. Source: deleteMemory.
         """
         return await self.delete_memories([memory_id]) > 0
 
-    async def delete_memories(self, memory_ids: Iterable[UUID | str]) -> int:
+    async def delete_memories(self, memory_ids: Iterable[UUID | str], *, timeout: float | None = None) -> int:
         """Delete memories and the fragments of those that are documents, all or none; give how many went.
 
         Statement: sql/memories.sql delete_memories. Source: deleteManyMemories.
@@ -256,7 +264,9 @@ class Memories(Store):
         rows = await self._executor.fetch_chunks(SQL["delete_memories"], chunks)
         return sum(row[0] for row in rows)
 
-    async def delete_all_memories(self, room_id: UUID | str | Iterable[UUID | str], table_name: str) -> int:
+    async def delete_all_memories(
+        self, room_id: UUID | str | Iterable[UUID | str], table_name: str, *, timeout: float | None = None
+    ) -> int:
         """Delete every memory of a type in a room or in several, and the fragments of documents; give how many went.
 
         Statement: sql/memories.sql delete_all_memories. Source: deleteAllMemories; differs: this agent's only.
@@ -291,6 +301,7 @@ class Memories(Store):
         metadata: Mapping[str, Any] | None = None,
         text_contains: str | None = None,
         include_embedding: bool = False,
+        timeout: float | None = None,
     ) -> list[Memory]:
         """Get memories of a type, newest first; equal times are ordered by id, descending. Filters combine with AND.
 
@@ -332,7 +343,9 @@ class Memories(Store):
         scope = _scope(room_id, entity_id, world_id)
         return await self._fetch_memories(_BY_SCOPE["get_memories"][_path(scope)], **params, **scope)
 
-    async def get_memory_by_id(self, memory_id: UUID | str, *, include_embedding: bool = False) -> Memory | None:
+    async def get_memory_by_id(
+        self, memory_id: UUID | str, *, include_embedding: bool = False, timeout: float | None = None
+    ) -> Memory | None:
         """Get a memory, None where there is none.
 
         Statement: sql/memories.sql get_memory_by_id. One round trip. Source: getMemoryById; differs: this agent's only.
@@ -345,7 +358,12 @@ class Memories(Store):
         return found[0] if found else None
 
     async def get_memories_by_ids(
-        self, memory_ids: Iterable[UUID | str], table_name: str | None = None, *, include_embedding: bool = False
+        self,
+        memory_ids: Iterable[UUID | str],
+        table_name: str | None = None,
+        *,
+        include_embedding: bool = False,
+        timeout: float | None = None,
     ) -> list[Memory]:
         """Get those of the memories that exist, newest first.
 
@@ -366,6 +384,7 @@ class Memories(Store):
         count: int | None = None,
         limit: int | None = None,
         include_embedding: bool = False,
+        timeout: float | None = None,
     ) -> list[Memory]:
         """Get the newest memories of several rooms together.
 
@@ -387,6 +406,7 @@ class Memories(Store):
         count: int | None = None,
         limit: int | None = None,
         include_embedding: bool = False,
+        timeout: float | None = None,
     ) -> list[Memory]:
         """Get the newest memories of a world: those that name it, and those in rooms of it.
 
@@ -414,6 +434,7 @@ class Memories(Store):
         end: datetime | float | None = None,
         metadata: Mapping[str, Any] | None = None,
         text_contains: str | None = None,
+        timeout: float | None = None,
     ) -> int:
         """Count the memories that `get_memories` with the same filters gives.
 
@@ -457,6 +478,7 @@ class Memories(Store):
         world_id: UUID | str | None = None,
         entity_id: UUID | str | None = None,
         include_embedding: bool = False,
+        timeout: float | None = None,
     ) -> list[Memory]:
         """Find the memories nearest in meaning, most similar first; equal ones are ordered by id.
 
@@ -529,6 +551,7 @@ class Memories(Store):
         world_id: UUID | str | None = None,
         entity_id: UUID | str | None = None,
         include_embedding: bool = False,
+        timeout: float | None = None,
     ) -> list[Memory]:
         """Find the memories nearest in meaning: `search_memories` with the embedding in front.
 
@@ -556,6 +579,7 @@ class Memories(Store):
         query_field_name: str = "content",
         query_field_sub_name: str = "text",
         query_match_count: int = 10,
+        timeout: float | None = None,
     ) -> list[dict[str, Any]]:
         """Find embeddings of texts that are nearly the same, so that a text need not be embedded twice.
 

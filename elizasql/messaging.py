@@ -43,7 +43,9 @@ class Messaging(Store):
 
     # --- message servers ---------------------------------------------------------------------------------------------
 
-    async def create_message_server(self, server: MessageServer | Mapping[str, Any]) -> MessageServer:
+    async def create_message_server(
+        self, server: MessageServer | Mapping[str, Any], *, timeout: float | None = None
+    ) -> MessageServer:
         """Create a message server and give the row that is stored: one that is there already stays as it is.
 
         Raises:
@@ -53,7 +55,9 @@ class Messaging(Store):
         """
         return (await self.create_message_servers([server]))[0]
 
-    async def create_message_servers(self, servers: Iterable[MessageServer | Mapping[str, Any]]) -> list[MessageServer]:
+    async def create_message_servers(
+        self, servers: Iterable[MessageServer | Mapping[str, Any]], *, timeout: float | None = None
+    ) -> list[MessageServer]:
         """Create message servers, all or none, and give the rows that are stored, in the order given.
 
         Raises:
@@ -70,14 +74,16 @@ class Messaging(Store):
         found = {row["id"]: MessageServer(*row) for row in stored}
         return [found[id] for id in ids]
 
-    async def get_message_servers(self) -> list[MessageServer]:
+    async def get_message_servers(self, *, timeout: float | None = None) -> list[MessageServer]:
         """Get all message servers, oldest first.
 
         Statement: sql/messaging.sql get_message_servers. Source: getMessageServers; differs: in a fixed order.
         """
         return [MessageServer(*row) for row in await self._executor.fetch(SQL["get_message_servers"])]
 
-    async def get_message_server_by_id(self, server_id: UUID | str) -> MessageServer | None:
+    async def get_message_server_by_id(
+        self, server_id: UUID | str, *, timeout: float | None = None
+    ) -> MessageServer | None:
         """Get a message server, None where there is none.
 
         Statement: sql/messaging.sql get_message_server_by_id. Source: getMessageServerById.
@@ -85,7 +91,9 @@ class Messaging(Store):
         row = await self._executor.fetch_row(SQL["get_message_server_by_id"], id=_codecs.as_id(server_id, "server_id"))
         return None if row is None else MessageServer(*row)
 
-    async def add_agent_to_message_server(self, server_id: UUID | str, agent_id: UUID | str) -> None:
+    async def add_agent_to_message_server(
+        self, server_id: UUID | str, agent_id: UUID | str, *, timeout: float | None = None
+    ) -> None:
         """Put an agent, this one or another, on a message server; one that is there already is no error.
 
         Raises:
@@ -99,7 +107,7 @@ class Messaging(Store):
             agent_id=_codecs.as_id(agent_id, "agent_id"),
         )
 
-    async def get_agents_for_message_server(self, server_id: UUID | str) -> list[UUID]:
+    async def get_agents_for_message_server(self, server_id: UUID | str, *, timeout: float | None = None) -> list[UUID]:
         """Get the ids of the agents on a message server, ordered by id.
 
         Statement: sql/messaging.sql get_agents_for_message_server. Source: getAgentsForMessageServer.
@@ -108,7 +116,9 @@ class Messaging(Store):
         rows = await self._executor.fetch(SQL["get_agents_for_message_server"], message_server_id=server)
         return [row[0] for row in rows]
 
-    async def remove_agent_from_message_server(self, server_id: UUID | str, agent_id: UUID | str) -> bool:
+    async def remove_agent_from_message_server(
+        self, server_id: UUID | str, agent_id: UUID | str, *, timeout: float | None = None
+    ) -> bool:
         """Take an agent off a message server; False when it was not on it.
 
         Statement: sql/messaging.sql remove_agent_from_message_server. Source: removeAgentFromMessageServer.
@@ -124,7 +134,11 @@ class Messaging(Store):
     # --- channels ----------------------------------------------------------------------------------------------------
 
     async def create_channel(
-        self, channel: Channel | Mapping[str, Any], participant_ids: Iterable[UUID | str] = ()
+        self,
+        channel: Channel | Mapping[str, Any],
+        participant_ids: Iterable[UUID | str] = (),
+        *,
+        timeout: float | None = None,
     ) -> Channel:
         """Create a channel with its participants, both or neither, and give the row that is stored.
 
@@ -147,7 +161,7 @@ class Messaging(Store):
         return Channel(*row)  # type: ignore[misc]
 
     async def find_or_create_dm_channel(
-        self, user1_id: UUID | str, user2_id: UUID | str, server_id: UUID | str
+        self, user1_id: UUID | str, user2_id: UUID | str, server_id: UUID | str, *, timeout: float | None = None
     ) -> Channel:
         """Get the direct channel of two users on a message server, and create it when it is not there yet.
 
@@ -172,7 +186,9 @@ class Messaging(Store):
         )
         return Channel(*row)  # type: ignore[misc]
 
-    async def get_channels_for_message_server(self, server_id: UUID | str) -> list[Channel]:
+    async def get_channels_for_message_server(
+        self, server_id: UUID | str, *, timeout: float | None = None
+    ) -> list[Channel]:
         """Get the channels of a message server, oldest first.
 
         Statement: sql/messaging.sql get_channels_for_message_server. Source: getChannelsForMessageServer; differs: in a
@@ -182,7 +198,7 @@ class Messaging(Store):
         rows = await self._executor.fetch(SQL["get_channels_for_message_server"], message_server_id=server)
         return [Channel(*row) for row in rows]
 
-    async def get_channel_details(self, channel_id: UUID | str) -> Channel | None:
+    async def get_channel_details(self, channel_id: UUID | str, *, timeout: float | None = None) -> Channel | None:
         """Get a channel, None where there is none.
 
         Statement: sql/messaging.sql get_channel_details. Source: getChannelDetails.
@@ -195,6 +211,8 @@ class Messaging(Store):
         channel_id: UUID | str,
         updates: Channel | Mapping[str, Any],
         participant_ids: Iterable[UUID | str] | None = None,
+        *,
+        timeout: float | None = None,
     ) -> Channel:
         """Change the fields of a channel that are given and, where given, replace its participants, all or nothing.
 
@@ -231,7 +249,7 @@ class Messaging(Store):
             raise NotFoundError(f"no such channel: {id}", statement="update_channel")
         return Channel(*row)
 
-    async def delete_channel(self, channel_id: UUID | str) -> bool:
+    async def delete_channel(self, channel_id: UUID | str, *, timeout: float | None = None) -> bool:
         """Delete a channel with its participants and messages; False when there was none.
 
         Statement: sql/messaging.sql delete_channel. Source: deleteChannel.
@@ -241,7 +259,9 @@ class Messaging(Store):
 
     # --- participants ------------------------------------------------------------------------------------------------
 
-    async def add_channel_participants(self, channel_id: UUID | str, entity_ids: Iterable[UUID | str]) -> None:
+    async def add_channel_participants(
+        self, channel_id: UUID | str, entity_ids: Iterable[UUID | str], *, timeout: float | None = None
+    ) -> None:
         """Let users take part in a channel; one who does already is no error.
 
         Raises:
@@ -254,7 +274,9 @@ class Messaging(Store):
         if entities:
             await self._executor.execute(SQL["add_channel_participants"], channel_id=channel, entity_ids=entities)
 
-    async def remove_channel_participants(self, channel_id: UUID | str, entity_ids: Iterable[UUID | str]) -> int:
+    async def remove_channel_participants(
+        self, channel_id: UUID | str, entity_ids: Iterable[UUID | str], *, timeout: float | None = None
+    ) -> int:
         """End the participation of users in a channel; give how many took part.
 
         Statement: sql/messaging.sql remove_channel_participants. One round trip.
@@ -268,7 +290,7 @@ class Messaging(Store):
         )
         return removed
 
-    async def get_channel_participants(self, channel_id: UUID | str) -> list[UUID]:
+    async def get_channel_participants(self, channel_id: UUID | str, *, timeout: float | None = None) -> list[UUID]:
         """Get the ids of the users who take part in a channel, ordered by id.
 
         Statement: sql/messaging.sql get_channel_participants. Source: getChannelParticipants.
@@ -277,7 +299,9 @@ class Messaging(Store):
         rows = await self._executor.fetch(SQL["get_channel_participants"], channel_id=channel)
         return [row[0] for row in rows]
 
-    async def is_channel_participant(self, channel_id: UUID | str, entity_id: UUID | str) -> bool:
+    async def is_channel_participant(
+        self, channel_id: UUID | str, entity_id: UUID | str, *, timeout: float | None = None
+    ) -> bool:
         """Tell whether a user takes part in a channel.
 
         Statement: sql/messaging.sql is_channel_participant. Source: isChannelParticipant.
@@ -292,7 +316,9 @@ class Messaging(Store):
 
     # --- messages ----------------------------------------------------------------------------------------------------
 
-    async def create_message(self, message: ChannelMessage | Mapping[str, Any]) -> ChannelMessage:
+    async def create_message(
+        self, message: ChannelMessage | Mapping[str, Any], *, timeout: float | None = None
+    ) -> ChannelMessage:
         """Create a message and give the row that is stored: one that is there already stays as it is.
 
         Raises:
@@ -303,7 +329,9 @@ class Messaging(Store):
         """
         return (await self.create_messages([message]))[0]
 
-    async def create_messages(self, messages: Iterable[ChannelMessage | Mapping[str, Any]]) -> list[ChannelMessage]:
+    async def create_messages(
+        self, messages: Iterable[ChannelMessage | Mapping[str, Any]], *, timeout: float | None = None
+    ) -> list[ChannelMessage]:
         """Create messages, all or none, and give the rows that are stored, in the order given.
 
         Messages without `created_at` stand in the channel in the order given. One may answer another one before it.
@@ -326,7 +354,7 @@ class Messaging(Store):
         found = {row["id"]: ChannelMessage(*row) for row in stored}
         return [found[id] for id in ids]
 
-    async def get_message_by_id(self, message_id: UUID | str) -> ChannelMessage | None:
+    async def get_message_by_id(self, message_id: UUID | str, *, timeout: float | None = None) -> ChannelMessage | None:
         """Get a message, None where there is none.
 
         Statement: sql/messaging.sql get_message_by_id. Source: getMessageById.
@@ -335,7 +363,7 @@ class Messaging(Store):
         return None if row is None else ChannelMessage(*row)
 
     async def update_message(
-        self, message_id: UUID | str, updates: ChannelMessage | Mapping[str, Any]
+        self, message_id: UUID | str, updates: ChannelMessage | Mapping[str, Any], *, timeout: float | None = None
     ) -> ChannelMessage | None:
         """Change the fields of a message that are given and give the row that is stored then, None where there is none.
 
@@ -367,6 +395,7 @@ class Messaging(Store):
         *,
         cursor: Cursor | None = None,
         oldest_first: bool = False,
+        timeout: float | None = None,
     ) -> list[ChannelMessage]:
         """Get messages of a channel, newest first; equal times are ordered by id.
 
@@ -400,7 +429,12 @@ class Messaging(Store):
         return [ChannelMessage(*row) for row in rows]
 
     async def get_replies(
-        self, message_id: UUID | str, limit: int | None = 50, *, cursor: Cursor | None = None
+        self,
+        message_id: UUID | str,
+        limit: int | None = 50,
+        *,
+        cursor: Cursor | None = None,
+        timeout: float | None = None,
     ) -> list[ChannelMessage]:
         """Get the messages that answer a message directly, oldest first; equal times are ordered by id.
 
@@ -422,14 +456,14 @@ class Messaging(Store):
         )
         return [ChannelMessage(*row) for row in rows]
 
-    async def delete_message(self, message_id: UUID | str) -> bool:
+    async def delete_message(self, message_id: UUID | str, *, timeout: float | None = None) -> bool:
         """Delete a message; False when there was none. Replies to it stay and no longer point at it.
 
         Statement: sql/messaging.sql delete_messages. Source: deleteMessage.
         """
         return await self.delete_messages([message_id]) > 0
 
-    async def delete_messages(self, message_ids: Iterable[UUID | str]) -> int:
+    async def delete_messages(self, message_ids: Iterable[UUID | str], *, timeout: float | None = None) -> int:
         """Delete messages, all or none, as `delete_message` does; give how many went.
 
         Statement: sql/messaging.sql delete_messages. One round trip a chunk.

@@ -24,7 +24,9 @@ class Pairing(Store):
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
-    async def get_pairing_requests(self, queries: Iterable[Query]) -> list[list[PairingRequest]]:
+    async def get_pairing_requests(
+        self, queries: Iterable[Query], *, timeout: float | None = None
+    ) -> list[list[PairingRequest]]:
         """Get the requests of each channel, oldest first, in the order of the queries.
 
         Args:
@@ -41,7 +43,9 @@ class Pairing(Store):
                 found[position - 1].append(PairingRequest(*fields))
         return found
 
-    async def create_pairing_request(self, request: PairingRequest | Mapping[str, Any]) -> UUID:
+    async def create_pairing_request(
+        self, request: PairingRequest | Mapping[str, Any], *, timeout: float | None = None
+    ) -> UUID:
         """Create a request and give its id; one whose id is there already stays as it is.
 
         Raises:
@@ -51,7 +55,9 @@ class Pairing(Store):
         """
         return (await self.create_pairing_requests([request]))[0]
 
-    async def create_pairing_requests(self, requests: Iterable[PairingRequest | Mapping[str, Any]]) -> list[UUID]:
+    async def create_pairing_requests(
+        self, requests: Iterable[PairingRequest | Mapping[str, Any]], *, timeout: float | None = None
+    ) -> list[UUID]:
         """Create requests, all or none, and give their ids in the order given.
 
         Raises:
@@ -72,7 +78,9 @@ class Pairing(Store):
             await self._executor.fetch_chunks(SQL["create_pairing_requests"], chunks)
         return ids
 
-    async def update_pairing_request(self, request: PairingRequest | Mapping[str, Any]) -> bool:
+    async def update_pairing_request(
+        self, request: PairingRequest | Mapping[str, Any], *, timeout: float | None = None
+    ) -> bool:
         """Change `last_seen_at`, `metadata` or both of a request; False when there is no request of this id.
 
         Args:
@@ -87,7 +95,9 @@ class Pairing(Store):
         """
         return bool(await self._update_pairing_requests([request], required=False))
 
-    async def update_pairing_requests(self, requests: Iterable[PairingRequest | Mapping[str, Any]]) -> None:
+    async def update_pairing_requests(
+        self, requests: Iterable[PairingRequest | Mapping[str, Any]], *, timeout: float | None = None
+    ) -> None:
         """Change requests as `update_pairing_request` does, all or none.
 
         Raises:
@@ -110,14 +120,14 @@ class Pairing(Store):
         ]
         return await self._executor.fetch_chunks(SQL["update_pairing_requests"], chunks)
 
-    async def delete_pairing_request(self, request_id: UUID | str) -> bool:
+    async def delete_pairing_request(self, request_id: UUID | str, *, timeout: float | None = None) -> bool:
         """Delete a request; False when there was none.
 
         Statement: sql/pairing.sql delete_pairing_requests. Source: deletePairingRequest.
         """
         return await self.delete_pairing_requests([request_id]) > 0
 
-    async def delete_pairing_requests(self, request_ids: Iterable[UUID | str]) -> int:
+    async def delete_pairing_requests(self, request_ids: Iterable[UUID | str], *, timeout: float | None = None) -> int:
         """Delete requests, all or none, and give how many there were.
 
         Statement: sql/pairing.sql delete_pairing_requests. One round trip. Source: deletePairingRequests.
@@ -131,7 +141,7 @@ class Pairing(Store):
     # --- allowlists --------------------------------------------------------------------------------------------------
 
     async def get_pairing_allowlist(
-        self, channel: str, agent_id: UUID | str | None = None
+        self, channel: str, agent_id: UUID | str | None = None, *, timeout: float | None = None
     ) -> list[PairingAllowlistEntry]:
         """Get who may write to the agent on a channel, oldest entry first.
 
@@ -139,7 +149,9 @@ class Pairing(Store):
         """
         return (await self.get_pairing_allowlists([{"channel": channel, "agent_id": agent_id}]))[0]
 
-    async def get_pairing_allowlists(self, queries: Iterable[Query]) -> list[list[PairingAllowlistEntry]]:
+    async def get_pairing_allowlists(
+        self, queries: Iterable[Query], *, timeout: float | None = None
+    ) -> list[list[PairingAllowlistEntry]]:
         """Get for each channel what `get_pairing_allowlist` gives, in the order of the queries.
 
         Args:
@@ -156,7 +168,9 @@ class Pairing(Store):
                 found[position - 1].append(PairingAllowlistEntry(*fields))
         return found
 
-    async def create_pairing_allowlist_entry(self, entry: PairingAllowlistEntry | Mapping[str, Any]) -> UUID:
+    async def create_pairing_allowlist_entry(
+        self, entry: PairingAllowlistEntry | Mapping[str, Any], *, timeout: float | None = None
+    ) -> UUID:
         """Let a sender write to the agent on a channel, and give the id of the entry.
 
         A sender who may already keeps the entry that is there, and that one's id comes back.
@@ -170,7 +184,7 @@ class Pairing(Store):
         return (await self.create_pairing_allowlist_entries([entry]))[0]
 
     async def create_pairing_allowlist_entries(
-        self, entries: Iterable[PairingAllowlistEntry | Mapping[str, Any]]
+        self, entries: Iterable[PairingAllowlistEntry | Mapping[str, Any]], *, timeout: float | None = None
     ) -> list[UUID]:
         """Create entries as `create_pairing_allowlist_entry` does, all or none; give their ids in the order given.
 
@@ -194,7 +208,9 @@ class Pairing(Store):
         )
         return [listed[id] for id in ids]
 
-    async def update_pairing_allowlist_entry(self, entry: PairingAllowlistEntry | Mapping[str, Any]) -> bool:
+    async def update_pairing_allowlist_entry(
+        self, entry: PairingAllowlistEntry | Mapping[str, Any], *, timeout: float | None = None
+    ) -> bool:
         """Replace the metadata of an entry; False when there is no entry of this id.
 
         Args:
@@ -210,7 +226,7 @@ class Pairing(Store):
         return bool(await self._update_pairing_allowlist_entries([entry], required=False))
 
     async def update_pairing_allowlist_entries(
-        self, entries: Iterable[PairingAllowlistEntry | Mapping[str, Any]]
+        self, entries: Iterable[PairingAllowlistEntry | Mapping[str, Any]], *, timeout: float | None = None
     ) -> None:
         """Change entries as `update_pairing_allowlist_entry` does, all or none.
 
@@ -235,14 +251,16 @@ class Pairing(Store):
         ]
         return await self._executor.fetch_chunks(SQL["update_pairing_allowlist_entries"], chunks)
 
-    async def delete_pairing_allowlist_entry(self, entry_id: UUID | str) -> bool:
+    async def delete_pairing_allowlist_entry(self, entry_id: UUID | str, *, timeout: float | None = None) -> bool:
         """Delete an entry: its sender may no longer write to the agent. False when there was none.
 
         Statement: sql/pairing.sql delete_pairing_allowlist_entries. Source: deletePairingAllowlistEntry.
         """
         return await self.delete_pairing_allowlist_entries([entry_id]) > 0
 
-    async def delete_pairing_allowlist_entries(self, entry_ids: Iterable[UUID | str]) -> int:
+    async def delete_pairing_allowlist_entries(
+        self, entry_ids: Iterable[UUID | str], *, timeout: float | None = None
+    ) -> int:
         """Delete entries, all or none, and give how many there were.
 
         Statement: sql/pairing.sql delete_pairing_allowlist_entries. One round trip. Source:

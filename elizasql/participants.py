@@ -27,7 +27,9 @@ class Participants(Store):
 
     # --- joining and leaving -----------------------------------------------------------------------------------------
 
-    async def add_participant(self, entity_id: UUID | str, room_id: UUID | str) -> bool:
+    async def add_participant(
+        self, entity_id: UUID | str, room_id: UUID | str, *, timeout: float | None = None
+    ) -> bool:
         """Make an entity a participant of a room; True also when it was one.
 
         Raises:
@@ -37,7 +39,9 @@ class Participants(Store):
         """
         return await self.add_participants_room([entity_id], room_id)
 
-    async def add_participants_room(self, entity_ids: Iterable[UUID | str], room_id: UUID | str) -> bool:
+    async def add_participants_room(
+        self, entity_ids: Iterable[UUID | str], room_id: UUID | str, *, timeout: float | None = None
+    ) -> bool:
         """Make entities participants of a room, all or none; True also for those that were. No entities: False.
 
         Raises:
@@ -52,7 +56,9 @@ class Participants(Store):
         await self._executor.execute(SQL["add_participants"], agent_id=self.agent_id, room_id=room, entity_ids=entities)
         return True
 
-    async def create_room_participants(self, entity_ids: Iterable[UUID | str], room_id: UUID | str) -> list[UUID]:
+    async def create_room_participants(
+        self, entity_ids: Iterable[UUID | str], room_id: UUID | str, *, timeout: float | None = None
+    ) -> list[UUID]:
         """Make entities participants of a room, all or none, and give the ids of the memberships in the order given.
 
         A membership that is there already stays as it is and gives its id.
@@ -72,7 +78,9 @@ class Participants(Store):
         )
         return [row[0] for row in rows]
 
-    async def remove_participant(self, entity_id: UUID | str, room_id: UUID | str) -> bool:
+    async def remove_participant(
+        self, entity_id: UUID | str, room_id: UUID | str, *, timeout: float | None = None
+    ) -> bool:
         """End a membership; False when there was none.
 
         Statement: sql/participants.sql remove_participant. Source: removeParticipant; differs: this agent's only.
@@ -86,7 +94,7 @@ class Participants(Store):
             )
         )
 
-    async def delete_participants(self, participants: Iterable[Pair]) -> bool:
+    async def delete_participants(self, participants: Iterable[Pair], *, timeout: float | None = None) -> bool:
         """End memberships; True when there was one for every pair, as for no pairs at all.
 
         Those that are there end, whatever the others: the answer says whether something was missing.
@@ -108,7 +116,9 @@ class Participants(Store):
 
     # --- who is where ------------------------------------------------------------------------------------------------
 
-    async def get_participants_for_entity(self, entity_id: UUID | str) -> list[Participant]:
+    async def get_participants_for_entity(
+        self, entity_id: UUID | str, *, timeout: float | None = None
+    ) -> list[Participant]:
         """Get the memberships of an entity, oldest first, each with the entity in it.
 
         Statement: sql/participants.sql get_participants_for_entities. Source: getParticipantsForEntity; differs: all
@@ -116,7 +126,9 @@ class Participants(Store):
         """
         return await self.get_participants_for_entities([entity_id])
 
-    async def get_participants_for_entities(self, entity_ids: Iterable[UUID | str]) -> list[Participant]:
+    async def get_participants_for_entities(
+        self, entity_ids: Iterable[UUID | str], *, timeout: float | None = None
+    ) -> list[Participant]:
         """Get the memberships of several entities in one list: in the order of the entities, each one's oldest first.
 
         Statement: sql/participants.sql get_participants_for_entities. One round trip. Source:
@@ -134,7 +146,7 @@ class Participants(Store):
             found.append(Participant(id, agent, room, entity, state, metadata, created_at, of_entity))
         return found
 
-    async def get_participants_for_room(self, room_id: UUID | str) -> list[UUID]:
+    async def get_participants_for_room(self, room_id: UUID | str, *, timeout: float | None = None) -> list[UUID]:
         """Get the ids of the entities in a room, in the order in which they came.
 
         Statement: sql/participants.sql get_participants_for_room. Source: getParticipantsForRoom; differs: this
@@ -144,7 +156,9 @@ class Participants(Store):
         rows = await self._executor.fetch(SQL["get_participants_for_room"], agent_id=self.agent_id, room_id=room)
         return [row[0] for row in rows]
 
-    async def get_participants_for_rooms(self, room_ids: Iterable[UUID | str]) -> list[list[UUID]]:
+    async def get_participants_for_rooms(
+        self, room_ids: Iterable[UUID | str], *, timeout: float | None = None
+    ) -> list[list[UUID]]:
         """Get for each room what `get_participants_for_room` gives, in the order of the rooms.
 
         Statement: sql/participants.sql get_participants_for_rooms. One round trip. Source: getParticipantsForRooms;
@@ -156,14 +170,16 @@ class Participants(Store):
         rows = await self._executor.fetch(SQL["get_participants_for_rooms"], agent_id=self.agent_id, room_ids=rooms)
         return [row[0] for row in rows]
 
-    async def get_rooms_for_participant(self, entity_id: UUID | str) -> list[UUID]:
+    async def get_rooms_for_participant(self, entity_id: UUID | str, *, timeout: float | None = None) -> list[UUID]:
         """Get the ids of the rooms that an entity is in, ordered by id.
 
         Statement: sql/participants.sql get_rooms_for_participants. Source: getRoomsForParticipant.
         """
         return await self.get_rooms_for_participants([entity_id])
 
-    async def get_rooms_for_participants(self, entity_ids: Iterable[UUID | str]) -> list[UUID]:
+    async def get_rooms_for_participants(
+        self, entity_ids: Iterable[UUID | str], *, timeout: float | None = None
+    ) -> list[UUID]:
         """Get the ids of the rooms that any of the entities is in, each once, ordered by id.
 
         Statement: sql/participants.sql get_rooms_for_participants. One round trip. Source: getRoomsForParticipants.
@@ -176,7 +192,9 @@ class Participants(Store):
         )
         return [row[0] for row in rows]
 
-    async def is_room_participant(self, room_id: UUID | str, entity_id: UUID | str) -> bool:
+    async def is_room_participant(
+        self, room_id: UUID | str, entity_id: UUID | str, *, timeout: float | None = None
+    ) -> bool:
         """Tell whether an entity is in a room.
 
         Statement: sql/participants.sql is_room_participant. Source: isRoomParticipant; differs: this agent's only.
@@ -190,7 +208,7 @@ class Participants(Store):
             )
         )
 
-    async def are_room_participants(self, pairs: Iterable[Pair]) -> list[bool]:
+    async def are_room_participants(self, pairs: Iterable[Pair], *, timeout: float | None = None) -> list[bool]:
         """Tell for each pair whether the entity is in the room, in the order of the pairs.
 
         Args:
@@ -206,7 +224,9 @@ class Participants(Store):
 
     # --- how the agent follows ---------------------------------------------------------------------------------------
 
-    async def get_participant_user_state(self, room_id: UUID | str, entity_id: UUID | str) -> UserState | None:
+    async def get_participant_user_state(
+        self, room_id: UUID | str, entity_id: UUID | str, *, timeout: float | None = None
+    ) -> UserState | None:
         """Get how the agent follows an entity in a room; None also where it is no participant.
 
         Statement: sql/participants.sql get_participant_user_state. Source: getParticipantUserState.
@@ -219,7 +239,9 @@ class Participants(Store):
         )
         return state
 
-    async def get_participant_user_states(self, pairs: Iterable[Pair]) -> list[UserState | None]:
+    async def get_participant_user_states(
+        self, pairs: Iterable[Pair], *, timeout: float | None = None
+    ) -> list[UserState | None]:
         """Get for each pair what `get_participant_user_state` gives, in the order of the pairs.
 
         Args:
@@ -236,7 +258,7 @@ class Participants(Store):
         return [row[0] for row in rows]
 
     async def set_participant_user_state(
-        self, room_id: UUID | str, entity_id: UUID | str, state: UserState | None
+        self, room_id: UUID | str, entity_id: UUID | str, state: UserState | None, *, timeout: float | None = None
     ) -> None:
         """Set how the agent follows an entity in a room.
 
@@ -254,7 +276,9 @@ class Participants(Store):
         """
         await self.update_participant_user_states([{"room_id": room_id, "entity_id": entity_id, "state": state}])
 
-    async def update_participant_user_states(self, updates: Iterable[Mapping[str, Any]]) -> None:
+    async def update_participant_user_states(
+        self, updates: Iterable[Mapping[str, Any]], *, timeout: float | None = None
+    ) -> None:
         """Set how the agent follows entities in rooms, all or none; of two states for one pair the last counts.
 
         Args:
@@ -268,7 +292,9 @@ class Participants(Store):
         """
         await self._update_participants(self._read_membership_changes(updates, _as_state_change))
 
-    async def update_participants(self, participants: Iterable[Mapping[str, Any]]) -> None:
+    async def update_participants(
+        self, participants: Iterable[Mapping[str, Any]], *, timeout: float | None = None
+    ) -> None:
         """Change memberships, all or none; changes of one membership in several places are put together.
 
         Args:

@@ -24,7 +24,9 @@ class Relationships(Store):
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
-    async def create_relationship(self, relationship: Relationship | Mapping[str, Any]) -> bool:
+    async def create_relationship(
+        self, relationship: Relationship | Mapping[str, Any], *, timeout: float | None = None
+    ) -> bool:
         """Create a relationship; False when it is there already, by pair or id, which leaves that one unchanged.
 
         Raises:
@@ -36,7 +38,9 @@ class Relationships(Store):
         _, created = await self._create_relationships([relationship])
         return created[0]
 
-    async def create_relationships(self, relationships: Iterable[Relationship | Mapping[str, Any]]) -> list[UUID]:
+    async def create_relationships(
+        self, relationships: Iterable[Relationship | Mapping[str, Any]], *, timeout: float | None = None
+    ) -> list[UUID]:
         """Create relationships, all or none, and give their ids in the order given.
 
         Where the pair is there already, before or earlier in the batch, that relationship stays as it is and its id is
@@ -72,7 +76,9 @@ class Relationships(Store):
             created += new
         return [stored[id] for id in asked], created
 
-    async def update_relationship(self, relationship: Relationship | Mapping[str, Any]) -> bool:
+    async def update_relationship(
+        self, relationship: Relationship | Mapping[str, Any], *, timeout: float | None = None
+    ) -> bool:
         """Change tags and metadata of a relationship, those that are given; False when there is none of this id.
 
         Args:
@@ -87,7 +93,9 @@ class Relationships(Store):
         """
         return bool(await self._update_relationships([relationship], required=False))
 
-    async def update_relationships(self, relationships: Iterable[Relationship | Mapping[str, Any]]) -> None:
+    async def update_relationships(
+        self, relationships: Iterable[Relationship | Mapping[str, Any]], *, timeout: float | None = None
+    ) -> None:
         """Change relationships as `update_relationship` does, all or none; changes of one of them are put together.
 
         Raises:
@@ -114,14 +122,16 @@ class Relationships(Store):
         ]
         return await self._executor.fetch_chunks(SQL["update_relationships"], chunks)
 
-    async def delete_relationship(self, relationship_id: UUID | str) -> bool:
+    async def delete_relationship(self, relationship_id: UUID | str, *, timeout: float | None = None) -> bool:
         """Delete a relationship; False when there was none.
 
         Statement: sql/relationships.sql delete_relationships. Source: deleteRelationships.
         """
         return await self.delete_relationships([relationship_id]) > 0
 
-    async def delete_relationships(self, relationship_ids: Iterable[UUID | str]) -> int:
+    async def delete_relationships(
+        self, relationship_ids: Iterable[UUID | str], *, timeout: float | None = None
+    ) -> int:
         """Delete relationships, all or none; give how many there were.
 
         Statement: sql/relationships.sql delete_relationships. One round trip a chunk. Source: deleteRelationships;
@@ -135,7 +145,9 @@ class Relationships(Store):
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
-    async def get_relationship(self, source_entity_id: UUID | str, target_entity_id: UUID | str) -> Relationship | None:
+    async def get_relationship(
+        self, source_entity_id: UUID | str, target_entity_id: UUID | str, *, timeout: float | None = None
+    ) -> Relationship | None:
         """Get the relationship from one entity to another, None where there is none.
 
         Statement: sql/relationships.sql get_relationship. Source: getRelationship; differs: this agent's only.
@@ -156,6 +168,7 @@ class Relationships(Store):
         tags: Iterable[str] | None = None,
         limit: int | None = None,
         offset: int | None = None,
+        timeout: float | None = None,
     ) -> list[Relationship]:
         """Get the relationships of an entity, or of several, as source or target; oldest first, equal times by id.
 
@@ -194,7 +207,9 @@ class Relationships(Store):
             rows = await self._executor.fetch(SQL["get_relationships_of_entities"], entity_ids=ids, **params)
         return [Relationship(*row) for row in rows]
 
-    async def get_relationships_by_ids(self, relationship_ids: Iterable[UUID | str]) -> list[Relationship]:
+    async def get_relationships_by_ids(
+        self, relationship_ids: Iterable[UUID | str], *, timeout: float | None = None
+    ) -> list[Relationship]:
         """Get those of the relationships that exist, in the order of the ids, each once.
 
         Statement: sql/relationships.sql get_relationships_by_ids. One round trip. Source: getRelationshipsByIds.
@@ -206,7 +221,10 @@ class Relationships(Store):
         return [Relationship(*row) for row in rows]
 
     async def get_relationships_by_pairs(
-        self, pairs: Iterable[Relationship | Mapping[str, Any] | tuple[UUID | str, UUID | str]]
+        self,
+        pairs: Iterable[Relationship | Mapping[str, Any] | tuple[UUID | str, UUID | str]],
+        *,
+        timeout: float | None = None,
     ) -> list[Relationship | None]:
         """Get a relationship for each pair, in the order of the pairs; None where there is none.
 

@@ -15,7 +15,7 @@ from .models import Room
 class Rooms(Store):
     """Create, find, change and delete rooms of the agent."""
 
-    async def create_room(self, room: Room | Mapping[str, Any]) -> UUID:
+    async def create_room(self, room: Room | Mapping[str, Any], *, timeout: float | None = None) -> UUID:
         """Create a room and give its id; one that is there already stays as it is.
 
         Raises:
@@ -25,7 +25,9 @@ class Rooms(Store):
         """
         return (await self.create_rooms([room]))[0]
 
-    async def create_rooms(self, rooms: Iterable[Room | Mapping[str, Any]]) -> list[UUID]:
+    async def create_rooms(
+        self, rooms: Iterable[Room | Mapping[str, Any]], *, timeout: float | None = None
+    ) -> list[UUID]:
         """Create rooms, all or none, and give their ids in the order given; those that are there stay as they are.
 
         Raises:
@@ -43,7 +45,9 @@ class Rooms(Store):
             await self._executor.fetch_chunks(SQL["create_rooms"], chunks)
         return ids
 
-    async def upsert_rooms(self, rooms: Iterable[Room | Mapping[str, Any]]) -> list[UUID]:
+    async def upsert_rooms(
+        self, rooms: Iterable[Room | Mapping[str, Any]], *, timeout: float | None = None
+    ) -> list[UUID]:
         """Create rooms, or change the given fields of those that are there, all or none; give their ids in order.
 
         Of a mapping its keys are given, of a `Room` what is not None. `created_at` of a room that is there stays.
@@ -61,7 +65,7 @@ class Rooms(Store):
             await self._executor.fetch_chunks(SQL["upsert_rooms"], chunks)
         return ids
 
-    async def get_room(self, room_id: UUID | str) -> Room | None:
+    async def get_room(self, room_id: UUID | str, *, timeout: float | None = None) -> Room | None:
         """Get a room, None where there is none.
 
         Statement: sql/rooms.sql get_rooms_by_ids. Source: getRoomsByIds.
@@ -69,7 +73,7 @@ class Rooms(Store):
         found = await self.get_rooms_by_ids([room_id])
         return found[0] if found else None
 
-    async def get_rooms_by_ids(self, room_ids: Iterable[UUID | str]) -> list[Room]:
+    async def get_rooms_by_ids(self, room_ids: Iterable[UUID | str], *, timeout: float | None = None) -> list[Room]:
         """Get those of the rooms that exist, in the order of the ids, each once.
 
         Statement: sql/rooms.sql get_rooms_by_ids. One round trip. Source: getRoomsByIds.
@@ -80,7 +84,7 @@ class Rooms(Store):
         rows = await self._executor.fetch(SQL["get_rooms_by_ids"], agent_id=self.agent_id, ids=ids)
         return [Room(*row) for row in rows]
 
-    async def get_rooms_by_world(self, world_id: UUID | str) -> list[Room]:
+    async def get_rooms_by_world(self, world_id: UUID | str, *, timeout: float | None = None) -> list[Room]:
         """Get the rooms of a world, oldest first.
 
         Statement: sql/rooms.sql get_rooms_by_world. Source: getRoomsByWorld; differs: this agent's only.
@@ -90,7 +94,12 @@ class Rooms(Store):
         return [Room(*row) for row in rows]
 
     async def get_rooms_by_worlds(
-        self, world_ids: Iterable[UUID | str], limit: int | None = None, offset: int | None = None
+        self,
+        world_ids: Iterable[UUID | str],
+        limit: int | None = None,
+        offset: int | None = None,
+        *,
+        timeout: float | None = None,
     ) -> list[Room]:
         """Get the rooms of several worlds together, oldest first; equal times are ordered by id.
 
@@ -117,7 +126,7 @@ class Rooms(Store):
         )
         return [Room(*row) for row in rows]
 
-    async def update_room(self, room: Room | Mapping[str, Any]) -> bool:
+    async def update_room(self, room: Room | Mapping[str, Any], *, timeout: float | None = None) -> bool:
         """Change the given fields of a room; False when there is no room of this id.
 
         Args:
@@ -133,7 +142,7 @@ class Rooms(Store):
         """
         return bool(await self._update_rooms([room], required=False))
 
-    async def update_rooms(self, rooms: Iterable[Room | Mapping[str, Any]]) -> None:
+    async def update_rooms(self, rooms: Iterable[Room | Mapping[str, Any]], *, timeout: float | None = None) -> None:
         """Change rooms as `update_room` does, all or none; changes of one room in several places are put together.
 
         Raises:
@@ -154,14 +163,14 @@ class Rooms(Store):
         ]
         return await self._executor.fetch_chunks(SQL["update_rooms"], chunks)
 
-    async def delete_room(self, room_id: UUID | str) -> bool:
+    async def delete_room(self, room_id: UUID | str, *, timeout: float | None = None) -> bool:
         """Delete a room with its participants, memories, logs and components; False when there was none.
 
         Statement: sql/rooms.sql delete_rooms. Source: deleteRoom; differs: this agent's only.
         """
         return await self.delete_rooms([room_id]) > 0
 
-    async def delete_rooms(self, room_ids: Iterable[UUID | str]) -> int:
+    async def delete_rooms(self, room_ids: Iterable[UUID | str], *, timeout: float | None = None) -> int:
         """Delete rooms as `delete_room` does, all or none, and give how many there were.
 
         Statement: sql/rooms.sql delete_rooms. One round trip. Source: deleteRooms.
@@ -172,14 +181,14 @@ class Rooms(Store):
         deleted: int = await self._executor.fetch_value(SQL["delete_rooms"], agent_id=self.agent_id, ids=ids)
         return deleted
 
-    async def delete_rooms_by_world_id(self, world_id: UUID | str) -> int:
+    async def delete_rooms_by_world_id(self, world_id: UUID | str, *, timeout: float | None = None) -> int:
         """Delete the rooms of a world as `delete_room` does, all or none, and give how many there were.
 
         Statement: sql/rooms.sql delete_rooms_by_world_ids. Source: deleteRoomsByWorldId; differs: one statement.
         """
         return await self.delete_rooms_by_world_ids([world_id])
 
-    async def delete_rooms_by_world_ids(self, world_ids: Iterable[UUID | str]) -> int:
+    async def delete_rooms_by_world_ids(self, world_ids: Iterable[UUID | str], *, timeout: float | None = None) -> int:
         """Delete the rooms of several worlds as `delete_room` does, all or none, and give how many there were.
 
         Statement: sql/rooms.sql delete_rooms_by_world_ids. One round trip. Source: deleteRoomsByWorldIds.

@@ -46,6 +46,8 @@ class _Loop:
                 task.cancel()
             if left:
                 self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+            # Results that are there already have yet to be handed to the threads that wait for them.
+            self._loop.run_until_complete(asyncio.sleep(0))
         finally:
             self._loop.close()
 

@@ -50,7 +50,7 @@ class Tasks(Store):
 
     # --- the tasks themselves ----------------------------------------------------------------------------------------
 
-    async def create_task(self, task: Task | Mapping[str, Any]) -> UUID:
+    async def create_task(self, task: Task | Mapping[str, Any], *, timeout: float | None = None) -> UUID:
         """Create a task and give its id; one that is there already stays as it is.
 
         Raises:
@@ -62,7 +62,9 @@ class Tasks(Store):
         """
         return (await self.create_tasks([task]))[0]
 
-    async def create_tasks(self, tasks: Iterable[Task | Mapping[str, Any]]) -> list[UUID]:
+    async def create_tasks(
+        self, tasks: Iterable[Task | Mapping[str, Any]], *, timeout: float | None = None
+    ) -> list[UUID]:
         """Create tasks, all or none, and give their ids in the order given. What only claims change is not written.
 
         Raises:
@@ -78,7 +80,7 @@ class Tasks(Store):
             await self._executor.fetch_chunks(SQL["create_tasks"], chunks)
         return ids
 
-    async def get_task(self, task_id: UUID | str) -> Task | None:
+    async def get_task(self, task_id: UUID | str, *, timeout: float | None = None) -> Task | None:
         """Get a task, None where there is none.
 
         Statement: sql/tasks.sql get_tasks_by_ids. One round trip. Source: getTask.
@@ -86,7 +88,7 @@ class Tasks(Store):
         found = await self.get_tasks_by_ids([task_id])
         return found[0] if found else None
 
-    async def get_tasks_by_ids(self, task_ids: Iterable[UUID | str]) -> list[Task]:
+    async def get_tasks_by_ids(self, task_ids: Iterable[UUID | str], *, timeout: float | None = None) -> list[Task]:
         """Get those of the tasks that exist, in the order of the ids.
 
         Statement: sql/tasks.sql get_tasks_by_ids. One round trip. Source: getTasksByIds.
@@ -108,6 +110,7 @@ class Tasks(Store):
         count: int | None = None,
         limit: int | None = None,
         offset: int | None = None,
+        timeout: float | None = None,
     ) -> list[Task]:
         """Get tasks, oldest first; equal times are ordered by id. Filters combine with AND.
 
@@ -137,7 +140,13 @@ class Tasks(Store):
         return [Task(*row) for row in await self._executor.fetch(SQL[name], agent_id=self.agent_id, **params)]
 
     async def get_tasks_by_name(
-        self, name: str, *, count: int | None = None, limit: int | None = None, offset: int | None = None
+        self,
+        name: str,
+        *,
+        count: int | None = None,
+        limit: int | None = None,
+        offset: int | None = None,
+        timeout: float | None = None,
     ) -> list[Task]:
         """Get the tasks of a name, oldest first.
 
@@ -156,7 +165,9 @@ class Tasks(Store):
         )
         return [Task(*row) for row in rows]
 
-    async def update_task(self, task_id: UUID | str, task: Task | Mapping[str, Any]) -> bool:
+    async def update_task(
+        self, task_id: UUID | str, task: Task | Mapping[str, Any], *, timeout: float | None = None
+    ) -> bool:
         """Change the fields of a task that are given; False when there is no task of this id.
 
         Args:
@@ -174,7 +185,7 @@ class Tasks(Store):
         rows = self._read_patches([_with_id(_codecs.as_id(task_id, "task_id"), task)])
         return bool(await self._update_tasks(rows, required=False))
 
-    async def update_tasks(self, tasks: Iterable[Task | Mapping[str, Any]]) -> None:
+    async def update_tasks(self, tasks: Iterable[Task | Mapping[str, Any]], *, timeout: float | None = None) -> None:
         """Change tasks as `update_task` does, all or none.
 
         Args:
@@ -203,7 +214,9 @@ class Tasks(Store):
         ]
         return await self._executor.fetch_chunks(SQL["update_tasks"], chunks)
 
-    async def update_pending_task(self, task_id: UUID | str, task: Task | Mapping[str, Any]) -> bool:
+    async def update_pending_task(
+        self, task_id: UUID | str, task: Task | Mapping[str, Any], *, timeout: float | None = None
+    ) -> bool:
         """Change a task as `update_task` does, only while it is tagged "queue" and no worker has it; False otherwise.
 
         Of concurrent callers whose change takes the tag away, exactly one gets True: it has the task.
@@ -217,14 +230,14 @@ class Tasks(Store):
             await self._executor.fetch_value(SQL["update_pending_task"], agent_id=self.agent_id, id=id, task=encoded)
         )
 
-    async def delete_task(self, task_id: UUID | str) -> bool:
+    async def delete_task(self, task_id: UUID | str, *, timeout: float | None = None) -> bool:
         """Delete a task, claimed or not; False when there was none.
 
         Statement: sql/tasks.sql delete_tasks. One round trip. Source: deleteTask.
         """
         return await self.delete_tasks([task_id]) > 0
 
-    async def delete_tasks(self, task_ids: Iterable[UUID | str]) -> int:
+    async def delete_tasks(self, task_ids: Iterable[UUID | str], *, timeout: float | None = None) -> int:
         """Delete tasks, all or none; give how many there were.
 
         Statement: sql/tasks.sql delete_tasks. One round trip a chunk. Source: deleteTasks; differs: this agent's only.
@@ -245,6 +258,7 @@ class Tasks(Store):
         worker: str | None = None,
         names: Iterable[str] | str | None = None,
         tags: Iterable[str] | str | None = None,
+        timeout: float | None = None,
     ) -> list[Task]:
         """Take tasks that are tagged "queue" and ready: no other worker gets them until the lease ends.
 
@@ -281,7 +295,9 @@ class Tasks(Store):
         statement = SQL["claim_tasks" if names is None else "claim_tasks_by_names"]
         return [Task(*row) for row in await self._executor.fetch(statement, **params)]
 
-    async def heartbeat_task(self, task: Task | Mapping[str, Any], lease: float | timedelta = 30.0) -> bool:
+    async def heartbeat_task(
+        self, task: Task | Mapping[str, Any], lease: float | timedelta = 30.0, *, timeout: float | None = None
+    ) -> bool:
         """Extend the lease of a claim to so many seconds from now; False when the claim is lost.
 
         It is lost when another worker has taken the task after the lease ended, or the task is gone. That the lease
@@ -292,7 +308,9 @@ class Tasks(Store):
         params = self._claim(task) | {"lease": _seconds(lease, "lease", least=0.001)}
         return bool(await self._executor.fetch_value(SQL["heartbeat_task"], **params))
 
-    async def complete_task(self, task: Task | Mapping[str, Any], *, again_in: float | timedelta | None = None) -> bool:
+    async def complete_task(
+        self, task: Task | Mapping[str, Any], *, again_in: float | timedelta | None = None, timeout: float | None = None
+    ) -> bool:
         """End a claim with success: the task is deleted, or due again in so many seconds; False when the claim is lost.
 
         Args:
@@ -307,7 +325,9 @@ class Tasks(Store):
         params["delay"] = _seconds(again_in, "again_in")
         return bool(await self._executor.fetch_value(SQL["repeat_task"], **params))
 
-    async def release_task(self, task: Task | Mapping[str, Any], *, delay: float | timedelta = 0.0) -> bool:
+    async def release_task(
+        self, task: Task | Mapping[str, Any], *, delay: float | timedelta = 0.0, timeout: float | None = None
+    ) -> bool:
         """Give a claim back as if it had not been: the attempt does not count. False when the claim is lost.
 
         Args:
@@ -327,6 +347,7 @@ class Tasks(Store):
         retry: bool = True,
         base_delay: float | timedelta = 1.0,
         max_delay: float | timedelta = 3600.0,
+        timeout: float | None = None,
     ) -> bool:
         """End a claim with an error; False when the claim is lost.
 
@@ -395,7 +416,9 @@ class Tasks(Store):
             while True:
                 pause = longest
                 try:
-                    claimed = await self.claim_tasks(1, lease, worker=worker, **wanted)
+                    claimed = await self.claim_tasks(
+                        1, lease, worker=worker, names=wanted["names"], tags=wanted["tags"]
+                    )
                     if not claimed:
                         pause = await self._until_next(longest, wanted)
                 except ElizaSQLError as error:

@@ -15,7 +15,7 @@ from .models import World
 class Worlds(Store):
     """Create, find, change and delete worlds of the agent."""
 
-    async def create_world(self, world: World | Mapping[str, Any]) -> UUID:
+    async def create_world(self, world: World | Mapping[str, Any], *, timeout: float | None = None) -> UUID:
         """Create a world and give its id; one that is there already stays as it is.
 
         Raises:
@@ -25,7 +25,9 @@ class Worlds(Store):
         """
         return (await self.create_worlds([world]))[0]
 
-    async def create_worlds(self, worlds: Iterable[World | Mapping[str, Any]]) -> list[UUID]:
+    async def create_worlds(
+        self, worlds: Iterable[World | Mapping[str, Any]], *, timeout: float | None = None
+    ) -> list[UUID]:
         """Create worlds, all or none, and give their ids in the order given; those that are there stay as they are.
 
         Raises:
@@ -41,7 +43,9 @@ class Worlds(Store):
             await self._executor.fetch_chunks(SQL["create_worlds"], chunks)
         return ids
 
-    async def upsert_worlds(self, worlds: Iterable[World | Mapping[str, Any]]) -> list[UUID]:
+    async def upsert_worlds(
+        self, worlds: Iterable[World | Mapping[str, Any]], *, timeout: float | None = None
+    ) -> list[UUID]:
         """Create worlds, or change the given fields of those that are there, all or none; give their ids in order.
 
         Of a mapping its keys are given, of a `World` what is not None. `created_at` of a world that is there stays.
@@ -58,7 +62,7 @@ class Worlds(Store):
             await self._executor.fetch_chunks(SQL["upsert_worlds"], chunks)
         return ids
 
-    async def get_world(self, world_id: UUID | str) -> World | None:
+    async def get_world(self, world_id: UUID | str, *, timeout: float | None = None) -> World | None:
         """Get a world, None where there is none.
 
         Statement: sql/worlds.sql get_worlds_by_ids. Source: getWorld; differs: this agent's only.
@@ -66,7 +70,7 @@ class Worlds(Store):
         found = await self.get_worlds_by_ids([world_id])
         return found[0] if found else None
 
-    async def get_worlds_by_ids(self, world_ids: Iterable[UUID | str]) -> list[World]:
+    async def get_worlds_by_ids(self, world_ids: Iterable[UUID | str], *, timeout: float | None = None) -> list[World]:
         """Get those of the worlds that exist, in the order of the ids, each once.
 
         Statement: sql/worlds.sql get_worlds_by_ids. One round trip. Source: getWorldsByIds.
@@ -77,14 +81,14 @@ class Worlds(Store):
         rows = await self._executor.fetch(SQL["get_worlds_by_ids"], agent_id=self.agent_id, ids=ids)
         return [World(*row) for row in rows]
 
-    async def get_all_worlds(self) -> list[World]:
+    async def get_all_worlds(self, *, timeout: float | None = None) -> list[World]:
         """Get every world of the agent, oldest first; equal times are ordered by id.
 
         Statement: sql/worlds.sql get_all_worlds. Source: getAllWorlds.
         """
         return [World(*row) for row in await self._executor.fetch(SQL["get_all_worlds"], agent_id=self.agent_id)]
 
-    async def update_world(self, world: World | Mapping[str, Any]) -> bool:
+    async def update_world(self, world: World | Mapping[str, Any], *, timeout: float | None = None) -> bool:
         """Change the given fields of a world; False when there is no world of this id.
 
         Args:
@@ -98,7 +102,7 @@ class Worlds(Store):
         """
         return bool(await self._update_worlds([world], required=False))
 
-    async def update_worlds(self, worlds: Iterable[World | Mapping[str, Any]]) -> None:
+    async def update_worlds(self, worlds: Iterable[World | Mapping[str, Any]], *, timeout: float | None = None) -> None:
         """Change worlds as `update_world` does, all or none; changes of one world in several places are put together.
 
         Raises:
@@ -119,14 +123,14 @@ class Worlds(Store):
         ]
         return await self._executor.fetch_chunks(SQL["update_worlds"], chunks)
 
-    async def remove_world(self, world_id: UUID | str) -> bool:
+    async def remove_world(self, world_id: UUID | str, *, timeout: float | None = None) -> bool:
         """Delete a world and its components; rooms and memories stay and lose their world. False when there was none.
 
         Statement: sql/worlds.sql delete_worlds. Source: removeWorld; differs: nothing points at the world any more.
         """
         return await self.delete_worlds([world_id]) > 0
 
-    async def delete_worlds(self, world_ids: Iterable[UUID | str]) -> int:
+    async def delete_worlds(self, world_ids: Iterable[UUID | str], *, timeout: float | None = None) -> int:
         """Delete worlds as `remove_world` does, all or none, and give how many there were.
 
         Statement: sql/worlds.sql delete_worlds. One round trip. Source: deleteWorlds.

@@ -23,6 +23,7 @@ SELECT count(*) FROM elizasql.agents;
 
 -- name: create_agents(agents)
 -- Creates the agents whose id is not there yet and gives their ids. An agent that is there stays as it is.
+-- Not repeatable: a second run finds what the first one made, and says that it was there.
 INSERT INTO elizasql.agents (
     id, name, username, system, bio, message_examples, post_examples, topics, adjectives, knowledge, plugins, settings,
     style, enabled, server_id, created_at, updated_at
@@ -136,6 +137,7 @@ HAVING count(*) > 0;
 
 -- name: delete_agents(ids)$
 -- Deletes agents and, by cascade, everything that is theirs; gives how many there were.
+-- Not repeatable: a second run finds nothing left to delete.
 WITH deleted AS (
     DELETE FROM elizasql.agents
     WHERE id = ANY(:ids::uuid[])
@@ -146,6 +148,7 @@ SELECT count(*) FROM deleted;
 
 -- name: cleanup_agents(agent_id, older_than)$
 -- Deletes the agents that were not updated for so long, except the adapter's own; gives how many.
+-- Not repeatable: a second run finds nothing left to delete.
 WITH deleted AS (
     DELETE FROM elizasql.agents
     WHERE updated_at < now() - :older_than::interval AND id <> :agent_id

@@ -66,6 +66,7 @@ ON CONFLICT (agent_id, key_hash) DO UPDATE
 
 -- name: compare_and_set_cache(agent_id, key_hash, expected, value, ttl)$
 -- TRUE when the value was the expected one. Of concurrent calls, each compares with what the one before it has set.
+-- Not repeatable: a second run finds the new value.
 UPDATE elizasql.cache
 SET
     value = :value,
@@ -79,6 +80,7 @@ RETURNING TRUE AS done;
 
 -- name: set_missing_cache(agent_id, key, value, ttl)$
 -- TRUE when nothing was there, or only what has expired.
+-- Not repeatable: a second run finds the new value.
 INSERT INTO elizasql.cache AS c (agent_id, key, value, expires_at)
 VALUES (:agent_id, :key, :value, statement_timestamp() + :ttl::interval)
 ON CONFLICT (agent_id, key_hash) DO UPDATE
@@ -110,6 +112,7 @@ WHERE c.agent_id = locked.agent_id AND c.key_hash = locked.key_hash;
 
 -- name: sweep_cache(agent_id, count)$
 -- Deletes expired entries, the longest expired first, but none that is being set; gives how many went.
+-- Not repeatable: a second run finds nothing left to delete.
 WITH expired AS MATERIALIZED (
     SELECT
         agent_id,

@@ -62,6 +62,7 @@ ORDER BY given.position;
 
 -- name: create_components(agent_id, components)^
 -- Gives, in the order given, the id of each and whether it is new: what is there already stays, by id or natural key.
+-- Not repeatable: a second run finds what the first one made, and says that it was there.
 SELECT ids, created FROM elizasql.create_components(:agent_id, :components::jsonb);
 
 -- name: upsert_components(agent_id, components)
@@ -109,6 +110,7 @@ HAVING count(*) > 0;
 
 -- name: patch_components(agent_id, patches)
 -- Applies the operations to the data of each component, all or none; a concurrent patch is waited for and built upon.
+-- Not repeatable: increments and appends would be done twice.
 WITH given AS MATERIALIZED (
     SELECT :agent_id::uuid AS agent, (g.patch ->> 'id')::uuid AS id, g.patch -> 'ops' AS ops
     FROM jsonb_array_elements(:patches::jsonb) AS g (patch)
@@ -129,6 +131,7 @@ HAVING count(*) > 0;
 
 -- name: delete_components(agent_id, ids)$
 -- Gives how many there were.
+-- Not repeatable: a second run finds nothing left to delete.
 WITH given AS MATERIALIZED (
     SELECT :agent_id::uuid AS agent, g.id
     FROM unnest(:ids::uuid[]) AS g (id)

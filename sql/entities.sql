@@ -428,6 +428,7 @@ HAVING count(*) > 0;
 
 -- name: delete_entities(agent_id, ids)$
 -- Deletes entities and, by cascade, their components, memberships, relationships, logs and memories; gives how many.
+-- Not repeatable: a second run finds nothing left to delete.
 WITH given AS MATERIALIZED (
     SELECT :agent_id::uuid AS agent, g.id
     FROM unnest(:ids::uuid[]) AS g (id)

@@ -120,6 +120,7 @@ HAVING count(*) > 0;
 
 -- name: delete_goals(agent_id, ids)$
 -- Gives how many there were.
+-- Not repeatable: a second run finds nothing left to delete.
 WITH given AS MATERIALIZED (
     SELECT
         :agent_id::uuid AS agent,
@@ -137,6 +138,7 @@ deleted AS (
 SELECT count(*) FROM deleted;
 
 -- name: delete_all_goals(agent_id, room_id)$
+-- Not repeatable: a second run finds nothing left to delete.
 WITH deleted AS (
     DELETE FROM elizasql.goals
     WHERE agent_id = :agent_id AND room_id = :room_id

@@ -124,6 +124,7 @@ HAVING count(*) > 0;
 
 -- name: delete_logs(agent_id, ids)$
 -- Gives how many there were.
+-- Not repeatable: a second run finds nothing left to delete.
 WITH given AS MATERIALIZED (
     SELECT
         :agent_id::uuid AS agent,
@@ -155,6 +156,7 @@ LIMIT
 -- name: prune_logs(agent_id, before, age, kept_time, kept_id, batch_size)$
 -- Deletes the oldest logs that are before the time, or of the age, and before the oldest one to keep; gives how many.
 -- Locked rows are stepped over: two that prune take different ones, and fewer than a batch means that nothing is left.
+-- Not repeatable: a second run finds nothing left to delete.
 WITH doomed AS MATERIALIZED (
     SELECT
         :agent_id::uuid AS agent,

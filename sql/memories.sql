@@ -490,6 +490,7 @@ WHERE
 
 -- name: delete_memories(agent_id, ids)$
 -- Deletes memories, the fragments of those that are documents, and by cascade all their embeddings.
+-- Not repeatable: a second run finds nothing left to delete.
 WITH doomed AS (
     SELECT id
     FROM unnest(:ids::uuid[]) AS given (id)
@@ -511,6 +512,7 @@ SELECT count(*) FROM deleted;
 
 -- name: delete_all_memories(agent_id, room_ids, type)$
 -- Deletes the memories of a type in the rooms, and the fragments of those that are documents, wherever they are.
+-- Not repeatable: a second run finds nothing left to delete.
 WITH chosen AS MATERIALIZED (
     SELECT id
     FROM elizasql.memories

@@ -35,6 +35,7 @@ WHERE message_server_id = :message_server_id
 ORDER BY agent_id;
 
 -- name: remove_agent_from_message_server(message_server_id, agent_id)$
+-- Not repeatable: a second run finds nothing left to delete.
 DELETE FROM elizasql.message_server_agents
 WHERE message_server_id = :message_server_id AND agent_id = :agent_id
 RETURNING TRUE AS deleted;
@@ -151,6 +152,7 @@ CROSS JOIN LATERAL elizasql.replace_channel_participants(updated.id, :participan
 
 -- name: delete_channel(id)$
 -- Deletes a channel and, by cascade, its participants and messages.
+-- Not repeatable: a second run finds nothing left to delete.
 DELETE FROM elizasql.channels
 WHERE id = :id
 RETURNING TRUE AS deleted;
@@ -165,6 +167,7 @@ ORDER BY entity_id
 ON CONFLICT (channel_id, entity_id) DO NOTHING;
 
 -- name: remove_channel_participants(channel_id, entity_ids)$
+-- Not repeatable: a second run finds nothing left to delete.
 WITH removed AS (
     DELETE FROM elizasql.channel_participants
     WHERE channel_id = :channel_id AND entity_id = ANY(:entity_ids::uuid[])
@@ -304,6 +307,7 @@ LIMIT :count::bigint;
 
 -- name: delete_messages(ids)
 -- Deletes messages and gives the ids of those that were there; replies to them stay and no longer point at anything.
+-- Not repeatable: a second run finds nothing left to delete.
 DELETE FROM elizasql.central_messages
 WHERE id = ANY(:ids::uuid[])
 RETURNING id;

@@ -68,6 +68,7 @@ HAVING count(*) > 0;
 
 -- name: delete_pairing_requests(agent_id, ids)$
 -- Gives how many went.
+-- Not repeatable: a second run finds nothing left to delete.
 WITH locked AS MATERIALIZED (
     SELECT of_id.agent_id, of_id.id
     FROM unnest(:ids::uuid[]) AS given (id)
@@ -192,6 +193,7 @@ HAVING count(*) > 0;
 
 -- name: delete_pairing_allowlist_entries(agent_id, ids)$
 -- Gives how many went.
+-- Not repeatable: a second run finds nothing left to delete.
 WITH locked AS MATERIALIZED (
     SELECT of_id.agent_id, of_id.id
     FROM unnest(:ids::uuid[]) AS given (id)

@@ -43,6 +43,7 @@ LEFT JOIN created ON given.entity_id = created.entity_id
 ORDER BY given.position;
 
 -- name: remove_participant(agent_id, room_id, entity_id)$
+-- Not repeatable: a second run finds nothing left to delete.
 DELETE FROM elizasql.participants
 WHERE agent_id = :agent_id AND room_id = :room_id AND entity_id = :entity_id
 RETURNING TRUE AS done;
@@ -50,6 +51,7 @@ RETURNING TRUE AS done;
 -- name: delete_participants(agent_id, room_ids, entity_ids)$
 -- Ends memberships; gives how many there were. Rows are locked in the order of the pairs, so that two batches cannot wait
 -- for each other, and joined by the whole key, so that each is looked up.
+-- Not repeatable: a second run finds nothing left to delete.
 WITH locked AS MATERIALIZED (
     SELECT
         of_pair.agent_id,

@@ -112,6 +112,7 @@ ORDER BY given.position;
 
 -- name: create_relationships(agent_id, relationships)^
 -- Gives, in the order given, the id of each and whether it is new: what is there already stays, by id or by pair.
+-- Not repeatable: a second run finds what the first one made, and says that it was there.
 SELECT ids, created FROM elizasql.create_relationships(:agent_id, :relationships::jsonb);
 
 -- name: update_relationships(agent_id, relationships, required)
@@ -142,6 +143,7 @@ HAVING count(*) > 0;
 
 -- name: delete_relationships(agent_id, ids)$
 -- Gives how many there were.
+-- Not repeatable: a second run finds nothing left to delete.
 WITH given AS MATERIALIZED (
     SELECT :agent_id::uuid AS agent, g.id
     FROM unnest(:ids::uuid[]) AS g (id)

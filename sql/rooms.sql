@@ -137,6 +137,7 @@ HAVING count(*) > 0;
 
 -- name: delete_rooms(agent_id, ids)$
 -- Deletes rooms and, by cascade, their participants, memories, logs and components; gives how many went.
+-- Not repeatable: a second run finds nothing left to delete.
 WITH locked AS MATERIALIZED (
     SELECT of_id.agent_id, of_id.id
     FROM unnest(:ids::uuid[]) AS given (id)
@@ -160,6 +161,7 @@ SELECT count(*) FROM deleted;
 
 -- name: delete_rooms_by_world_ids(agent_id, world_ids)$
 -- Deletes the rooms of worlds, as delete_rooms does; gives how many went.
+-- Not repeatable: a second run finds nothing left to delete.
 WITH given AS MATERIALIZED (
     SELECT r.id
     FROM unnest(:world_ids::uuid[]) AS w (id)

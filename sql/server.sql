@@ -29,6 +29,41 @@ SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid();
 -- name: ping()$
 SELECT 1 AS pong;
 
+-- name: begin_transaction()!
+BEGIN;
+
+-- name: commit_transaction()!
+COMMIT;
+
+-- name: roll_back_transaction()!
+ROLLBACK;
+
+-- name: begin_savepoint()!
+-- Savepoints of one name lie upon each other: the last one is meant.
+SAVEPOINT nested;
+
+-- name: release_savepoint()!
+RELEASE SAVEPOINT nested;
+
+-- name: roll_back_savepoint()!
+-- It is still there afterwards, until it is released.
+ROLLBACK TO SAVEPOINT nested;
+
+-- name: get_transaction_id()^
+-- The transaction's id, NULL when it has written nothing, and the timeline that the id belongs to.
+SELECT
+    pg_current_xact_id_if_assigned()::text AS id,
+    CASE WHEN NOT pg_is_in_recovery() THEN left(pg_walfile_name(pg_current_wal_lsn()), 8) END AS timeline;
+
+-- name: get_transaction_status(id, timeline)$
+-- What became of a transaction: committed, aborted, in progress; NULL when it is long ago, or on another timeline, where
+-- the id means nothing.
+SELECT
+    CASE
+        WHEN pg_is_in_recovery() THEN NULL
+        WHEN left(pg_walfile_name(pg_current_wal_lsn()), 8) = :timeline::text THEN pg_xact_status(:id::text::xid8)
+    END AS status;
+
 -- name: introduce_types(bigints, booleans, bytes, floats, integers, intervals, jsons, smallints, texts, times, uuids, vectors)
 -- Prepared on every new connection: the driver asks once for the array types that it does not know.
 SELECT

@@ -202,6 +202,7 @@ RETURNING TRUE AS done;
 
 -- name: delete_tasks(agent_id, ids)$
 -- Gives how many there were.
+-- Not repeatable: a second run finds nothing left to delete.
 WITH given AS MATERIALIZED (
     SELECT
         :agent_id::uuid AS agent,
@@ -221,6 +222,7 @@ SELECT count(*) FROM deleted;
 -- name: claim_tasks(agent_id, tags, worker, lease, count)
 -- Takes tasks that are tagged 'queue' and ready, those first that have been for longest. Locked rows are stepped over:
 -- no two workers get the same task, and none waits for another.
+-- Not repeatable: a second run takes other tasks, and nobody works on the first ones.
 WITH ready AS MATERIALIZED (
     SELECT
         :agent_id::uuid AS agent,
@@ -259,6 +261,7 @@ ORDER BY was_ready_at, id;
 -- name: claim_tasks_by_names(agent_id, names, tags, worker, lease, count)
 -- As claim_tasks, of some names. They are looked up name by name first, and then locked one by one until there are enough:
 -- what is locked and not taken would be hidden from other workers. The 100 stand in for those that others lock meanwhile.
+-- Not repeatable: a second run takes other tasks, and nobody works on the first ones.
 WITH candidates AS MATERIALIZED (
     SELECT
         found.id,
@@ -343,12 +346,14 @@ WHERE agent_id = :agent_id AND id = :id AND claim_token = :claim_token
 RETURNING TRUE AS done;
 
 -- name: complete_task(agent_id, id, claim_token)$
+-- Not repeatable: a second run finds the claim ended.
 DELETE FROM elizasql.tasks
 WHERE agent_id = :agent_id AND id = :id AND claim_token = :claim_token
 RETURNING TRUE AS done;
 
 -- name: repeat_task(agent_id, id, claim_token, delay)$
 -- Ends a claim with success, and the task is due again after the delay.
+-- Not repeatable: a second run finds the claim ended.
 UPDATE elizasql.tasks
 SET
     due_at = now() + make_interval(secs => :delay),
@@ -362,6 +367,7 @@ RETURNING TRUE AS done;
 
 -- name: release_task(agent_id, id, claim_token, delay)$
 -- Ends a claim as if it had not been; the task is ready again after the delay, and not before it is due.
+-- Not repeatable: a second run finds the claim ended.
 UPDATE elizasql.tasks
 SET
     ready_at = greatest(due_at, now() + make_interval(secs => :delay)),
@@ -373,6 +379,7 @@ RETURNING TRUE AS done;
 -- name: fail_task(agent_id, id, claim_token, error, retry, base_delay, max_delay)$
 -- Ends a claim with an error. The pause doubles with every attempt, and is up to a quarter longer by chance, so that what
 -- failed together is not tried together again. Without retry the attempts are used up at once.
+-- Not repeatable: a second run finds the claim ended.
 UPDATE elizasql.tasks
 SET
     ready_at = now() + make_interval(

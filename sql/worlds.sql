@@ -99,6 +99,7 @@ HAVING count(*) > 0;
 
 -- name: delete_worlds(agent_id, ids)$
 -- Deletes worlds and their components; rooms and memories stay and no longer point at the world; gives how many went.
+-- Not repeatable: a second run finds nothing left to delete.
 WITH locked AS MATERIALIZED (
     SELECT of_id.agent_id, of_id.id
     FROM unnest(:ids::uuid[]) AS given (id)

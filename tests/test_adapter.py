@@ -15,7 +15,7 @@ import asyncpg
 import pytest
 
 import elizasql
-from elizasql import Config, DatabaseAdapter, Memory, _embedded, _pool, _store
+from elizasql import Config, DatabaseAdapter, Memory, _embedded, _pool, _registry, _store
 from elizasql._pool import Server
 from tests.conftest import MakeAdapter
 from tests.locking import blocked_pid, locked
@@ -137,7 +137,7 @@ async def test_embedded_server_is_the_default(dsn: str, server_dir: Path, monkey
         assert db._embedded.data_dir == server_dir.resolve()
 
 
-@pytest.mark.parametrize("stage", ["_prepare", "create_pool", "check_settings"])
+@pytest.mark.parametrize("stage", ["_prepare", "Lane", "check_settings"])
 @pytest.mark.parametrize("error", [RuntimeError, asyncio.CancelledError])
 async def test_failed_open_leaves_nothing_behind(
     dsn: str,
@@ -153,7 +153,8 @@ async def test_failed_open_leaves_nothing_behind(
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(elizasql.adapter if stage == "_prepare" else _pool, stage, broken)
+    place = {"_prepare": elizasql.adapter, "Lane": _registry, "check_settings": _pool}[stage]
+    monkeypatch.setattr(place, stage, broken)
     name = f"test {uuid4()}"
     with nothing_left(), pytest.raises(error):
         await elizasql.open(agent_id=uuid4(), data_dir=server_dir, application_name=name, pool_min_size=2)
@@ -331,7 +332,7 @@ async def test_refused_server_is_let_go(
 
 async def test_settings_are_in_force_on_every_connection(make_db: MakeAdapter) -> None:
     db = await make_db(ef_search=77, application_name="ada")
-    pool = db._executor._pool
+    pool = db._executor.lane.pool
     held = [await pool.acquire() for _ in range(3)]
     for connection in held:
         for name, value in _pool.session_settings(db.config).items():
@@ -344,7 +345,7 @@ async def test_settings_are_in_force_on_every_connection(make_db: MakeAdapter) -
 
 async def test_settings_survive_use(db: DatabaseAdapter) -> None:
     """Nothing is reset when a connection is given back, so nothing may be set."""
-    pool = db._executor._pool
+    pool = db._executor.lane.pool
     question = "SELECT current_setting(name) FROM unnest($1::text[]) AS name"
     names = list(_pool.session_settings(db.config))
     before = await pool.fetch(question, names)
@@ -380,8 +381,8 @@ async def test_setting_that_is_not_in_force(dsn: str, monkeypatch: pytest.Monkey
 
 async def test_pool_exhausted(make_db: MakeAdapter) -> None:
     db = await make_db(pool_max_size=2, connection_timeout=0.2)
-    pool = db._executor._pool
-    held = [await pool.acquire(), await pool.acquire()]
+    lane = db._executor.lane
+    held = [(await lane.acquire(5))[0] for _ in range(2)]
     with pytest.raises(elizasql.PoolTimeoutError, match="all 2 are in use") as caught:
         await db.get_memory_by_id(uuid4())
     assert caught.value.retryable
@@ -389,7 +390,7 @@ async def test_pool_exhausted(make_db: MakeAdapter) -> None:
     assert not await db.is_ready()
     assert db._executor.in_flight == 0
     for connection in held:
-        await pool.release(connection)
+        lane.keep(connection)
     assert await db.is_ready()
 
 
@@ -401,27 +402,31 @@ async def test_more_calls_than_connections(db: DatabaseAdapter) -> None:
 
 async def test_cancelled_waiters_take_no_connection_with_them(make_db: MakeAdapter) -> None:
     db = await make_db(pool_max_size=2)
-    pool = db._executor._pool
-    held = [await pool.acquire(), await pool.acquire()]
+    lane = db._executor.lane
+    held = [(await lane.acquire(5))[0] for _ in range(2)]
     tasks = [asyncio.create_task(db.get_memory_by_id(uuid4())) for _ in range(100)]
     await asyncio.sleep(0)
     assert db._executor.in_flight == 100
     for task in tasks[::2]:
         task.cancel()
     for connection in held:
-        await pool.release(connection)
+        lane.keep(connection)
     for task in tasks[1::4]:
         task.cancel()
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert {type(result) for result in results} == {type(None), asyncio.CancelledError}
     assert db._executor.in_flight == 0
-    await db._executor.let_go()
-    assert pool.get_idle_size() == pool.get_size()
+    assert (lane.in_use, lane.waiting) == (0, 0)
+    await lane.let_go()
+    assert lane.pool.get_idle_size() == lane.pool.get_size()
 
 
 async def test_ready_tells_and_never_raises(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
     db = await make_db(pool_max_size=1)
-    pid = await db._executor._pool.fetchval("SELECT pg_backend_pid()")
+    lane = db._executor.lane
+    connection, _ = await lane.acquire(5)
+    lane.keep(connection)
+    pid = connection.get_server_pid()
     # Asked before the loop has looked at the socket: that the connection is broken is found out by asking.
     killed = await raw.fetchval("SELECT pg_terminate_backend($1, 10000)", pid)
     assert killed
@@ -436,10 +441,9 @@ async def test_killed_connection_is_replaced(make_db: MakeAdapter, raw: asyncpg.
     async with locked(raw, id):
         task = asyncio.create_task(db.update_memory(memory("new", id=id)))
         assert await raw.fetchval("SELECT pg_terminate_backend($1, 10000)", await blocked_pid(raw, task))
-        with pytest.raises(elizasql.ConnectionLostError) as caught:
-            await task
-    assert caught.value.retryable
-    assert await db.update_memory(memory("new", id=id))
+        assert await blocked_pid(raw, task)  # the call is tried again at once
+    assert await task
+    assert db._meter.retries == 1
 
 
 async def test_result_is_given_even_if_the_connection_breaks_on_its_way_back(

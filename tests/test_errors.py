@@ -29,6 +29,7 @@ RETRYABLE = {
     "UnavailableError",
     "ConnectionLostError",
     "PoolTimeoutError",
+    "CircuitOpenError",
     "ServerBusyError",
     "DeadlineError",
     "ConflictError",
@@ -216,8 +217,8 @@ async def test_failed_transaction(raw: asyncpg.Connection[Any]) -> None:
         (asyncpg.ConnectionDoesNotExistError("closed"), errors.ConnectionLostError),
         (asyncpg.ClientConfigurationError("no user"), errors.ConfigurationError),
         (asyncpg.OutdatedSchemaCacheError("changed"), errors.SchemaError),
-        (asyncpg.InternalClientError("lost"), errors.InternalError),
-        (asyncpg.ProtocolError("lost"), errors.InternalError),
+        (asyncpg.InternalClientError("lost"), errors.ConnectionLostError),
+        (asyncpg.ProtocolError("lost"), errors.ConnectionLostError),
         (RuntimeError("odd"), errors.InternalError),
         (AssertionError(), errors.InternalError),
     ],
@@ -276,7 +277,7 @@ async def test_missing_row(db: DatabaseAdapter) -> None:
 
 
 async def test_call_that_takes_too_long(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
-    db = await make_db(command_timeout=0.2)
+    db = await make_db(timeout=0.2)
     memory = Memory(id=await db.create_memory(Memory(content={"text": "x"}), "messages"), content={"text": "y"})
     async with raw.transaction():
         await raw.execute("SELECT FROM elizasql.memories WHERE id = $1 FOR UPDATE", memory.id)
@@ -293,14 +294,20 @@ async def test_driver_that_lost_its_place_is_not_used_again(
 ) -> None:
     """asyncpg gives such a connection back to the pool as if it were sound."""
     db = await make_db(pool_max_size=1)
-    pool = db._executor._pool
-    before = await pool.fetchval("SELECT pg_backend_pid()")
+    before = await _pid(db)
 
     async def confused(*args: Any, **kwargs: Any) -> Any:
         raise asyncpg.InternalClientError("cannot switch to state 12; another operation (2) is in progress")
 
     with monkeypatch.context() as patch:
         patch.setattr(asyncpg.Connection, "_execute", confused)
-        with pytest.raises(elizasql.InternalError):
+        with pytest.raises(elizasql.ConnectionLostError):
             await db.get_memory_by_id(uuid4())
-    assert await pool.fetchval("SELECT pg_backend_pid()") != before
+    assert await _pid(db) != before
+
+
+async def _pid(db: elizasql.DatabaseAdapter) -> int:
+    connection, _ = await db._executor.lane.acquire(5)
+    db._executor.lane.keep(connection)
+    pid: int = connection.get_server_pid()
+    return pid

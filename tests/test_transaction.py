@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import elizasql
-from elizasql import DatabaseAdapter, Memory, Room, World
+from elizasql import DatabaseAdapter, Memory, Room, World, _executor
 from tests.conftest import MakeAdapter
 from tests.locking import blocked_pid, locked
 
@@ -39,8 +39,9 @@ async def fail(db: DatabaseAdapter) -> None:
 
 async def assert_sound(db: DatabaseAdapter) -> None:
     """Every connection of the pool can be used, and none of them is in a transaction or taken."""
-    pool = db._executor._pool
-    await db._executor.let_go()
+    pool = db._executor.lane.pool
+    await db._executor.lane.let_go()
+    assert db._executor.lane.in_use == 0
     assert pool.get_size() == pool.get_idle_size()
     assert db._executor.in_flight == 0
     held = [await asyncio.wait_for(pool.acquire(), 10) for _ in range(pool.get_max_size())]
@@ -174,7 +175,8 @@ async def test_round_trips(db: DatabaseAdapter, round_trips: list[str]) -> None:
     async with db.transaction() as tx:
         await add(tx)
         await texts(tx)
-    assert len(round_trips) == 4
+    assert len(round_trips) == 5
+    assert "pg_current_xact_id_if_assigned" in round_trips[-2]
     assert round_trips[0].startswith("BEGIN")
     assert round_trips[-1].startswith("COMMIT")
 
@@ -275,7 +277,8 @@ async def test_error_in_a_savepoint_undoes_only_it(db: DatabaseAdapter, round_tr
                 raise ZeroDivisionError
         async with tx.transaction() as inner:
             await add(inner, "e")
-    assert len(round_trips) == 2 + 6 + 6
+    # Undoing a savepoint takes two: back to it, and out of it.
+    assert len(round_trips) == 3 + 6 + 6 + 2
     assert await texts(db) == ["a", "c", "e"]
     await assert_sound(db)
 
@@ -338,8 +341,7 @@ async def test_concurrent_calls_run_one_after_the_other(db: DatabaseAdapter) -> 
     async with db.transaction() as tx:
         await asyncio.gather(*(add(tx, f"{number:02}") for number in range(40)))
         assert len(await texts(tx)) == 40
-        await db._executor.let_go()
-        assert db._executor._pool.get_size() - db._executor._pool.get_idle_size() == 1
+        assert db._executor.lane.in_use == 1
     assert len(await texts(db)) == 40
 
 
@@ -618,9 +620,9 @@ async def test_savepoint_that_was_cancelled_while_it_began(
     """The server has ended the transaction, which no call has told of."""
     db = await make_db(batch_size=1)
 
-    async def cancelled(self: Any) -> None:
+    async def cancelled(connection: Any, *args: Any) -> None:
         with pytest.raises(asyncpg.DivisionByZeroError):
-            await self._connection.execute("SELECT 1 / 0")
+            await connection.execute("SELECT 1 / 0")
         raise asyncio.CancelledError
 
     async def begin(tx: DatabaseAdapter) -> None:
@@ -633,7 +635,7 @@ async def test_savepoint_that_was_cancelled_while_it_began(
         async with db.transaction() as tx:
             await add(tx, "lost")
             with monkeypatch.context() as patch:
-                patch.setattr(asyncpg.transaction.Transaction, "start", cancelled)
+                patch.setattr(_executor, "_send", cancelled)
                 with pytest.raises(asyncio.CancelledError):
                     await begin(tx)
     assert await texts(db) == []

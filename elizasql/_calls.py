@@ -1,0 +1,174 @@
+"""What every public method has in common: a time limit for the whole of it, and figures about it.
+
+`_bounded` is put on each public coroutine method when its class is made (`Store.__init_subclass__`). A method that
+another one calls belongs to that call: it has its limit, and is not counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import functools
+import inspect
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+from .errors import ArgumentError
+
+logger = logging.getLogger("elizasql")
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+_UNBOUNDED = "__elizasql_unbounded__"
+
+# When the call that is running must have ended, by the clock of `time.monotonic`; None: no call is running.
+_deadline: contextvars.ContextVar[float | None] = contextvars.ContextVar("elizasql_deadline", default=None)
+
+
+def current_deadline(default: float) -> float:
+    """Give the end of the running call's time, by `time.monotonic`; outside of a call, `default` seconds from now."""
+    deadline = _deadline.get()
+    return time.monotonic() + default if deadline is None else deadline
+
+
+def unbounded(method: F) -> F:
+    """Mark a public coroutine method that has no limit of its own: it runs what the caller gives it, or for ever."""
+    setattr(method, _UNBOUNDED, True)
+    return method
+
+
+def spawn(coroutine: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
+    """Start a task that does not belong to the call that starts it: the call's time limit is not the task's."""
+    return contextvars.Context().run(asyncio.get_running_loop().create_task, coroutine, name=name)
+
+
+def bound_methods(kind: type) -> None:
+    """Put `bounded` on the public coroutine methods that a class defines.
+
+    Raises:
+        TypeError: One of them takes no `timeout`.
+    """
+    for name, method in list(vars(kind).items()):
+        if name.startswith("_") or not inspect.iscoroutinefunction(method) or hasattr(method, _UNBOUNDED):
+            continue
+        parameter = inspect.signature(method).parameters.get("timeout")
+        if parameter is None or parameter.kind is not parameter.KEYWORD_ONLY:
+            raise TypeError(f"{kind.__name__}.{name} must take timeout, keyword-only")
+        setattr(kind, name, _bounded(method))
+
+
+def _bounded(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    name = method.__name__
+    clock = time.monotonic
+
+    @functools.wraps(method)
+    async def call(self: Any, *args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
+        if _deadline.get() is not None:
+            return await method(self, *args, **kwargs)
+        limit = self.config.timeout if timeout is None else _as_timeout(timeout)
+        started = clock()
+        token = _deadline.set(started + limit)
+        failed: BaseException | None = None
+        try:
+            return await method(self, *args, **kwargs)
+        except BaseException as error:
+            failed = error
+            raise
+        finally:
+            _deadline.reset(token)
+            self._meter.record(name, started, clock() - started, failed)
+
+    return call
+
+
+def _as_timeout(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
+        raise ArgumentError(f"timeout must be a number of seconds above 0, not {value!r:.40}")
+    return float(value)
+
+
+# Eight buckets for each doubling, from one microsecond: a figure is off by at most 5 %.
+_PER_DOUBLING = 8
+_BUCKETS = 36 * _PER_DOUBLING
+
+
+class _Method:
+    """Figures of one method."""
+
+    __slots__ = ("buckets", "count", "errors", "longest", "seconds")
+
+    def __init__(self) -> None:
+        self.buckets = [0] * _BUCKETS
+        self.count = 0
+        self.errors: dict[str, int] = {}
+        self.seconds = 0.0
+        self.longest = 0.0
+
+    def quantile(self, share: float) -> float:
+        """Give the seconds within which this share of the calls ended."""
+        left = share * self.count
+        for position, count in enumerate(self.buckets):
+            left -= count
+            if left <= 0 and count:
+                return min(float(2 ** ((position + 0.5) / _PER_DOUBLING)) * 1e-6, self.longest)
+        return self.longest
+
+
+class Meter:
+    """Counts the calls of one adapter: how many, how long, how they failed. Costs about a microsecond a call.
+
+    Attributes:
+        retries: Tries that were made again, of all methods.
+    """
+
+    def __init__(
+        self, slow_call: float, observe: Callable[[str, float, float, BaseException | None], None] | None
+    ) -> None:
+        self._slow_call = slow_call
+        self._observe = observe
+        self._methods: dict[str, _Method] = {}
+        self.retries = 0
+
+    def record(self, name: str, started: float, seconds: float, error: BaseException | None) -> None:
+        """Count one call that has ended.
+
+        Args:
+            name: The method.
+            started: When it began, by `time.monotonic`.
+            seconds: How long it took.
+            error: What it raised, None when it went well.
+        """
+        method = self._methods.get(name)
+        if method is None:
+            method = self._methods[name] = _Method()
+        method.count += 1
+        method.seconds += seconds
+        method.longest = max(method.longest, seconds)
+        position = int(math.log2(seconds * 1e6 + 1.0) * _PER_DOUBLING)
+        method.buckets[position if position < _BUCKETS else _BUCKETS - 1] += 1
+        if error is not None:
+            kind = type(error).__name__
+            method.errors[kind] = method.errors.get(kind, 0) + 1
+        if seconds >= self._slow_call:
+            logger.warning("%s took %.3f s%s", name, seconds, "" if error is None else f" ({type(error).__name__})")
+        if self._observe is not None:
+            self._observe(name, started, seconds, error)
+
+    def snapshot(self) -> dict[str, dict[str, Any]]:
+        """Give for each method that was called: count, errors by type, mean, p50, p95, p99 and longest, in seconds."""
+        return {
+            name: {
+                "count": method.count,
+                "errors": dict(method.errors),
+                "mean": method.seconds / method.count,
+                "p50": method.quantile(0.50),
+                "p95": method.quantile(0.95),
+                "p99": method.quantile(0.99),
+                "longest": method.longest,
+            }
+            for name, method in sorted(self._methods.items())
+        }

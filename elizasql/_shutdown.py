@@ -1,0 +1,91 @@
+"""The end of the process: what is open is closed when it comes by SIGTERM, too.
+
+SIGINT needs nothing here: it unwinds the program as KeyboardInterrupt or a cancellation, and what is left open after
+that is closed at interpreter exit. SIGTERM, where nobody handles it, ends a process on the spot: the embedded server
+would run on. So, from the first adapter on: where the application has a handler of its own, the shutdown is its
+business, and its handler alone is called. Where it has none, the adapters are closed, with a bound on the wait for
+calls that are running, the embedded servers are released, and then the signal does what it would have done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import threading
+import time
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Literal
+
+from . import _embedded
+
+if TYPE_CHECKING:
+    from .adapter import DatabaseAdapter
+
+# Seconds for calls that are running to end, for an adapter to close, and for the main thread to take the signal.
+_DRAIN, _BOUND, _PATIENCE = 5.0, 15.0, 5.0
+
+# Adapters that are open, in all event loops of the process.
+opened: set[DatabaseAdapter] = set()
+
+_before: Any = signal.SIG_DFL
+_state: Literal["running", "closing", "closed"] = "running"
+
+
+def install() -> None:
+    """Handle SIGTERM from now on; in the main thread, and not over what the application has chosen."""
+    global _before  # noqa: PLW0603 - a process has one handler
+    if threading.current_thread() is not threading.main_thread():
+        return
+    current = signal.getsignal(signal.SIGTERM)
+    # None: installed from outside of Python, which cannot be chained to.
+    if current in (_handle, None, signal.SIG_IGN):
+        return
+    _before = current
+    signal.signal(signal.SIGTERM, _handle)
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    global _state  # noqa: PLW0603
+    if callable(_before):
+        _before(number, frame)
+    elif _state == "running":
+        _state = "closing"
+        # In a thread: a handler must not wait, and the event loops must go on.
+        threading.Thread(target=_close_all, args=(number,), name="elizasql-shutdown", daemon=True).start()
+    else:
+        # All is closed, or whoever sends it twice does not want to wait. The parent sees how the process ended.
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+
+def _close_all(number: int) -> None:
+    """Close what is open, each adapter in its own event loop, and end the process."""
+    global _state  # noqa: PLW0603
+    closing = []
+    for adapter in list(opened):
+        loop = adapter._connections.loop
+        if loop.is_running():
+            with contextlib.suppress(RuntimeError):  # it was closed just now
+                closing.append(asyncio.run_coroutine_threadsafe(adapter.close(_DRAIN), loop))
+    for future in closing:
+        with contextlib.suppress(Exception):
+            future.result(_BOUND)
+    with contextlib.suppress(Exception):
+        asyncio.run(_embedded.release_all())
+    _state = "closed"
+    os.kill(os.getpid(), number)
+    # The handler runs in the main thread, which may be stuck in something that cannot be interrupted.
+    time.sleep(_PATIENCE)
+    os._exit(128 + number)
+
+
+def _forget_in_child() -> None:
+    global _state  # noqa: PLW0603
+    _state = "running"
+    opened.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)

@@ -1,0 +1,62 @@
+"""Spans and durations of the public methods through OpenTelemetry's API, by its stable conventions for databases.
+
+The application brings the SDK and configures it; this library imports the API alone, and does nothing where it is not
+installed. Extra: `elizasql[otel]`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+Observe = Callable[[str, float, float, "BaseException | None"], None]
+
+
+def observer(address: str) -> Observe | None:
+    """Give what records one call that has ended, None where OpenTelemetry is not installed.
+
+    Args:
+        address: Connection string; of it host, port and database are recorded, never a name or a password.
+    """
+    try:
+        from opentelemetry import metrics, trace  # noqa: PLC0415 - an extra
+    except ImportError:
+        return None
+    tracer = trace.get_tracer("elizasql")
+    durations = metrics.get_meter("elizasql").create_histogram(
+        "db.client.operation.duration", unit="s", description="Duration of database client operations."
+    )
+    common = _attributes(address)
+
+    def observe(name: str, started: float, seconds: float, error: BaseException | None) -> None:
+        attributes = common | {"db.operation.name": name}
+        if error is not None:
+            attributes["error.type"] = type(error).__name__
+            if sqlstate := getattr(error, "sqlstate", None):
+                attributes["db.response.status_code"] = sqlstate
+        durations.record(seconds, attributes)
+        # The call has ended: its span is made with the times that it had, in the context of whoever made the call.
+        began = time.time_ns() - int((time.monotonic() - started) * 1e9)
+        span = tracer.start_span(name, kind=trace.SpanKind.CLIENT, attributes=attributes, start_time=began)
+        if error is not None:
+            span.set_status(trace.StatusCode.ERROR, str(error))
+        span.end(began + int(seconds * 1e9))
+
+    return observe
+
+
+def _attributes(address: str) -> dict[str, Any]:
+    parts = urlsplit(address)
+    query = parse_qs(parts.query)
+    host = query.get("host", [""])[0] or parts.netloc.rpartition("@")[2].partition(",")[0]
+    name, _, port = host.rpartition(":")
+    if not port.isdigit():
+        name, port = host, query.get("port", [""])[0]
+    attributes: dict[str, Any] = {"db.system.name": "postgresql", "db.namespace": parts.path.lstrip("/")}
+    if name:
+        attributes["server.address"] = name.strip("[]")
+    if port.isdigit() and port != "5432":
+        attributes["server.port"] = int(port)
+    return attributes
