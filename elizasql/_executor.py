@@ -209,14 +209,16 @@ class Executor:
 
     async def _attempt(self, name: str, work: Work, deadline: float, hold: bool) -> Any:
         permit = self._breaker.enter()
-        try:
-            connection, used = await self._acquire(name, deadline)
-        except _Failed as failed:
-            self._judge(permit, failed)
-            raise
-        except BaseException:
-            self._breaker.leave(permit)
-            raise
+        connection, used = self.lane.take(), True
+        if connection is None:
+            try:
+                connection, used = await self._acquire(name, deadline)
+            except _Failed as failed:
+                self._judge(permit, failed)
+                raise
+            except BaseException:
+                self._breaker.leave(permit)
+                raise
         try:
             result = await work(connection, deadline)
         except Exception as error:
@@ -329,7 +331,7 @@ class Executor:
             self._leave()
 
     _BEGIN, _COMMIT = SQL["begin_transaction"], SQL["commit_transaction"]
-    _UNDO = (SQL["roll_back_transaction"],)
+    _UNDO: tuple[Statement, ...] = (SQL["roll_back_transaction"],)
 
     async def _begin_on(self, connection: Any, deadline: float) -> None:
         try:

@@ -197,6 +197,15 @@ class Lane:
         """Connections that are open."""
         return int(self.pool.get_size())
 
+    def take(self) -> Any:
+        """Give a connection that is kept, None when there is none; at once, as most calls find one."""
+        while self._kept:
+            connection = self._kept.pop()
+            if is_open(connection):
+                return connection
+            self.give_back(connection)
+        return None
+
     async def acquire(self, timeout: float) -> tuple[Any, bool]:
         """Give a connection, and whether it was used before.
 
@@ -209,11 +218,8 @@ class Lane:
         """
         until = time.monotonic() + min(timeout, self._config.connection_timeout)
         while True:
-            while self._kept:
-                connection = self._kept.pop()
-                if is_open(connection):
-                    return connection, True
-                self.give_back(connection)
+            if (connection := self.take()) is not None:
+                return connection, True
             if self._out < self.max_size:
                 return await self._take(until)
             connection = await self._wait(until)

@@ -1,0 +1,285 @@
+"""What every method has in common: its time limit, its figures, its log line and its span."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from typing import Any
+from uuid import uuid4
+
+import asyncpg
+import numpy as np
+import pytest
+from opentelemetry import metrics, trace
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+import elizasql
+from elizasql import DatabaseAdapter, Memory, _calls, _telemetry
+from elizasql._store import Store
+from tests.conftest import MakeAdapter
+from tests.locking import blocked_pid, locked
+
+
+def memory(text: str = "x", **fields: Any) -> Memory:
+    return Memory(content={"text": text}, **fields)
+
+
+# --- the limit -------------------------------------------------------------------------------------------------------
+
+
+def test_every_method_takes_a_time_limit() -> None:
+    for name, method in inspect.getmembers(DatabaseAdapter, inspect.iscoroutinefunction):
+        if name.startswith("_") or name in ("close", "with_entity_context"):
+            continue
+        parameter = inspect.signature(method).parameters["timeout"]
+        assert (parameter.kind, parameter.default) == (parameter.KEYWORD_ONLY, None), name
+
+
+def test_a_method_without_one_is_refused_when_its_class_is_made() -> None:
+    with pytest.raises(TypeError, match=r"Other\.get_thing must take timeout"):
+
+        class Other(Store):
+            async def get_thing(self) -> None:
+                pass
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), 1e9, True, "1", object()])
+async def test_a_limit_that_is_none(db: DatabaseAdapter, round_trips: list[str], timeout: Any) -> None:
+    with pytest.raises(elizasql.ArgumentError, match="timeout"):
+        await db.get_memory_by_id(uuid4(), timeout=timeout)
+    assert not round_trips
+
+
+async def test_limit_of_one_call(db: DatabaseAdapter, raw: asyncpg.Connection[Any]) -> None:
+    """The server is told to stop, the connection is used again, and the next call has its own limit."""
+    id = await db.create_memory(memory(), "messages")
+    async with locked(raw, id):
+        task = asyncio.create_task(db.update_memory(memory("y", id=id), timeout=0.3))
+        pid = await blocked_pid(raw, task)
+        with pytest.raises(elizasql.DeadlineError) as caught:
+            await task
+        assert caught.value.statement == "update_memories"
+        await db._executor.lane.let_go()
+        assert await raw.fetchval("SELECT state FROM pg_stat_activity WHERE pid = $1", pid) in ("idle", None)
+    assert await db.update_memory(memory("y", id=id))
+    # The server answered that it has stopped: that speaks for it.
+    assert db._connections.breaker.failures == 0
+
+
+async def test_limit_holds_for_the_whole_of_a_call(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
+    """Several statements of one call have one limit between them, and so have the tries."""
+    db = await make_db(batch_size=1)
+    ids = await db.create_memories([memory(), memory()], "messages")
+    async with locked(raw, max(ids)):
+        with pytest.raises(elizasql.DeadlineError):
+            await db.update_memories([memory("y", id=id) for id in ids], timeout=0.3)
+    assert [found.content for found in await db.get_memories(table_name="messages")] == [{"text": "x"}] * 2
+
+
+async def test_limit_bounds_the_wait_for_a_connection(make_db: MakeAdapter) -> None:
+    db = await make_db(pool_max_size=1)
+    connection, _ = await db._executor.lane.acquire(5)
+    with pytest.raises(elizasql.PoolTimeoutError):
+        await db.get_memory_by_id(uuid4(), timeout=0.05)
+    db._executor.lane.keep(connection)
+    assert await db.get_memory_by_id(uuid4(), timeout=5) is None
+
+
+async def test_limit_bounds_the_tries(make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wait that would reach beyond it is not begun: the caller gets the error that there is."""
+    db = await make_db()
+    tried = 0
+
+    async def refused(timeout: float) -> Any:
+        nonlocal tried
+        tried += 1
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(db._executor.lane, "take", lambda: None)
+    monkeypatch.setattr(db._executor.lane, "acquire", refused)
+    with pytest.raises(elizasql.ConnectionLostError):
+        await db.get_memory_by_id(uuid4(), timeout=0.5)
+    assert tried == 1
+
+
+async def test_task_that_a_call_starts_has_not_its_limit() -> None:
+    async def deadline() -> float | None:
+        return _calls._deadline.get()
+
+    token = _calls._deadline.set(1.0)
+    try:
+        assert await _calls.spawn(deadline(), "test") is None
+        assert await asyncio.create_task(deadline()) == 1.0
+    finally:
+        _calls._deadline.reset(token)
+
+
+# --- the figures -----------------------------------------------------------------------------------------------------
+
+
+async def test_stats(db: DatabaseAdapter) -> None:
+    before = (await db.stats())["methods"]["ensure_agent_exists"]["count"]
+    for _ in range(20):
+        await db.create_memory(memory(), "messages")
+    await db.ensure_agent_exists({"name": "x"})
+    with pytest.raises(elizasql.ForeignKeyError):
+        await db.create_memory(memory(room_id=uuid4()), "messages")
+    with pytest.raises(elizasql.ArgumentError):
+        await db.create_memory(memory(), "messages", unique="yes")  # type: ignore[arg-type]
+    stats = await db.stats()
+    created = stats["methods"]["create_memory"]
+    assert created["count"] == 22
+    assert created["errors"] == {"ForeignKeyError": 1, "ArgumentError": 1}
+    assert 0 < created["p50"] <= created["p95"] <= created["p99"] <= created["longest"] < 60
+    assert 0 < created["mean"] <= created["longest"]
+    assert stats["methods"]["ensure_agent_exists"]["count"] == before + 1
+    assert (stats["retries"], stats["unindexed"]) == (0, 0)
+    assert stats["breaker"] == {"state": "closed", "failures": 0, "opened": 0, "retry_after": 0.0}
+    assert stats["pool"] == {"size": 1, "in_use": 0, "waiting": 0, "max_size": 5}
+
+
+async def test_methods_that_a_method_calls_are_not_counted(db: DatabaseAdapter) -> None:
+    await db.search_memories_by_embedding(np.ones(384, np.float32), table_name="messages")
+    methods = (await db.stats())["methods"]
+    assert methods["search_memories_by_embedding"]["count"] == 1
+    assert "search_memories" not in methods
+
+
+async def test_tail_is_told(db: DatabaseAdapter) -> None:
+    await db.create_memory(memory(embedding=np.ones(384, np.float32)), "messages")
+    assert (await db.stats())["unindexed"] == 1
+    await db.index_memories()
+    assert (await db.stats())["unindexed"] == 0
+
+
+def test_quantiles_are_right_within_a_bucket() -> None:
+    meter = _calls.Meter(1e9, None)
+    for microseconds in range(1, 10_001):
+        meter.record("m", 0.0, microseconds * 1e-6, None)
+    found = meter.snapshot()["m"]
+    for name, wanted in (("p50", 5000), ("p95", 9500), ("p99", 9900)):
+        assert abs(found[name] * 1e6 / wanted - 1) < 0.1, name
+    assert found["longest"] == pytest.approx(0.01)
+    assert found["mean"] == pytest.approx(0.0050005)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e-9, 1e-6, 1.0, 3600.0, 1e9])
+def test_any_duration_can_be_recorded(seconds: float) -> None:
+    meter = _calls.Meter(1e12, None)
+    meter.record("m", 0.0, seconds, None)
+    found = meter.snapshot()["m"]
+    assert found["longest"] == seconds
+    assert 0 <= found["p50"] <= found["p99"] <= seconds
+
+
+# --- health ----------------------------------------------------------------------------------------------------------
+
+
+async def test_health(db: DatabaseAdapter) -> None:
+    health = await db.health()
+    assert health["ready"]
+    assert 0 < health["latency"] < 60
+    assert health["error"] is None
+    assert health["breaker"]["state"] == "closed"
+
+
+async def test_health_of_a_closed_adapter_is_no_error(make_db: MakeAdapter) -> None:
+    db = await make_db()
+    await db.close()
+    health = await db.health()
+    assert (health["ready"], health["latency"]) == (False, None)
+    assert health["error"].startswith("ClosedError")
+
+
+async def test_open_circuit_answers_without_the_server(db: DatabaseAdapter, round_trips: list[str]) -> None:
+    breaker = db._connections.breaker
+    for _ in range(5):
+        breaker.fail(breaker.enter())
+    with pytest.raises(elizasql.CircuitOpenError) as caught:
+        await db.get_memory_by_id(uuid4())
+    assert 0 < caught.value.retry_after <= 60
+    assert caught.value.retryable
+    assert not round_trips
+    health = await db.health()
+    assert health["breaker"]["state"] == "open"
+    assert health["ready"], "one try is made all the same: it is how to find out"
+
+
+# --- the log line ----------------------------------------------------------------------------------------------------
+
+
+async def test_slow_call_is_logged(make_db: MakeAdapter, caplog: pytest.LogCaptureFixture) -> None:
+    db = await make_db(slow_call=0.0)
+    caplog.clear()
+    with pytest.raises(elizasql.ForeignKeyError):
+        await db.create_memory(memory(room_id=uuid4()), "messages")
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "create_memory took" in caplog.text
+    assert "ForeignKeyError" in caplog.text
+
+
+async def test_quick_call_is_not(make_db: MakeAdapter, caplog: pytest.LogCaptureFixture) -> None:
+    db = await make_db(slow_call=60.0)
+    await db.create_memory(memory(), "messages")
+    assert not caplog.records
+
+
+# --- the span --------------------------------------------------------------------------------------------------------
+
+
+async def test_spans_and_durations(dsn: str, make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    exporter, reader = InMemorySpanExporter(), InMemoryMetricReader()
+    tracers = TracerProvider()
+    tracers.add_span_processor(SimpleSpanProcessor(exporter))
+    meters = MeterProvider(metric_readers=[reader])
+    monkeypatch.setattr(trace, "get_tracer", tracers.get_tracer)
+    monkeypatch.setattr(metrics, "get_meter", meters.get_meter)
+    db = await make_db()
+    exporter.clear()
+    with tracers.get_tracer("application").start_as_current_span("turn") as turn:
+        await db.get_memory_by_id(uuid4())
+        with pytest.raises(elizasql.ForeignKeyError):
+            await db.create_memory(memory(room_id=uuid4()), "messages")
+    found = {span.name: span for span in exporter.get_finished_spans()}
+    read, failed = found["get_memory_by_id"], found["create_memory"]
+    assert read.kind is trace.SpanKind.CLIENT
+    assert read.parent is not None and read.parent.span_id == turn.get_span_context().span_id
+    assert read.attributes["db.system.name"] == "postgresql"
+    assert read.attributes["db.operation.name"] == "get_memory_by_id"
+    assert turn.start_time <= read.start_time <= read.end_time  # type: ignore[attr-defined]
+    assert read.status.status_code is trace.StatusCode.UNSET
+    assert failed.status.status_code is trace.StatusCode.ERROR
+    assert failed.attributes["error.type"] == "ForeignKeyError"
+    assert failed.attributes["db.response.status_code"] == "23503"
+    assert "postgresql://" not in str(failed.to_json())
+    data = reader.get_metrics_data().resource_metrics[0].scope_metrics[0].metrics[0]
+    assert (data.name, data.unit) == ("db.client.operation.duration", "s")
+    assert sum(point.count for point in data.data.data_points) >= 2
+    tracers.shutdown()
+    meters.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("address", "wanted"),
+    [
+        ("postgresql://ann:secret@db.example:6000/agents", {"server.address": "db.example", "server.port": 6000}),
+        ("postgresql://db.example/agents", {"server.address": "db.example"}),
+        ("postgresql://ann@[::1]:6000/agents", {"server.address": "::1", "server.port": 6000}),
+        ("postgresql://a:1,b:2/agents", {"server.address": "a", "server.port": 1}),
+        ("postgresql://ann@/agents?host=/run/x&port=7", {"server.address": "/run/x", "server.port": 7}),
+        ("postgresql:///agents", {}),
+    ],
+)
+def test_address_is_told_without_secrets(address: str, wanted: dict[str, Any]) -> None:
+    found = _telemetry._attributes(address)
+    assert found == {"db.system.name": "postgresql", "db.namespace": "agents", **wanted}
+
+
+def test_without_opentelemetry_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "opentelemetry", None)
+    assert _telemetry.observer("postgresql://a/b") is None

@@ -1,0 +1,463 @@
+"""Connections from the first adapter to the last, and the end of the process: who shares, who closes, what is left."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import asyncpg
+import numpy as np
+import pytest
+
+import elizasql
+from elizasql import DatabaseAdapter, Memory, _registry
+from tests.conftest import MakeAdapter
+from tests.locking import blocked_pid, locked
+
+
+def memory(text: str = "x", **fields: Any) -> Memory:
+    return Memory(content={"text": text}, **fields)
+
+
+async def backends(raw: asyncpg.Connection[Any], name: str) -> int:
+    count: int = await raw.fetchval("SELECT count(*) FROM pg_stat_activity WHERE application_name = $1", name)
+    return count
+
+
+async def gone(raw: asyncpg.Connection[Any], name: str) -> bool:
+    """Wait until the server has ended every backend of that name."""
+    for _ in range(2000):
+        if not await backends(raw, name):
+            return True
+        await asyncio.sleep(0.005)
+    return False
+
+
+# --- who shares ------------------------------------------------------------------------------------------------------
+
+
+async def test_adapters_share_their_connections_and_the_last_one_closes_them(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any]
+) -> None:
+    name = f"test {uuid4()}"
+    first = await make_db(application_name=name, pool_max_size=3)
+    second = await make_db(application_name=name, pool_max_size=3)
+    assert first._connections is second._connections
+    await asyncio.gather(*(db.create_memory(memory(), "messages") for db in (first, second) for _ in range(30)))
+    assert await backends(raw, name) <= 3
+    await first.close()
+    await first.close()
+    assert await second.count_memories() == 30
+    with pytest.raises(elizasql.ClosedError):
+        await first.count_memories()
+    await second.close()
+    assert await gone(raw, name)
+
+
+async def test_adapters_that_open_at_once_make_one_pool(dsn: str, raw: asyncpg.Connection[Any]) -> None:
+    name = f"test {uuid4()}"
+    opened = await asyncio.gather(
+        *(elizasql.open(agent_id=uuid4(), dsn=dsn, application_name=name, indexing="manual") for _ in range(8))
+    )
+    assert len({id(db._connections) for db in opened}) == 1
+    assert opened[0]._connections.users == 8
+    await asyncio.gather(*(db.close() for db in opened))
+    assert await gone(raw, name)
+
+
+@pytest.mark.parametrize(
+    "different", [{"ef_search": 50}, {"pool_max_size": 4}, {"application_name": "other"}, {"failure_threshold": 2}]
+)
+async def test_other_settings_of_the_connections_are_other_connections(
+    make_db: MakeAdapter, different: dict[str, Any]
+) -> None:
+    first, second = await make_db(), await make_db(**different)
+    assert first._connections is not second._connections
+
+
+@pytest.mark.parametrize(
+    "same", [{"batch_size": 7}, {"memory_types": ["messages"]}, {"timeout": 7.0}, {"max_retries": 1}]
+)
+async def test_settings_of_the_adapter_alone_share_them(make_db: MakeAdapter, same: dict[str, Any]) -> None:
+    first, second = await make_db(), await make_db(**same)
+    assert first._connections is second._connections
+
+
+async def test_failed_open_leaves_the_others_alone(
+    make_db: MakeAdapter, dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    db = await make_db()
+
+    def broken(*args: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(elizasql._pool, "check_settings", broken)
+    with pytest.raises(ZeroDivisionError):
+        await elizasql.open(agent_id=uuid4(), dsn=dsn, indexing="manual", pool_max_size=5, pool_min_size=0)
+    assert db._connections.users == 1
+    assert await db.is_ready()
+
+
+async def test_connections_survive_a_second_import(make_db: MakeAdapter, dsn: str) -> None:
+    db = await make_db()
+    spec = importlib.util.find_spec("elizasql._registry")
+    assert spec is not None and spec.loader is not None
+    again = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(again)
+
+    async def never() -> str:
+        raise AssertionError("the connections are there")
+
+    joined = await again.join(db._address, db.config, never)
+    assert joined is db._connections
+    await joined.leave()
+    assert await db.is_ready()
+
+
+def test_each_event_loop_has_its_own(dsn: str) -> None:
+    async def work() -> tuple[DatabaseAdapter, Any]:
+        db = await elizasql.open(agent_id=uuid4(), dsn=dsn, indexing="manual")
+        assert await db.is_ready()
+        return db, db._connections
+
+    async def misuse(db: DatabaseAdapter) -> None:
+        with pytest.raises(elizasql.WrongLoopError, match="another event loop"):
+            await db.count_memories()
+        with pytest.raises(elizasql.WrongLoopError):
+            async with db.transaction():
+                pass
+        assert not await db.is_ready()
+
+    loops = [asyncio.new_event_loop() for _ in range(2)]
+    opened = [loop.run_until_complete(work()) for loop in loops]
+    assert opened[0][1] is not opened[1][1]
+    loops[1].run_until_complete(misuse(opened[0][0]))
+    for loop, (db, _) in zip(loops, opened, strict=True):
+        loop.run_until_complete(db.close())
+        loop.close()
+
+
+def test_loops_in_threads_do_not_meet(dsn: str) -> None:
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        async def run() -> None:
+            async with elizasql.connect(agent_id=uuid4(), dsn=dsn, indexing="manual") as db:
+                await db.ensure_agent_exists({"name": "x"})
+                await asyncio.gather(*(db.create_memory(memory(), "messages") for _ in range(20)))
+                assert await db.count_memories() == 20
+
+        try:
+            asyncio.run(run())
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX only")
+def test_after_a_fork(dsn: str) -> None:
+    """The child is told, may open its own, and the parent's connections go on working."""
+    program = f"""
+        import asyncio, os, uuid, elizasql
+
+        async def child(db):
+            try:
+                await db.count_memories()
+            except elizasql.WrongLoopError as error:
+                assert "fork" in str(error), error
+            else:
+                raise SystemExit(3)
+            async with elizasql.connect(agent_id=uuid.uuid4(), dsn={dsn!r}, indexing="manual") as own:
+                assert own._connections is not db._connections
+                assert await own.is_ready()
+
+        async def main():
+            async with elizasql.connect(agent_id=uuid.uuid4(), dsn={dsn!r}, indexing="manual") as db:
+                await db.ensure_agent_exists({{"name": "x"}})
+                pid = os.fork()
+                if pid == 0:
+                    asyncio._set_running_loop(None)
+                    code = 4
+                    try:
+                        asyncio.run(child(db))
+                        code = 0
+                    finally:
+                        os._exit(code)
+                assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+                assert await db.count_memories() == 0
+
+        asyncio.run(main())
+    """
+    done = run(program)
+    assert done.returncode == 0, done.stderr
+
+
+# --- two lanes -------------------------------------------------------------------------------------------------------
+
+
+async def test_background_work_never_takes_a_callers_connection(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any]
+) -> None:
+    db = await make_db(pool_max_size=1, background_pool_size=1)
+    id = await db.create_memory(memory(embedding=np.ones(384, np.float32), unique=True), "messages")
+    async with raw.transaction():
+        await raw.execute(
+            "LOCK TABLE elizasql.agents IN ACCESS SHARE MODE"
+        )  # any transaction: what follows is the lock
+        await raw.execute("SELECT FROM elizasql.embeddings WHERE memory_id = $1 FOR UPDATE", id)
+        await raw.execute("LOCK TABLE elizasql.embeddings IN SHARE ROW EXCLUSIVE MODE")
+        indexing = asyncio.create_task(db.index_memories())
+        assert await blocked_pid(raw, indexing)
+        assert (await db.health())["background"]["in_use"] == 1
+        for _ in range(20):
+            assert await db.get_memory_by_id(id, timeout=5) is not None
+    assert await indexing == 1
+
+
+async def test_a_connection_goes_to_whoever_has_waited_longest(make_db: MakeAdapter) -> None:
+    db = await make_db(pool_max_size=1)
+    lane = db._executor.lane
+    connection, _ = await lane.acquire(5)
+    order: list[int] = []
+
+    async def call(number: int) -> None:
+        await db.get_memory_by_id(uuid4())
+        order.append(number)
+
+    tasks = [asyncio.create_task(call(number)) for number in range(20)]
+    await asyncio.sleep(0)
+    assert lane.waiting == 20
+    lane.keep(connection)
+    await asyncio.gather(*tasks)
+    assert order == list(range(20))
+    assert lane.size == 1
+
+
+# --- close -----------------------------------------------------------------------------------------------------------
+
+
+async def test_close_waits_for_calls_that_are_running(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
+    db = await make_db()
+    id = await db.create_memory(memory(), "messages")
+    async with locked(raw, id):
+        task = asyncio.create_task(db.update_memory(memory("y", id=id)))
+        assert await blocked_pid(raw, task)
+        closing = asyncio.create_task(db.close())
+        while not db._executor._closed:
+            await asyncio.sleep(0)
+        with pytest.raises(elizasql.ClosedError):
+            await db.count_memories()
+    assert await task
+    await closing
+
+
+async def test_close_does_not_wait_for_ever(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
+    name = f"test {uuid4()}"
+    db = await make_db(application_name=name)
+    id = await db.create_memory(memory(), "messages")
+    async with locked(raw, id):
+        task = asyncio.create_task(db.update_memory(memory("y", id=id)))
+        assert await blocked_pid(raw, task)
+        await db.close(timeout=0.1)
+        with pytest.raises(elizasql.ClosedError):
+            await task
+    assert await gone(raw, name)
+
+
+async def test_close_lets_no_task_behind(dsn: str) -> None:
+    before = asyncio.all_tasks()
+    async with elizasql.connect(agent_id=uuid4(), dsn=dsn) as db:
+        await db.ensure_agent_exists({"name": "x"})
+        await asyncio.gather(*(db.create_memory(memory(), "messages") for _ in range(50)))
+    assert {task.get_name() for task in asyncio.all_tasks() - before} == set()
+    assert not [key for key in _registry._table().get(asyncio.get_running_loop(), {}) if key[0] == dsn]
+
+
+# --- the end of the process ------------------------------------------------------------------------------------------
+
+
+def run(program: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        cwd=Path(__file__).parent.parent,
+        check=False,
+        **options,
+    )
+
+
+OPEN = """
+import asyncio, os, signal, sys, uuid
+import elizasql
+
+async def main():
+    db = await elizasql.open(agent_id=uuid.uuid4(), data_dir=sys.argv[1])
+    await db.ensure_agent_exists({"name": "x"})
+    print("ready", flush=True)
+    await work(db)
+
+"""
+
+
+@contextlib.contextmanager
+def process(program: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
+    child = subprocess.Popen(
+        [sys.executable, "-c", OPEN + textwrap.dedent(program), str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n", child.stderr and child.stderr.read()
+        yield child
+    finally:
+        if child.poll() is None:
+            child.kill()
+        child.communicate()
+
+
+def postmaster(folder: Path) -> int:
+    return int((folder / "data" / "postmaster.pid").read_text().split()[0])
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.fixture
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("p") / "pg"
+    path.parent.chmod(0o755)
+    for parent in (path.parent.parent, path.parent.parent.parent):
+        with contextlib.suppress(OSError):
+            parent.chmod(0o755)
+    return path
+
+
+WAIT = """
+async def work(db):
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_stops_the_embedded_server(folder: Path, number: signal.Signals) -> None:
+    with process(WAIT, folder) as child:
+        pid = postmaster(folder)
+        assert is_running(pid)
+        child.send_signal(number)
+        _, err = child.communicate(timeout=60)
+        # As where nobody handles it: the parent sees that it was the signal, or Python's own word for SIGINT.
+        assert child.returncode in ((-number,) if number == signal.SIGTERM else (-number, 130, 1)), err
+        assert not is_running(pid)
+
+
+def test_calls_that_are_running_end_before_the_process(folder: Path) -> None:
+    program = """
+    async def work(db):
+        async def sleepy():
+            connection, _ = await db._executor.lane.acquire(5)
+            db._executor.in_flight += 1
+            print(await connection.fetchval("SELECT 'slept' FROM pg_sleep(1)"), flush=True)
+            db._executor.lane.keep(connection)
+            db._executor._leave()
+        task = asyncio.create_task(sleepy())
+        while not db._executor.in_flight:
+            await asyncio.sleep(0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not db._executor._closed:
+            await asyncio.sleep(0.001)
+        try:
+            await db.count_memories()
+        except elizasql.ClosedError:
+            print("refused", flush=True)
+        await task
+        await asyncio.Event().wait()
+
+    asyncio.run(main())
+    """
+    with process(program, folder) as child:
+        out, err = child.communicate(timeout=60)
+        assert (child.returncode, out.split()) == (-signal.SIGTERM, ["refused", "slept"]), err
+
+
+def test_handler_of_the_application_is_called_and_decides(folder: Path) -> None:
+    program = """
+    def bye(number, frame):
+        print("bye", flush=True)
+        done.set()
+
+    async def work(db):
+        # Asked after the signal: the application's own shutdown still has its memory.
+        os.kill(os.getpid(), signal.SIGTERM)
+        await done.wait()
+        print(await db.count_memories(), flush=True)
+
+    done = asyncio.Event()
+    signal.signal(signal.SIGTERM, bye)
+    asyncio.run(main())
+    """
+    with process(program, folder) as child:
+        pid = postmaster(folder)
+        out, err = child.communicate(timeout=60)
+        assert (child.returncode, out.split()) == (0, ["bye", "0"]), err
+        assert not is_running(pid)
+
+
+def test_handler_is_not_set_when_not_wanted(dsn: str) -> None:
+    program = f"""
+        import asyncio, signal, uuid, elizasql
+
+        async def main(**settings):
+            async with elizasql.connect(agent_id=uuid.uuid4(), dsn={dsn!r}, **settings):
+                return signal.getsignal(signal.SIGTERM)
+
+        assert asyncio.run(main(handle_signals=False)) is signal.SIG_DFL
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        assert asyncio.run(main()) is signal.SIG_IGN
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        assert callable(asyncio.run(main()))
+    """
+    done = run(program)
+    assert done.returncode == 0, done.stderr
+
+
+def test_exit_without_close_stops_the_embedded_server(folder: Path) -> None:
+    program = """
+    async def work(db):
+        pass
+
+    asyncio.run(main())
+    """
+    with process(program, folder) as child:
+        pid = postmaster(folder)
+        _, err = child.communicate(timeout=60)
+        assert child.returncode == 0, err
+        assert not is_running(pid)

@@ -1,0 +1,467 @@
+"""Every public method under every failure, without a network: a connection that plays back what the server said once,
+and fails where a seed says so, with a clock that only the waits move.
+
+And against the real server: what is run again when the reply was lost must change and say the same as one run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import re
+import socket
+import time
+import types
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+import pytest
+
+from elizasql import (
+    CircuitOpenError,
+    DatabaseAdapter,
+    DeadlineError,
+    ElizaSQLError,
+    Task,
+    UnknownOutcomeError,
+    _codecs,
+    _executor,
+)
+from elizasql._statements import SQL
+from tests.conftest import MakeAdapter, Scene, make_scene
+from tests.test_isolation import METHODS, arguments, fill, snapshot
+
+# What they tell is how the calls went.
+ABOUT_ITSELF = {"stats", "health", "index_memories"}
+
+
+def lost() -> Exception:
+    return asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation")
+
+
+def server_error(kind: type[asyncpg.PostgresError]) -> Callable[[], Exception]:
+    return lambda: kind("it went wrong")
+
+
+# What can happen, and whether the connection is gone afterwards.
+FAULTS: list[tuple[Callable[[], BaseException], bool]] = [
+    (lost, True),
+    (lambda: asyncpg.InterfaceError("connection is closed"), True),
+    (lambda: asyncpg.InternalClientError("cannot switch to state 12"), True),
+    (ConnectionResetError, True),
+    (BrokenPipeError, True),
+    (server_error(asyncpg.AdminShutdownError), True),
+    (server_error(asyncpg.CrashShutdownError), True),
+    (server_error(asyncpg.CannotConnectNowError), True),
+    (server_error(asyncpg.SerializationError), False),
+    (server_error(asyncpg.DeadlockDetectedError), False),
+    (server_error(asyncpg.LockNotAvailableError), False),
+    (server_error(asyncpg.OutOfMemoryError), False),
+    (server_error(asyncpg.DiskFullError), False),
+    (server_error(asyncpg.UniqueViolationError), False),
+    (server_error(asyncpg.ForeignKeyViolationError), False),
+    (server_error(asyncpg.UndefinedTableError), False),
+    (server_error(asyncpg.QueryCanceledError), False),
+    (server_error(asyncpg.InvalidCachedStatementError), False),
+    (server_error(asyncpg.ReadOnlySQLTransactionError), False),
+    (asyncio.TimeoutError, False),
+    (asyncio.CancelledError, False),
+]
+CONNECT_FAULTS: list[Callable[[], BaseException]] = [
+    ConnectionRefusedError,
+    FileNotFoundError,
+    asyncio.TimeoutError,
+    lambda: socket.gaierror("no such host"),
+    server_error(asyncpg.CannotConnectNowError),
+    server_error(asyncpg.TooManyConnectionsError),
+    server_error(asyncpg.InvalidPasswordError),
+    asyncio.CancelledError,
+]
+
+
+@pytest.fixture
+def same_ids(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Give what makes new ids begin anew: what was recorded speaks of the ids of then."""
+    counter = itertools.count()
+
+    def begin() -> None:
+        nonlocal counter
+        counter = itertools.count()
+
+    monkeypatch.setattr(_codecs, "new_id", lambda: UUID(int=(0xFACE << 64) + next(counter)))
+    return begin
+
+
+class Clock:
+    """Time as it is, and what was slept on top of it."""
+
+    def __init__(self) -> None:
+        self.slept: list[float] = []
+
+    def monotonic(self) -> float:
+        return time.monotonic() + sum(self.slept)
+
+    async def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+
+
+@dataclass
+class Player:
+    """Plays back what each operation gave, and fails the operations that it is told to."""
+
+    recorded: list[Any]
+    faults: dict[int, tuple[Callable[[], BaseException], bool]]
+    connect_faults: dict[int, Callable[[], BaseException]]
+    operations: int = 0
+    connects: int = 0
+    applied: int = 0
+    open_connections: list[PlayedConnection] = field(default_factory=list)
+
+    def play(self, connection: PlayedConnection, number_in_call: int) -> Any:
+        number, self.operations = self.operations, self.operations + 1
+        fault = self.faults.get(number)
+        if fault is not None:
+            make, breaks = fault
+            connection.closed = connection.closed or breaks
+            raise make()
+        self.applied += 1
+        return self.recorded[min(number_in_call, len(self.recorded) - 1)] if self.recorded else None
+
+
+class PlayedConnection:
+    """As far as the executor looks at one."""
+
+    def __init__(self, player: Player) -> None:
+        self.player = player
+        self.closed = False
+        self.in_transaction = False
+        self.done = 0
+
+    def is_closed(self) -> bool:
+        return self.closed
+
+    def is_in_transaction(self) -> bool:
+        return self.in_transaction
+
+    def terminate(self) -> None:
+        self.closed = True
+        self.in_transaction = False
+
+    async def execute(self, sql: str, *args: Any, timeout: float) -> Any:
+        assert timeout > 0
+        word = sql.split()[0].rstrip(";")
+        if word in ("BEGIN", "COMMIT", "ROLLBACK"):
+            self.player.play(self, 0)
+            self.in_transaction = word == "BEGIN"
+            return word
+        return await self.fetch(sql, *args, timeout=timeout)
+
+    async def fetch(self, sql: str, *args: Any, timeout: float) -> Any:
+        assert timeout > 0
+        if sql == SQL["get_transaction_id"].sql:
+            self.player.play(self, 0)
+            return {"id": "7", "timeline": "00000001"}
+        if sql == SQL["get_transaction_status"].sql:
+            return "aborted"
+        number, self.done = self.done, self.done + 1
+        return self.player.play(self, number)
+
+    fetchrow = fetchval = fetch
+
+
+class PlayedLane:
+    """A lane whose connections are played."""
+
+    max_size = 5
+
+    def __init__(self, player: Player) -> None:
+        self.player = player
+        self.kept: list[PlayedConnection] = [PlayedConnection(player)]
+        self.out = 1  # made and not yet gone
+
+    def take(self) -> Any:
+        while self.kept:
+            connection = self.kept.pop()
+            connection.done = 0
+            if not connection.closed:
+                return connection
+            self.out -= 1
+        return None
+
+    async def acquire(self, timeout: float) -> tuple[Any, bool]:
+        assert timeout > 0
+        number, self.player.connects = self.player.connects, self.player.connects + 1
+        if number in self.player.connect_faults:
+            raise self.player.connect_faults[number]()
+        self.out += 1
+        return PlayedConnection(self.player), False
+
+    def keep(self, connection: PlayedConnection) -> None:
+        assert not connection.closed
+        assert not connection.in_transaction
+        self.kept.append(connection)
+
+    def give_back(self, connection: PlayedConnection, then: Callable[[bool], None] | None = None) -> None:
+        self.out -= 1
+        if then is not None:
+            then(not connection.closed)
+
+    async def replace(self) -> None:
+        self.out -= len(self.kept)
+        self.kept.clear()
+
+    in_use = waiting = size = 0
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(_executor, "time", types.SimpleNamespace(monotonic=clock.monotonic))
+    shim = types.ModuleType("asyncio")
+    vars(shim).update(vars(asyncio))
+    shim.sleep = clock.sleep  # type: ignore[attr-defined]
+    monkeypatch.setattr(_executor, "asyncio", shim)
+    return clock
+
+
+async def prepare(db: DatabaseAdapter) -> tuple[Scene, dict[str, Any], dict[str, UUID]]:
+    scene = await make_scene(db)
+    ids = await fill(db, scene)
+    pairing = {
+        "request": (await db.get_pairing_requests([{"channel": "c"}]))[0][0].id,
+        "entry": (await db.get_pairing_allowlist("c"))[0].id,
+    }
+    return scene, ids, pairing
+
+
+def given(name: str, scene: Scene, ids: dict[str, Any], pairing: dict[str, UUID]) -> dict[str, Any]:
+    found = arguments(name, scene, ids, pairing)  # type: ignore[arg-type]
+    if found.get("task") is not None and isinstance(found["task"], Task):
+        found["task"] = Task(id=ids["task"], claim_token=uuid4())
+    return found
+
+
+@pytest.fixture
+async def recordings(
+    make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch, same_ids: Callable[[], None]
+) -> tuple[DatabaseAdapter, dict[str, tuple[dict[str, Any], list[Any], Any]]]:
+    """Run every method once for real; give its arguments, what each operation gave, and what it gave itself."""
+    db = await make_db(batch_size=1)
+    prepared = await prepare(db)
+    found: dict[str, tuple[dict[str, Any], list[Any], Any]] = {}
+    for name in METHODS:
+        if name in ABOUT_ITSELF:
+            continue
+        said: list[Any] = []
+
+        def recorder(method: str, said: list[Any] = said) -> Any:
+            original = getattr(asyncpg.Connection, method)
+
+            async def recorded(self: Any, *args: Any, **options: Any) -> Any:
+                result = await original(self, *args, **options)
+                if args[1:] and args[0] != SQL["get_transaction_id"].sql:
+                    said.append(result)
+                return result
+
+            return recorded
+
+        arguments_of = given(name, *prepared)
+        same_ids()
+        with monkeypatch.context() as patch:
+            for method in ("fetch", "fetchrow", "fetchval", "execute"):
+                patch.setattr(asyncpg.Connection, method, recorder(method))
+            try:
+                result = await getattr(db, name)(**arguments_of)
+            except ElizaSQLError as error:
+                result = error
+        found[name] = (arguments_of, said, result)
+    return db, found
+
+
+def faulted(seed: int) -> tuple[dict[int, Any], dict[int, Any], float]:
+    """Give the faults of a seed: of which operations, of which new connections, and the time limit of the call."""
+    chance = random.Random(seed)
+    share = chance.choice([0.1, 0.3, 0.6, 1.0])
+    faults = {number: chance.choice(FAULTS) for number in range(30) if chance.random() < share}
+    connects = {number: chance.choice(CONNECT_FAULTS) for number in range(30) if chance.random() < share / 2}
+    return faults, connects, chance.choice([0.5, 3.0, 60.0])
+
+
+async def test_every_method_under_every_failure(
+    recordings: tuple[DatabaseAdapter, dict[str, tuple[dict[str, Any], list[Any], Any]]],
+    clock: Clock,
+    same_ids: Callable[[], None],
+) -> None:
+    """It gives what it gives without failures, or raises an error of this library, within its time and its tries."""
+    db, methods = recordings
+    names = [name for name, (_, said, _) in methods.items() if said]
+    assert len(names) > 100
+    real = db._executor.lane
+    plain = sum(not isinstance(result, Exception) for _, _, result in methods.values())
+    assert plain > 110
+    ended: dict[str, int] = {}
+    breaker = db._connections.breaker
+    try:
+        for seed in range(6000):
+            name = names[seed % len(names)]
+            arguments_of, said, wanted = methods[name]
+            faults, connects, limit = faulted(seed)
+            player = Player(said, faults, connects)
+            lane = PlayedLane(player)
+            db._executor.lane = lane  # type: ignore[assignment]
+            clock.slept.clear()
+            breaker._move("closed")
+            context = f"seed {seed}: {name}"
+            same_ids()
+            try:
+                result = await getattr(db, name)(**arguments_of, timeout=limit)
+            except (ElizaSQLError, asyncio.CancelledError) as error:
+                result = error
+            assert db._executor.in_flight == 0, context
+            assert sum(clock.slept) <= limit, context
+            assert len(clock.slept) <= 3, context
+            assert lane.out == len(lane.kept), f"{context}: a connection is missing or too many"
+            assert breaker.state in ("closed", "open"), context
+            kind = type(result).__name__ if isinstance(result, BaseException) else "result"
+            ended[kind] = ended.get(kind, 0) + 1
+            if not isinstance(result, BaseException) and not isinstance(wanted, BaseException):
+                assert type(result) is type(wanted), context
+    finally:
+        db._executor.lane = real
+        breaker._move("closed")
+    # All of the ways are there: else the seeds would not say much.
+    assert {"result", "CancelledError", "ConnectionLostError", "DeadlineError", "UnknownOutcomeError"} <= set(ended)
+    assert {"UniqueViolationError", "ServerBusyError", "DeadlockError", "PermissionDeniedError"} <= set(ended)
+    assert ended["result"] > 1000, ended
+
+
+@pytest.mark.parametrize(
+    ("number", "fault"), list(enumerate(FAULTS)), ids=[str(number) for number in range(len(FAULTS))]
+)
+async def test_one_failure_and_then_all_is_well(
+    recordings: tuple[DatabaseAdapter, dict[str, tuple[dict[str, Any], list[Any], Any]]],
+    clock: Clock,
+    same_ids: Callable[[], None],
+    number: int,
+    fault: tuple[Callable[[], BaseException], bool],
+) -> None:
+    """The k-th operation of each method fails, for each k: what is transient is not seen, what is not comes at once."""
+    db, methods = recordings
+    real = db._executor.lane
+    example = fault[0]()
+    transient = isinstance(
+        example,
+        (
+            OSError,
+            asyncpg.PostgresConnectionError,
+            asyncpg.InterfaceError,
+            asyncpg.InternalClientError,
+            asyncpg.AdminShutdownError,
+            asyncpg.CrashShutdownError,
+            asyncpg.CannotConnectNowError,
+            asyncpg.SerializationError,
+            asyncpg.DeadlockDetectedError,
+            asyncpg.LockNotAvailableError,
+            asyncpg.OutOfMemoryError,
+            asyncpg.InvalidCachedStatementError,
+            asyncpg.ReadOnlySQLTransactionError,
+        ),
+    ) and not isinstance(example, asyncio.TimeoutError)
+    breaker = db._connections.breaker
+    seen: set[str] = set()
+    try:
+        for name, (arguments_of, said, wanted) in methods.items():
+            for position in range(len(said)):
+                player = Player(said, {position: fault}, {})
+                db._executor.lane = PlayedLane(player)  # type: ignore[assignment]
+                clock.slept.clear()
+                breaker._move("closed")
+                same_ids()
+                try:
+                    result: Any = await getattr(db, name)(**arguments_of)
+                except (ElizaSQLError, asyncio.CancelledError) as error:
+                    result = error
+                context = f"{name}: operation {position} of {len(said)}: {result!r}"
+                seen.add(type(result).__name__)
+                if isinstance(wanted, Exception):
+                    continue
+                if not transient:
+                    assert isinstance(result, BaseException), context
+                    assert player.operations <= position + 2, context  # it, and a rollback
+                    assert not clock.slept, context
+                elif not isinstance(result, UnknownOutcomeError):
+                    assert type(result) is type(wanted), context
+    finally:
+        db._executor.lane = real
+        breaker._move("closed")
+    assert not transient or "UnknownOutcomeError" in seen or not fault[1] or number == 7
+
+
+# --- run again -------------------------------------------------------------------------------------------------------
+
+
+def rows(found: dict[str, list[str]]) -> Counter[str]:
+    """Count rows by table; two agents' partitions differ."""
+    counts: Counter[str] = Counter()
+    for table, lines in found.items():
+        counts[re.sub(r"_p\d\d$", "", table)] += len(lines)
+    return counts
+
+
+def shape(result: Any) -> Any:
+    """Give a result without what differs by nature: times and new ids."""
+    if isinstance(result, dict):
+        return {key: shape(value) for key, value in result.items()}
+    if isinstance(result, (list, tuple)):
+        return [shape(item) for item in result]
+    return result if isinstance(result, (bool, int, str, type(None))) else type(result).__name__
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ABOUT_ITSELF])
+async def test_reply_that_is_lost(make_db: MakeAdapter, raw: asyncpg.Connection[Any], name: str) -> None:
+    """The server did it, and nobody heard: run again, it leaves the same rows and gives the same result, or says so."""
+    once, again = await make_db(), await make_db(base_delay=0.0, jitter_max=0.0)
+    results: list[Any] = []
+    for db in (once, again):
+        scene, ids, pairing = await prepare(db)
+        if name in ("complete_task", "fail_task", "heartbeat_task", "release_task"):
+            claimed = (await db.claim_tasks())[0]
+            arguments_of = {**arguments(name, scene, ids, pairing), "task": claimed}  # type: ignore[arg-type]
+        else:
+            arguments_of = given(name, scene, ids, pairing)
+        operation = itertools.count()
+
+        def cut(method: str, db: DatabaseAdapter = db, operation: Iterator[int] = operation) -> Any:
+            original = getattr(asyncpg.Connection, method)
+
+            async def reply_lost(self: Any, *args: Any, **options: Any) -> Any:
+                result = await original(self, *args, **options)
+                if db is again and next(operation) == 0:
+                    self.terminate()
+                    raise asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation")
+                return result
+
+            return reply_lost
+
+        with pytest.MonkeyPatch.context() as patch:
+            for method in ("fetch", "fetchrow", "fetchval", "execute"):
+                patch.setattr(asyncpg.Connection, method, cut(method))
+            try:
+                results.append(await getattr(db, name)(**arguments_of))
+            except ElizaSQLError as error:
+                results.append(error)
+    assert rows(await snapshot(raw, again.agent_id)) == rows(await snapshot(raw, once.agent_id))
+    first, second = results
+    if isinstance(second, UnknownOutcomeError):
+        assert not isinstance(first, ElizaSQLError)
+        assert second.statement is not None and not SQL[second.statement].repeatable
+    elif isinstance(first, ElizaSQLError):
+        assert type(second) is type(first)
+    else:
+        assert not isinstance(second, (ElizaSQLError, CircuitOpenError, DeadlineError)), repr(second)
+        assert shape(second) == shape(first)
