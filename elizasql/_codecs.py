@@ -314,7 +314,7 @@ def _as_is(value: bytes) -> bytes:
     return value
 
 
-async def register(connection: asyncpg.Connection[Any], vector_schema: str) -> None:
+async def register(connection: asyncpg.Connection[Any], vector_schema: str, *, named: bool = True) -> None:
     """Put the codecs on a new connection; a few round trips, once in its life.
 
     Parameters arrive encoded by this module, also inside arrays: asyncpg would take an ndarray in a list for a nested
@@ -323,9 +323,10 @@ async def register(connection: asyncpg.Connection[Any], vector_schema: str) -> N
     Args:
         connection: The new connection.
         vector_schema: The schema that the extension `vector` is installed in.
+        named: Whether prepared statements may have names, which a pooler may confuse.
     """
     await connection.set_type_codec(
         "vector", schema=vector_schema, encoder=_as_is, decoder=_decode_vector, format="binary"
     )
     await connection.set_type_codec("jsonb", schema="pg_catalog", encoder=_as_is, decoder=_decode_json, format="binary")
-    await connection.prepare(SQL["introduce_types"].sql)
+    await connection.prepare(SQL["introduce_types"].sql, name=None if named else "")

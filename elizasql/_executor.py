@@ -102,20 +102,14 @@ class Executor:
 
         async def work(connection: Any, deadline: float) -> list[asyncpg.Record]:
             rows: list[asyncpg.Record] = []
-            await self._begin_on(connection, deadline)
-            try:
-                for each in arguments:
-                    rows += await connection.fetch(statement.sql, *each, timeout=_left(deadline))
-            except BaseException as error:
-                # Outside of a transaction the connection goes back, and takes the rest with it.
-                if self.in_transaction or isinstance(error, asyncpg.PostgresError):
-                    await self._undo_on(connection)
-                raise
-            await self._commit_on(connection, deadline)
+            for each in arguments:
+                rows += await connection.fetch(statement.sql, *each, timeout=_left(deadline))
             return rows
 
-        # What broke before the end of the transaction was not done; its end is settled by `_commit`.
-        rows: list[asyncpg.Record] = await self._attempts(statement.name, work, Outcome.NOT_APPLIED)
+        # What broke before the end of the transaction was not done; its end is settled by `_commit_on`.
+        rows: list[asyncpg.Record] = await self._attempts(
+            statement.name, self._in_transaction(work, settle=True), Outcome.NOT_APPLIED
+        )
         return rows
 
     async def probe(self) -> None:
@@ -144,9 +138,34 @@ class Executor:
         def work(connection: Any, deadline: float) -> Any:
             return getattr(connection, method)(sql, *arguments, timeout=_left(deadline))
 
-        return await self._attempts(
-            statement.name, work, Outcome.NOT_APPLIED if statement.repeatable else Outcome.UNKNOWN
+        # Without names a statement takes two steps, and a pooler leads them to one server inside of a transaction only.
+        lost = Outcome.NOT_APPLIED if statement.repeatable else Outcome.UNKNOWN
+        wrapped = (
+            work
+            if self._config.prepared_statements or self.in_transaction
+            else self._in_transaction(work, settle=False)
         )
+        return await self._attempts(statement.name, wrapped, lost)
+
+    def _in_transaction(self, work: Work, *, settle: bool) -> Work:
+        """Wrap work in a transaction, whose end is settled when it is lost."""
+
+        async def wrapped(connection: Any, deadline: float) -> Any:
+            await self._begin_on(connection, deadline)
+            try:
+                result = await work(connection, deadline)
+            except BaseException as error:
+                # Outside of a transaction the connection goes back, and takes the rest with it.
+                if self.in_transaction or isinstance(error, asyncpg.PostgresError):
+                    await self._undo_on(connection)
+                raise
+            if settle:
+                await self._commit_on(connection, deadline)
+            else:
+                await _send(connection, self._COMMIT, deadline)
+            return result
+
+        return wrapped
 
     async def _attempts(self, name: str, work: Work, lost: Outcome, *, hold: bool = False) -> Any:
         """Do work on a connection, and again as often as it makes sense.
@@ -382,14 +401,11 @@ class Executor:
         """Ask what became of a transaction, until the server knows or the time is over."""
         statement = SQL["get_transaction_status"]
 
-        def ask(connection: Any, deadline: float) -> Any:
-            return connection.fetchval(statement.sql, id, timeline, timeout=_left(deadline))
-
         outside = Executor(self.connections, self.lane, self._config, self.meter)
         status: str | None = None
         while time.monotonic() < deadline:
             try:
-                status = await outside._attempts(statement.name, ask, Outcome.NOT_APPLIED)
+                status = await outside.fetch_value(statement, id=id, timeline=timeline)
             except ElizaSQLError:
                 logger.warning("what became of a transaction could not be found out", exc_info=True)
                 return None

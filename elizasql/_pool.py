@@ -13,8 +13,8 @@ import logging
 import re
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,12 +68,14 @@ class Server:
         vector_version: Of the extension in this database; None: not created yet.
         vector_schema: The schema that it is in.
         vector_available: Version that the server could create or update it to; None: not installed.
+        invalid_indexes: Names of indexes that a build left unfinished, and that the server keeps but does not use.
     """
 
     version: int
     vector_version: str | None
     vector_schema: str | None
     vector_available: str | None
+    invalid_indexes: Sequence[str] = ()
 
     def check(self) -> None:
         """Refuse a server that this library cannot trust.
@@ -81,7 +83,14 @@ class Server:
         Raises:
             ConfigurationError: PostgreSQL below 15; pgvector missing, or below 0.8.4, whose index can be damaged by
                 vacuum and whose parallel build can overflow.
+
+        Invalid indexes are logged: everything works without them, slower, and one may be in the making right now.
         """
+        if self.invalid_indexes:
+            logger.warning(
+                "the server does not use %s, whose build did not end: REINDEX INDEX elizasql.<name>",
+                ", ".join(self.invalid_indexes),
+            )
         if self.version < MINIMUM_POSTGRES:
             raise ConfigurationError(f"PostgreSQL 15 or newer is needed; the server is {self.version // 10000}")
         found = self.vector_version or self.vector_available
@@ -107,6 +116,11 @@ async def look_at(connection: asyncpg.Connection[Any]) -> Server:
     return Server(*row)
 
 
+def steady(connection: asyncpg.Connection[Any], config: Config) -> AbstractAsyncContextManager[Any]:
+    """Keep to one server for a moment, behind a pooler that would change it between two steps of one statement."""
+    return nullcontext() if config.prepared_statements else connection.transaction()
+
+
 async def connect(dsn: str, config: Config) -> asyncpg.Connection[Any]:
     """Open one connection outside the pool, for looks at the server and for migrations."""
     try:
@@ -114,6 +128,7 @@ async def connect(dsn: str, config: Config) -> asyncpg.Connection[Any]:
             dsn,
             timeout=config.connection_timeout,
             command_timeout=config.timeout,
+            statement_cache_size=100 if config.prepared_statements else 0,
             server_settings={"application_name": config.application_name},
         )
     except Exception as error:
@@ -158,14 +173,20 @@ class Lane:
         Raises:
             ElizaSQLError: The server does not take them.
         """
+        config = self._config
 
         async def prepare(connection: asyncpg.Connection[Any]) -> None:
-            await _codecs.register(connection, self._vector_schema)
+            try:
+                async with steady(connection, config):
+                    await _codecs.register(connection, self._vector_schema, named=config.prepared_statements)
+            except BaseException:
+                # asyncpg would close it in good order: a server that is silent would keep the call beyond its time.
+                connection.terminate()
+                raise
 
         async def keep(connection: asyncpg.Connection[Any]) -> None:
             """Stand in for asyncpg's reset, a round trip: 63 -> 36 us a lookup. No statement sets session state."""
 
-        config = self._config
         try:
             self.pool = await asyncpg.create_pool(
                 self._dsn,
@@ -305,11 +326,12 @@ class Lane:
         await self.pool.expire_connections()
 
     async def close(self) -> None:
-        """Close every connection; none may be in use."""
+        """Close every connection; none may be in use. A server that is silent is not waited for."""
         if self._sweep is not None:
             self._sweep.cancel()
         await self.let_go()
-        await self.pool.close()
+        with suppress(asyncio.TimeoutError, TimeoutError):
+            await asyncio.wait_for(self.pool.close(), self._config.connection_timeout)  # else it cuts them
 
     def terminate(self) -> None:
         """Cut every connection."""

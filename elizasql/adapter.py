@@ -303,7 +303,7 @@ async def connect(
 
 async def _prepare(dsn: str, config: Config) -> str:
     """Check the server, apply pending migrations, and give the schema of the extension `vector`."""
-    connection = await _pool.connect(dsn, config)
+    connection = await _pool.connect(config.migration_dsn or dsn, config)
     try:
         vector_schema = await _bring_up_to_date(connection, dsn, config)
         await connection.close(timeout=config.connection_timeout)
@@ -317,16 +317,20 @@ async def _prepare(dsn: str, config: Config) -> str:
 
 
 async def _bring_up_to_date(connection: asyncpg.Connection[Any], dsn: str, config: Config) -> str:
-    server = await _pool.look_at(connection)
+    async with _pool.steady(connection, config):
+        server = await _pool.look_at(connection)
     server.check()
-    pending = await _migrate.pending_versions(connection)
+    async with _pool.steady(connection, config):
+        pending = await _migrate.pending_versions(connection)
     if pending and not config.migrate:
         raise MigrationError(f"migrations are pending: {', '.join(pending)}")
     if pending:
-        encrypted = bool(await connection.fetchval(SQL["get_transport"].sql))
-        await _migrate.migrate(config.migration_dsn or dsn, encrypted=encrypted)
+        async with _pool.steady(connection, config):
+            encrypted = bool(await connection.fetchval(SQL["get_transport"].sql))
+        await _migrate.migrate(config.migration_dsn or dsn, encrypted=encrypted, address=connection._addr)
     if pending or server.vector_schema is None:  # another process may have applied them just now
-        server = await _pool.look_at(connection)
+        async with _pool.steady(connection, config):
+            server = await _pool.look_at(connection)
         server.check()
     if server.vector_schema is None:
         raise ConfigurationError("the extension pgvector was taken out of this database: CREATE EXTENSION vector")

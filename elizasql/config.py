@@ -101,7 +101,8 @@ class Config:
         dsn: PostgreSQL to connect to; None: the embedded server. Never shown. [POSTGRES_URL]
         data_dir: Folder of the embedded server. [PGLITE_DATA_DIR]
         migrate: Apply pending migrations at open. [ELIZASQL_MIGRATE]
-        migration_dsn: Direct connection for migrations when `dsn` goes through a pooler. [ELIZASQL_MIGRATION_URL]
+        migration_dsn: Direct connection for migrations and notifications when `dsn` goes through a pooler.
+            [ELIZASQL_MIGRATION_URL]
         pool_max_size: Most connections of this process. [POSTGRES_POOL_MAX]
         pool_min_size: Connections kept open when idle. [POSTGRES_POOL_MIN]
         pool_idle_timeout: Seconds after which an idle connection is closed. [ELIZASQL_POOL_IDLE_TIMEOUT]

@@ -410,7 +410,9 @@ class Tasks(Store):
         if wanted["names"] == []:
             raise ArgumentError("names must not be empty: no task would ever come")
         _seconds(lease, "lease", least=0.001)
-        listener = Listener(self._address, self.config, f"elizasql_tasks_{self.agent_id.hex}")
+        listener = Listener(
+            self.config.migration_dsn or self._address, self.config, f"elizasql_tasks_{self.agent_id.hex}"
+        )
         self._listeners.add(listener)
         try:
             while True:

@@ -1,7 +1,7 @@
 -- What the server is and whether it is set as it should be.
 
 -- name: look_at_server()^
--- Version of the server, and of pgvector: created, where, available.
+-- Version of the server, and of pgvector: created, where, available; indexes of ours that the server does not use.
 SELECT
     current_setting('server_version_num')::integer AS version,
     (SELECT extversion FROM pg_extension WHERE extname = 'vector') AS vector_version,
@@ -11,7 +11,15 @@ SELECT
         INNER JOIN pg_namespace AS n ON x.extnamespace = n.oid
         WHERE x.extname = 'vector'
     ) AS vector_schema,
-    (SELECT default_version FROM pg_available_extensions WHERE name = 'vector') AS vector_available;
+    (SELECT default_version FROM pg_available_extensions WHERE name = 'vector') AS vector_available,
+    ARRAY(
+        SELECT c.relname::text
+        FROM pg_index AS i
+        INNER JOIN pg_class AS c ON i.indexrelid = c.oid
+        INNER JOIN pg_namespace AS n ON c.relnamespace = n.oid
+        WHERE n.nspname = 'elizasql' AND NOT i.indisvalid
+        ORDER BY c.relname
+    ) AS invalid_indexes;
 
 -- name: get_settings(names)
 SELECT

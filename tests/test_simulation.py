@@ -197,7 +197,8 @@ class PlayedLane:
         assert timeout > 0
         number, self.player.connects = self.player.connects, self.player.connects + 1
         if number in self.player.connect_faults:
-            raise self.player.connect_faults[number]()
+            make = self.player.connect_faults[number]
+            raise make()
         self.out += 1
         return PlayedConnection(self.player), False
 

@@ -44,7 +44,7 @@ def test_statement_sets_no_session_state(statement: Statement) -> None:
 @pytest.mark.parametrize("statement", list(SQL.values()), ids=list(SQL))
 def test_statement_names_tables_with_their_schema(statement: Statement) -> None:
     tables = re.findall(r"(?<!DISTINCT )\b(?:FROM|JOIN|INTO|UPDATE|USING)\s+([a-z_.]+)\b(?!\s*\()", statement.sql)
-    catalog = {"pg_class", "pg_extension", "pg_namespace", "pg_available_extensions", "pg_stat_ssl"}
+    catalog = {"pg_class", "pg_index", "pg_extension", "pg_namespace", "pg_available_extensions", "pg_stat_ssl"}
     names = set(re.findall(r"(\w+) AS (?:NOT )?(?:MATERIALIZED )?\(", statement.sql)) | catalog
     aliases = set(re.findall(r"\bAS (\w+)", statement.sql))
     for table in tables:

@@ -1,0 +1,235 @@
+"""Through a pooler in transaction mode, and to one of several hosts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pwd
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, quote, urlsplit
+from uuid import uuid4
+
+import asyncpg
+import numpy as np
+import pytest
+
+import elizasql
+from elizasql import Config, DatabaseAdapter, Memory, _migrate, _pool
+
+from .conftest import make_scene
+
+PGBOUNCER = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")
+V = np.random.default_rng(5).normal(size=(50, 384)).astype(np.float32)
+
+needs_pgbouncer = pytest.mark.skipif(PGBOUNCER is None, reason="the program pgbouncer is not installed")
+
+
+def memory(text: str = "x", **fields: Any) -> Memory:
+    return Memory(content={"text": text}, **fields)
+
+
+def version() -> tuple[int, ...]:
+    said = subprocess.run([str(PGBOUNCER), "--version"], capture_output=True, text=True, check=True).stdout
+    return tuple(map(int, re.search(r"(\d+)\.(\d+)", said).groups()))  # type: ignore[union-attr]
+
+
+class Pooler:
+    """A PgBouncer in transaction mode, with two connections to the server."""
+
+    def __init__(self, dsn: str, folder: Path, *, settings: bool = True) -> None:
+        parts = urlsplit(dsn)
+        host = parse_qs(parts.query).get("host", [parts.hostname or "127.0.0.1"])[0]
+        wanted = _pool.session_settings(Config.load(environ={}))
+        query = ";".join(f"SET {name} = '{value}'" for name, value in wanted.items())
+        connect_query = "connect_query='{}'".format(query.replace("'", "''")) if settings else ""
+        (folder / "pgbouncer.ini").write_text(
+            f"""[databases]
+db = host={host} port={parts.port or 5432} dbname={parts.path.lstrip("/")} user={parts.username} {connect_query}
+[pgbouncer]
+listen_addr =
+unix_socket_dir = {folder}
+unix_socket_mode = 0777
+listen_port = 6432
+auth_type = any
+pool_mode = transaction
+default_pool_size = 2
+max_client_conn = 200
+ignore_startup_parameters = {",".join(name for name in wanted)}
+{"max_prepared_statements = 200" if version() >= (1, 21) else ""}
+"""
+        )
+        # It refuses to be root, and the socket's folder lets its owner in alone.
+        owner = os.stat(host).st_uid if host.startswith("/") else pwd.getpwnam("nobody").pw_uid  # noqa: PTH116
+        user = {} if os.geteuid() else {"user": owner}
+        if user:
+            os.chown(folder, user["user"], -1)
+            folder.chmod(0o755)
+            if host.startswith(tempfile.gettempdir()):
+                Path(host).parent.parent.chmod(0o711)  # the folder of this test run
+        self._process = subprocess.Popen(
+            [str(PGBOUNCER), str(folder / "pgbouncer.ini")],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            **user,  # type: ignore[call-overload]
+        )
+        self.dsn = f"postgresql://anybody@/db?host={quote(str(folder), safe='')}&port=6432"
+        assert self._process.stderr is not None
+        said = []
+        for line in self._process.stderr:
+            said.append(line)
+            if "process up" in line:
+                break
+        else:
+            raise AssertionError("".join(said))
+
+    def stop(self) -> None:
+        self._process.terminate()
+        _, said = self._process.communicate(timeout=30)
+        print(said[-3000:])  # shown when a test fails
+
+
+@pytest.fixture
+def pooler(dsn: str) -> Iterator[Callable[..., Pooler]]:
+    with contextlib.ExitStack() as stack:
+
+        def start(**options: Any) -> Pooler:
+            folder = Path(tempfile.mkdtemp(prefix="esql-b"))
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            made = Pooler(dsn, folder, **options)
+            stack.callback(made.stop)
+            return made
+
+        yield start
+
+
+MODES = [pytest.param(False, id="without names")]
+if PGBOUNCER is not None and version() >= (1, 21):
+    MODES.append(pytest.param(True, id="with names"))
+
+
+@pytest.fixture
+async def through(dsn: str, pooler: Callable[..., Pooler], request: Any) -> AsyncIterator[DatabaseAdapter]:
+    db = await elizasql.open(
+        agent_id=uuid4(),
+        dsn=pooler().dsn,
+        migration_dsn=dsn,
+        prepared_statements=request.param,
+        indexing="manual",
+        batch_size=7,
+        pool_max_size=10,
+    )
+    yield db
+    await db.close()
+
+
+@needs_pgbouncer
+@pytest.mark.parametrize("through", MODES, indirect=True)
+async def test_ten_connections_on_two(through: DatabaseAdapter, raw: asyncpg.Connection[Any]) -> None:
+    db = through
+    await db.ensure_agent_exists({"name": "x"})
+    await db.ensure_embedding_dimension(384)
+    scene = await make_scene(db)
+
+    async def turn(number: int) -> None:
+        mark = f"turn {number}"
+        id = await db.create_memory(memory(mark, embedding=V[number], room_id=scene.room), "messages")
+        found = await db.search_memories(embedding=V[number], table_name="messages", room_id=scene.room, count=1)
+        assert found[0].id == id
+        ids = await db.create_memories([memory(mark) for _ in range(20)], "facts")
+        assert len(await db.get_memories_by_ids(ids)) == 20
+        async with db.transaction() as tx:
+            await tx.create_memory(memory(mark), "notes")
+            with contextlib.suppress(elizasql.ForeignKeyError):
+                async with tx.transaction() as inner:
+                    await inner.create_memory(memory(mark, room_id=uuid4()), "notes")
+            assert await tx.count_memories(table_name="notes") >= 1
+        assert await db.delete_memory(id)
+        with pytest.raises(elizasql.ForeignKeyError):
+            await db.create_memory(memory(room_id=uuid4()), "messages")
+
+    await asyncio.gather(*(turn(number) for number in range(len(V))))
+    assert await db.count_memories(table_name="facts") == 20 * len(V)
+    assert await db.count_memories(table_name="notes") == len(V)
+    assert await db.index_memories() == 0
+    assert (await db.health())["ready"]
+
+
+@needs_pgbouncer
+@pytest.mark.parametrize("through", MODES, indirect=True)
+async def test_tasks_are_heard_of_on_a_direct_connection(through: DatabaseAdapter) -> None:
+    db = through
+    await db.ensure_agent_exists({"name": "x"})
+    tasks = db.wait_for_tasks(poll_interval=600)
+    waiting = asyncio.ensure_future(anext(tasks))
+    while not db._listeners:
+        await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    id = await db.create_task({"name": "t", "tags": ["queue"]})
+    assert (await asyncio.wait_for(waiting, 30)).id == id
+    await tasks.aclose()
+
+
+@needs_pgbouncer
+async def test_pooler_that_drops_the_settings_is_refused(dsn: str, pooler: Callable[..., Pooler]) -> None:
+    with pytest.raises(elizasql.ConfigurationError, match=r"does not apply .*enable_seqscan"):
+        await elizasql.open(
+            agent_id=uuid4(), dsn=pooler(settings=False).dsn, migration_dsn=dsn, prepared_statements=False
+        )
+
+
+async def test_without_names_and_without_a_pooler(dsn: str, round_trips: list[str]) -> None:
+    """Each statement is a transaction of its own."""
+    async with elizasql.connect(agent_id=uuid4(), dsn=dsn, prepared_statements=False, indexing="manual") as db:
+        await db.ensure_agent_exists({"name": "x"})
+        round_trips.clear()
+        id = await db.create_memory(memory(), "messages")
+        assert [text.split()[0].rstrip(";") for text in round_trips] == ["BEGIN", "INSERT", "COMMIT"]
+        assert (await db.get_memory_by_id(id)).content == {"text": "x"}  # type: ignore[union-attr]
+
+
+# --- several hosts ---------------------------------------------------------------------------------------------------
+
+
+def socket_folder(dsn: str) -> str:
+    found = parse_qs(urlsplit(dsn).query).get("host")
+    if found is None:
+        pytest.skip("the server has no socket here")
+    return found[0]
+
+
+async def test_first_host_that_is_there(dsn: str, tmp_path: Path) -> None:
+    parts = urlsplit(dsn)
+    several = f"{tmp_path},{socket_folder(dsn)}"
+    address = (
+        f"postgresql://{parts.netloc}{parts.path}?host={quote(several, safe='/,')}&target_session_attrs=read-write"
+    )
+    async with elizasql.connect(agent_id=uuid4(), dsn=address, indexing="manual") as db:
+        await db.ensure_agent_exists({"name": "x"})
+        await db.create_memory(memory(), "messages")
+        assert await db.count_memories() == 1
+
+
+@pytest.mark.parametrize(
+    ("dsn", "address", "wanted"),
+    [
+        ("postgresql://u:p@a:1,b:2/d?target_session_attrs=any", ("b", 2), "postgres://u:p@b:2/d?sslmode=disable"),
+        ("postgresql://a,b/d", ("a", 5432), "postgres://a:5432/d?sslmode=disable"),
+        ("postgresql://u@a,b/d?sslmode=require", ("::1", 7), "postgres://u@[::1]:7/d?sslmode=require"),
+        (
+            "postgresql://u@/d?host=/x,/run/y",
+            "/run/y/.s.PGSQL.5433",
+            "postgres://u@/d?host=%2Frun%2Fy&port=5433&sslmode=disable",
+        ),
+        ("postgresql://u:p@a:1/d?target_session_attrs=primary", ("a", 1), "postgres://u:p@a:1/d?sslmode=disable"),
+    ],
+)
+def test_migrations_go_to_the_host_that_was_found(dsn: str, address: Any, wanted: str) -> None:
+    assert _migrate._for_dbmate(dsn, False, address=address) == wanted
