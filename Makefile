@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 FILE ?=
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types lint-sql format pytest test-slow bench bench-check generate clean
+.PHONY: help demo test check lint types lint-sql format pytest test-slow test-faults bench bench-check generate clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,11 +45,14 @@ format: $(VENV)/installed-dev ## bring the Python files into form
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-pytest: $(VENV)/installed-dev ## the tests, without the slow ones
-	$(BIN)/pytest -m "not slow"
+pytest: $(VENV)/installed-dev ## the tests, without the slow ones, in WORKERS processes
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/installed-dev ## the tests that take too long for every change
 	$(BIN)/pytest -m slow --timeout 1800
+
+test-faults: $(VENV)/installed-dev ## kills, broken networks, full disks: the long version
+	$(BIN)/pytest tests/faults -s --timeout 1800
 
 bench-check: $(VENV)/installed-dev ## each benchmark once, on tiny data
 	ELIZASQL_BENCH=quick $(BIN)/pytest benchmarks --benchmark-disable -q

@@ -24,6 +24,7 @@ T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
 _UNBOUNDED = "__elizasql_unbounded__"
+_LIMIT = "__elizasql_limit__"
 
 # When the call that is running must have ended, by the clock of `time.monotonic`; None: no call is running.
 _deadline: contextvars.ContextVar[float | None] = contextvars.ContextVar("elizasql_deadline", default=None)
@@ -39,6 +40,16 @@ def unbounded(method: F) -> F:
     """Mark a public coroutine method that has no limit of its own: it runs what the caller gives it, or for ever."""
     setattr(method, _UNBOUNDED, True)
     return method
+
+
+def lasting(seconds: float) -> Callable[[F], F]:
+    """Give a public coroutine method another limit than `config.timeout`, where none is given: its work takes long."""
+
+    def mark(method: F) -> F:
+        setattr(method, _LIMIT, seconds)
+        return method
+
+    return mark
 
 
 def spawn(coroutine: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
@@ -63,13 +74,14 @@ def bound_methods(kind: type) -> None:
 
 def _bounded(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
     name = method.__name__
+    own_limit: float | None = getattr(method, _LIMIT, None)
     clock = time.monotonic
 
     @functools.wraps(method)
     async def call(self: Any, *args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
         if _deadline.get() is not None:
             return await method(self, *args, **kwargs)
-        limit = self.config.timeout if timeout is None else _as_timeout(timeout)
+        limit = _as_timeout(timeout) if timeout is not None else own_limit or self.config.timeout
         started = clock()
         token = _deadline.set(started + limit)
         failed: BaseException | None = None

@@ -41,6 +41,9 @@ T = TypeVar("T")
 Arguments = list[Any]
 Work = Callable[[Any, float], Awaitable[Any]]
 
+# Seconds that a rollback has in any case, also when the call that failed has none left.
+_UNDO_TIME = 0.5
+
 # Seconds between two looks at a transaction whose end the server has not decided yet.
 _SETTLE_PAUSE = 0.05
 
@@ -75,6 +78,7 @@ class Executor:
         self._policy = retry_policy(config)
         self._closed = False
         self._drained = asyncio.Event()
+        self._held: set[Any] = set()  # connections that calls have
         self.in_flight = 0
 
     async def fetch(self, statement: Statement, **params: Any) -> list[asyncpg.Record]:
@@ -227,7 +231,11 @@ class Executor:
         return outcome is Outcome.NOT_APPLIED
 
     async def _attempt(self, name: str, work: Work, deadline: float, hold: bool) -> Any:
-        permit = self._breaker.enter()
+        try:
+            permit = self._breaker.enter()
+        except CircuitOpenError as error:
+            error.statement = name
+            raise
         connection, used = self.lane.take(), True
         if connection is None:
             try:
@@ -238,25 +246,29 @@ class Executor:
             except BaseException:
                 self._breaker.leave(permit)
                 raise
+        self._held.add(connection)
         try:
             result = await work(connection, deadline)
-        except Exception as error:
-            raise self._fail(error, connection, permit, used=used) from error
-        except BaseException:
+        except BaseException as error:
+            self._held.discard(connection)
+            if isinstance(error, Exception):
+                raise self._fail(error, connection, permit, used=used) from error
             self._breaker.leave(permit)
             self.lane.give_back(connection)
             raise
         if not hold:
+            self._held.discard(connection)
             self.lane.keep(connection)
         self._breaker.succeed(permit)
         return result
 
     async def _acquire(self, name: str, deadline: float) -> tuple[Any, bool]:
+        left = _left(deadline)
         try:
-            return await self.lane.acquire(_left(deadline))
+            return await self.lane.acquire(left)
         except PoolTimeoutError as error:
             raise PoolTimeoutError(
-                f"{name}: waited {self._config.connection_timeout:g} s for a connection; "
+                f"{name}: waited {min(left, self._config.connection_timeout):.3g} s for a connection; "
                 f"all {self.lane.max_size} are in use",
                 statement=name,
             ) from error
@@ -342,6 +354,7 @@ class Executor:
                 await inner.undo(self._undo_on)
                 raise
             finally:
+                self._held.discard(connection)
                 if _is_free(connection):
                     self.lane.keep(connection)
                 else:
@@ -387,9 +400,14 @@ class Executor:
 
     async def _undo_on(self, connection: Any) -> None:
         """Undo a transaction; the error that led here is what the caller gets."""
+        # Not much beyond the time of the call: a server that is silent undoes it without being told.
+        now = time.monotonic()
+        deadline = min(
+            now + self._config.connection_timeout, max(current_deadline(self._config.timeout), now + _UNDO_TIME)
+        )
         try:
             for statement in self._UNDO:
-                await _send(connection, statement, time.monotonic() + self._config.connection_timeout)
+                await _send(connection, statement, deadline)
         except BaseException as error:
             # Without the connection the server undoes the transaction, whatever state it is in.
             logger.debug("a rollback failed, the connection is dropped", exc_info=True)
@@ -416,15 +434,19 @@ class Executor:
 
     # --- the end -----------------------------------------------------------------------------------------------------
 
-    async def close(self, timeout: float) -> bool:
-        """Refuse new calls and wait for those in flight; give whether they ended within `timeout` seconds."""
+    async def close(self, timeout: float) -> None:
+        """Refuse new calls, wait for those in flight at most `timeout` seconds, and cut what is left."""
         self._closed = True
         if self.in_flight:
             try:
                 await asyncio.wait_for(self._drained.wait(), timeout)
             except (asyncio.TimeoutError, TimeoutError):
-                return False
-        return True
+                self.cut()
+
+    def cut(self) -> None:
+        """Cut the connections of the calls that are running, which end with a ClosedError."""
+        for connection in tuple(self._held):
+            drop(connection)
 
 
 class _TransactionExecutor(Executor):

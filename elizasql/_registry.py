@@ -28,7 +28,16 @@ from .errors import WrongLoopError
 # What has no part in the connections: two adapters may differ in it and share them.
 _APART = frozenset(
     {
-        *("data_dir", "migrate", "migration_dsn", "indexing", "index_batch_size", "index_interval", "batch_size"),
+        *(
+            "data_dir",
+            "migrate",
+            "migration_dsn",
+            "indexing",
+            "index_batch_size",
+            "index_interval",
+            "batch_size",
+            "log_lane",
+        ),
         *("memory_types", "slow_call", "telemetry", "handle_signals", "timeout"),
         *("max_retries", "base_delay", "max_delay", "jitter_max"),
         *("resident", "resident_memory_mb", "resident_max_vectors"),

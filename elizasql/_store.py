@@ -28,11 +28,17 @@ class Store:
     config: Config
     _address: str
     _executor: Executor
+    _background: Executor
     _meter: Meter
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         bound_methods(cls)
+
+    @property
+    def _aside(self) -> Executor:
+        """What runs work that nobody waits for: it takes no caller's connection, but stays in a transaction."""
+        return self._executor if self._executor.in_transaction else self._background
 
     def _read_all(
         self,

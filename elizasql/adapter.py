@@ -13,12 +13,13 @@ from uuid import UUID
 import asyncpg
 
 from . import _codecs, _embedded, _migrate, _pool, _registry, _shutdown, _telemetry
-from ._calls import Meter, unbounded
+from ._calls import Meter, lasting, unbounded
 from ._embedded import EmbeddedServer
 from ._executor import Executor
 from ._indexer import Indexer
 from ._listener import Listener
 from ._registry import Connections
+from ._resident import Resident
 from ._shutdown import opened as _opened
 from ._statements import SQL
 from .agents import Agents
@@ -85,6 +86,7 @@ class DatabaseAdapter(
         self._embedded = embedded
         self._dimension = dimension
         self._large_until: dict[str, float] = {}
+        self._resident = Resident(self._background, agent_id, config, address)
         self._listeners: set[Listener] = set()
         self._closing = asyncio.Lock()
         self._left = False
@@ -133,7 +135,9 @@ class DatabaseAdapter(
         Returns:
             `methods`: of each public method that was called its `count`, `errors` by type, `mean`, `p50`, `p95`, `p99`
             and `longest` in seconds; `retries`: tries that were made again; `unindexed`: vectors of the agent that are
-            not in the HNSW index yet; and `breaker`, `pool` and `background` as in `health`.
+            not in the HNSW index yet; `resident`: searches that vectors in the process answered (`hits`) or left to the
+            database (`misses`), what was merged and loaded, and the `vectors` and `bytes` held; and `breaker`, `pool`
+            and `background` as in `health`.
 
         Statement: sql/embeddings.sql count_unindexed_embeddings. One round trip.
         """
@@ -142,9 +146,11 @@ class DatabaseAdapter(
             "methods": self._meter.snapshot(),
             "retries": self._meter.retries,
             "unindexed": unindexed,
+            "resident": self._resident.snapshot(),
             **self._connections.snapshot(),
         }
 
+    @lasting(3600.0)
     async def index_memories(
         self, progress: Callable[[int, int], None] | None = None, *, rebuild: bool = False, timeout: float | None = None
     ) -> int:
@@ -222,17 +228,18 @@ class DatabaseAdapter(
             self._left = True
             try:
                 await self._indexer.stop()
+                await self._resident.close()
                 for listener in tuple(self._listeners):
                     await listener.close()
-                drained = await self._executor.close(timeout) and await self._background.close(timeout)
+                await self._executor.close(timeout)
+                await self._background.close(timeout)
             except BaseException:
+                self._executor.cut()
+                self._background.cut()
                 self._connections.abandon()
                 raise
             else:
-                if drained:
-                    await self._connections.leave()
-                else:
-                    self._connections.abandon()
+                await self._connections.leave()
             finally:
                 _opened.discard(self)
                 embedded, self._embedded = self._embedded, None

@@ -203,7 +203,7 @@ class Cache(Store):
         count = _codecs.as_optional_count(limit, "limit")
         if count == 0:
             return 0
-        swept: int = await self._executor.fetch_value(SQL["sweep_cache"], agent_id=self.agent_id, count=count)
+        swept: int = await self._aside.fetch_value(SQL["sweep_cache"], agent_id=self.agent_id, count=count)
         return swept
 
 

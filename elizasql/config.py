@@ -129,7 +129,13 @@ class Config:
         index_interval: Seconds between the indexer's looks at the tail. [ELIZASQL_INDEX_INTERVAL]
         ef_search: Candidates that an HNSW search keeps; more is slower and finds more. [ELIZASQL_EF_SEARCH]
         batch_size: Rows in one statement of a batch write, 1 to 5,000. [ELIZASQL_BATCH_SIZE]
+        log_lane: Whose connections writing logs takes: "interactive", or "background", so that a flood of logs keeps no
+            caller waiting. [ELIZASQL_LOG_LANE]
         memory_types: The only values taken as `table_name`; None: any. [ELIZASQL_MEMORY_TYPES, comma-separated]
+        resident: Whether vectors are held in the process and searched there: "off"; "auto": where that pays, loaded in
+            the background; "required": from the first search on, which waits for it. [ELIZASQL_RESIDENT]
+        resident_memory_mb: What the process may hold of them, over all agents, in MiB. [ELIZASQL_RESIDENT_MEMORY_MB]
+        resident_max_vectors: Most vectors of an agent and type that are held. [ELIZASQL_RESIDENT_MAX_VECTORS]
         application_name: What the server's activity view shows. [ELIZASQL_APPLICATION_NAME]
     """
 
@@ -159,7 +165,11 @@ class Config:
     index_interval: float = _setting(1.0, "ELIZASQL_INDEX_INTERVAL", _number(float, 0.001))
     ef_search: int = _setting(100, "ELIZASQL_EF_SEARCH", _number(int, 1))
     batch_size: int = _setting(1000, "ELIZASQL_BATCH_SIZE", _number(int, 1))
+    log_lane: str = _setting("interactive", "ELIZASQL_LOG_LANE", _one_of("interactive", "background"))
     memory_types: frozenset[str] | None = _setting(None, "ELIZASQL_MEMORY_TYPES", _names)
+    resident: str = _setting("auto", "ELIZASQL_RESIDENT", _one_of("auto", "off", "required"))
+    resident_memory_mb: int = _setting(256, "ELIZASQL_RESIDENT_MEMORY_MB", _number(int, 0))
+    resident_max_vectors: int = _setting(25_000, "ELIZASQL_RESIDENT_MAX_VECTORS", _number(int, 0))
     application_name: str = _setting("elizasql", "ELIZASQL_APPLICATION_NAME", _label)
 
     @classmethod

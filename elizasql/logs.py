@@ -73,7 +73,8 @@ class Logs(Store):
             }
             for chunk in self._chunks(rows)
         ]
-        await self._executor.fetch_chunks(SQL["create_logs"], chunks)
+        executor = self._aside if self.config.log_lane == "background" else self._executor
+        await executor.fetch_chunks(SQL["create_logs"], chunks)
         return ids
 
     async def update_logs(self, logs: Iterable[Log | Mapping[str, Any]], *, timeout: float | None = None) -> None:
@@ -159,13 +160,13 @@ class Logs(Store):
         else:
             params["before"] = _codecs.as_optional_time(older_than, "older_than")
         if keep is not None and _codecs.as_count(keep, "keep") > 0:
-            oldest = await self._executor.fetch_row(SQL["get_oldest_kept_log"], agent_id=self.agent_id, keep=keep)
+            oldest = await self._aside.fetch_row(SQL["get_oldest_kept_log"], agent_id=self.agent_id, keep=keep)
             if oldest is None:
                 return 0
             params |= {"kept_time": oldest[0], "kept_id": oldest[1]}
         deleted = 0
         while True:
-            batch: int = await self._executor.fetch_value(SQL["prune_logs"], **params)
+            batch: int = await self._aside.fetch_value(SQL["prune_logs"], **params)
             deleted += batch
             if batch < self.config.batch_size:
                 return deleted

@@ -13,6 +13,7 @@ from rapidfuzz.distance import Levenshtein
 
 from . import _codecs
 from ._indexer import Indexer
+from ._resident import Resident
 from ._statements import SQL, Statement
 from ._store import Store
 from .errors import ArgumentError, EmbeddingDimensionError, ForeignKeyError, NotFoundError
@@ -37,6 +38,7 @@ class Memories(Store):
 
     _dimension: int | None
     _indexer: Indexer
+    _resident: Resident
     # Types whose agent-wide scope was found large and dense, and until when that holds.
     _large_until: dict[str, float]
 
@@ -482,8 +484,9 @@ class Memories(Store):
     ) -> list[Memory]:
         """Find the memories nearest in meaning, most similar first; equal ones are ordered by id.
 
-        Never fewer than `count` rows while more match. Scopes up to 2,000 rows, and larger ones that are a small part
-        of the index, are searched exactly; the others through HNSW and, for what is not indexed yet, exactly.
+        Never fewer than `count` rows while more match. What is searched often is held in the process and searched
+        there, exactly (`config.resident`). In the database scopes up to 2,000 rows, and larger ones that are a small
+        part of the index, are searched exactly; the others through HNSW and, for what is not indexed yet, exactly.
 
         Args:
             embedding: float32[dimension], or anything that converts to it; any norm but zero.
@@ -503,8 +506,9 @@ class Memories(Store):
             EmbeddingError: Not a vector that can be compared; nothing was sent.
             EmbeddingDimensionError: The agent is locked to another width; nothing was sent where that is known.
 
-        Statement: sql/embeddings.sql search_memories, search_memories_by_hnsw, search_memories_of_room, _of_entity or
-        _of_world. One round trip. Source: searchMemories; differs: uses an index, the threshold 0 means 0.
+        Statement: sql/resident.sql fetch_resident, or sql/embeddings.sql search_memories, search_memories_by_hnsw,
+        search_memories_of_room, _of_entity or _of_world. One round trip; in the process more after many changes.
+        Source: searchMemories; differs: uses an index, the threshold 0 means 0.
         """
         vector = _codecs.as_embedding(embedding)
         self._check_width(vector.shape[0])
@@ -526,6 +530,9 @@ class Memories(Store):
         if number == 0 or await self._find_dimension() is None:
             return []
         self._check_width(vector.shape[0])
+        found = await self._resident.search(self._executor, vector, params | scope)
+        if found is not None:
+            return found
         path = _path(scope)
         if path is not None:
             statement = SQL.at(_BY_SCOPE["search_memories"][path], vector.shape[0])

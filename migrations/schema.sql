@@ -960,6 +960,15 @@ BEGIN
 END
 $$;
 
+CREATE FUNCTION elizasql.stamp_embedding() RETURNS trigger
+    LANGUAGE plpgsql
+    AS $$
+BEGIN
+    NEW.xid := pg_current_xact_id();
+    RETURN NEW;
+END
+$$;
+
 CREATE FUNCTION elizasql.tag_keys(agent_id uuid, tags text[]) RETURNS bigint[]
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
     RETURN COALESCE((SELECT array_agg(hashtextextended(given.tag, uuid_hash_extended(tag_keys.agent_id, (0)::bigint))) AS array_agg FROM unnest(tag_keys.tags) given(tag)), '{}'::bigint[]);
@@ -2268,13 +2277,13 @@ CREATE INDEX embeddings_tail_idx ON ONLY elizasql.embeddings USING btree (agent_
 
 CREATE INDEX embeddings_p00_agent_id_type_idx1 ON elizasql.embeddings_p00 USING btree (agent_id, type) WHERE (NOT indexed);
 
+CREATE INDEX embeddings_xid_idx ON ONLY elizasql.embeddings USING btree (agent_id, type, xid);
+
+CREATE INDEX embeddings_p00_agent_id_type_xid_idx ON elizasql.embeddings_p00 USING btree (agent_id, type, xid);
+
 CREATE INDEX embeddings_world_idx ON ONLY elizasql.embeddings USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX embeddings_p00_agent_id_world_id_type_idx ON elizasql.embeddings_p00 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
-
-CREATE INDEX embeddings_xid_idx ON ONLY elizasql.embeddings USING btree (agent_id, xid);
-
-CREATE INDEX embeddings_p00_agent_id_xid_idx ON elizasql.embeddings_p00 USING btree (agent_id, xid);
 
 CREATE INDEX embeddings_p00_dim_1024_hnsw ON elizasql.embeddings_p00 USING hnsw (((dim_1024)::public.halfvec(1024)) public.halfvec_cosine_ops) WITH (m='16', ef_construction='128') WHERE indexed;
 
@@ -2296,9 +2305,9 @@ CREATE INDEX embeddings_p01_agent_id_type_idx ON elizasql.embeddings_p01 USING b
 
 CREATE INDEX embeddings_p01_agent_id_type_idx1 ON elizasql.embeddings_p01 USING btree (agent_id, type) WHERE (NOT indexed);
 
-CREATE INDEX embeddings_p01_agent_id_world_id_type_idx ON elizasql.embeddings_p01 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
+CREATE INDEX embeddings_p01_agent_id_type_xid_idx ON elizasql.embeddings_p01 USING btree (agent_id, type, xid);
 
-CREATE INDEX embeddings_p01_agent_id_xid_idx ON elizasql.embeddings_p01 USING btree (agent_id, xid);
+CREATE INDEX embeddings_p01_agent_id_world_id_type_idx ON elizasql.embeddings_p01 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX embeddings_p01_dim_1024_hnsw ON elizasql.embeddings_p01 USING hnsw (((dim_1024)::public.halfvec(1024)) public.halfvec_cosine_ops) WITH (m='16', ef_construction='128') WHERE indexed;
 
@@ -2320,9 +2329,9 @@ CREATE INDEX embeddings_p02_agent_id_type_idx ON elizasql.embeddings_p02 USING b
 
 CREATE INDEX embeddings_p02_agent_id_type_idx1 ON elizasql.embeddings_p02 USING btree (agent_id, type) WHERE (NOT indexed);
 
-CREATE INDEX embeddings_p02_agent_id_world_id_type_idx ON elizasql.embeddings_p02 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
+CREATE INDEX embeddings_p02_agent_id_type_xid_idx ON elizasql.embeddings_p02 USING btree (agent_id, type, xid);
 
-CREATE INDEX embeddings_p02_agent_id_xid_idx ON elizasql.embeddings_p02 USING btree (agent_id, xid);
+CREATE INDEX embeddings_p02_agent_id_world_id_type_idx ON elizasql.embeddings_p02 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX embeddings_p02_dim_1024_hnsw ON elizasql.embeddings_p02 USING hnsw (((dim_1024)::public.halfvec(1024)) public.halfvec_cosine_ops) WITH (m='16', ef_construction='128') WHERE indexed;
 
@@ -2344,9 +2353,9 @@ CREATE INDEX embeddings_p03_agent_id_type_idx ON elizasql.embeddings_p03 USING b
 
 CREATE INDEX embeddings_p03_agent_id_type_idx1 ON elizasql.embeddings_p03 USING btree (agent_id, type) WHERE (NOT indexed);
 
-CREATE INDEX embeddings_p03_agent_id_world_id_type_idx ON elizasql.embeddings_p03 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
+CREATE INDEX embeddings_p03_agent_id_type_xid_idx ON elizasql.embeddings_p03 USING btree (agent_id, type, xid);
 
-CREATE INDEX embeddings_p03_agent_id_xid_idx ON elizasql.embeddings_p03 USING btree (agent_id, xid);
+CREATE INDEX embeddings_p03_agent_id_world_id_type_idx ON elizasql.embeddings_p03 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX embeddings_p03_dim_1024_hnsw ON elizasql.embeddings_p03 USING hnsw (((dim_1024)::public.halfvec(1024)) public.halfvec_cosine_ops) WITH (m='16', ef_construction='128') WHERE indexed;
 
@@ -2368,9 +2377,9 @@ CREATE INDEX embeddings_p04_agent_id_type_idx ON elizasql.embeddings_p04 USING b
 
 CREATE INDEX embeddings_p04_agent_id_type_idx1 ON elizasql.embeddings_p04 USING btree (agent_id, type) WHERE (NOT indexed);
 
-CREATE INDEX embeddings_p04_agent_id_world_id_type_idx ON elizasql.embeddings_p04 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
+CREATE INDEX embeddings_p04_agent_id_type_xid_idx ON elizasql.embeddings_p04 USING btree (agent_id, type, xid);
 
-CREATE INDEX embeddings_p04_agent_id_xid_idx ON elizasql.embeddings_p04 USING btree (agent_id, xid);
+CREATE INDEX embeddings_p04_agent_id_world_id_type_idx ON elizasql.embeddings_p04 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX embeddings_p04_dim_1024_hnsw ON elizasql.embeddings_p04 USING hnsw (((dim_1024)::public.halfvec(1024)) public.halfvec_cosine_ops) WITH (m='16', ef_construction='128') WHERE indexed;
 
@@ -2392,9 +2401,9 @@ CREATE INDEX embeddings_p05_agent_id_type_idx ON elizasql.embeddings_p05 USING b
 
 CREATE INDEX embeddings_p05_agent_id_type_idx1 ON elizasql.embeddings_p05 USING btree (agent_id, type) WHERE (NOT indexed);
 
-CREATE INDEX embeddings_p05_agent_id_world_id_type_idx ON elizasql.embeddings_p05 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
+CREATE INDEX embeddings_p05_agent_id_type_xid_idx ON elizasql.embeddings_p05 USING btree (agent_id, type, xid);
 
-CREATE INDEX embeddings_p05_agent_id_xid_idx ON elizasql.embeddings_p05 USING btree (agent_id, xid);
+CREATE INDEX embeddings_p05_agent_id_world_id_type_idx ON elizasql.embeddings_p05 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX embeddings_p05_dim_1024_hnsw ON elizasql.embeddings_p05 USING hnsw (((dim_1024)::public.halfvec(1024)) public.halfvec_cosine_ops) WITH (m='16', ef_construction='128') WHERE indexed;
 
@@ -2416,9 +2425,9 @@ CREATE INDEX embeddings_p06_agent_id_type_idx ON elizasql.embeddings_p06 USING b
 
 CREATE INDEX embeddings_p06_agent_id_type_idx1 ON elizasql.embeddings_p06 USING btree (agent_id, type) WHERE (NOT indexed);
 
-CREATE INDEX embeddings_p06_agent_id_world_id_type_idx ON elizasql.embeddings_p06 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
+CREATE INDEX embeddings_p06_agent_id_type_xid_idx ON elizasql.embeddings_p06 USING btree (agent_id, type, xid);
 
-CREATE INDEX embeddings_p06_agent_id_xid_idx ON elizasql.embeddings_p06 USING btree (agent_id, xid);
+CREATE INDEX embeddings_p06_agent_id_world_id_type_idx ON elizasql.embeddings_p06 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX embeddings_p06_dim_1024_hnsw ON elizasql.embeddings_p06 USING hnsw (((dim_1024)::public.halfvec(1024)) public.halfvec_cosine_ops) WITH (m='16', ef_construction='128') WHERE indexed;
 
@@ -2440,9 +2449,9 @@ CREATE INDEX embeddings_p07_agent_id_type_idx ON elizasql.embeddings_p07 USING b
 
 CREATE INDEX embeddings_p07_agent_id_type_idx1 ON elizasql.embeddings_p07 USING btree (agent_id, type) WHERE (NOT indexed);
 
-CREATE INDEX embeddings_p07_agent_id_world_id_type_idx ON elizasql.embeddings_p07 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
+CREATE INDEX embeddings_p07_agent_id_type_xid_idx ON elizasql.embeddings_p07 USING btree (agent_id, type, xid);
 
-CREATE INDEX embeddings_p07_agent_id_xid_idx ON elizasql.embeddings_p07 USING btree (agent_id, xid);
+CREATE INDEX embeddings_p07_agent_id_world_id_type_idx ON elizasql.embeddings_p07 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX embeddings_p07_dim_1024_hnsw ON elizasql.embeddings_p07 USING hnsw (((dim_1024)::public.halfvec(1024)) public.halfvec_cosine_ops) WITH (m='16', ef_construction='128') WHERE indexed;
 
@@ -2464,9 +2473,9 @@ CREATE INDEX embeddings_p08_agent_id_type_idx ON elizasql.embeddings_p08 USING b
 
 CREATE INDEX embeddings_p08_agent_id_type_idx1 ON elizasql.embeddings_p08 USING btree (agent_id, type) WHERE (NOT indexed);
 
-CREATE INDEX embeddings_p08_agent_id_world_id_type_idx ON elizasql.embeddings_p08 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
+CREATE INDEX embeddings_p08_agent_id_type_xid_idx ON elizasql.embeddings_p08 USING btree (agent_id, type, xid);
 
-CREATE INDEX embeddings_p08_agent_id_xid_idx ON elizasql.embeddings_p08 USING btree (agent_id, xid);
+CREATE INDEX embeddings_p08_agent_id_world_id_type_idx ON elizasql.embeddings_p08 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX embeddings_p08_dim_1024_hnsw ON elizasql.embeddings_p08 USING hnsw (((dim_1024)::public.halfvec(1024)) public.halfvec_cosine_ops) WITH (m='16', ef_construction='128') WHERE indexed;
 
@@ -2488,9 +2497,9 @@ CREATE INDEX embeddings_p09_agent_id_type_idx ON elizasql.embeddings_p09 USING b
 
 CREATE INDEX embeddings_p09_agent_id_type_idx1 ON elizasql.embeddings_p09 USING btree (agent_id, type) WHERE (NOT indexed);
 
-CREATE INDEX embeddings_p09_agent_id_world_id_type_idx ON elizasql.embeddings_p09 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
+CREATE INDEX embeddings_p09_agent_id_type_xid_idx ON elizasql.embeddings_p09 USING btree (agent_id, type, xid);
 
-CREATE INDEX embeddings_p09_agent_id_xid_idx ON elizasql.embeddings_p09 USING btree (agent_id, xid);
+CREATE INDEX embeddings_p09_agent_id_world_id_type_idx ON elizasql.embeddings_p09 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX embeddings_p09_dim_1024_hnsw ON elizasql.embeddings_p09 USING hnsw (((dim_1024)::public.halfvec(1024)) public.halfvec_cosine_ops) WITH (m='16', ef_construction='128') WHERE indexed;
 
@@ -2512,9 +2521,9 @@ CREATE INDEX embeddings_p10_agent_id_type_idx ON elizasql.embeddings_p10 USING b
 
 CREATE INDEX embeddings_p10_agent_id_type_idx1 ON elizasql.embeddings_p10 USING btree (agent_id, type) WHERE (NOT indexed);
 
-CREATE INDEX embeddings_p10_agent_id_world_id_type_idx ON elizasql.embeddings_p10 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
+CREATE INDEX embeddings_p10_agent_id_type_xid_idx ON elizasql.embeddings_p10 USING btree (agent_id, type, xid);
 
-CREATE INDEX embeddings_p10_agent_id_xid_idx ON elizasql.embeddings_p10 USING btree (agent_id, xid);
+CREATE INDEX embeddings_p10_agent_id_world_id_type_idx ON elizasql.embeddings_p10 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX embeddings_p10_dim_1024_hnsw ON elizasql.embeddings_p10 USING hnsw (((dim_1024)::public.halfvec(1024)) public.halfvec_cosine_ops) WITH (m='16', ef_construction='128') WHERE indexed;
 
@@ -2536,9 +2545,9 @@ CREATE INDEX embeddings_p11_agent_id_type_idx ON elizasql.embeddings_p11 USING b
 
 CREATE INDEX embeddings_p11_agent_id_type_idx1 ON elizasql.embeddings_p11 USING btree (agent_id, type) WHERE (NOT indexed);
 
-CREATE INDEX embeddings_p11_agent_id_world_id_type_idx ON elizasql.embeddings_p11 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
+CREATE INDEX embeddings_p11_agent_id_type_xid_idx ON elizasql.embeddings_p11 USING btree (agent_id, type, xid);
 
-CREATE INDEX embeddings_p11_agent_id_xid_idx ON elizasql.embeddings_p11 USING btree (agent_id, xid);
+CREATE INDEX embeddings_p11_agent_id_world_id_type_idx ON elizasql.embeddings_p11 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX embeddings_p11_dim_1024_hnsw ON elizasql.embeddings_p11 USING hnsw (((dim_1024)::public.halfvec(1024)) public.halfvec_cosine_ops) WITH (m='16', ef_construction='128') WHERE indexed;
 
@@ -2560,9 +2569,9 @@ CREATE INDEX embeddings_p12_agent_id_type_idx ON elizasql.embeddings_p12 USING b
 
 CREATE INDEX embeddings_p12_agent_id_type_idx1 ON elizasql.embeddings_p12 USING btree (agent_id, type) WHERE (NOT indexed);
 
-CREATE INDEX embeddings_p12_agent_id_world_id_type_idx ON elizasql.embeddings_p12 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
+CREATE INDEX embeddings_p12_agent_id_type_xid_idx ON elizasql.embeddings_p12 USING btree (agent_id, type, xid);
 
-CREATE INDEX embeddings_p12_agent_id_xid_idx ON elizasql.embeddings_p12 USING btree (agent_id, xid);
+CREATE INDEX embeddings_p12_agent_id_world_id_type_idx ON elizasql.embeddings_p12 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX embeddings_p12_dim_1024_hnsw ON elizasql.embeddings_p12 USING hnsw (((dim_1024)::public.halfvec(1024)) public.halfvec_cosine_ops) WITH (m='16', ef_construction='128') WHERE indexed;
 
@@ -2584,9 +2593,9 @@ CREATE INDEX embeddings_p13_agent_id_type_idx ON elizasql.embeddings_p13 USING b
 
 CREATE INDEX embeddings_p13_agent_id_type_idx1 ON elizasql.embeddings_p13 USING btree (agent_id, type) WHERE (NOT indexed);
 
-CREATE INDEX embeddings_p13_agent_id_world_id_type_idx ON elizasql.embeddings_p13 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
+CREATE INDEX embeddings_p13_agent_id_type_xid_idx ON elizasql.embeddings_p13 USING btree (agent_id, type, xid);
 
-CREATE INDEX embeddings_p13_agent_id_xid_idx ON elizasql.embeddings_p13 USING btree (agent_id, xid);
+CREATE INDEX embeddings_p13_agent_id_world_id_type_idx ON elizasql.embeddings_p13 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX embeddings_p13_dim_1024_hnsw ON elizasql.embeddings_p13 USING hnsw (((dim_1024)::public.halfvec(1024)) public.halfvec_cosine_ops) WITH (m='16', ef_construction='128') WHERE indexed;
 
@@ -2608,9 +2617,9 @@ CREATE INDEX embeddings_p14_agent_id_type_idx ON elizasql.embeddings_p14 USING b
 
 CREATE INDEX embeddings_p14_agent_id_type_idx1 ON elizasql.embeddings_p14 USING btree (agent_id, type) WHERE (NOT indexed);
 
-CREATE INDEX embeddings_p14_agent_id_world_id_type_idx ON elizasql.embeddings_p14 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
+CREATE INDEX embeddings_p14_agent_id_type_xid_idx ON elizasql.embeddings_p14 USING btree (agent_id, type, xid);
 
-CREATE INDEX embeddings_p14_agent_id_xid_idx ON elizasql.embeddings_p14 USING btree (agent_id, xid);
+CREATE INDEX embeddings_p14_agent_id_world_id_type_idx ON elizasql.embeddings_p14 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX embeddings_p14_dim_1024_hnsw ON elizasql.embeddings_p14 USING hnsw (((dim_1024)::public.halfvec(1024)) public.halfvec_cosine_ops) WITH (m='16', ef_construction='128') WHERE indexed;
 
@@ -2632,9 +2641,9 @@ CREATE INDEX embeddings_p15_agent_id_type_idx ON elizasql.embeddings_p15 USING b
 
 CREATE INDEX embeddings_p15_agent_id_type_idx1 ON elizasql.embeddings_p15 USING btree (agent_id, type) WHERE (NOT indexed);
 
-CREATE INDEX embeddings_p15_agent_id_world_id_type_idx ON elizasql.embeddings_p15 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
+CREATE INDEX embeddings_p15_agent_id_type_xid_idx ON elizasql.embeddings_p15 USING btree (agent_id, type, xid);
 
-CREATE INDEX embeddings_p15_agent_id_xid_idx ON elizasql.embeddings_p15 USING btree (agent_id, xid);
+CREATE INDEX embeddings_p15_agent_id_world_id_type_idx ON elizasql.embeddings_p15 USING btree (agent_id, world_id, type) WHERE (world_id IS NOT NULL);
 
 CREATE INDEX embeddings_p15_dim_1024_hnsw ON elizasql.embeddings_p15 USING hnsw (((dim_1024)::public.halfvec(1024)) public.halfvec_cosine_ops) WITH (m='16', ef_construction='128') WHERE indexed;
 
@@ -2920,9 +2929,9 @@ ALTER INDEX elizasql.embeddings_type_idx ATTACH PARTITION elizasql.embeddings_p0
 
 ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p00_agent_id_type_idx1;
 
-ALTER INDEX elizasql.embeddings_world_idx ATTACH PARTITION elizasql.embeddings_p00_agent_id_world_id_type_idx;
+ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p00_agent_id_type_xid_idx;
 
-ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p00_agent_id_xid_idx;
+ALTER INDEX elizasql.embeddings_world_idx ATTACH PARTITION elizasql.embeddings_p00_agent_id_world_id_type_idx;
 
 ALTER INDEX elizasql.embeddings_pkey ATTACH PARTITION elizasql.embeddings_p00_pkey;
 
@@ -2934,9 +2943,9 @@ ALTER INDEX elizasql.embeddings_type_idx ATTACH PARTITION elizasql.embeddings_p0
 
 ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p01_agent_id_type_idx1;
 
-ALTER INDEX elizasql.embeddings_world_idx ATTACH PARTITION elizasql.embeddings_p01_agent_id_world_id_type_idx;
+ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p01_agent_id_type_xid_idx;
 
-ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p01_agent_id_xid_idx;
+ALTER INDEX elizasql.embeddings_world_idx ATTACH PARTITION elizasql.embeddings_p01_agent_id_world_id_type_idx;
 
 ALTER INDEX elizasql.embeddings_pkey ATTACH PARTITION elizasql.embeddings_p01_pkey;
 
@@ -2948,9 +2957,9 @@ ALTER INDEX elizasql.embeddings_type_idx ATTACH PARTITION elizasql.embeddings_p0
 
 ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p02_agent_id_type_idx1;
 
-ALTER INDEX elizasql.embeddings_world_idx ATTACH PARTITION elizasql.embeddings_p02_agent_id_world_id_type_idx;
+ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p02_agent_id_type_xid_idx;
 
-ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p02_agent_id_xid_idx;
+ALTER INDEX elizasql.embeddings_world_idx ATTACH PARTITION elizasql.embeddings_p02_agent_id_world_id_type_idx;
 
 ALTER INDEX elizasql.embeddings_pkey ATTACH PARTITION elizasql.embeddings_p02_pkey;
 
@@ -2962,9 +2971,9 @@ ALTER INDEX elizasql.embeddings_type_idx ATTACH PARTITION elizasql.embeddings_p0
 
 ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p03_agent_id_type_idx1;
 
-ALTER INDEX elizasql.embeddings_world_idx ATTACH PARTITION elizasql.embeddings_p03_agent_id_world_id_type_idx;
+ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p03_agent_id_type_xid_idx;
 
-ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p03_agent_id_xid_idx;
+ALTER INDEX elizasql.embeddings_world_idx ATTACH PARTITION elizasql.embeddings_p03_agent_id_world_id_type_idx;
 
 ALTER INDEX elizasql.embeddings_pkey ATTACH PARTITION elizasql.embeddings_p03_pkey;
 
@@ -2976,9 +2985,9 @@ ALTER INDEX elizasql.embeddings_type_idx ATTACH PARTITION elizasql.embeddings_p0
 
 ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p04_agent_id_type_idx1;
 
-ALTER INDEX elizasql.embeddings_world_idx ATTACH PARTITION elizasql.embeddings_p04_agent_id_world_id_type_idx;
+ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p04_agent_id_type_xid_idx;
 
-ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p04_agent_id_xid_idx;
+ALTER INDEX elizasql.embeddings_world_idx ATTACH PARTITION elizasql.embeddings_p04_agent_id_world_id_type_idx;
 
 ALTER INDEX elizasql.embeddings_pkey ATTACH PARTITION elizasql.embeddings_p04_pkey;
 
@@ -2990,9 +2999,9 @@ ALTER INDEX elizasql.embeddings_type_idx ATTACH PARTITION elizasql.embeddings_p0
 
 ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p05_agent_id_type_idx1;
 
-ALTER INDEX elizasql.embeddings_world_idx ATTACH PARTITION elizasql.embeddings_p05_agent_id_world_id_type_idx;
+ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p05_agent_id_type_xid_idx;
 
-ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p05_agent_id_xid_idx;
+ALTER INDEX elizasql.embeddings_world_idx ATTACH PARTITION elizasql.embeddings_p05_agent_id_world_id_type_idx;
 
 ALTER INDEX elizasql.embeddings_pkey ATTACH PARTITION elizasql.embeddings_p05_pkey;
 
@@ -3004,9 +3013,9 @@ ALTER INDEX elizasql.embeddings_type_idx ATTACH PARTITION elizasql.embeddings_p0
 
 ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p06_agent_id_type_idx1;
 
-ALTER INDEX elizasql.embeddings_world_idx ATTACH PARTITION elizasql.embeddings_p06_agent_id_world_id_type_idx;
+ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p06_agent_id_type_xid_idx;
 
-ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p06_agent_id_xid_idx;
+ALTER INDEX elizasql.embeddings_world_idx ATTACH PARTITION elizasql.embeddings_p06_agent_id_world_id_type_idx;
 
 ALTER INDEX elizasql.embeddings_pkey ATTACH PARTITION elizasql.embeddings_p06_pkey;
 
@@ -3018,9 +3027,9 @@ ALTER INDEX elizasql.embeddings_type_idx ATTACH PARTITION elizasql.embeddings_p0
 
 ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p07_agent_id_type_idx1;
 
-ALTER INDEX elizasql.embeddings_world_idx ATTACH PARTITION elizasql.embeddings_p07_agent_id_world_id_type_idx;
+ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p07_agent_id_type_xid_idx;
 
-ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p07_agent_id_xid_idx;
+ALTER INDEX elizasql.embeddings_world_idx ATTACH PARTITION elizasql.embeddings_p07_agent_id_world_id_type_idx;
 
 ALTER INDEX elizasql.embeddings_pkey ATTACH PARTITION elizasql.embeddings_p07_pkey;
 
@@ -3032,9 +3041,9 @@ ALTER INDEX elizasql.embeddings_type_idx ATTACH PARTITION elizasql.embeddings_p0
 
 ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p08_agent_id_type_idx1;
 
-ALTER INDEX elizasql.embeddings_world_idx ATTACH PARTITION elizasql.embeddings_p08_agent_id_world_id_type_idx;
+ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p08_agent_id_type_xid_idx;
 
-ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p08_agent_id_xid_idx;
+ALTER INDEX elizasql.embeddings_world_idx ATTACH PARTITION elizasql.embeddings_p08_agent_id_world_id_type_idx;
 
 ALTER INDEX elizasql.embeddings_pkey ATTACH PARTITION elizasql.embeddings_p08_pkey;
 
@@ -3046,9 +3055,9 @@ ALTER INDEX elizasql.embeddings_type_idx ATTACH PARTITION elizasql.embeddings_p0
 
 ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p09_agent_id_type_idx1;
 
-ALTER INDEX elizasql.embeddings_world_idx ATTACH PARTITION elizasql.embeddings_p09_agent_id_world_id_type_idx;
+ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p09_agent_id_type_xid_idx;
 
-ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p09_agent_id_xid_idx;
+ALTER INDEX elizasql.embeddings_world_idx ATTACH PARTITION elizasql.embeddings_p09_agent_id_world_id_type_idx;
 
 ALTER INDEX elizasql.embeddings_pkey ATTACH PARTITION elizasql.embeddings_p09_pkey;
 
@@ -3060,9 +3069,9 @@ ALTER INDEX elizasql.embeddings_type_idx ATTACH PARTITION elizasql.embeddings_p1
 
 ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p10_agent_id_type_idx1;
 
-ALTER INDEX elizasql.embeddings_world_idx ATTACH PARTITION elizasql.embeddings_p10_agent_id_world_id_type_idx;
+ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p10_agent_id_type_xid_idx;
 
-ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p10_agent_id_xid_idx;
+ALTER INDEX elizasql.embeddings_world_idx ATTACH PARTITION elizasql.embeddings_p10_agent_id_world_id_type_idx;
 
 ALTER INDEX elizasql.embeddings_pkey ATTACH PARTITION elizasql.embeddings_p10_pkey;
 
@@ -3074,9 +3083,9 @@ ALTER INDEX elizasql.embeddings_type_idx ATTACH PARTITION elizasql.embeddings_p1
 
 ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p11_agent_id_type_idx1;
 
-ALTER INDEX elizasql.embeddings_world_idx ATTACH PARTITION elizasql.embeddings_p11_agent_id_world_id_type_idx;
+ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p11_agent_id_type_xid_idx;
 
-ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p11_agent_id_xid_idx;
+ALTER INDEX elizasql.embeddings_world_idx ATTACH PARTITION elizasql.embeddings_p11_agent_id_world_id_type_idx;
 
 ALTER INDEX elizasql.embeddings_pkey ATTACH PARTITION elizasql.embeddings_p11_pkey;
 
@@ -3088,9 +3097,9 @@ ALTER INDEX elizasql.embeddings_type_idx ATTACH PARTITION elizasql.embeddings_p1
 
 ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p12_agent_id_type_idx1;
 
-ALTER INDEX elizasql.embeddings_world_idx ATTACH PARTITION elizasql.embeddings_p12_agent_id_world_id_type_idx;
+ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p12_agent_id_type_xid_idx;
 
-ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p12_agent_id_xid_idx;
+ALTER INDEX elizasql.embeddings_world_idx ATTACH PARTITION elizasql.embeddings_p12_agent_id_world_id_type_idx;
 
 ALTER INDEX elizasql.embeddings_pkey ATTACH PARTITION elizasql.embeddings_p12_pkey;
 
@@ -3102,9 +3111,9 @@ ALTER INDEX elizasql.embeddings_type_idx ATTACH PARTITION elizasql.embeddings_p1
 
 ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p13_agent_id_type_idx1;
 
-ALTER INDEX elizasql.embeddings_world_idx ATTACH PARTITION elizasql.embeddings_p13_agent_id_world_id_type_idx;
+ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p13_agent_id_type_xid_idx;
 
-ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p13_agent_id_xid_idx;
+ALTER INDEX elizasql.embeddings_world_idx ATTACH PARTITION elizasql.embeddings_p13_agent_id_world_id_type_idx;
 
 ALTER INDEX elizasql.embeddings_pkey ATTACH PARTITION elizasql.embeddings_p13_pkey;
 
@@ -3116,9 +3125,9 @@ ALTER INDEX elizasql.embeddings_type_idx ATTACH PARTITION elizasql.embeddings_p1
 
 ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p14_agent_id_type_idx1;
 
-ALTER INDEX elizasql.embeddings_world_idx ATTACH PARTITION elizasql.embeddings_p14_agent_id_world_id_type_idx;
+ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p14_agent_id_type_xid_idx;
 
-ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p14_agent_id_xid_idx;
+ALTER INDEX elizasql.embeddings_world_idx ATTACH PARTITION elizasql.embeddings_p14_agent_id_world_id_type_idx;
 
 ALTER INDEX elizasql.embeddings_pkey ATTACH PARTITION elizasql.embeddings_p14_pkey;
 
@@ -3130,9 +3139,9 @@ ALTER INDEX elizasql.embeddings_type_idx ATTACH PARTITION elizasql.embeddings_p1
 
 ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p15_agent_id_type_idx1;
 
-ALTER INDEX elizasql.embeddings_world_idx ATTACH PARTITION elizasql.embeddings_p15_agent_id_world_id_type_idx;
+ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p15_agent_id_type_xid_idx;
 
-ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p15_agent_id_xid_idx;
+ALTER INDEX elizasql.embeddings_world_idx ATTACH PARTITION elizasql.embeddings_p15_agent_id_world_id_type_idx;
 
 ALTER INDEX elizasql.embeddings_pkey ATTACH PARTITION elizasql.embeddings_p15_pkey;
 
@@ -3361,6 +3370,14 @@ ALTER INDEX elizasql.memories_world_idx ATTACH PARTITION elizasql.memories_p15_a
 ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p15_pkey;
 
 CREATE TRIGGER agents_embedding_dimension_locked BEFORE UPDATE OF embedding_dimension ON elizasql.agents FOR EACH ROW WHEN (((old.embedding_dimension IS NOT NULL) AND (new.embedding_dimension IS DISTINCT FROM old.embedding_dimension))) EXECUTE FUNCTION elizasql.refuse_dimension_change();
+
+CREATE TRIGGER embeddings_stamp_changed BEFORE UPDATE OF agent_id, memory_id, type, room_id, world_id, entity_id, "unique", dimension, xid, dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072 ON elizasql.embeddings FOR EACH ROW WHEN ((new.xid IS DISTINCT FROM pg_current_xact_id())) EXECUTE FUNCTION elizasql.stamp_embedding();
+
+ALTER TABLE elizasql.embeddings ENABLE ALWAYS TRIGGER embeddings_stamp_changed;
+
+CREATE TRIGGER embeddings_stamp_new BEFORE INSERT ON elizasql.embeddings FOR EACH ROW WHEN ((new.xid IS DISTINCT FROM pg_current_xact_id())) EXECUTE FUNCTION elizasql.stamp_embedding();
+
+ALTER TABLE elizasql.embeddings ENABLE ALWAYS TRIGGER embeddings_stamp_new;
 
 CREATE TRIGGER memories_copy_scope AFTER UPDATE OF type, room_id, world_id, entity_id, "unique" ON elizasql.memories FOR EACH ROW WHEN ((((((old.type IS DISTINCT FROM new.type) OR (old.room_id IS DISTINCT FROM new.room_id)) OR (old.world_id IS DISTINCT FROM new.world_id)) OR (old.entity_id IS DISTINCT FROM new.entity_id)) OR (old."unique" IS DISTINCT FROM new."unique"))) EXECUTE FUNCTION elizasql.copy_scope_to_embedding();
 

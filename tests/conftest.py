@@ -61,7 +61,14 @@ async def make_db(dsn: str) -> AsyncIterator[MakeAdapter]:
     async with AsyncExitStack() as stack:
 
         async def make(agent_id: UUID | None = None, *, dimension: int | None = 384, **options: Any) -> DatabaseAdapter:
-            options = {"dsn": dsn, "indexing": "manual", "pool_max_size": 5, "pool_min_size": 0, **options}
+            options = {
+                "dsn": dsn,
+                "indexing": "manual",
+                "resident": "off",
+                "pool_max_size": 5,
+                "pool_min_size": 0,
+                **options,
+            }
             adapter = await elizasql.open(agent_id=agent_id or uuid4(), **options)
             stack.push_async_callback(adapter.close)
             await adapter.ensure_agent_exists({"name": "test"})

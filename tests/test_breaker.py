@@ -29,6 +29,11 @@ def breaker(clock: Clock) -> CircuitBreaker:
     return CircuitBreaker(clock=clock)
 
 
+def state(breaker: CircuitBreaker) -> str:
+    """Give the state as a plain text: the type checker would take it for what it was a line before."""
+    return breaker.state
+
+
 def fail(breaker: CircuitBreaker, times: int = 1) -> None:
     for _ in range(times):
         breaker.fail(breaker.enter())
@@ -118,7 +123,7 @@ def test_a_probe_that_is_cancelled_makes_room_and_neither_closes_nor_opens(
     assert breaker.state == "half_open"
     for _ in range(3):
         breaker.succeed(breaker.enter())
-    assert breaker.state == "closed"
+    assert state(breaker) == "closed"
 
 
 def test_what_began_before_says_nothing_about_the_probes(breaker: CircuitBreaker, clock: Clock) -> None:
@@ -135,7 +140,7 @@ def test_what_began_before_says_nothing_about_the_probes(breaker: CircuitBreaker
     breaker.succeed(probe)
     for _ in range(2):
         breaker.succeed(breaker.enter())
-    assert breaker.state == "closed"
+    assert state(breaker) == "closed"
 
 
 class Machine(RuleBasedStateMachine):

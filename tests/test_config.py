@@ -48,7 +48,11 @@ VALUES: dict[str, tuple[str, Any, Any]] = {
     "index_interval": ("0.5", 0.5, 0.25),
     "ef_search": ("200", 200, 300),
     "batch_size": ("10", 10, 11),
+    "log_lane": ("background", "background", "interactive"),
     "memory_types": ("messages, facts", frozenset({"messages", "facts"}), frozenset({"documents"})),
+    "resident": ("off", "off", "required"),
+    "resident_memory_mb": ("64", 64, 65),
+    "resident_max_vectors": ("100", 100, 101),
     "application_name": ("ada", "ada", "bob"),
 }
 

@@ -22,7 +22,7 @@ import pytest
 
 import elizasql
 from elizasql import DatabaseAdapter, Memory, _registry
-from tests.conftest import MakeAdapter
+from tests.conftest import MakeAdapter, make_scene
 from tests.locking import blocked_pid, locked
 
 
@@ -231,6 +231,24 @@ async def test_background_work_never_takes_a_callers_connection(
     assert await indexing == 1
 
 
+async def test_work_that_nobody_waits_for_has_a_lane_of_its_own(make_db: MakeAdapter) -> None:
+    db = await make_db(pool_max_size=1, log_lane="background")
+    scene = await make_scene(db)
+    connection, _ = await db._executor.lane.acquire(5)
+    log = {"type": "t", "body": {}, "entity_id": scene.entity, "room_id": scene.room}
+    await db.log(log, timeout=5)
+    assert await db.prune_logs(keep=0, timeout=5) == 1
+    assert await db.sweep_cache(timeout=5) == 0
+    with pytest.raises(elizasql.PoolTimeoutError):
+        await db.get_logs(timeout=0.05)
+    db._executor.lane.keep(connection)
+    with pytest.raises(ZeroDivisionError):
+        async with db.transaction() as tx:
+            await tx.log(log)
+            raise ZeroDivisionError
+    assert await db.get_logs() == [], "it was part of the transaction all the same"
+
+
 async def test_a_connection_goes_to_whoever_has_waited_longest(make_db: MakeAdapter) -> None:
     db = await make_db(pool_max_size=1)
     lane = db._executor.lane
@@ -337,6 +355,14 @@ def process(program: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
         child.communicate()
 
 
+def rest(child: subprocess.Popen[str]) -> tuple[str, str]:
+    """Give what a process still says, up to its end; `communicate` would lose what `readline` has read ahead."""
+    assert child.stdout is not None and child.stderr is not None
+    out, err = child.stdout.read(), child.stderr.read()
+    child.wait(60)
+    return out, err
+
+
 def postmaster(folder: Path) -> int:
     return int((folder / "data" / "postmaster.pid").read_text().split()[0])
 
@@ -373,7 +399,7 @@ def test_signal_stops_the_embedded_server(folder: Path, number: signal.Signals) 
         pid = postmaster(folder)
         assert is_running(pid)
         child.send_signal(number)
-        _, err = child.communicate(timeout=60)
+        _, err = rest(child)
         # As where nobody handles it: the parent sees that it was the signal, or Python's own word for SIGINT.
         assert child.returncode in ((-number,) if number == signal.SIGTERM else (-number, 130, 1)), err
         assert not is_running(pid)
@@ -404,7 +430,7 @@ def test_calls_that_are_running_end_before_the_process(folder: Path) -> None:
     asyncio.run(main())
     """
     with process(program, folder) as child:
-        out, err = child.communicate(timeout=60)
+        out, err = rest(child)
         assert (child.returncode, out.split()) == (-signal.SIGTERM, ["refused", "slept"]), err
 
 
@@ -426,7 +452,7 @@ def test_handler_of_the_application_is_called_and_decides(folder: Path) -> None:
     """
     with process(program, folder) as child:
         pid = postmaster(folder)
-        out, err = child.communicate(timeout=60)
+        out, err = rest(child)
         assert (child.returncode, out.split()) == (0, ["bye", "0"]), err
         assert not is_running(pid)
 
@@ -458,6 +484,6 @@ def test_exit_without_close_stops_the_embedded_server(folder: Path) -> None:
     """
     with process(program, folder) as child:
         pid = postmaster(folder)
-        _, err = child.communicate(timeout=60)
+        _, err = rest(child)
         assert child.returncode == 0, err
         assert not is_running(pid)

@@ -674,8 +674,8 @@ async def test_messages_in_one_batch(make_db: MakeAdapter, round_trips: list[str
     before = copy.deepcopy(batch)
     round_trips.clear()
     made = await db.create_messages(batch)
-    # Three chunks between BEGIN and COMMIT.
-    assert len(round_trips) == 5
+    # Three chunks between BEGIN, the look at the transaction's id, and COMMIT.
+    assert len(round_trips) == 6
     assert batch == before
     assert [created.content for created in made] == [*(f"text {i}" for i in range(18)), "old", "text 3"]
     # Whatever their ids, they stand in the channel as they were given.

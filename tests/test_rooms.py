@@ -565,7 +565,7 @@ async def test_one_round_trip_each(make_db: MakeAdapter, round_trips: list[str])
         assert len(round_trips) == 1, (number, round_trips)
     round_trips.clear()
     await db.create_rooms([room() for _ in range(120)])
-    assert len(round_trips) == 5, "three chunks in one transaction"
+    assert len(round_trips) == 6, "three chunks in one transaction, and the look at its id"
 
 
 async def test_nothing_in_nothing_out_without_a_round_trip(db: DatabaseAdapter, round_trips: list[str]) -> None:

@@ -40,11 +40,12 @@ from tests.test_isolation import METHODS, arguments, fill, snapshot
 ABOUT_ITSELF = {"stats", "health", "index_memories"}
 
 
-def lost() -> Exception:
-    return asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation")
+def lost() -> BaseException:
+    error: BaseException = asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation")
+    return error
 
 
-def server_error(kind: type[asyncpg.PostgresError]) -> Callable[[], Exception]:
+def server_error(kind: type[asyncpg.PostgresError]) -> Callable[[], BaseException]:
     return lambda: kind("it went wrong")
 
 
@@ -230,7 +231,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-async def prepare(db: DatabaseAdapter) -> tuple[Scene, dict[str, Any], dict[str, UUID]]:
+async def prepare(db: DatabaseAdapter) -> tuple[Scene, dict[str, Any], dict[str, Any]]:
     scene = await make_scene(db)
     ids = await fill(db, scene)
     pairing = {
@@ -240,7 +241,7 @@ async def prepare(db: DatabaseAdapter) -> tuple[Scene, dict[str, Any], dict[str,
     return scene, ids, pairing
 
 
-def given(name: str, scene: Scene, ids: dict[str, Any], pairing: dict[str, UUID]) -> dict[str, Any]:
+def given(name: str, scene: Scene, ids: dict[str, Any], pairing: dict[str, Any]) -> dict[str, Any]:
     found = arguments(name, scene, ids, pairing)  # type: ignore[arg-type]
     if found.get("task") is not None and isinstance(found["task"], Task):
         found["task"] = Task(id=ids["task"], claim_token=uuid4())

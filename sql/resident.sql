@@ -1,0 +1,202 @@
+-- The resident tier: an agent's vectors of one type, held by the process and searched there (elizasql/_resident.py).
+-- Written for dim_384; the loader derives the other five.
+--
+-- What the process holds is what a snapshot saw, and `seen` is that snapshot. A row has changed since when its xid, the
+-- transaction that last wrote its vector or its scope, was not visible in it: it lies at or beyond its xmax, or is one
+-- that was running then. Both are looked up in embeddings_xid_idx. (From xmin on would be simpler, but a transaction
+-- that stays open, of whomever, would make all that is written beside it new again for every search.) What lies beyond
+-- the xmax of the present snapshot was not written by this server, but restored into it; loads have it.
+--
+-- Deleted rows leave nothing behind, nor do rows of another type now: they are missing when they are to be fetched.
+--
+-- A row travels as id, room, world, entity (nil for none), flags (1: unique, 2, 4, 8: has a room, a world, an entity) and
+-- the vector. `life` names the server's life: after a crash, a failover or a restore transactions are numbered anew.
+
+-- name: load_resident(agent_id, type, after, page_size, most)
+-- A page of the rows of a type, in the order in which they were written: those after the transaction `after`, and all
+-- that the last transaction on the page wrote. `size`: how many there are, `most` at most.
+SELECT
+    pg_current_snapshot() AS seen,
+    concat_ws(
+        ' ', pg_postmaster_start_time(), pg_stat_get_bgwriter_stat_reset_time(),
+        pg_relation_filepath('elizasql.agents')
+    ) AS life,
+    NOT pg_is_in_recovery()
+    AND NOT EXISTS (SELECT FROM pg_extension WHERE extname = 'citus') AS numbers_transactions,
+    (
+        SELECT count(*)
+        FROM (
+            SELECT FROM elizasql.embeddings
+            WHERE agent_id = :agent_id AND type = :type
+            LIMIT :most::bigint
+        ) AS counted
+    ) AS size,
+    count(*) AS number,
+    max(xid) AS last,
+    string_agg(
+        uuid_send(memory_id)
+        || uuid_send(coalesce(room_id, '00000000-0000-0000-0000-000000000000'))
+        || uuid_send(coalesce(world_id, '00000000-0000-0000-0000-000000000000'))
+        || uuid_send(coalesce(entity_id, '00000000-0000-0000-0000-000000000000'))
+        || int2send((
+            "unique"::int + 2 * (room_id IS NOT NULL)::int + 4 * (world_id IS NOT NULL)::int
+            + 8 * (entity_id IS NOT NULL)::int
+        )::smallint)
+        || vector_send(dim_384),
+        ''
+    ) AS content
+FROM (
+    SELECT
+        memory_id,
+        room_id,
+        world_id,
+        entity_id,
+        "unique",
+        xid,
+        dim_384
+    FROM elizasql.embeddings
+    WHERE agent_id = :agent_id AND type = :type AND xid > :after::xid8
+    ORDER BY xid
+    FETCH FIRST (:page_size::bigint) ROWS WITH TIES
+) AS page;
+
+-- name: read_resident_changes(agent_id, type, seen, most)
+-- The rows of a type that have changed since `seen`, `most` at most of each transaction that ran then.
+SELECT
+    pg_current_snapshot() AS seen,
+    count(*) AS number,
+    string_agg(
+        uuid_send(memory_id)
+        || uuid_send(coalesce(room_id, '00000000-0000-0000-0000-000000000000'))
+        || uuid_send(coalesce(world_id, '00000000-0000-0000-0000-000000000000'))
+        || uuid_send(coalesce(entity_id, '00000000-0000-0000-0000-000000000000'))
+        || int2send((
+            "unique"::int + 2 * (room_id IS NOT NULL)::int + 4 * (world_id IS NOT NULL)::int
+            + 8 * (entity_id IS NOT NULL)::int
+        )::smallint)
+        || vector_send(dim_384),
+        ''
+    ) AS content
+FROM (
+    SELECT
+        pg_snapshot_xmax(:seen::pg_snapshot) AS earliest,
+        '18446744073709551615'::xid8 AS latest
+    UNION ALL
+    SELECT
+        running.xid AS earliest,
+        running.xid AS latest
+    FROM pg_snapshot_xip(:seen) AS running (xid)
+) AS span
+CROSS JOIN
+    LATERAL (
+        SELECT * FROM elizasql.embeddings
+        WHERE
+            agent_id = :agent_id AND type = :type
+            AND xid >= span.earliest AND xid <= span.latest AND xid < pg_snapshot_xmax(pg_current_snapshot())
+        ORDER BY xid
+        LIMIT :most::bigint
+    ) AS changed;
+
+-- name: fetch_resident(embedding, agent_id, type, ids, seen, life, room_id, world_id, entity_id, only_unique, threshold, count, most, include_embedding)
+-- The nearest memories among those that the process found and those that have changed since `seen`, ranked exactly, all
+-- filters applied to the rows as they are now. The last row tells about the rest: the snapshot of all this, whether the
+-- server lives the same life, how many rows have changed (`most`: so many or more), these rows, and which ids are gone.
+WITH changed AS MATERIALIZED (
+    SELECT
+        memory_id,
+        uuid_send(memory_id)
+        || uuid_send(coalesce(room_id, '00000000-0000-0000-0000-000000000000'))
+        || uuid_send(coalesce(world_id, '00000000-0000-0000-0000-000000000000'))
+        || uuid_send(coalesce(entity_id, '00000000-0000-0000-0000-000000000000'))
+        || int2send((
+            "unique"::int + 2 * (room_id IS NOT NULL)::int + 4 * (world_id IS NOT NULL)::int
+            + 8 * (entity_id IS NOT NULL)::int
+        )::smallint)
+        || vector_send(dim_384) AS content
+    FROM (
+        SELECT
+            pg_snapshot_xmax(:seen::pg_snapshot) AS earliest,
+            '18446744073709551615'::xid8 AS latest
+        UNION ALL
+        SELECT
+            running.xid AS earliest,
+            running.xid AS latest
+        FROM pg_snapshot_xip(:seen) AS running (xid)
+    ) AS span
+    CROSS JOIN
+        LATERAL (
+            SELECT * FROM elizasql.embeddings
+            WHERE
+                agent_id = :agent_id AND type = :type
+                AND xid >= span.earliest AND xid <= span.latest AND xid < pg_snapshot_xmax(pg_current_snapshot())
+            ORDER BY xid
+            LIMIT :most::bigint
+        ) AS written
+),
+
+known AS MATERIALIZED (
+    SELECT
+        memory_id,
+        room_id,
+        world_id,
+        entity_id,
+        "unique",
+        dim_384 <=> :embedding AS distance,
+        CASE WHEN :include_embedding THEN dim_384 END AS embedding
+    FROM elizasql.embeddings
+    WHERE
+        agent_id = :agent_id AND memory_id = ANY(:ids::uuid[] || ARRAY(SELECT changed.memory_id FROM changed))
+        AND type = :type
+),
+
+best AS (
+    SELECT
+        memory_id,
+        distance,
+        embedding
+    FROM known
+    WHERE
+        (:room_id::uuid IS NULL OR room_id = :room_id)
+        AND (:world_id::uuid IS NULL OR world_id = :world_id)
+        AND (:entity_id::uuid IS NULL OR entity_id = :entity_id)
+        AND ("unique" OR NOT :only_unique)
+        AND (:threshold::double precision IS NULL OR 1 - distance >= :threshold)
+    ORDER BY distance, memory_id
+    LIMIT :count::bigint
+)
+
+SELECT
+    m.id, m.entity_id, m.agent_id, m.room_id, m.world_id, m.type, m.content, m.metadata, m."unique", m.created_at,
+    best.embedding,
+    1 - best.distance AS similarity,
+    best.distance,
+    NULL::pg_snapshot AS seen,
+    NULL::boolean AS alive,
+    NULL::bigint AS number,
+    NULL::bytea AS changed,
+    NULL::uuid[] AS gone
+FROM best
+CROSS JOIN
+    LATERAL (
+        SELECT * FROM elizasql.memories AS of_id
+        WHERE of_id.agent_id = :agent_id AND of_id.id = best.memory_id
+        LIMIT 1
+    ) AS m
+UNION ALL
+SELECT
+    NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
+    pg_current_snapshot(),
+    :life = concat_ws(
+        ' ', pg_postmaster_start_time(), pg_stat_get_bgwriter_stat_reset_time(),
+        pg_relation_filepath('elizasql.agents')
+    ),
+    (SELECT count(*) FROM changed),
+    (SELECT string_agg(changed.content, '') FROM changed),
+    CASE
+        WHEN (SELECT count(*) FROM known) < cardinality(:ids) + (SELECT count(*) FROM changed)
+            THEN ARRAY(
+                SELECT given.id FROM unnest(:ids) AS given (id)
+                WHERE NOT EXISTS (SELECT FROM known WHERE known.memory_id = given.id)
+            )
+    END
+ORDER BY distance, id;

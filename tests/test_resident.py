@@ -1,0 +1,1227 @@
+"""The resident tier: what it gives is what an exact search in the database gives, whoever writes."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import math
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+import elizasql
+from elizasql import Config, ConfigurationError, DatabaseAdapter, Entity, Memory, Room, World, _codecs, _pool, _resident
+from elizasql._resident import Matrix, Resident, Tier
+from elizasql._statements import SQL
+
+from . import resident_worker
+from .conftest import MakeAdapter, Scene, make_scene
+from .resident_worker import TABLE, vector_of
+from .test_plans import indexes, plan_of, scans_a_table
+
+Vectors = NDArray[np.float32]
+
+RESIDENT = {"resident": "required"}
+
+# The order of an exact search in the database, and the floats that it gives.
+EXACT = """
+SELECT memory_id, 1 - (dim_384 <=> $1) AS similarity
+FROM elizasql.embeddings
+WHERE agent_id = $2 AND type = $3
+    AND ($4::uuid IS NULL OR room_id = $4) AND ($5::uuid IS NULL OR world_id = $5)
+    AND ($6::uuid IS NULL OR entity_id = $6) AND ("unique" OR NOT $7)
+    AND ($8::float8 IS NULL OR 1 - (dim_384 <=> $1) >= $8)
+ORDER BY dim_384 <=> $1, memory_id
+LIMIT $9
+"""
+
+
+def some_vectors(number: int, *, seed: int = 0, dimension: int = 384) -> Vectors:
+    """Give vectors in clusters, with directions along which they differ more than along others; some twice."""
+    random = np.random.default_rng(seed)
+    spread = np.exp(-np.arange(dimension) / (dimension / 6))
+    centers = np.random.default_rng(99).normal(size=(12, dimension)) * spread
+    vectors = centers[random.integers(12, size=number)] + random.normal(size=(number, dimension)) * spread
+    vectors[number // 2 : number // 2 + number // 10] = vectors[: number // 10]
+    return (vectors * random.uniform(0.1, 10, size=(number, 1))).astype(np.float32)
+
+
+class Mind:
+    """An agent whose memories one adapter writes and another searches by the tier."""
+
+    def __init__(self, db: DatabaseAdapter, writer: DatabaseAdapter, raw: asyncpg.Connection[Any]) -> None:
+        self.db = db
+        self.writer = writer
+        self.raw = raw
+        self.worlds = [uuid4(), uuid4()]
+        self.rooms = [uuid4() for _ in range(4)]
+        self.entities = [uuid4() for _ in range(3)]
+        self.ids: list[UUID] = []
+
+    @property
+    def resident(self) -> Resident:
+        return self.db._resident
+
+    @property
+    def tier(self) -> Tier:
+        return self.resident._tiers[TABLE, 384]
+
+    async def furnish(self) -> None:
+        await self.writer.create_worlds([World(id=id) for id in self.worlds])
+        await self.writer.create_rooms([Room(id=id, source="t", type="GROUP") for id in self.rooms])
+        await self.writer.create_entities([Entity(id=id) for id in self.entities])
+
+    async def remember(self, vectors: Iterable[Vectors], kind: str = TABLE, **options: Any) -> list[UUID]:
+        memories = [
+            Memory(
+                room_id=(*self.rooms, None)[i % 5],
+                world_id=(*self.worlds, None)[i % 3],
+                entity_id=(*self.entities, None)[i % 4],
+                unique=i % 3 != 0,
+                content={"i": i},
+                embedding=vector,
+                **options,
+            )
+            for i, vector in enumerate(vectors)
+        ]
+        ids = await self.writer.create_memories(memories, kind)
+        self.ids += ids
+        return ids
+
+    async def exact(
+        self,
+        query: Vectors,
+        *,
+        table_name: str = TABLE,
+        count: int = 10,
+        room_id: UUID | None = None,
+        world_id: UUID | None = None,
+        entity_id: UUID | None = None,
+        unique: bool = False,
+        match_threshold: float | None = None,
+    ) -> list[tuple[UUID, float]]:
+        rows = await self.raw.fetch(
+            EXACT,
+            *(_codecs.encode_vector(query), self.db.agent_id, table_name),
+            *(room_id, world_id, entity_id, unique, match_threshold, count),
+        )
+        return [(row[0], row[1]) for row in rows]
+
+    async def search(self, query: Vectors, **options: Any) -> list[tuple[Any, Any]]:
+        hits = await self.db.search_memories(embedding=query, table_name=options.pop("table_name", TABLE), **options)
+        assert all(hit.agent_id == self.db.agent_id for hit in hits)
+        return [(hit.id, hit.similarity) for hit in hits]
+
+    async def check(self, query: Vectors, **options: Any) -> list[tuple[Any, Any]]:
+        """Search by the tier and hold it to an exact search in the database: rows, order and similarities."""
+        hits = self.resident.stats.hits
+        found = await self.search(query, **options)
+        assert self.resident.stats.hits == hits + 1
+        assert found == await self.exact(query, **options)
+        return found
+
+
+@pytest.fixture
+async def plain(dsn: str) -> AsyncIterator[asyncpg.Connection[Any]]:
+    """Give a bare connection that reads and writes vectors."""
+    connection = await asyncpg.connect(dsn)
+    await _codecs.register(connection, "public")
+    yield connection
+    await connection.close()
+
+
+@pytest.fixture
+async def mind(make_db: MakeAdapter, plain: asyncpg.Connection[Any]) -> Mind:
+    writer = await make_db()
+    mind = Mind(await make_db(writer.agent_id, **RESIDENT), writer, plain)
+    await mind.furnish()
+    return mind
+
+
+# --- the matrix, without a server ------------------------------------------------------------------------------------
+
+
+def as_sent(rows: Iterable[tuple[UUID, UUID | None, UUID | None, UUID | None, bool, Vectors]]) -> bytes:
+    """Write rows as the server sends them."""
+    content = b""
+    for id, room, world, entity, unique, vector in rows:
+        flags = unique + 2 * (room is not None) + 4 * (world is not None) + 8 * (entity is not None)
+        scope = b"".join((each or UUID(int=0)).bytes for each in (room, world, entity))
+        content += id.bytes + scope + flags.to_bytes(2, "big") + _codecs.encode_vector(vector)
+    return content
+
+
+class Model:
+    """What a matrix holds, plainly."""
+
+    def __init__(self, seed: int, dimension: int, size: int) -> None:
+        self.random = np.random.default_rng(seed)
+        self.dimension = dimension
+        self.rooms = [None, *(UUID(int=i) for i in range(3))]  # the nil id is a room like any other
+        self.rows: dict[UUID, tuple[UUID | None, UUID | None, UUID | None, bool, Vectors]] = {}
+        self.matrix = Matrix(dimension)
+        self.put(some_vectors(size, seed=seed, dimension=dimension))
+
+    def put(self, vectors: Vectors, ids: list[UUID] | None = None) -> None:
+        ids = ids or [UUID(bytes=self.random.bytes(16)) for _ in vectors]
+        for id, vector in zip(ids, vectors, strict=True):
+            scope = (self.rooms[self.random.integers(4)] for _ in range(3))
+            self.rows[id] = (*scope, bool(self.random.integers(2)), vector)  # type: ignore[assignment]
+        self.matrix.put(as_sent((id, *self.rows[id]) for id in ids))
+
+    def drop(self, ids: list[UUID]) -> None:
+        for id in ids:
+            self.rows.pop(id, None)
+        self.matrix.drop(ids)
+
+    def check(self, query: Vectors, count: int, **filters: Any) -> None:
+        """Whatever can be among the nearest is a candidate, and nothing else is above `reach`."""
+        scope = [filters.get(name) for name in ("room_id", "world_id", "entity_id")]
+        threshold = filters.get("threshold")
+        matching = {
+            id: float(
+                np.dot(row[4], query.astype(float))
+                / np.linalg.norm(row[4].astype(float))
+                / np.linalg.norm(query.astype(float))
+            )
+            for id, row in self.rows.items()
+            if all(wanted is None or wanted == has for wanted, has in zip(scope, row[:3], strict=True))
+            and (row[3] or not filters.get("only_unique"))
+        }
+        wanted = sorted(matching.values(), reverse=True)[:count]
+        found = self.matrix.search(query, count, **filters)
+        assert found is not None
+        assert set(found.ids) <= set(matching) and len(set(found.ids)) == len(found.ids)
+        least = wanted[-1] if len(wanted) == count else -2
+        if threshold is not None:
+            least = max(least, threshold)
+        assert {id for id, similarity in matching.items() if similarity >= least - 1e-7} <= set(found.ids)
+        if len(matching) > 8 * count:
+            assert len(found.ids) < len(matching) / 2
+        left_out = [matching[id] for id in set(matching) - set(found.ids)]
+        if threshold is not None:
+            left_out = [similarity for similarity in left_out if similarity >= threshold]
+        assert max(left_out, default=-math.inf) <= found.reach + 1e-7
+        if len(wanted) == count and threshold is None:
+            assert found.reach < wanted[-1]
+
+
+@pytest.mark.parametrize(("dimension", "size"), [(384, 2500), (768, 700), (1536, 2100), (3072, 300)])
+def test_the_matrix_gives_all_candidates(dimension: int, size: int) -> None:
+    model = Model(dimension, dimension, size)
+    model.matrix.make_sketch()
+    assert (model.matrix._axes is not None) == (size >= 2000)
+    for turn in range(4 if dimension == 384 else 2):
+        for number in range(6):
+            query = some_vectors(1, seed=1000 + 10 * turn + number, dimension=dimension)[0]
+            model.check(query, (1, 10, 40)[number % 3])
+            model.check(query, 10, only_unique=True)
+            model.check(query, 10, threshold=0.3)
+            model.check(query, 5, room_id=model.rooms[1 + number % 3])
+            model.check(
+                query, 5, room_id=model.rooms[1], world_id=model.rooms[3], entity_id=model.rooms[2], threshold=-0.2
+            )
+            assert model.matrix.search(query, 5, room_id=uuid4()) == _resident.Found([], -math.inf)
+        ids = list(model.rows)
+        model.drop([ids[i] for i in model.random.choice(len(ids), size // 8, replace=False)] + [uuid4()])
+        again = [id for id in ids if id in model.rows][: size // 10]
+        model.put(some_vectors(len(again), seed=turn, dimension=dimension), again)
+        model.put(some_vectors(size // 10, seed=50 + turn, dimension=dimension))
+        assert model.matrix.size == len(model.rows)
+
+
+@settings(max_examples=60)
+@given(seed=st.integers(0, 10**6), size=st.integers(0, 90), data=st.data())
+def test_the_matrix_over_random_changes(seed: int, size: int, data: st.DataObject) -> None:
+    model = Model(seed, 384, size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_resident, "_SKETCH_FROM", 40)
+        patch.setattr(_resident, "_SKETCH_LEAST", 16)
+        patch.setattr(_resident, "_SKETCH_AXES", (16, 32))
+        for _ in range(data.draw(st.integers(1, 4))):
+            change = data.draw(st.sampled_from(["new", "again", "drop", "sketch"]))
+            ids = data.draw(st.permutations(list(model.rows)))[: data.draw(st.integers(0, 20))]
+            if change == "new":
+                model.put(some_vectors(data.draw(st.integers(1, 30)), seed=seed + 1))
+            elif change == "again" and ids:
+                model.put(some_vectors(len(ids), seed=seed + 2), ids)
+            elif change == "drop":
+                model.drop(ids)
+            elif model.matrix._axes is None:
+                model.matrix.make_sketch()
+            query = some_vectors(3, seed=data.draw(st.integers(0, 100)))[0]
+            scope = {name: data.draw(st.sampled_from(model.rooms)) for name in ("room_id", "world_id", "entity_id")}
+            model.check(
+                query,
+                data.draw(st.integers(1, 30)),
+                **scope,
+                only_unique=data.draw(st.booleans()),
+                threshold=data.draw(st.none() | st.floats(-1, 1)),
+            )
+
+
+def test_the_matrix_with_equal_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model(3, 384, 0)
+    vector = some_vectors(1)[0]
+    model.put(np.repeat(vector[None], 50, axis=0))
+    model.put(some_vectors(50, seed=4))
+    found = model.matrix.search(vector, 10)
+    assert found is not None and len(found.ids) == 50 and found.reach < 1
+    monkeypatch.setattr(_resident, "_MOST_EQUAL", 20)
+    assert model.matrix.search(vector, 10) is None
+
+
+def test_the_matrix_refuses_what_has_no_direction() -> None:
+    model = Model(5, 384, 10)
+    for strange in (np.zeros(384, np.float32), np.full(384, 1e-22, np.float32), np.full(384, 1e18, np.float32)):
+        rows = [(uuid4(), None, None, None, True, some_vectors(1)[0]), (uuid4(), None, None, None, True, strange)]
+        with pytest.raises(_resident._IncomparableError):
+            model.matrix.put(as_sent(rows))
+        assert model.matrix.size == 10
+        model.check(some_vectors(1)[0], 3)
+
+
+def test_the_footprint_is_about_the_estimate() -> None:
+    for dimension, size in ((384, 3000), (1536, 500)):
+        model = Model(1, dimension, size)
+        model.matrix.make_sketch()
+        assert 0.7 < model.matrix.footprint / Matrix.estimate(dimension, size) < 1.5
+
+
+# --- equal to an exact search in the database ------------------------------------------------------------------------
+
+
+async def test_equal_to_an_exact_search(mind: Mind) -> None:
+    await mind.remember(some_vectors(300))
+    await mind.remember(some_vectors(40, seed=1), "facts")
+
+    @settings(max_examples=80, database=None)
+    @given(
+        seed=st.integers(0, 40),
+        count=st.sampled_from([1, 2, 3, 10, 50, 299, 300, 301, 5000]),
+        room=st.sampled_from([None, *mind.rooms, "elsewhere"]),
+        world=st.sampled_from([None, None, *mind.worlds]),
+        entity=st.sampled_from([None, None, *mind.entities]),
+        unique=st.booleans(),
+        threshold=st.none() | st.floats(-1, 1),
+        edge=st.none() | st.integers(0, 20),
+    )
+    def drawn(**values: Any) -> None:
+        examples.append(values)
+
+    examples: list[dict[str, Any]] = []
+    drawn()
+    assert len(examples) > 40
+    for values in examples:
+        # Half of the questions are memories themselves, some of which are there twice.
+        query = some_vectors(300)[values["seed"]] if values["seed"] < 20 else some_vectors(1, seed=values["seed"])[0]
+        options = {
+            "count": values["count"],
+            "room_id": uuid4() if values["room"] == "elsewhere" else values["room"],
+            "world_id": values["world"],
+            "entity_id": values["entity"],
+            "unique": values["unique"],
+        }
+        everything = await mind.exact(query, **options)
+        threshold = values["threshold"]
+        if values["edge"] is not None and values["edge"] < len(everything):
+            threshold = everything[values["edge"]][1]  # exactly that of a row
+        await mind.check(query, **options, match_threshold=threshold)
+        await mind.check(query, **options, match_threshold=threshold, table_name="facts")
+    assert mind.resident.stats.misses == 0
+
+
+async def test_equal_vectors_are_ordered_by_id(mind: Mind) -> None:
+    vectors = some_vectors(30)
+    same = await mind.remember([vectors[0]] * 40 + [vectors[0] * 3] * 10)
+    await mind.remember(vectors[1:])
+    found = await mind.check(vectors[0], count=30)
+    assert [id for id, _ in found] == sorted(same)[:30]
+    await mind.check(vectors[0], count=30, match_threshold=1.0)
+    await mind.check(-vectors[0], count=79)
+    assert await mind.check(vectors[0], room_id=mind.rooms[0], count=3)
+
+
+async def test_the_fields_of_a_memory(mind: Mind) -> None:
+    vectors = some_vectors(20)
+    await mind.remember(vectors)
+    for include in (False, True):
+        wanted = await mind.writer.search_memories(embedding=vectors[3], table_name=TABLE, include_embedding=include)
+        found = await mind.db.search_memories(embedding=vectors[3], table_name=TABLE, include_embedding=include)
+        assert found == wanted and len(found) == 10
+        assert all((memory.embedding is not None) == include for memory in found)
+    assert mind.resident.stats.hits == 2
+    assert await mind.search(vectors[0], count=0) == []
+
+
+@pytest.mark.parametrize("dimension", [512, 3072])
+async def test_other_dimensions(make_db: MakeAdapter, dimension: int) -> None:
+    writer = await make_db(dimension=dimension)
+    db = await make_db(writer.agent_id, dimension=dimension, **RESIDENT)
+    vectors = some_vectors(60, dimension=dimension)
+    await writer.create_memories([Memory(content={}, embedding=vector, unique=True) for vector in vectors], TABLE)
+    for query in some_vectors(5, seed=9, dimension=dimension):
+        options = {"embedding": query, "table_name": TABLE, "count": 20}
+        assert await db.search_memories(**options) == await writer.search_memories(**options)
+    await writer.create_memory(Memory(content={}, embedding=vectors[0] * 2, unique=True), TABLE)
+    assert len(await db.search_memories(embedding=vectors[0], table_name=TABLE, match_threshold=0.9999)) >= 2
+    assert db._resident.stats.hits == 6
+
+
+async def test_an_agent_without_memories(mind: Mind) -> None:
+    vector = some_vectors(1)[0]
+    assert await mind.check(vector) == []
+    (id,) = await mind.remember([vector])
+    assert [hit for hit, _ in await mind.check(vector)] == [id]
+
+
+async def test_agents_do_not_mix(mind: Mind, make_db: MakeAdapter) -> None:
+    vectors = some_vectors(50)
+    await mind.remember(vectors)
+    other = await make_db(**RESIDENT)
+    ids = await other.create_memories(
+        [Memory(id=id, content={}, embedding=vectors[0], unique=True) for id in mind.ids[:9]], TABLE
+    )
+    hits = await other.search_memories(embedding=vectors[0], table_name=TABLE, count=50)
+    assert [hit.id for hit in hits] == sorted(ids) and {hit.agent_id for hit in hits} == {other.agent_id}
+    await mind.check(vectors[0], count=50)
+
+
+# --- whoever writes --------------------------------------------------------------------------------------------------
+
+
+async def changes(mind: Mind) -> AsyncIterator[str]:
+    """Change the memories in every way that there is; the name of what was done is given after each."""
+    writer, raw, agent = mind.writer, mind.raw, mind.writer.agent_id
+    new = some_vectors(40, seed=77)
+    await writer.create_memory(Memory(content={}, embedding=new[0], unique=True, room_id=mind.rooms[0]), TABLE)
+    yield "create_memory"
+    await writer.create_memory(Memory(content={}, embedding=new[1]), TABLE)
+    yield "create_memory, near-duplicates looked for"
+    await mind.remember(new[2:8])
+    yield "create_memories"
+    bare = await writer.create_memory(Memory(content={}), TABLE)
+    yield "create_memory without an embedding"
+    await writer.update_memory({"id": bare, "embedding": new[9]})
+    yield "update_memory gives one its first embedding"
+    await writer.update_memory({"id": mind.ids[3], "embedding": new[10]})
+    yield "update_memory, embedding"
+    await writer.update_memory({"id": mind.ids[4], "content": {"new": 1}})
+    yield "update_memory, content"
+    await writer.update_memories([{"id": id, "room_id": mind.rooms[1]} for id in mind.ids[5:9]])
+    yield "update_memories, room"
+    await writer.update_memory({"id": mind.ids[6], "entity_id": mind.entities[1], "world_id": mind.worlds[1]})
+    yield "update_memory, entity and world"
+    await writer.update_memory({"id": mind.ids[9], "unique": False})
+    yield "update_memory, unique"
+    await writer.upsert_memories([Memory(id=mind.ids[10], content={}, embedding=new[11], unique=False)], TABLE)
+    yield "upsert_memories of one that is there"
+    await writer.upsert_memories([Memory(id=uuid4(), content={}, embedding=new[12], room_id=mind.rooms[0])], TABLE)
+    yield "upsert_memories of a new one"
+    await writer.delete_memory(mind.ids[11])
+    yield "delete_memory"
+    await writer.create_memory(Memory(id=mind.ids[11], content={}, embedding=new[13], unique=True), TABLE)
+    yield "create_memory under the id of one that was deleted"
+    await writer.delete_memories(mind.ids[12:16])
+    yield "delete_memories"
+    await writer.index_memories()
+    yield "index_memories"
+    await writer.index_memories(rebuild=True)
+    yield "index_memories, rebuild"
+    await writer.remove_world(mind.worlds[0])
+    yield "remove_world: the world of its memories is cleared"
+    await writer.delete_entity(mind.entities[2])
+    yield "delete_entity: its memories go"
+    await writer.delete_room(mind.rooms[3])
+    yield "delete_room: its memories go"
+    await writer.delete_all_memories(mind.rooms[2], TABLE)
+    yield "delete_all_memories"
+    async with writer.transaction() as tx:
+        await tx.create_memory(Memory(content={}, embedding=new[14], unique=True), TABLE)
+        async with tx.transaction() as inner:
+            await inner.create_memory(Memory(content={}, embedding=new[15], unique=True), TABLE)
+        await tx.delete_memory(mind.ids[16])
+    yield "transaction with a savepoint"
+    await raw.execute(
+        "UPDATE elizasql.memories SET room_id = $2 WHERE agent_id = $1 AND room_id = $3",
+        agent,
+        mind.rooms[1],
+        mind.rooms[0],
+    )
+    yield "SQL: room of the memories"
+    await raw.execute(
+        "UPDATE elizasql.memories SET type = 'facts' WHERE agent_id = $1 AND id = ANY($2)", agent, mind.ids[20:25]
+    )
+    yield "SQL: type of the memories"
+    await raw.execute(
+        "UPDATE elizasql.embeddings SET dim_384 = $3 WHERE agent_id = $1 AND memory_id = ANY($2)",
+        *(agent, mind.ids[30:33], _codecs.encode_vector(new[16])),
+    )
+    yield "SQL: vectors"
+    await raw.execute('UPDATE elizasql.embeddings SET "unique" = NOT "unique", xid = \'3\' WHERE agent_id = $1', agent)
+    yield "SQL: unique of the embeddings, with another number"
+    await raw.execute(
+        "DELETE FROM elizasql.embeddings WHERE agent_id = $1 AND memory_id = ANY($2)", agent, mind.ids[33:36]
+    )
+    yield "SQL: vectors deleted"
+    await raw.execute(
+        """
+        INSERT INTO elizasql.embeddings (agent_id, memory_id, type, "unique", dimension, xid, dim_384)
+        SELECT agent_id, id, type, "unique", 384, '3', $3 FROM elizasql.memories WHERE agent_id = $1 AND id = ANY($2)
+        """,
+        *(agent, mind.ids[33:36], _codecs.encode_vector(new[17])),
+    )
+    yield "SQL: vectors inserted with an old number, as a restore does"
+
+
+async def test_every_change_is_seen_at_once(mind: Mind) -> None:
+    vectors = some_vectors(150)
+    await mind.remember(vectors)
+    await mind.remember(some_vectors(20, seed=2), "facts")
+    queries = [*some_vectors(3, seed=5), *some_vectors(40, seed=77)[[0, 5, 10, 13, 16, 17]], vectors[3]]
+
+    async def check() -> None:
+        for number, query in enumerate(queries):
+            await mind.check(query, count=(10, 40)[number % 2])
+            await mind.check(query, room_id=mind.rooms[number % 4])
+            await mind.check(query, unique=True, world_id=mind.worlds[number % 2])
+            await mind.check(query, table_name="facts", match_threshold=0.2)
+        await mind.check(queries[0], count=1000)
+
+    await check()
+    async for done in changes(mind):
+        try:
+            await check()
+        except AssertionError as error:
+            raise AssertionError(f"after: {done}") from error
+    stats = mind.resident.stats
+    assert stats.loads == 2 and stats.deltas > 10
+
+
+async def test_one_round_trip(mind: Mind, round_trips: list[str]) -> None:
+    vectors = some_vectors(120)
+    await mind.remember(vectors)
+    query = some_vectors(1, seed=8)[0]
+    await mind.search(query)
+
+    async def trips(**options: Any) -> int:
+        round_trips.clear()
+        found = await mind.search(query, **options)
+        sent = len(round_trips)
+        assert found == await mind.exact(query, **options)
+        return sent
+
+    for options in ({}, {"room_id": mind.rooms[0]}, {"unique": True}, {"count": 50}, {"match_threshold": 0.9}):
+        assert await trips(**options) == 1
+    # Nothing that an index does is a change.
+    await mind.writer.index_memories()
+    assert await trips() == 1 and mind.resident.stats.changes == 0
+    # A few changes come along with the answer, which has them already.
+    await mind.remember([query, query * 2])
+    assert await trips() == 1 and mind.resident.stats.changes == 2
+    assert await trips() == 1 and mind.resident.stats.changes == 2
+    await mind.writer.update_memory({"id": mind.ids[0], "room_id": mind.rooms[1]})
+    assert await trips(room_id=mind.rooms[1]) == 1 and mind.resident.stats.changes == 3
+    # The spare candidates stand in for what was deleted.
+    nearest = [id for id, _ in await mind.search(query)]
+    await mind.writer.delete_memories(nearest[:3])
+    assert await trips() == 1
+    assert await trips() == 1
+    # Many changes are read first.
+    await mind.remember(some_vectors(64, seed=3))
+    assert await trips() == 1
+    await mind.remember(some_vectors(65, seed=4))
+    assert await trips() == 3
+    assert await trips() == 1
+    assert mind.resident.stats.changes == 3 + 64 + 65
+
+
+async def test_the_nearest_are_gone(mind: Mind) -> None:
+    vectors = some_vectors(400)
+    await mind.remember(vectors)
+    query = some_vectors(1, seed=8)[0]
+    nearest = [id for id, _ in await mind.check(query, count=300)]
+    await mind.writer.delete_memories(nearest)
+    await mind.check(query)
+    assert mind.tier.matrix is not None and mind.tier.matrix.size < 400
+    assert 0 < mind.resident.stats.repeats < 6
+    for _ in range(3):
+        await mind.check(query, count=30)
+    await mind.writer.delete_memories(mind.ids)
+    assert await mind.check(query, count=50) == []
+
+
+async def test_another_type_is_no_change(mind: Mind, round_trips: list[str]) -> None:
+    await mind.remember(some_vectors(50))
+    query = some_vectors(1, seed=8)[0]
+    await mind.check(query)
+    await mind.remember(some_vectors(200, seed=1), "facts")
+    round_trips.clear()
+    await mind.search(query)
+    assert len(round_trips) == 1 and mind.resident.stats.changes == 0
+
+
+# --- transactions of others ------------------------------------------------------------------------------------------
+
+
+async def test_a_transaction_that_stays_open(mind: Mind, dsn: str) -> None:
+    """It holds back the xmin of every snapshot; what is written beside it is read once all the same."""
+    await mind.remember(some_vectors(50))
+    query = some_vectors(1, seed=8)[0]
+    foreign = await asyncpg.connect(dsn)
+    transaction = foreign.transaction()
+    await transaction.start()
+    await foreign.fetchval("SELECT pg_current_xact_id()")
+    await mind.check(query)
+    changes = mind.resident.stats.changes
+    for number in range(1, 6):
+        await mind.remember(some_vectors(10, seed=number))
+        for _ in range(3):
+            await mind.check(query)
+            assert mind.resident.stats.changes == changes + 10 * number
+    await transaction.rollback()
+    await mind.check(query)
+    assert mind.resident.stats.changes == changes + 50
+    await foreign.close()
+
+
+async def test_a_transaction_that_ends_late(mind: Mind, make_db: MakeAdapter) -> None:
+    """What it wrote is older than what others committed long ago, and new all the same."""
+    await mind.remember(some_vectors(50))
+    query = some_vectors(1, seed=8)[0]
+    slow = await make_db(mind.db.agent_id)
+    await mind.check(query)
+    async with slow.transaction() as tx:
+        mine = await tx.create_memory(Memory(content={}, embedding=query, unique=True), TABLE)
+        async with tx.transaction() as inner:  # a transaction in it has a number of its own
+            await inner.update_memory({"id": mind.ids[5], "embedding": query * 2})
+        with pytest.raises(ZeroDivisionError):
+            async with tx.transaction() as inner:
+                await inner.update_memory({"id": mind.ids[6], "embedding": query * 3})
+                raise ZeroDivisionError
+        for number in range(3):
+            await mind.remember(some_vectors(10, seed=number + 1))
+            assert mine not in dict(await mind.check(query))
+    found = dict(await mind.check(query))
+    assert mine in found and mind.ids[5] in found and mind.ids[6] not in found
+    changes = mind.resident.stats.changes
+    await mind.check(query)
+    assert mind.resident.stats.changes == changes
+
+
+async def test_the_own_transaction_goes_to_the_database(mind: Mind) -> None:
+    await mind.remember(some_vectors(50))
+    query = some_vectors(1, seed=8)[0]
+    await mind.check(query)
+    before = mind.resident.snapshot()
+    async with mind.db.transaction() as tx:
+        id = await tx.create_memory(Memory(content={}, embedding=query, unique=True), TABLE)
+        assert (await tx.search_memories(embedding=query, table_name=TABLE))[0].id == id
+        assert id not in dict(await mind.check(query))
+    after = mind.resident.snapshot()
+    assert (after["hits"], after["misses"]) == (before["hits"] + 1, before["misses"])
+    assert id in dict(await mind.check(query))
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+async def test_loading_in_the_background(mind: Mind, make_db: MakeAdapter) -> None:
+    await mind.remember(some_vectors(300))
+    db = await make_db(mind.db.agent_id, resident="auto")
+    query = some_vectors(1, seed=8)[0]
+    resident, wanted = db._resident, await mind.exact(query)
+    for number in range(_resident._LOAD_AFTER):
+        assert resident.stats.misses == number and not resident._tasks
+        hits = await db.search_memories(embedding=query, table_name=TABLE)
+        assert [(hit.id, hit.similarity) for hit in hits] == wanted
+    (task,) = resident._tasks
+    await task
+    hits = await db.search_memories(embedding=query, table_name=TABLE)
+    assert [(hit.id, hit.similarity) for hit in hits] == wanted
+    stats = resident.snapshot()
+    assert (stats["hits"], stats["misses"], stats["loads"], stats["vectors"]) == (1, _resident._LOAD_AFTER, 1, 300)
+    assert stats["bytes"] >= 300 * 384 * 4
+    # A small scope is compared in the database just as well.
+    options = {"count": 5, "room_id": mind.rooms[0]}
+    hits = await db.search_memories(embedding=query, table_name=TABLE, **options)
+    assert [(hit.id, hit.similarity) for hit in hits] == await mind.exact(query, **options)
+    assert resident.stats.misses == _resident._LOAD_AFTER + 1
+
+
+async def test_a_small_type_is_left_to_the_database(mind: Mind, make_db: MakeAdapter) -> None:
+    await mind.remember(some_vectors(_resident._LEAST - 1))
+    mind.db = await make_db(mind.db.agent_id, resident="auto")
+    query = some_vectors(1, seed=8)[0]
+    for _ in range(_resident._LOAD_AFTER):
+        assert await mind.search(query) == await mind.exact(query)
+    await asyncio.gather(*mind.resident._tasks)
+    assert mind.tier.matrix is None and mind.tier.not_before > mind.tier.used
+    await mind.remember(some_vectors(1))
+    mind.tier.not_before = 0.0
+    await mind.search(query)
+    await asyncio.gather(*mind.resident._tasks)
+    await mind.check(query)
+
+
+async def test_writes_between_the_pages_of_a_load(
+    mind: Mind, make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_resident, "_PAGE_BYTES", 20 * 4 * 384)
+    vectors = some_vectors(150)
+    ending = asyncio.Event()
+
+    async def end_late() -> None:
+        """Write before everything else, and commit when the page that it belongs to has been read."""
+        async with (await make_db(mind.db.agent_id)).transaction() as tx:
+            await tx.create_memory(Memory(content={}, embedding=vectors[0], unique=True), TABLE)
+            begun.set()
+            await ending.wait()
+
+    begun = asyncio.Event()
+    late = asyncio.create_task(end_late())
+    await begun.wait()
+    for start in range(0, 150, 5):  # pages end with a transaction
+        await mind.remember(vectors[start : start + 5])
+    await mind.remember(some_vectors(70, seed=1))  # a page is as long as this one
+    background = mind.resident._background
+    fetch_row, pages = background.fetch_row, 0
+
+    async def fetch_and_write(statement: Any, **params: Any) -> Any:
+        nonlocal pages
+        page = await fetch_row(statement, **params)
+        pages += 1
+        if pages == 3:
+            ending.set()
+            await late
+        await mind.writer.update_memory({"id": mind.ids[pages], "embedding": some_vectors(1, seed=100 + pages)[0]})
+        await mind.writer.update_memory({"id": mind.ids[140 - pages], "room_id": mind.rooms[0]})
+        await mind.writer.delete_memory(mind.ids[100 + pages])
+        await mind.remember(some_vectors(1, seed=200 + pages))
+        return page
+
+    monkeypatch.setattr(background, "fetch_row", fetch_and_write)
+    for query in (vectors[0], *some_vectors(5, seed=8)):
+        await mind.check(query, count=40)
+        await mind.check(query, room_id=mind.rooms[0], count=40)
+    assert pages > 8 and mind.resident.stats.loads == 1
+
+
+async def test_two_adapters_share_a_tier(mind: Mind, make_db: MakeAdapter) -> None:
+    await mind.remember(some_vectors(300))
+    query = some_vectors(1, seed=8)[0]
+    await mind.check(query)
+    held = mind.resident.snapshot()["bytes"]
+    second = await make_db(mind.db.agent_id, resident="auto")
+    await mind.remember(some_vectors(1, seed=1))
+    await second.search_memories(embedding=query, table_name=TABLE)
+    stats = second._resident.snapshot()
+    assert (stats["hits"], stats["loads"], stats["deltas"]) == (1, 0, 1)
+    assert stats["bytes"] - held < 1000
+    await second.close()
+    await mind.db.close()
+    third = await make_db(mind.db.agent_id, resident="auto")
+    mind.db = third
+    await mind.check(query)
+    assert third._resident.stats.loads == 0 and third._resident.stats.changes == 0
+
+
+async def test_tiers_go_with_their_loop(dsn: str) -> None:
+    def other_loop() -> None:
+        async def main() -> None:
+            async with elizasql.connect(agent_id=uuid4(), dsn=dsn, **RESIDENT) as db:
+                await db.ensure_agent_exists({"name": "x"})
+                await db.ensure_embedding_dimension(384)
+                vector = some_vectors(1)[0]
+                await db.create_memory(Memory(content={}, embedding=vector, unique=True), TABLE)
+                assert await db.search_memories(embedding=vector, table_name=TABLE)
+                assert db._resident.snapshot()["bytes"] > before
+
+        asyncio.run(main())
+
+    gc.collect()
+    before = _resident._held()
+    await asyncio.to_thread(other_loop)
+    gc.collect()
+    assert _resident._held() == before
+
+
+async def test_closing_ends_a_load(mind: Mind, make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    await mind.remember(some_vectors(20))  # the load hangs before it knows
+    db = await make_db(mind.db.agent_id, resident="auto")
+    begun, never = asyncio.Event(), asyncio.Event()
+
+    async def hang(*_: Any, **__: Any) -> None:
+        begun.set()
+        await never.wait()
+
+    monkeypatch.setattr(db._background, "fetch_row", hang)
+    for _ in range(_resident._LOAD_AFTER):
+        await db.search_memories(embedding=some_vectors(1)[0], table_name=TABLE)
+    await begun.wait()
+    await db.close()
+    assert not db._resident._tasks
+    # Whoever comes next loads it.
+    await mind.check(some_vectors(1)[0])
+
+
+async def test_a_load_that_fails(mind: Mind, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    await mind.remember(some_vectors(20))
+    query = some_vectors(1)[0]
+
+    async def fail(*_: Any, **__: Any) -> None:
+        raise elizasql.ConnectionLostError("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mind.resident._background, "fetch_row", fail)
+        assert await mind.search(query) == await mind.exact(query)
+        assert await mind.search(query) == await mind.exact(query)
+    assert mind.resident.stats.misses == 2
+    assert [record.levelname for record in caplog.records if "put off" in record.message] == ["WARNING"]
+    mind.tier.not_before = 0.0
+    await mind.check(query)
+
+
+async def test_waiting_for_a_load_ends_with_the_call(mind: Mind, monkeypatch: pytest.MonkeyPatch) -> None:
+    await mind.remember(some_vectors(20))
+    never = asyncio.Event()
+
+    async def hang(*_: Any, **__: Any) -> None:
+        await never.wait()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mind.resident._background, "fetch_row", hang)
+        with pytest.raises(elizasql.ElizaSQLError):
+            await mind.search(some_vectors(1)[0], timeout=0.05)
+        (task,) = mind.resident._tasks
+        task.cancel()
+        await asyncio.wait({task})
+    await mind.check(some_vectors(1)[0])
+
+
+async def test_another_life_of_the_server(mind: Mind) -> None:
+    """After a crash or a failover transactions are numbered anew: nothing that was held says anything any more."""
+    await mind.remember(some_vectors(50))
+    query = some_vectors(1, seed=8)[0]
+    await mind.check(query)
+    mind.tier.life = "another"
+    assert await mind.search(query) == await mind.exact(query)
+    assert mind.tier.matrix is None and mind.resident.stats.misses == 1
+    mind.tier.not_before = 0.0
+    await mind.check(query)
+    assert mind.resident.stats.loads == 2
+
+
+async def test_vectors_that_only_the_server_can_rank(mind: Mind) -> None:
+    await mind.remember(some_vectors(50))
+    query = some_vectors(1, seed=8)[0]
+    await mind.check(query)
+    zero = _codecs._HEADERS[384] + bytes(4 * 384)
+    update = "UPDATE elizasql.embeddings SET dim_384 = $3 WHERE agent_id = $1 AND memory_id = $2"
+    await mind.raw.execute(update, mind.db.agent_id, mind.ids[0], zero)
+    found = await mind.search(query, count=50)
+    assert [id for id, _ in found] == [id for id, _ in await mind.exact(query, count=50)]
+    assert found[-1][0] == mind.ids[0] and math.isnan(found[-1][1])
+    assert mind.tier.matrix is None
+    mind.tier.not_before = 0.0
+    assert len(await mind.search(query, count=50)) == 50
+    assert mind.tier.matrix is None and mind.resident.stats.loads == 1
+
+
+# --- limits ----------------------------------------------------------------------------------------------------------
+
+
+async def test_too_many_vectors(mind: Mind, make_db: MakeAdapter) -> None:
+    await mind.remember(some_vectors(100))
+    db = await make_db(mind.db.agent_id, resident_max_vectors=99, **RESIDENT)
+    mind.db = db
+    query = some_vectors(1, seed=8)[0]
+    for _ in range(3):
+        assert await mind.search(query) == await mind.exact(query)
+    assert (db._resident.stats.misses, db._resident.stats.loads) == (3, 0)
+    # It is not looked at again with every search.
+    assert mind.tier.not_before > mind.tier.used + 100
+    await mind.writer.delete_memories(mind.ids[:10])
+    mind.tier.not_before = 0.0
+    await mind.check(query)
+    # One that grows beyond is let go.
+    await mind.remember(some_vectors(40, seed=1))
+    await mind.search(query)
+    assert mind.tier.matrix is None
+    assert await mind.search(query) == await mind.exact(query)
+
+
+async def test_more_changes_than_are_read(mind: Mind, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_resident, "_CHANGES_BYTES", 80 * 4 * 384)
+    await mind.remember(some_vectors(100))
+    query = some_vectors(1, seed=8)[0]
+    await mind.check(query)
+    await mind.remember(some_vectors(79, seed=1))
+    await mind.check(query)
+    await mind.remember(some_vectors(80, seed=2))
+    assert await mind.search(query) == await mind.exact(query)
+    assert mind.resident.stats.misses == 1
+    await mind.check(query)
+    assert mind.resident.stats.loads == 2
+
+
+async def test_the_budget(make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The least recently used go out, but none that was used just now."""
+    with _resident._lock:
+        _resident._shelves.clear()
+    minds = []
+    for number in range(4):
+        db = await make_db(resident_memory_mb=3, **RESIDENT)
+        vectors = some_vectors(400, seed=number)
+        await db.create_memories([Memory(content={}, embedding=vector, unique=True) for vector in vectors], TABLE)
+        minds.append(db)
+    query = some_vectors(1, seed=8)[0]
+
+    async def search(number: int) -> bool:
+        """Tell whether the tier answered."""
+        db = minds[number]
+        hits = db._resident.stats.hits
+        assert len(await db.search_memories(embedding=query, table_name=TABLE)) == 10
+        assert db._resident.snapshot()["bytes"] <= 3 << 20
+        return db._resident.stats.hits > hits
+
+    assert [await search(number) for number in (0, 1, 2)] == [True, True, False]
+    assert await search(0) and await search(1)
+    monkeypatch.setattr(_resident, "_REST", 0.0)
+    for db in minds:
+        for tier in db._resident._tiers.values():
+            tier.not_before = 0.0
+    assert await search(0)
+    assert await search(2)  # in the place of 1, which has waited longest
+    assert minds[2]._resident.stats.evictions == 1
+    assert await search(0) and minds[0]._resident.stats.loads == 1
+    assert await search(1) and minds[1]._resident.stats.loads == 2
+    assert await search(0) and await search(3)
+    assert sum(db._resident.snapshot()["vectors"] for db in minds) == 800
+
+
+async def test_one_that_is_larger_than_the_budget(make_db: MakeAdapter) -> None:
+    db = await make_db(resident_memory_mb=1, **RESIDENT)
+    vectors = some_vectors(700)
+    await db.create_memories([Memory(content={}, embedding=vector, unique=True) for vector in vectors], TABLE)
+    for _ in range(2):
+        assert len(await db.search_memories(embedding=vectors[0], table_name=TABLE)) == 10
+    assert (db._resident.stats.misses, db._resident.stats.loads) == (2, 0)
+
+
+async def test_growth_beyond_the_budget(mind: Mind, make_db: MakeAdapter) -> None:
+    mind.db = await make_db(mind.db.agent_id, resident_memory_mb=1, **RESIDENT)
+    with _resident._lock:
+        _resident._shelves.clear()
+    await mind.remember(some_vectors(300))
+    query = some_vectors(1, seed=8)[0]
+    await mind.check(query)
+    for number in range(1, 10):
+        await mind.remember(some_vectors(60, seed=number))
+        assert await mind.search(query) == await mind.exact(query)
+    assert mind.tier.matrix is None
+
+
+@pytest.mark.parametrize("options", [{"resident": "off"}, {"resident_memory_mb": 0}, {"resident_max_vectors": 0}])
+async def test_off_costs_nothing(make_db: MakeAdapter, options: dict[str, Any]) -> None:
+    db = await make_db(**{"resident": "required", **options})
+    vector = some_vectors(1)[0]
+    id = await db.create_memory(Memory(content={}, embedding=vector, unique=True), TABLE)
+    for _ in range(3):
+        assert [hit.id for hit in await db.search_memories(embedding=vector, table_name=TABLE)] == [id]
+    assert not db._resident._tiers
+    stats = db._resident.snapshot()
+    assert not any(count for name, count in stats.items() if name != "bytes")
+
+
+def test_settings() -> None:
+    config = Config.load(environ={})
+    assert (config.resident, config.resident_memory_mb, config.resident_max_vectors) == ("auto", 256, 25_000)
+    environ = {"ELIZASQL_RESIDENT": "off", "ELIZASQL_RESIDENT_MEMORY_MB": "64", "ELIZASQL_RESIDENT_MAX_VECTORS": "100"}
+    config = Config.load(environ=environ)
+    assert (config.resident, config.resident_memory_mb, config.resident_max_vectors) == ("off", 64, 100)
+    for wrong in ({"resident": "yes"}, {"resident_memory_mb": -1}, {"resident_max_vectors": 1.5}):
+        with pytest.raises(ConfigurationError, match=next(iter(wrong))):
+            Config.load(environ={}, **wrong)
+
+
+# --- at the same time ------------------------------------------------------------------------------------------------
+
+
+async def test_many_searches_and_writes_at_once(mind: Mind, make_db: MakeAdapter) -> None:
+    """Searches that run together merge what they see in turn; none is stale, and the tier is right in the end."""
+    await mind.remember(some_vectors(200))
+    await mind.check(some_vectors(1)[0])
+    second = await make_db(mind.db.agent_id, **RESIDENT)
+    alive: dict[UUID, UUID] = {}
+
+    async def write(number: int) -> None:
+        chance = np.random.default_rng(number)
+        for step in range(12):
+            ids = [_codecs.new_id() for _ in range((1, 5, 90)[step % 3])]
+            room = mind.rooms[int(chance.integers(4))]
+            await mind.writer.create_memories(
+                [Memory(id=id, content={}, room_id=room, embedding=vector_of(id), unique=True) for id in ids], TABLE
+            )
+            alive.update(dict.fromkeys(ids, room))
+            if step % 2:
+                gone = ids[: len(ids) // 2]
+                for id in gone:
+                    del alive[id]
+                await mind.writer.delete_memories(gone)
+
+    async def search(db: DatabaseAdapter, number: int) -> None:
+        chance = np.random.default_rng(100 + number)
+        for _ in range(60):
+            certain = list(alive)
+            if not certain:
+                await asyncio.sleep(0)
+                continue
+            id = certain[int(chance.integers(len(certain)))]
+            room = alive[id]
+            hits = await db.search_memories(embedding=vector_of(id), table_name=TABLE, room_id=room, count=3)
+            if id in alive:
+                assert hits[0].id == id
+            assert all(hit.room_id == room for hit in hits)
+
+    await asyncio.gather(
+        *(write(number) for number in range(3)),
+        *(search(db, number) for number, db in enumerate([mind.db] * 4 + [second] * 2)),
+    )
+    for query in some_vectors(5, seed=8):
+        await mind.check(query, count=50)
+        await mind.check(query, room_id=mind.rooms[0])
+
+
+class Writer:
+    """A process that writes, and what it has said."""
+
+    def __init__(self, orders: tuple[Any, ...]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", resident_worker.__name__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=Path(__file__).parent.parent,
+        )
+        assert self.process.stdin is not None and self.process.stdout is not None
+        pickle.dump(orders, self.process.stdin)
+        self.process.stdin.close()
+        self._pipe = self.process.stdout
+        os.set_blocking(self._pipe.fileno(), False)
+        self._rest = b""
+        # The room of each id that must be found; ids that must not; ids of which something was begun and not done.
+        self.rooms: dict[UUID, UUID] = {}
+        self.gone: set[UUID] = set()
+        self.uncertain: set[UUID] = set()
+        self.ended = False
+
+    def listen(self) -> set[UUID]:
+        """Read all that was said until now; give the ids that it was about."""
+        touched = set()
+        while not self.ended:
+            try:
+                said = os.read(self._pipe.fileno(), 1 << 20)
+            except BlockingIOError:
+                break
+            self.ended = not said
+            *lines, self._rest = (self._rest + said).split(b"\n")
+            for line in lines:
+                state, action, *ids = line.decode().split()
+                id, *room = map(UUID, ids)
+                touched.add(id)
+                if state == "try":
+                    self.uncertain.add(id)
+                    continue
+                self.uncertain.discard(id)
+                if action == "delete":
+                    del self.rooms[id]
+                    self.gone.add(id)
+                else:
+                    self.rooms[id] = room[0]
+        return touched
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._pipe.close()
+
+
+async def test_several_processes_write(mind: Mind, dsn: str) -> None:
+    """No search misses what was committed before it began, or gives what was deleted or moved away before."""
+    await mind.remember(some_vectors(300))
+    writers = [Writer((dsn, mind.db.agent_id, mind.rooms, seed, 120)) for seed in range(3)]
+    chance = np.random.default_rng(0)
+    searches = 0
+    try:
+        while not all(writer.ended for writer in writers):
+            for writer in writers:
+                writer.listen()
+            certain = [(id, room) for w in writers for id, room in w.rooms.items() if id not in w.uncertain]
+            gone = {id for writer in writers for id in writer.gone}
+            where = dict(certain)
+            if not certain:
+                await asyncio.sleep(0)  # lets the loop breathe; nothing is waited for
+                continue
+            # What was written last is what a stale tier would miss.
+            id, room = certain[-1 - int(chance.exponential(3)) % len(certain)]
+            wide, narrow = await asyncio.gather(
+                mind.db.search_memories(embedding=vector_of(id), table_name=TABLE, count=5),
+                mind.db.search_memories(embedding=vector_of(id), table_name=TABLE, room_id=room, count=5),
+            )
+            # What happened meanwhile was said before it was done.
+            touched = set().union(*(writer.listen() for writer in writers))
+            if id not in touched:
+                assert wide[0].id == narrow[0].id == id
+            for hit in narrow:
+                assert hit.room_id == room
+                assert hit.id in touched or where.get(hit.id, room) == room  # type: ignore[arg-type]
+            assert not {hit.id for hit in (*wide, *narrow)} & gone
+            searches += 2
+        assert all(writer.process.wait() == 0 for writer in writers)
+    finally:
+        for writer in writers:
+            writer.close()
+    # Now that it is quiet: exactly what the database finds.
+    written = [(id, room) for writer in writers for id, room in writer.rooms.items()]
+    assert len(written) > 200 and searches > 50
+    for id, room in written[::10]:
+        await mind.check(vector_of(id))
+        assert (await mind.check(vector_of(id), room_id=room))[0][0] == id
+    for query in some_vectors(5, seed=8):
+        await mind.check(query, count=100)
+    stats = mind.resident.stats
+    assert stats.loads == 1 and stats.deltas > 20 and stats.misses == 0
+
+
+# --- the statements --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def session(dsn: str) -> AsyncIterator[asyncpg.Connection[Any]]:
+    """Give a connection that is set as the pooled ones are."""
+    connection = await asyncpg.connect(dsn, server_settings=_pool.session_settings(Config.load(environ={})))
+    await _codecs.register(connection, "public")
+    yield connection
+    await connection.close()
+
+
+@pytest.mark.parametrize("size", [30, 3000])
+async def test_plans(mind: Mind, session: asyncpg.Connection[Any], size: int) -> None:
+    vectors = some_vectors(size)
+    await mind.remember(vectors)
+    seen = await mind.raw.fetchval("SELECT pg_current_snapshot()::text")
+    await mind.remember(some_vectors(10, seed=1))
+    running = await mind.raw.fetchval("SELECT pg_current_xact_id()::text")
+    await session.execute("ANALYZE elizasql.embeddings, elizasql.memories")
+    common = {"agent_id": mind.db.agent_id, "type": TABLE, "most": 65}
+    snapshots = [seen, f"{running}:{int(running) + 1}:{running}"]
+    by_xid, by_id = "agent_id_type_xid_idx", "_pkey"
+
+    def scans(nodes: list[dict[str, Any]]) -> dict[str, int]:
+        """Give the rows that were read from each index of the embeddings."""
+        read: dict[str, int] = {}
+        for node in nodes:
+            if node.get("Index Name", "").startswith("embeddings") and node["Actual Loops"]:
+                rows = node["Actual Rows"] + node.get("Rows Removed by Filter", 0)
+                read[node["Index Name"]] = read.get(node["Index Name"], 0) + int(rows * node["Actual Loops"])
+        return read
+
+    for snapshot in snapshots:
+        nodes = await plan_of(session, SQL["read_resident_changes"], {**common, "seen": snapshot}, execute=True)
+        assert not scans_a_table(nodes)
+        assert all(name.endswith(by_xid) for name in scans(nodes)) and scans(nodes)
+        assert sum(scans(nodes).values()) == (10 if snapshot is seen else 0)
+        params = {
+            **common,
+            "seen": snapshot,
+            "embedding": _codecs.encode_vector(vectors[0]),
+            "ids": mind.ids[:14],
+            "life": "x",
+            "only_unique": False,
+            "count": 10,
+            "include_embedding": True,
+            "threshold": 0.1,
+            "room_id": mind.rooms[0],
+        }
+        nodes = await plan_of(session, SQL["fetch_resident"], params, execute=True)
+        assert not scans_a_table(nodes)
+        assert all(name.endswith((by_xid, by_id)) for name in scans(nodes))
+        assert sum(scans(nodes).values()) <= 14 + 2 * 10
+        assert any(name.startswith("memories") and name.endswith(by_id) for name in indexes(nodes))
+    params = {**common, "after": "0", "page_size": 20, "most": 10}
+    nodes = await plan_of(session, SQL["load_resident"], params, execute=True)
+    assert not scans_a_table(nodes)
+    assert any(name.endswith(by_xid) for name in scans(nodes))
+
+
+async def test_only_a_change_is_stamped(mind: Mind) -> None:
+    (id,) = await mind.remember(some_vectors(1))
+
+    async def stamp() -> int:
+        return int(await mind.raw.fetchval("SELECT xid FROM elizasql.embeddings WHERE memory_id = $1", id))
+
+    first = await stamp()
+    await mind.writer.index_memories()
+    await mind.writer.update_memory({"id": id, "content": {"other": 1}, "metadata": {"a": 1}})
+    await mind.raw.execute("UPDATE elizasql.embeddings SET indexed = FALSE WHERE memory_id = $1", id)
+    assert await stamp() == first
+    statements = [
+        "UPDATE elizasql.memories SET room_id = NULL WHERE id = $1",
+        "UPDATE elizasql.embeddings SET entity_id = NULL WHERE memory_id = $1",
+        "UPDATE elizasql.embeddings SET dim_384 = -1 * dim_384 WHERE memory_id = $1",
+    ]
+    statements[2] = "UPDATE elizasql.embeddings SET dim_384 = dim_384 + dim_384 WHERE memory_id = $1"
+    for statement in statements:
+        before = await stamp()
+        await mind.raw.execute(statement, id)
+        assert await stamp() > before
+    await mind.raw.execute("UPDATE elizasql.embeddings SET xid = '99999999999' WHERE memory_id = $1", id)
+    assert before < await stamp() < 99999999999
+
+
+async def test_rows_with_numbers_of_another_server(mind: Mind) -> None:
+    """A dump is restored before its triggers are there: such rows are loaded, and are no changes ever after."""
+    await mind.remember(some_vectors(40))
+    query = some_vectors(1, seed=8)[0]
+    async with mind.raw.transaction():
+        for trigger in ("embeddings_stamp_new", "embeddings_stamp_changed"):
+            await mind.raw.execute(f"ALTER TABLE elizasql.embeddings DISABLE TRIGGER {trigger}")
+        await mind.raw.execute(
+            "UPDATE elizasql.embeddings SET xid = '4000000000000' WHERE agent_id = $1 AND memory_id = ANY($2)",
+            *(mind.db.agent_id, mind.ids[:20]),
+        )
+        for trigger in ("embeddings_stamp_new", "embeddings_stamp_changed"):
+            await mind.raw.execute(f"ALTER TABLE elizasql.embeddings ENABLE ALWAYS TRIGGER {trigger}")
+    for _ in range(3):
+        await mind.check(query, count=40)
+    assert mind.resident.stats.changes == 0
+    await mind.writer.update_memory({"id": mind.ids[0], "embedding": query})
+    await mind.check(query, count=40)
+    assert mind.resident.stats.changes == 1
+
+
+async def test_another_scene(make_db: MakeAdapter) -> None:
+    """Participants, worlds and rooms as agents have them."""
+    db = await make_db(**RESIDENT)
+    scene: Scene = await make_scene(db)
+    vectors = some_vectors(10)
+    for i, vector in enumerate(vectors):
+        place = {"room_id": scene.room, "world_id": scene.world} if i % 2 else {}
+        await db.create_memory(
+            Memory(content={"i": i}, embedding=vector, entity_id=scene.entity, unique=True, **place), TABLE
+        )
+    hits = await db.search_memories(embedding=vectors[0], table_name=TABLE, world_id=scene.world)
+    assert len(hits) == 5 and all(hit.room_id == scene.room for hit in hits)
+    assert len(await db.search_memories(embedding=vectors[0], table_name=TABLE, entity_id=scene.other)) == 0
