@@ -1,0 +1,1 @@
+"""Attacks: what is promised must hold while servers, networks and clients break."""
