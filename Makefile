@@ -7,7 +7,7 @@ FILE ?=
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types lint-sql format pytest test-slow test-faults bench bench-check generate clean
+.PHONY: help demo test check lint types lint-sql format pytest test-slow test-faults bench bench-quick bench-peers bench-check generate clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,8 +57,18 @@ test-faults: $(VENV)/installed-dev ## kills, broken networks, full disks: the lo
 bench-check: $(VENV)/installed-dev ## each benchmark once, on tiny data
 	ELIZASQL_BENCH=quick $(BIN)/pytest benchmarks --benchmark-disable -q
 
-bench: $(VENV)/installed-dev ## the benchmarks: 100,000 memories, tables of figures
+$(VENV)/installed-bench: $(VENV)/installed-dev
+	$(PIP) install --quiet --group bench
+	@touch $@
+
+bench: $(VENV)/installed-bench ## the benchmarks: 100,000 memories, tables of figures, a page with charts
 	$(BIN)/pytest benchmarks --benchmark-enable -q -s --timeout 3600
+
+bench-quick: $(VENV)/installed-bench ## the peers on 5,000 memories
+	ELIZASQL_BENCH_ROWS=5000 $(BIN)/pytest benchmarks/test_peers.py --benchmark-enable -q -s --timeout 3600
+
+bench-peers: $(VENV)/installed-bench ## the peers on 100,000 memories
+	$(BIN)/pytest benchmarks/test_peers.py --benchmark-enable -q -s --timeout 3600
 
 generate: $(VENV)/installed-dev ## write migrations/schema.sql and elizasql/sync.pyi anew
 	$(BIN)/python -m tests.schema_dump

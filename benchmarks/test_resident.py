@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator
@@ -110,12 +111,21 @@ def test_warm(benchmark: Any, run: Run, ten: Database, vectors: data.Data, repor
                 query, agent = pick(number)
                 _matrix(adapters[agent]).search(query, COUNT + 4)
 
+            plain = [copy.copy(_matrix(db)) for db in adapters]
+            for matrix in plain:
+                matrix._axes = None
+
+            async def without_sketch(number: int) -> None:
+                query, agent = pick(number)
+                plain[agent].search(query, COUNT + 4)
+
             floor = await _floor(connection, [partial(tier, number) for number in range(len(queries))], adapters)
             variants = {
                 "search_memories, in the database": database,
                 "search_memories, resident": tier,
                 "of this: the statement on bare asyncpg": floor,
                 "of this: numpy": numpy_alone,
+                "numpy without the sketch": without_sketch,
                 "exact SQL on bare asyncpg": exact,
             }
             return await interleave(variants, sized(len(queries), 10), warmup=sized(50, 1))

@@ -1,0 +1,102 @@
+"""elizasql, through its public methods: an adapter for each agent, all on one pool."""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+
+import elizasql
+from elizasql import DatabaseAdapter, Memory
+
+from .base import POOL, Peer, row_id
+
+_TABLE = "messages"
+_TAIL = "SELECT count(*) FROM elizasql.embeddings WHERE agent_id = $1 AND NOT indexed"
+
+
+class OnElizaSQL(Peer):
+    """Indexes by hand, so that the indexer does not work while others are measured.
+
+    With the option "required" searches go to the resident tier, loaded at the first one. With "check" a new memory is
+    compared with those that are there, as the original does by default.
+    """
+
+    async def open(self) -> None:
+        resident = self.option if self.option == "required" else "off"
+        knob = {"ef_search": self.knob.ef_search} if self.knob.ef_search else {}
+        self.adapters: list[DatabaseAdapter] = []
+        self.unique = None if self.option == "check" else True
+        for number, agent in enumerate(self.rows.agent_ids):
+            db = await elizasql.open(
+                agent_id=agent,
+                dsn=self.place.url(),
+                indexing="manual",
+                pool_max_size=POOL,
+                timeout=3600.0,
+                slow_call=3600.0,
+                resident=resident,
+                **knob,
+            )
+            self.adapters.append(db)
+            await db.ensure_agent_exists({"name": f"Agent {number}"})
+            await db.ensure_embedding_dimension(self.rows.width)
+            await db.create_rooms([{"id": _room(agent), "source": "benchmark", "type": "GROUP"}])
+            await db.create_entities([{"id": _entity(agent), "names": ["Somebody"]}])
+
+    async def close(self) -> None:
+        for db in self.adapters:
+            await db.close()
+
+    async def index(self) -> None:
+        connection = await asyncpg.connect(self.place.url())
+        try:
+            for db in self.adapters:
+                # An agent of the same partition may have brought this one's tail into the index already.
+                tail = await connection.fetchval(_TAIL, db.agent_id)
+                if tail:
+                    await db.index_memories(rebuild=tail > await db.count_memories(table_name=_TABLE) / 5)
+        finally:
+            await connection.close()
+
+    def vector(self, vector: Any) -> Any:
+        return vector
+
+    async def search(self, question: Any, agent: int) -> list[Memory]:
+        return await self.adapters[agent].search_memories(embedding=question, table_name=_TABLE)
+
+    def found(self, answer: list[Memory]) -> list[object]:
+        return [memory.id for memory in answer]
+
+    def prepare(self, row: int) -> Any:
+        agent = self.rows.agent(row)
+        memory = Memory(
+            id=row_id(row),
+            entity_id=_entity(agent),
+            room_id=_room(agent),
+            content={"text": self.rows.content(row)},
+            unique=self.unique,
+            embedding=self.rows.vectors[row],
+        )
+        return self.adapters[self.rows.agents[row]], memory
+
+    async def insert_one(self, prepared: Any) -> None:
+        db, memory = prepared
+        await db.create_memory(memory, _TABLE)
+
+    async def insert_many(self, rows: range) -> None:
+        by_agent: dict[int, list[Memory]] = {}
+        for row in rows:
+            by_agent.setdefault(int(self.rows.agents[row]), []).append(self.prepare(row)[1])
+        for agent, memories in by_agent.items():
+            for start in range(0, len(memories), 10_000):
+                await self.adapters[agent].create_memories(memories[start : start + 10_000], _TABLE)
+
+
+def _room(agent: UUID) -> UUID:
+    return UUID(int=agent.int + (1 << 64))
+
+
+def _entity(agent: UUID) -> UUID:
+    return UUID(int=agent.int + (2 << 64))

@@ -1,0 +1,700 @@
+"""What the peers are asked, in which order, and what is kept of it.
+
+All peers are loaded with the same rows, each into its own database of one server. Then they take turns in blocks, in
+another order every round, so that whatever disturbs one disturbs all. While one works the others' processes wait.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any, TypeVar
+from urllib.parse import parse_qs, unquote, urlsplit
+from uuid import UUID
+
+import numpy as np
+
+import elizasql
+from benchmarks import data
+from benchmarks.report import machine, percentile
+from elizasql import Config, _embedded, _pool
+
+from . import driver
+from .base import Knob, Place, agent_id
+from .driver import CACHE, OURS, RESIDENT, PeerError, Process, Server, Spec, Task
+
+T = TypeVar("T")
+
+# The peers' ways to find more; pgvector's README has both settings.
+KNOBS = (Knob(100, "relaxed_order"), Knob(400, "relaxed_order"), Knob(40, "relaxed_order"), Knob(200, "relaxed_order"))
+# Ours, for the curve alone.
+OUR_KNOBS = (Knob(40), Knob(200), Knob(60), Knob(400))
+CALLERS = (1, 4, 16, 64)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured.
+
+    Attributes:
+        rows: Memories of all agents together.
+        agents: So many.
+        block, rounds: Searches of a peer in a turn, and turns.
+        warmup: Searches before each turn that are not counted.
+        inserts: Single inserts of a peer, in as many turns.
+        batch, batches: Rows in a batch, and batches.
+        work: Calls of a mixed run.
+        knobs: How many of KNOBS.
+        callers: Numbers of callers at once.
+        growth: Numbers of rows of a single agent; none: not measured.
+    """
+
+    rows: int
+    agents: int
+    block: int
+    rounds: int
+    warmup: int
+    inserts: int
+    batch: int
+    batches: int
+    work: int
+    knobs: int = 4
+    callers: tuple[int, ...] = CALLERS
+    growth: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, rows: int) -> Sizes:
+        """Choose the sizes for a number of memories."""
+        if rows >= 20_000:
+            largest = int(os.environ.get("ELIZASQL_BENCH_GROWTH") or rows)
+            growth = tuple(sorted({rows // 100, rows // 10, rows, largest}))
+            return cls(rows, 10, 20, 15, 5, 200, 1000, 3, 400, growth=growth)
+        return cls(rows, 10, 10, 5, 3, 30, 300, 1, 120, 2, (1, 16), (rows // 10, rows))
+
+    @classmethod
+    def tiny(cls, rows: int) -> Sizes:
+        """Choose sizes that tell nothing and take a second."""
+        return cls(rows, 3, 4, 2, 1, 4, 20, 1, 10, 2, (1, 4))
+
+
+class Suite:
+    """One run: the server, the processes of the peers, and what they did.
+
+    Args:
+        specs: The peers; elizasql's own are among them.
+        sizes: How much.
+        run: Runs a coroutine.
+        say: Tells how far it is.
+
+    Attributes:
+        results: What is kept as JSON.
+    """
+
+    def __init__(
+        self, specs: Sequence[Spec], sizes: Sizes, run: Callable[[Awaitable[Any]], Any], say: Callable[[str], None]
+    ) -> None:
+        self.specs = list(specs)
+        self.sizes = sizes
+        self._run = run
+        self._say = say
+        self._begun = perf_counter()
+        self.folder = Path(tempfile.mkdtemp(prefix="esql-"))
+        self.processes: dict[str, Process] = {}
+        self._embedded: Any = None
+        self.server: Server
+        self.task: Task
+        self.results: dict[str, Any] = {
+            "setup": machine() | {"rows": sizes.rows, "agents": sizes.agents},
+            "peers": {},
+            "limits": {},
+            "growth": [],
+        }
+
+    def _tell(self, text: str) -> None:
+        self._say(f"[{perf_counter() - self._begun:6.1f} s] {text}")
+
+    # --- beginning and end -------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Start the server, and load every peer that can be installed and started."""
+        self.server = self._run(self._start())
+        extra = 2 * max(self.sizes.inserts * 3 + self.sizes.work, self.sizes.batch * self.sizes.batches)
+        queries = max(100, self.sizes.block * self.sizes.rounds + self.sizes.warmup)
+        self.task = driver.make_task(
+            self.folder / "task", self.sizes.rows, extra, self.sizes.agents, min(queries, 1000)
+        )
+        self.results["setup"] |= {"source": self.task.source, "queries": len(self.task.queries)}
+        for spec in self.specs:
+            self.results["peers"][spec.name] = {"title": spec.title, "how": spec.how, "failed": None, "points": []}
+            self._guard(spec, lambda spec=spec: self._load(spec))  # type: ignore[misc]
+
+    def close(self) -> None:
+        """End the processes and the server, and remove everything but the results."""
+        for process in self.processes.values():
+            process.end()
+        if self._embedded is not None:
+            self._run(self._embedded.release())
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    async def _start(self) -> Server:
+        """Start an embedded server, with more room than a guest takes, since a dozen databases share it."""
+        given = os.environ.get("ELIZASQL_TEST_URL")
+        if given:
+            place = _place(given)
+            return Server(place, place.user)
+        home = self.folder / "pg"
+        server = await _embedded.acquire(home)
+        admin = Server(replace(_place(server.dsn), user="postgres"), "elizasql")
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
+        connection = await admin.admin()
+        try:
+            for setting in (
+                f"shared_buffers = '{min(memory // 4, 6144)}MB'",
+                f"maintenance_work_mem = '{min(memory // 16, 1024)}MB'",
+                "dynamic_shared_memory_type = 'sysv'",
+                "max_wal_size = '8GB'",
+                "max_connections = 400",
+                "autovacuum = off",  # each database is vacuumed after loading; later it would disturb at random
+            ):
+                await connection.execute(f"ALTER SYSTEM SET {setting}")
+        finally:
+            await connection.close()
+        await server.release()
+        self._embedded = await _embedded.acquire(home)
+        connection = await admin.admin()
+        try:
+            self.results["setup"]["server"] = await connection.fetchval("SELECT version()")
+            version = "SELECT default_version FROM pg_available_extensions WHERE name = 'vector'"
+            self.results["setup"]["pgvector"] = await connection.fetchval(version)
+            self.results["setup"]["shared_buffers"] = await connection.fetchval("SHOW shared_buffers")
+        finally:
+            await connection.close()
+        return admin
+
+    def _guard(self, spec: Spec, call: Callable[[], T]) -> T | None:
+        """Do something with a peer; when it fails, note why and leave the peer out from then on."""
+        try:
+            return call()
+        except PeerError as error:
+            self._tell(f"{spec.title}: {error}")
+            self.results["peers"][spec.name]["failed"] = str(error)
+            process = self.processes.pop(spec.name, None)
+            if process is not None:
+                process.end()
+            if spec is OURS:
+                raise
+            return None
+
+    def start(self, spec: Spec, task: Task | None = None) -> Process:
+        """Start a peer's process and let it connect."""
+        task = task or self.task
+        process = Process(spec, self.folder / "logs")
+        place = driver.as_request(self.server.of(spec), self.folder / "pglite")
+        try:
+            opened = process.ask("open", place=place, folder=str(task.folder), width=task.width)
+        except PeerError:
+            process.end()
+            raise
+        if spec.name in self.results["peers"]:
+            self.results["peers"][spec.name] |= {"versions": opened["versions"], "runtime": opened["python"]}
+        return process
+
+    def _load(self, spec: Spec) -> None:
+        if spec.like:
+            if spec.like not in self.processes:
+                raise PeerError(f"needs {spec.like}, which could not be loaded")
+            self.processes[spec.name] = process = self.start(spec)
+            if spec is RESIDENT:
+                # The first search of each agent loads its tier.
+                asked = [(0, agent) for agent in range(self.sizes.agents)]
+                first = process.ask("search", asked=asked, warmup=0)["seconds"]
+                self.results["peers"][spec.name]["cold"] = first
+            return
+        if spec.stores:
+            self._run(self.server.create(spec))
+        self.processes[spec.name] = process = self.start(spec)
+        # Some make their tables at the first write; the HNSW index of whoever has one by then is built after loading.
+        first = min(10, self.task.loaded) if spec.stores and spec.name != OURS.name else 0
+        if first:
+            process.ask("load", first=0, last=first)
+        indexes = self._run(self.server.drop_hnsw(spec)) if first else []
+        loaded = process.ask("load", first=first, last=self.task.loaded)
+        seconds = loaded["seconds"]
+        begun = perf_counter()
+        process.ask("index")
+        if indexes:
+            self._run(self.server.run(spec, indexes))
+        indexing = perf_counter() - begun
+        if spec.stores:
+            self._run(self.server.run(spec, ["VACUUM (ANALYZE)", "CHECKPOINT"]))
+        kept = self.results["peers"][spec.name]
+        kept["load"] = {
+            "seconds": seconds,
+            "index_seconds": indexing,
+            "rows": self.task.loaded,
+            "by_itself": loaded["by_itself"],
+        }
+        kept["bytes"] = self._run(self.server.size(spec)) if spec.stores else None
+        rate = self.task.loaded / (seconds + indexing)
+        self._tell(f"{spec.title}: loaded in {seconds:.1f} s, indexed in {indexing:.1f} s, {rate:,.0f} rows/s")
+
+    # --- turns -------------------------------------------------------------------------------------------------------
+
+    def alive(self, *, stores: bool = True, all_kinds: bool = False) -> list[Spec]:
+        """Give the peers that still take part."""
+        specs = [spec for spec in self.specs if spec.name in self.processes]
+        return [spec for spec in specs if all_kinds or not spec.name.endswith("-check") or not stores]
+
+    def turns(self, specs: Sequence[Spec], rounds: int, turn: Callable[[Spec, int], None]) -> None:
+        """Give every peer a turn in every round, in another order each time."""
+        specs = list(specs)
+        for number in range(rounds):
+            first = number % max(1, len(specs))
+            for spec in specs[first:] + specs[:first]:
+                if spec.name in self.processes:
+                    self._guard(spec, lambda spec=spec, number=number: turn(spec, number))  # type: ignore[misc]
+
+    def knob(self, spec: Spec, knob: Knob) -> None:
+        """Turn a peer's knob; the database's settings are turned for those that have no parameter of their own."""
+        if spec.stores and not spec.name.startswith("elizasql"):
+            self._run(self.server.turn(spec, knob))
+        self.processes[spec.name].ask("knob", ef_search=knob.ef_search, iterative=knob.iterative)
+
+    def search(self, specs: Sequence[Spec], label: Callable[[Spec], str]) -> None:
+        """Let peers search in turns; each gets a point: recall and latency."""
+        seconds: dict[str, list[float]] = {spec.name: [] for spec in specs}
+        recalls: dict[str, list[float]] = {spec.name: [] for spec in specs}
+        short: dict[str, int] = {spec.name: 0 for spec in specs}
+        medians: dict[str, list[float]] = {spec.name: [] for spec in specs}
+        block, warmup, agents = self.sizes.block, self.sizes.warmup, self.sizes.agents
+
+        def turn(spec: Spec, number: int) -> None:
+            # What is slow by far is asked less: its median is known as well with a quarter.
+            size = max(4, block // 4) if spec.exact and self.sizes.rows >= 20_000 and "elizaos" in spec.name else block
+            first = number * block
+            queries = [(first + n) % len(self.task.queries) for n in range(size)]
+            before = [(first + n) % len(self.task.queries) for n in range(-min(warmup, size), 0)]
+            asked = [(query, query % agents) for query in before + queries]
+            answer = self.processes[spec.name].ask("search", asked=asked, warmup=len(before))
+            seconds[spec.name] += answer["seconds"]
+            medians[spec.name].append(statistics.median(answer["seconds"]))
+            for query, found in zip(queries, answer["found"], strict=True):
+                recalls[spec.name].append(self.task.recall(query, query % agents, found))
+                wanted = min(10, len(self.task.members[query % agents]))
+                short[spec.name] += len(set(found)) < wanted
+
+        self.turns(specs, self.sizes.rounds, turn)
+        for spec in specs:
+            if spec.name in self.processes and seconds[spec.name]:
+                times = seconds[spec.name]
+                self.results["peers"][spec.name]["points"].append(
+                    {
+                        "label": label(spec),
+                        "recall": float(np.mean(recalls[spec.name])),
+                        "short": short[spec.name],
+                        "searches": len(times),
+                        "p50": statistics.median(times),
+                        "p95": percentile(times, 0.95),
+                        # Of the blocks' medians, so that it tells how steady the machine was.
+                        "spread": [percentile(medians[spec.name], 0.25), percentile(medians[spec.name], 0.75)],
+                        "seconds": [round(each, 7) for each in times],
+                    }
+                )
+
+    # --- what is measured --------------------------------------------------------------------------------------------
+
+    def search_points(self) -> None:
+        """Search with every peer as its documentation has it, then with its knob turned further and further."""
+        self._tell("search, as documented")
+        self.search(
+            [spec for spec in self.alive() if not spec.like or spec.name.endswith("resident")],
+            lambda _: "as documented",
+        )
+        for number, knob in enumerate(KNOBS[: self.sizes.knobs]):
+            self._tell(f"search, ef_search {knob.ef_search}, iterative scan")
+            ours = OUR_KNOBS[number]
+            chosen = [spec for spec in self.alive() if not spec.exact and not spec.like]
+            for spec in chosen:
+                own = ours if spec is OURS else knob
+                self._guard(spec, lambda spec=spec, own=own: self.knob(spec, own))  # type: ignore[misc]
+            self.search(
+                [spec for spec in chosen if spec.name in self.processes],
+                lambda spec, knob=knob, ours=ours: (  # type: ignore[misc]
+                    f"ef {ours.ef_search}" if spec is OURS else f"ef {knob.ef_search}, iterative"
+                ),
+            )
+        self.results["setup"]["load after the searches"] = _load()
+
+    def settle(self) -> dict[str, dict[str, Any]]:
+        """Set every peer to its fastest point with at least our recall, else to its best; give the points.
+
+        Then they search in turns once more, so that the ratios at equal recall are of one stretch of time.
+        """
+        ours = self.results["peers"][OURS.name]["points"][0]["recall"]
+        chosen: dict[str, str] = {}
+        for spec in self.alive():
+            points = self.results["peers"][spec.name]["points"]
+            if not points or spec.exact or spec.like:
+                continue
+            enough = [point for point in points if point["recall"] >= ours - 0.002]
+            best = min(enough, key=lambda point: point["p50"]) if enough else max(points, key=lambda p: p["recall"])
+            if spec is OURS:
+                best = points[0]
+            number = points.index(best)
+            chosen[spec.name] = best["label"]
+            knob = Knob() if number == 0 else (OUR_KNOBS if spec is OURS else KNOBS)[number - 1]
+            self._guard(spec, lambda spec=spec, knob=knob: self.knob(spec, knob))  # type: ignore[misc]
+        self._tell("search, at equal recall")
+        before = {name: len(kept["points"]) for name, kept in self.results["peers"].items()}
+        self.search(
+            [spec for spec in self.alive() if not spec.like or spec.name.endswith("resident")],
+            lambda spec: chosen.get(spec.name, "as documented"),
+        )
+        equal = {}
+        for name, kept in self.results["peers"].items():
+            if len(kept["points"]) > before[name]:
+                kept["equal"] = kept["points"].pop()
+                kept["equal"]["enough"] = kept["equal"]["recall"] >= ours - 0.004
+                equal[name] = kept["equal"]
+        for spec in self.alive(all_kinds=True, stores=False):
+            self.results["peers"][spec.name]["memory"] = self.processes[spec.name].memory
+        return equal
+
+    def concurrency(self) -> None:
+        """Search with 1 to 64 callers at once."""
+        specs = [spec for spec in self.alive() if spec.stores or "pglite" in spec.name]
+        most = self.sizes.work
+        for callers in self.sizes.callers:
+            self._tell(f"search with {callers} callers")
+
+            def turn(spec: Spec, number: int, callers: int = callers) -> None:
+                count = most if not spec.exact else max(20, most // 4)
+                queries = [(number * count + n) % len(self.task.queries) for n in range(count)]
+                asked = [(query, query % self.sizes.agents) for query in queries]
+                answer = self.processes[spec.name].ask("mixed", asked=asked, rows=[], callers=callers)
+                kept = self.results["peers"][spec.name].setdefault("concurrency", {})
+                kept.setdefault(str(callers), []).append(
+                    {"rate": count / answer["total"], "p95": percentile(answer["searches"], 0.95)}
+                )
+
+            self.turns(specs, 2, turn)
+
+    def writes(self) -> None:
+        """Single inserts and batches, with everything that was loaded indexed."""
+        specs = self.alive(all_kinds=True, stores=False)
+        specs = [spec for spec in specs if spec.stores or "pglite" in spec.name]
+        start, sizes = self.task.loaded, self.sizes
+        rounds = 10 if sizes.inserts >= 100 else 2
+        each = sizes.inserts // rounds
+        self._tell("single inserts")
+        # Two of a kind write into one database: other rows for each.
+        shifts = {
+            spec.name: (1 if spec.name.endswith("-check") else 2 if spec.name.endswith("-resident") else 0)
+            for spec in specs
+        }
+
+        def one(spec: Spec, number: int) -> None:
+            first = start + shifts[spec.name] * sizes.inserts + number * each
+            answer = self.processes[spec.name].ask("insert_one", rows=list(range(first, first + each)))
+            self.results["peers"][spec.name].setdefault("insert_one", []).extend(answer["seconds"])
+
+        self.turns(specs, rounds, one)
+        self._tell("batches")
+        half = start + (len(self.task.vectors) - start) // 2
+
+        def many(spec: Spec, number: int) -> None:
+            first = half + number * sizes.batch
+            answer = self.processes[spec.name].ask("insert_many", first=first, last=first + sizes.batch)
+            self.results["peers"][spec.name].setdefault("insert_many", []).append(sizes.batch / answer["seconds"])
+
+        self.turns([spec for spec in specs if not spec.like], sizes.batches, many)
+        self._tell("what was written goes into the index")
+        if OURS.name in self.processes:
+            # What the background indexer would have done meanwhile.
+            answer = self.processes[OURS.name].ask("index")
+            moved = (
+                sizes.inserts * sum(spec.name.startswith("elizasql") for spec in specs) + sizes.batch * sizes.batches
+            )
+            self.results["peers"][OURS.name]["indexing"] = moved / answer["seconds"]
+
+    def mixed(self) -> None:
+        """Eight callers, four searches to one insert."""
+        self._tell("mixed")
+        specs = [spec for spec in self.alive() if spec.stores or "pglite" in spec.name]
+        sizes = self.sizes
+        start = self.task.loaded + 3 * sizes.inserts
+
+        def turn(spec: Spec, number: int) -> None:
+            writes = sizes.work // 10
+            first = start + (number + 2 * (spec is RESIDENT)) * writes
+            queries = [(number * 4 * writes + n) % len(self.task.queries) for n in range(4 * writes)]
+            asked = [(query, query % sizes.agents) for query in queries]
+            rows = list(range(first, first + writes))
+            answer = self.processes[spec.name].ask("mixed", asked=asked, rows=rows, callers=8)
+            self.results["peers"][spec.name].setdefault("mixed", []).append(
+                {
+                    "rate": 5 * writes / answer["total"],
+                    "search_p95": percentile(answer["searches"], 0.95),
+                    "insert_p95": percentile(answer["inserts"], 0.95),
+                }
+            )
+
+        self.turns(specs, 2, turn)
+
+    # --- the limit ---------------------------------------------------------------------------------------------------
+
+    def limits(self) -> None:
+        """Run the same prepared statement by pgbench, in turns with the public method."""
+        try:
+            self._against_pgbench()
+        except RuntimeError as error:
+            self._tell(str(error))
+            self.results["limits"]["pgbench"] = str(error)
+
+    def _against_pgbench(self) -> None:
+        program = find_pgbench()
+        if program is None:
+            self.results["limits"]["pgbench"] = "there is no pgbench"
+            return
+        self._tell("pgbench")
+        script = self._run(self._script())
+        ours = self.processes[OURS.name]
+        seconds = 3 if self.sizes.rows >= 20_000 else 1
+        asked = [(query, query % self.sizes.agents) for query in range(min(len(script), len(self.task.queries)))]
+        singles: list[tuple[float, float]] = []
+        many: list[tuple[float, float]] = []
+        for _ in range(5 if self.sizes.rows >= 20_000 else 2):
+            mine = ours.ask("search", asked=asked * 5, warmup=len(asked))["seconds"]
+            theirs = self._pgbench(program, script, 1, seconds)
+            singles.append((statistics.median(mine), statistics.median(theirs[0])))
+            answer = ours.ask("mixed", asked=asked * max(1, self.sizes.work * 2 // len(asked)), rows=[], callers=16)
+            rate = len(answer["searches"]) / answer["total"]
+            many.append((rate, self._pgbench(program, script[:5], 16, 2 * seconds)[1]))
+        self.results["limits"]["pgbench"] = {
+            "p50": [theirs for _, theirs in singles],
+            "ours_p50": [mine for mine, _ in singles],
+            "rate_16": [theirs for _, theirs in many],
+            "ours_rate_16": [mine for mine, _ in many],
+        }
+
+    async def _script(self) -> list[tuple[str, dict[str, str]]]:
+        """Take the statement that a search sends, for 20 questions, in pgbench's form: text and variables."""
+        from benchmarks.conftest import sent_by
+
+        scripts: list[tuple[str, dict[str, str]]] = []
+        dsn = self.server.of(OURS).url()
+        opened: dict[int, elizasql.DatabaseAdapter] = {}
+        try:
+            for number in range(20):
+                agent = number % self.sizes.agents
+                if agent not in opened:
+                    db = await elizasql.open(agent_id=agent_id(agent), dsn=dsn, indexing="manual", resident="off")
+                    opened[agent] = db
+                    await db.search_memories(embedding=self.task.queries[number], table_name="messages")
+                db = opened[agent]
+
+                async def call(db: elizasql.DatabaseAdapter = db, number: int = number) -> None:
+                    await db.search_memories(embedding=self.task.queries[number], table_name="messages")
+
+                sent = (await sent_by(db, call))[0]
+                types = await self._types(sent.sql)
+                variables: dict[str, str] = {}
+                text = sent.sql
+                for place, name in reversed(list(enumerate(sent.statement.params, 1))):
+                    value = sent.params[name]
+                    if value is None:
+                        # pgbench cannot send NULL, nor an empty text.
+                        variables[f"v{number}_{place}"] = "none"
+                        text = re.sub(
+                            rf"\${place}\b", f"nullif(:v{number}_{place}::text, 'none')::{types[place - 1]}", text
+                        )
+                        continue
+                    if name == "embedding":
+                        value = "[" + ",".join(f"{x:.4g}" for x in self.task.queries[number]) + "]"
+                    variables[f"v{number}_{place}"] = (
+                        str(value).lower() if isinstance(value, (bool, UUID)) else str(value)
+                    )
+                    text = re.sub(rf"\${place}\b", f":v{number}_{place}", text)
+                scripts.append((text.rstrip().rstrip(";") + ";", variables))
+        finally:
+            for db in opened.values():
+                await db.close()
+        return scripts
+
+    async def _types(self, sql: str) -> list[str]:
+        """Tell what a statement's parameters are."""
+        connection = await self.server.admin(self.server.of(OURS).database)
+        try:
+            return [each.name for each in (await connection.prepare(sql)).get_parameters()]
+        finally:
+            await connection.close()
+
+    def _pgbench(
+        self, program: str, scripts: list[tuple[str, dict[str, str]]], clients: int, seconds: int
+    ) -> tuple[list[float], float]:
+        """Run it; give the seconds of every transaction, and transactions a second."""
+        place = self.server.of(OURS)
+        folder = self.folder / "pgbench"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        command = [program, "-n", "-M", "prepared", "-c", str(clients), "-j", str(min(clients, 2)), "-T", str(seconds)]
+        command += ["--log", "--log-prefix", str(folder / "log")]
+        for number, (text, variables) in enumerate(scripts):
+            path = folder / f"{number}.sql"
+            # A statement is one line, else pgbench sends nothing: comments end with their lines.
+            lines = [line for line in text.splitlines() if not line.lstrip().startswith("--")]
+            path.write_text(" ".join(lines) + "\n")
+            command += ["-f", str(path)]
+            for name, value in variables.items():
+                command += ["-D", f"{name}={value}"]
+        settings = " ".join(f"-c {name}={value}" for name, value in _pool.session_settings(Config()).items())
+        environment = os.environ | {
+            "PGHOST": place.host,
+            "PGPORT": str(place.port),
+            "PGUSER": place.user,
+            "PGDATABASE": place.database,
+            "PGPASSWORD": place.password,
+            "PGOPTIONS": settings,
+        }
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        if done.returncode:
+            raise RuntimeError(f"pgbench: {' '.join(done.stderr.split())[:300]}")
+        # client, number, microseconds, script, and when it ended: seconds and microseconds
+        entries = [
+            line.split() for log in folder.glob("log.*") for line in log.read_text(encoding="utf-8").splitlines()
+        ]
+        ended = [int(line[4]) + int(line[5]) / 1e6 for line in entries]
+        # Each connection prepares each script at its first call, which plans it for all partitions: the last half
+        # counts.
+        begin = max(ended) - seconds / 2
+        times = [int(line[2]) / 1e6 for line, end in zip(entries, ended, strict=True) if end >= begin]
+        return times, len(times) / (seconds / 2)
+
+    # --- growth ------------------------------------------------------------------------------------------------------
+
+    def growth(self, specs: Sequence[Spec]) -> None:
+        """Let one agent have more and more memories."""
+        sizes = self.sizes.growth
+        if not sizes:
+            return
+        self._tell("growth")
+        task = driver.make_task(self.folder / "growth", sizes[-1], 2, 1, 200)
+        self.results["setup"]["growth"] = task.source
+        grown = [
+            replace(spec, name=f"growth-{spec.name}", like=f"growth-{spec.like}" if spec.like else "") for spec in specs
+        ]
+        for spec in grown:
+            if not spec.like:
+                self._run(self.server.create(spec))
+        processes: dict[str, Process] = {}
+        try:
+            for spec in grown:
+                try:
+                    processes[spec.name] = self.start(spec, task)
+                except PeerError as error:
+                    self._tell(f"{spec.title}: {error}")
+            loaded = 0
+            for size in sizes:
+                point: dict[str, Any] = {"rows": size, "peers": {}}
+                for spec in grown:
+                    if spec.name in processes and not spec.like:
+                        self._grow(spec, processes[spec.name], loaded, size)
+                self._search_grown(grown, processes, task, size, point)
+                self.results["growth"].append(point)
+                loaded = size
+        finally:
+            for process in processes.values():
+                process.end()
+
+    def _grow(self, spec: Spec, process: Process, loaded: int, size: int) -> None:
+        ours = "elizasql" in spec.name
+        indexes = [] if ours else self._run(self.server.drop_hnsw(spec))
+        process.ask("load", first=loaded, last=size)
+        if indexes:
+            self._run(self.server.run(spec, indexes))
+        process.ask("index")
+        self._run(self.server.run(spec, ["VACUUM (ANALYZE)", "CHECKPOINT"]))
+        if not ours and not spec.exact:
+            self._run(self.server.turn(spec, KNOBS[0]))
+            process.ask("knob", ef_search=KNOBS[0].ef_search, iterative=KNOBS[0].iterative)
+        self._tell(f"{spec.title}: {size:,} rows of one agent")
+
+    def _search_grown(
+        self, grown: list[Spec], processes: dict[str, Process], task: Task, size: int, point: dict[str, Any]
+    ) -> None:
+        block, rounds = self.sizes.block, max(2, self.sizes.rounds // 2)
+        seconds: dict[str, list[float]] = {name: [] for name in processes}
+        recalls: dict[str, list[float]] = {name: [] for name in processes}
+        for number in range(rounds):
+            for spec in grown[number % len(grown) :] + grown[: number % len(grown)]:
+                if spec.name not in processes:
+                    continue
+                count = max(2, block // 4) if spec.exact else block
+                queries = [(number * block + n) % len(task.queries) for n in range(count)]
+                asked = [(queries[0], 0)] * 2 + [(query, 0) for query in queries]
+                answer = processes[spec.name].ask("search", asked=asked, warmup=2)
+                seconds[spec.name] += answer["seconds"]
+                for query, found in zip(queries, answer["found"], strict=True):
+                    recalls[spec.name].append(data.recall(task.vectors[:size], task.queries[query], found, 10))
+        for name, times in seconds.items():
+            point["peers"][name.removeprefix("growth-")] = {
+                "p50": statistics.median(times),
+                "p95": percentile(times, 0.95),
+                "recall": float(np.mean(recalls[name])),
+            }
+
+    # --- results -----------------------------------------------------------------------------------------------------
+
+    @property
+    def path(self) -> Path:
+        """Where the results are kept."""
+        stamp = re.sub(r"\D", "", self.results["setup"]["date"])
+        return CACHE / f"peers-{stamp}-{self.sizes.rows}.json"
+
+    def save(self) -> None:
+        """Keep what there is by now."""
+        CACHE.mkdir(exist_ok=True)
+        self.results["setup"]["load at the end"] = _load()
+        self.results["setup"]["seconds"] = round(perf_counter() - self._begun)
+        self.path.write_text(json.dumps(self.results, indent=1), encoding="utf-8")
+
+
+def last_run(rows: int, before: Path | None = None) -> dict[str, Any] | None:
+    """Give the results of the last run with so many rows, if there was one; `before`: only of older ones."""
+    found = sorted(path for path in CACHE.glob(f"peers-*-{rows}.json") if before is None or path.name < before.name)
+    if not found:
+        return None
+    results: dict[str, Any] = json.loads(found[-1].read_text(encoding="utf-8"))
+    return results
+
+
+def _place(dsn: str) -> Place:
+    """Take an address apart; its host may be a folder with a socket."""
+    parts = urlsplit(dsn)
+    given = parse_qs(parts.query)
+    host = parts.hostname or given.get("host", ["localhost"])[0]
+    port = parts.port or int(given.get("port", ["5432"])[0])
+    user = unquote(parts.username or given.get("user", ["postgres"])[0])
+    return Place(host, port, user, unquote(parts.password or ""), parts.path.lstrip("/") or user)
+
+
+def find_pgbench() -> str | None:
+    """Find the program: that of the embedded server's wheel, else one that is installed."""
+    here = _embedded._binaries() / "pgbench"
+    return str(here) if here.is_file() else shutil.which("pgbench")
+
+
+def _load() -> str:
+    return " ".join(f"{load:.2f}" for load in os.getloadavg())
+
+
+__all__ = ["CALLERS", "KNOBS", "Sizes", "Suite", "find_pgbench", "last_run"]

@@ -1,0 +1,367 @@
+"""What a run of the peers says in words: the tables of the report, the goals, and the short table for the README."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.report import Report
+
+from .suite import CALLERS
+
+Results = dict[str, Any]
+OURS, RESIDENT = "elizasql", "elizasql-resident"
+
+
+def fill(report: Report, results: Results, before: Results | None) -> None:
+    """Add everything to the report.
+
+    Args:
+        report: Where it goes.
+        results: Of this run.
+        before: Of the last run of the same size.
+    """
+    setup, peers = results["setup"], results["peers"]
+    report.setup["peers"] = (
+        f"{setup['rows']:,} memories of {setup['agents']} agents, {setup['source']}; each peer in its own process, "
+        f"environment and database on one server, shared_buffers {setup.get('shared_buffers', 'as given')}"
+    )
+    report.table("Peers: search, top 10 of one agent", _SEARCH, _search(peers))
+    report.table("Peers: writes, everything indexed; mixed: 8 callers, 4 searches to 1 insert", _WRITES, _writes(peers))
+    report.table("Peers: searches a second, callers at once", ["peer", *map(str, CALLERS)], _concurrency(peers))
+    rows = _limits(results)
+    if rows:
+        report.table("The limit", ["what", "ours", "limit", "ratio", "spread"], rows)
+    if results["growth"]:
+        header = ["rows", *(f"{peers[name]['title']}: p50 ms (recall)" for name in results["growth"][0]["peers"])]
+        report.table("Growth, one agent", header, _growth(results["growth"]))
+    rows = [[kept["title"], kept["how"], _versions(kept)] for kept in peers.values()]
+    report.table("Peers: how each was set up", ["peer", "how", "versions"], rows)
+    if before is not None:
+        rows = _change(results, before)
+        header = ["peer", "search ms", "last run", "over ours", "last run", "insert ms", "last run"]
+        report.table(f"Against the last run, {before['setup']['date']}", header, rows)
+    for goal in goals(results):
+        report.goal(*goal)
+
+
+_SEARCH = [
+    *("peer", "as documented: recall", "p50 ms", "short of rows"),
+    *(
+        "at our recall: recall",
+        "p50 ms",
+        "p95 ms",
+        "blocks' p50, quartiles",
+        "over ours",
+        "setting",
+        "client MB",
+        "database MB",
+    ),
+]
+
+
+def _search(peers: dict[str, Any]) -> list[list[str]]:
+    ours = _at(peers, OURS)
+    rows = []
+    for name, kept in peers.items():
+        if name.endswith("-check"):
+            continue
+        if not kept["points"]:
+            rows.append([kept["title"], f"not measured: {kept['failed']}", *[""] * (len(_SEARCH) - 2)])
+            continue
+        first, equal = kept["points"][0], kept.get("equal") or kept["points"][0]
+        rows.append(
+            [
+                kept["title"],
+                f"{first['recall']:.3f}",
+                milli(first["p50"]),
+                f"{first['short']} of {first['searches']}",
+                f"{equal['recall']:.3f}" + ("" if equal.get("enough", True) else " (does not reach it)"),
+                milli(equal["p50"]),
+                milli(equal["p95"]),
+                "-".join(map(milli, equal["spread"])),
+                f"{equal['p50'] / ours:.2f}" if ours else "",
+                equal["label"],
+                _mega(kept.get("memory")),
+                _mega(kept.get("bytes")),
+            ]
+        )
+    return rows
+
+
+_WRITES = [
+    *(
+        "peer",
+        "loaded rows/s",
+        "with index",
+        "single insert p50 ms",
+        "p95 ms",
+        "over ours",
+        "batch rows/s",
+        "ours over it",
+    ),
+    *("mixed calls/s", "search p95 ms", "insert p95 ms"),
+]
+
+
+def _writes(peers: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    single, batch = insert(peers, OURS), _batch(peers, OURS)
+    for name, kept in peers.items():
+        row = [kept["title"]]
+        load = kept.get("load")
+        if load and not load.get("by_itself", True):
+            row += ["past it", ""]
+        else:
+            row += [f"{load['rows'] / load['seconds']:,.0f}", f"{load_rate(kept):,.0f}"] if load else ["", ""]
+        times = kept.get("insert_one")
+        mine = statistics.median(times) if times else None
+        p95 = sorted(times)[int(len(times) * 0.95)] if times else None
+        row += [milli(mine), milli(p95), f"{mine / single:.1f}" if mine and single else ""]
+        rate = _batch(peers, name)
+        row += [f"{rate:,.0f}" if rate else "", f"{batch / rate:.1f}" if rate and batch else ""]
+        mixed = kept.get("mixed")
+        if mixed:
+            row += [f"{max(each['rate'] for each in mixed):,.0f}"]
+            row += [milli(statistics.median(each[key] for each in mixed)) for key in ("search_p95", "insert_p95")]
+        if any(row[1:]):
+            rows.append(row + [""] * (len(_WRITES) - len(row)))
+        elif kept["failed"]:
+            rows.append([kept["title"], f"not measured: {kept['failed']}", *[""] * (len(_WRITES) - 2)])
+    indexing = peers[OURS].get("indexing")
+    if indexing:
+        # What is left to the background must be said beside what the caller is spared.
+        rows.append(["elizasql, into the index afterwards", "", "", "", "", "", f"{indexing:,.0f}", "", "", "", ""])
+    return rows
+
+
+def _concurrency(peers: dict[str, Any]) -> list[list[str]]:
+    return [
+        [
+            kept["title"],
+            *(
+                f"{max(each['rate'] for each in kept['concurrency'][str(callers)]):,.0f}"
+                if str(callers) in kept["concurrency"]
+                else ""
+                for callers in CALLERS
+            ),
+        ]
+        for kept in peers.values()
+        if "concurrency" in kept
+    ]
+
+
+def _limits(results: Results) -> list[list[str]]:
+    rows = []
+    bench = results["limits"].get("pgbench")
+    if isinstance(bench, str):
+        rows.append(["the same statement by pgbench", f"not measured: {bench}", "", "", ""])
+    elif bench:
+        ratios = [mine / theirs for mine, theirs in zip(bench["ours_p50"], bench["p50"], strict=True)]
+        rows.append(
+            [
+                "one caller, p50 ms: elizasql, pgbench",
+                milli(statistics.median(bench["ours_p50"])),
+                milli(statistics.median(bench["p50"])),
+                f"{statistics.median(ratios):.2f}",
+                f"{min(ratios):.2f}-{max(ratios):.2f}",
+            ]
+        )
+        ratios = [mine / theirs for mine, theirs in zip(bench["ours_rate_16"], bench["rate_16"], strict=True)]
+        rows.append(
+            [
+                "16 callers, searches/s: elizasql, pgbench",
+                f"{statistics.median(bench['ours_rate_16']):,.0f}",
+                f"{statistics.median(bench['rate_16']):,.0f}",
+                f"{statistics.median(ratios):.2f}",
+                f"{min(ratios):.2f}-{max(ratios):.2f}",
+            ]
+        )
+    ours = _at(results["peers"], OURS)
+    for name in ("numpy", "usearch"):
+        limit = _at(results["peers"], name)
+        if limit and ours:
+            rows.append(
+                [
+                    f"one caller, p50 ms: elizasql, {results['peers'][name]['title']}",
+                    milli(ours),
+                    milli(limit),
+                    f"{ours / limit:.2f}",
+                    f"recall {results['peers'][name]['equal']['recall']:.3f}",
+                ]
+            )
+    return rows
+
+
+def _growth(points: Sequence[dict[str, Any]]) -> list[list[str]]:
+    return [
+        [f"{point['rows']:,}", *(f"{milli(each['p50'])} ({each['recall']:.3f})" for each in point["peers"].values())]
+        for point in points
+    ]
+
+
+def _versions(kept: dict[str, Any]) -> str:
+    wanted = (
+        *("elizasql", "asyncpg", "psycopg", "psycopg2-binary", "pgvector", "sqlalchemy", "langchain-postgres"),
+        *("langgraph-checkpoint-postgres", "llama-index-vector-stores-postgres", "mem0ai", "agno", "vecs", "usearch"),
+        *("numpy", "@elizaos/plugin-sql", "@electric-sql/pglite", "pg", "drizzle-orm"),
+    )
+    versions = kept.get("versions", {})
+    return ", ".join([kept.get("runtime", "")] + [f"{name} {versions[name]}" for name in wanted if name in versions])
+
+
+def _change(results: Results, before: Results) -> list[list[str]]:
+    rows = []
+    now, then = results["peers"], before["peers"]
+    for name, kept in now.items():
+        row = [kept["title"]]
+        pairs = [(_at(peers, name), _at(peers, OURS)) for peers in (now, then)]
+        row += [milli(mine) for mine, _ in pairs]
+        row += [f"{mine / ours:.2f}" if mine and ours else "" for mine, ours in pairs]
+        row += [milli(insert(peers, name)) for peers in (now, then)]
+        if any(row[1:]):
+            rows.append(row)
+    return rows
+
+
+# --- goals -----------------------------------------------------------------------------------------------------------
+
+# What has no database, or is ours, is no peer.
+_NO_PEER = ("elizasql", "elizaos", "numpy", "usearch")
+# The floor: nothing above the driver, one table, no foreign keys.
+_DRIVERS = ("asyncpg", "psycopg")
+
+
+def goals(results: Results) -> list[tuple[str, str, str, bool]]:
+    """Hold the run to the goals: what, measured, goal, met."""
+    peers = results["peers"]
+    found: list[tuple[str, str, str, bool]] = []
+
+    def faster(what: str, ours: float | None, theirs: float | None, least: float) -> None:
+        if ours and theirs:
+            found.append((what, f"{theirs / ours:.1f} x", f"≥ {least:g} x", theirs / ours >= least))
+
+    def fastest(values: dict[str, float | None]) -> tuple[str, float | None]:
+        known = {name: value for name, value in values.items() if value}
+        best = min(known, key=lambda name: known[name]) if known else ""
+        return (peers[best]["title"] if best else "", known.get(best))
+
+    python = {name for name in peers if not name.startswith(_NO_PEER)}
+    equal = {name: _at(peers, name) for name in python if peers[name].get("equal", {}).get("enough")}
+    title, best = fastest(equal)
+    above, best_above = fastest({name: value for name, value in equal.items() if not name.startswith(_DRIVERS)})
+    for name, least in ((OURS, 45.0), (RESIDENT, 100.0)):
+        if not _at(peers, name):
+            continue
+        ours = peers[name]["title"]
+        recall = peers[name]["equal"]["recall"]
+        goal = 0.99 if name == OURS else 0.9999
+        found.append((f"{ours}: recall@10", f"{recall:.4f}", f"≥ {goal:.4g}", recall >= goal))
+        faster(
+            f"search, {ours}, against the original on the same server", _at(peers, name), _at(peers, "elizaos"), least
+        )
+        faster(f"search, {ours}, against the fastest Python peer at that recall ({title})", _at(peers, name), best, 3)
+        faster(f"search, {ours}, against the fastest above a bare driver ({above})", _at(peers, name), best_above, 3)
+    bench = results["limits"].get("pgbench")
+    if isinstance(bench, dict):
+        ratios = [mine / theirs for mine, theirs in zip(bench["ours_p50"], bench["p50"], strict=True)]
+        ratio = statistics.median(ratios)
+        measured = f"{ratio:.2f} x ({min(ratios):.2f}-{max(ratios):.2f})"
+        found.append(("search against pgbench running the same statement", measured, "≤ 1.15 x", ratio <= 1.15))
+        ratios = [mine / theirs for mine, theirs in zip(bench["ours_rate_16"], bench["rate_16"], strict=True)]
+        ratio = statistics.median(ratios)
+        measured = f"{ratio:.2f} x ({min(ratios):.2f}-{max(ratios):.2f})"
+        found.append(("16 callers, throughput against pgbench -c 16", measured, "≥ 0.9 x", ratio >= 0.9))
+    single = insert(peers, OURS)
+    title, best = fastest({name: insert(peers, name) for name in python})
+    faster("create_memory, unique given, against the original", single, insert(peers, "elizaos"), 3)
+    faster(f"create_memory against the fastest peer with HNSW ({title})", single, best, 5)
+    title, best = fastest({name: insert(peers, name) for name in python if not name.startswith(_DRIVERS)})
+    faster(f"create_memory against the fastest above a bare driver ({title})", single, best, 5)
+    checked, theirs = insert(peers, "elizasql-check"), insert(peers, "elizaos-check")
+    faster("create_memory with the near-duplicate check, against the original", checked, theirs, 3)
+    batch = _batch(peers, OURS)
+    if batch:
+        title, best = fastest({name: 1 / rate if (rate := _batch(peers, name)) else None for name in python})
+        original = _batch(peers, "elizaos")
+        faster("create_memories against the original", 1 / batch, 1 / original if original else None, 30)
+        faster(f"create_memories against the fastest peer with HNSW in place ({title})", 1 / batch, best, 20)
+    if peers[OURS].get("load"):
+        rate, rows = load_rate(peers[OURS]), results["setup"]["rows"]
+        found.append((f"bulk load of {rows:,} with the index", f"{rate:,.0f} rows/s", "≥ 4,000 rows/s", rate >= 4000))
+    points = results["growth"]
+    if len(points) > 1:
+        first = points[1] if len(points) > 2 else points[0]
+        for name in (OURS, RESIDENT):
+            if name in points[-1]["peers"]:
+                ratio = points[-1]["peers"][name]["p50"] / first["peers"][name]["p50"]
+                what = f"growth of one agent, {peers[name]['title']}, {first['rows']:,} to {points[-1]['rows']:,}"
+                found.append((what, f"{ratio:.2f} x", "≤ 2.5 x", ratio <= 2.5))
+    return found
+
+
+def readme(results: Results) -> str:
+    """Give the short table for the README, as markdown."""
+    peers, setup = results["peers"], results["setup"]
+    ours = _at(peers, OURS) or 1.0
+    lines = [
+        f"| {setup['rows']:,} {setup['source'].split(' (')[0]}, {setup['agents']} agents, one server "
+        "| search at our recall, p50 | recall as documented | single insert, p50 | batch, rows/s |",
+        "|---|---|---|---|---|",
+    ]
+    for name, kept in peers.items():
+        if name.endswith("-check"):
+            continue
+        if not kept["points"]:
+            lines.append(f"| {kept['title']} | not measured: {kept['failed']} | | | |")
+            continue
+        equal = kept.get("equal") or kept["points"][0]
+        reach = "" if equal.get("enough", True) else f", recall {equal['recall']:.2f}"
+        single, rate = insert(peers, name), _batch(peers, name)
+        lines.append(
+            f"| {kept['title']} | {milli(equal['p50'])} ms ({equal['p50'] / ours:.1f} x{reach}) "
+            f"| {kept['points'][0]['recall']:.3f} | {milli(single) + ' ms' if single else ''} "
+            f"| {f'{rate:,.0f}' if rate else ''} |"
+        )
+    return "\n".join(lines)
+
+
+# --- small things ----------------------------------------------------------------------------------------------------
+
+
+def _at(peers: dict[str, Any], name: str) -> float | None:
+    """Give a peer's median search at equal recall."""
+    kept = peers.get(name)
+    if not kept or not kept["points"]:
+        return None
+    median: float = (kept.get("equal") or kept["points"][0])["p50"]
+    return median
+
+
+def insert(peers: dict[str, Any], name: str) -> float | None:
+    """Give a peer's median single insert."""
+    times = peers.get(name, {}).get("insert_one")
+    return statistics.median(times) if times else None
+
+
+def _batch(peers: dict[str, Any], name: str) -> float | None:
+    """Give a peer's rows a second in batches."""
+    rates = peers.get(name, {}).get("insert_many")
+    return statistics.median(rates) if rates else None
+
+
+def load_rate(kept: dict[str, Any]) -> float:
+    """Give the rows a second of the first load, index included."""
+    load = kept["load"]
+    rate: float = load["rows"] / (load["seconds"] + load["index_seconds"])
+    return rate
+
+
+def milli(seconds: float | None) -> str:
+    """Write seconds as milliseconds."""
+    return "" if seconds is None else f"{seconds * 1e3:,.2f}"
+
+
+def _mega(size: int | None) -> str:
+    return "" if size is None else f"{size / 1e6:,.0f}"

@@ -1,0 +1,101 @@
+"""The peers: the same task on the same server by every library that does it, and by the original."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from benchmarks import charts
+from benchmarks.conftest import QUICK, ROWS, Run
+from benchmarks.peers import tables
+from benchmarks.peers.driver import ASYNCPG, CHECKED, ELIZAOS_CHECKED, IN_PROCESS, OURS, PEERS, PSYCOPG, RESIDENT, Spec
+from benchmarks.peers.suite import Sizes, Suite, last_run
+from benchmarks.report import Report
+
+
+def _specs() -> list[Spec]:
+    """Choose the peers: all, those that ELIZASQL_BENCH_PEERS names, or, in a quick run, those that are here anyway."""
+    ours = [OURS, RESIDENT]
+    if QUICK:
+        # Nothing is installed and no Node is asked for: these run in this environment.
+        here = [replace(ASYNCPG, packages=())]
+        if importlib.util.find_spec("psycopg") and importlib.util.find_spec("psycopg_pool"):
+            here.append(replace(PSYCOPG, packages=()))
+        return [*ours, *here, IN_PROCESS[0]]
+    named = os.environ.get("ELIZASQL_BENCH_PEERS")
+    chosen = [spec for spec in PEERS if named is None or spec.name in named.split(",")]
+    if named is not None and len(chosen) != len(named.split(",")):
+        raise pytest.UsageError(f"ELIZASQL_BENCH_PEERS: choose from {', '.join(spec.name for spec in PEERS)}")
+    specs = [*ours, *chosen, CHECKED]
+    if any(spec.name == ELIZAOS_CHECKED.like for spec in chosen):
+        specs.append(ELIZAOS_CHECKED)
+    return [*specs, *IN_PROCESS]
+
+
+@pytest.fixture(scope="module")
+def suite(run: Run) -> Iterator[Suite]:
+    """Give the run, everything loaded."""
+    sizes = Sizes.tiny(ROWS) if QUICK else Sizes.of(ROWS)
+    suite = Suite(_specs(), sizes, run, lambda text: print(text, file=sys.stderr, flush=True))
+    try:
+        suite.open()
+        yield suite
+    finally:
+        suite.close()
+
+
+@pytest.fixture(autouse=True)
+def keep(suite: Suite) -> Iterator[None]:
+    """Keep what is known after every test: a run that is broken off has not been for nothing."""
+    yield
+    if not QUICK:
+        suite.save()
+
+
+def test_search(suite: Suite) -> None:
+    suite.search_points()
+    suite.settle()
+    ours = suite.results["peers"][OURS.name]
+    assert all(point["short"] == 0 for point in ours["points"]), "fewer rows than match"
+    for name, kept in suite.results["peers"].items():
+        if name in suite.processes and not name.endswith("-check"):
+            assert kept["points"], name
+    if QUICK:
+        assert all(kept["failed"] is None for kept in suite.results["peers"].values())
+
+
+def test_concurrency(suite: Suite) -> None:
+    suite.concurrency()
+
+
+def test_limits(suite: Suite) -> None:
+    suite.limits()
+
+
+def test_writes(suite: Suite) -> None:
+    suite.writes()
+    suite.mixed()
+
+
+def test_growth(suite: Suite) -> None:
+    if not suite.sizes.growth:
+        pytest.skip("not on tiny data")
+    known = {spec.name: spec for spec in suite.specs if spec.name in suite.processes}
+    suite.growth([known[name] for name in (OURS.name, RESIDENT.name, ASYNCPG.name, "elizaos") if name in known])
+
+
+def test_report(suite: Suite, report: Report) -> None:
+    before = last_run(ROWS, before=suite.path)
+    tables.fill(report, suite.results, before)
+    if QUICK:
+        return
+    suite.save()
+    path = suite.path
+    short = path.with_suffix(".md")
+    short.write_text(tables.readme(suite.results) + "\n", encoding="utf-8")
+    print(f"\nkept in {path} and {short}; {charts.write(path, before)}", file=sys.stderr)
