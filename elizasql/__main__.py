@@ -1,22 +1,25 @@
-"""`python -m elizasql demo`: see elizasql.demo."""
+"""The command `elizasql`, also as `python -m elizasql`. The demo works without the extra `cli`."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
-from elizasql import __version__, demo
+from elizasql import __version__, cli
 
 
-def main(argv: list[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and give the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["demo"]:
+        from elizasql import demo  # noqa: PLC0415 - no other command needs it
+
         return demo.main(argv[1:])
     if argv == ["--version"]:
         print(f"elizasql {__version__}")
         return 0
-    print("usage: python -m elizasql demo [--file FILE] [--data-dir DIR] [--dsn DSN]", file=sys.stderr)
-    return 0 if argv[:1] in (["-h"], ["--help"]) else 2
+    return cli.main(argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

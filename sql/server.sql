@@ -58,18 +58,30 @@ RELEASE SAVEPOINT nested;
 ROLLBACK TO SAVEPOINT nested;
 
 -- name: get_transaction_id()^
--- The transaction's id, NULL when it has written nothing, and the timeline that the id belongs to.
+-- The transaction's id, NULL when it has written nothing, and the server's life that it belongs to: the timeline, and
+-- when statistics began, which is anew with every recovery from a crash.
 SELECT
     pg_current_xact_id_if_assigned()::text AS id,
-    CASE WHEN NOT pg_is_in_recovery() THEN left(pg_walfile_name(pg_current_wal_lsn()), 8) END AS timeline;
+    CASE
+        WHEN NOT pg_is_in_recovery()
+            THEN left(pg_walfile_name(pg_current_wal_lsn()), 8) || pg_stat_get_bgwriter_stat_reset_time()
+    END AS timeline;
 
 -- name: get_transaction_status(id, timeline)$
 -- What became of a transaction: committed, aborted, in progress; NULL when it is long ago, or on another timeline, where
 -- the id means nothing.
+-- A crash takes along ids that were not written down, and the server gives them out again: after one "committed" may be
+-- about another transaction, and everything else says that this one was not kept.
 SELECT
     CASE
-        WHEN pg_is_in_recovery() THEN NULL
-        WHEN left(pg_walfile_name(pg_current_wal_lsn()), 8) = :timeline::text THEN pg_xact_status(:id::text::xid8)
+        WHEN
+            pg_is_in_recovery()
+            OR left(pg_walfile_name(pg_current_wal_lsn()), 8) IS DISTINCT FROM left(:timeline::text, 8)
+            THEN NULL
+        WHEN substr(:timeline::text, 9) = pg_stat_get_bgwriter_stat_reset_time()::text
+            THEN pg_xact_status(:id::text::xid8)
+        WHEN :id::text::xid8 >= pg_snapshot_xmax(pg_current_snapshot()) THEN 'aborted'
+        WHEN pg_xact_status(:id::text::xid8) IN ('aborted', 'in progress') THEN 'aborted'
     END AS status;
 
 -- name: introduce_types(bigints, booleans, bytes, floats, integers, intervals, jsons, smallints, texts, times, uuids, vectors)

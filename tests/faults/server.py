@@ -183,6 +183,21 @@ class FaultServer:
         """Wait until it takes connections again."""
         await until(self.answers, "the server recovers")
 
+    async def life(self) -> Any:
+        """Give what is anew after every crash."""
+        async with self.admin() as admin:
+            return await admin.fetchval("SELECT pg_stat_get_bgwriter_stat_reset_time()")
+
+    async def recovered_since(self, life: Any) -> None:
+        """Wait until it takes connections again after a crash; `life` is what `life` gave before."""
+
+        async def another() -> bool:
+            with suppress(*NOT_NOW):
+                return bool(await self.life() != life)
+            return False
+
+        await until(another, "the server recovers")
+
     async def no_idle_transactions(self, application_name: str, patience: float = 20.0) -> None:
         """Wait until no session of an application stands idle inside a transaction."""
         async with self.admin() as admin:

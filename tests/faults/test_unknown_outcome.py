@@ -22,7 +22,7 @@ from tests.conftest import make_scene
 from tests.faults.conftest import MakeAdapter
 from tests.faults.harness import ABSENT, TYPE, Ledger, check, content_of, embedding_of, has_embedding, memory_of, new_id
 from tests.faults.proxy import Proxy, Rule
-from tests.faults.server import FaultServer, until
+from tests.faults.server import FaultServer, count, until
 
 ANSWER = b"Cs"
 
@@ -305,6 +305,65 @@ async def test_end_is_found_out_while_it_is_in_progress(
         finally:
             await other.execute("DROP TRIGGER IF EXISTS wait_at_the_end ON elizasql.memories")
     assert await db.count_memories() == 2
+
+
+@pytest.mark.parametrize("kind", ["transaction", "batch"])
+async def test_number_of_a_transaction_that_is_used_again_after_a_crash(
+    proxy: Proxy, make_db: MakeAdapter, server: FaultServer, chance: random.Random, kind: str
+) -> None:
+    """A crash takes along what was not written down, numbers of transactions included: the next one gets the same.
+
+    Whoever asks by the number what became of his transaction would be told what became of the other's.
+    """
+    db = await make_db(dsn=proxy.dsn, batch_size=2, timeout=20.0, max_retries=1)
+    name = db.config.application_name
+    ledger = Ledger(db.agent_id)
+    ids = ids_of(chance, 4)
+    memories = [memory_of(id, 1) for id in ids]
+    operation = ledger.begin(dict.fromkeys(ids, 1))
+
+    async def work() -> None:
+        if kind == "batch":
+            await db.create_memories(memories, TYPE)
+            return
+        async with db.transaction() as tx:
+            await tx.create_memories(memories, TYPE)
+
+    life = await server.life()
+    async with server.admin() as admin:
+        await admin.execute("ALTER SYSTEM SET wal_writer_delay = '10s'")
+        await admin.execute("SELECT pg_reload_conf()")
+    try:
+        rule = proxy.when("client", b"Q", "hold", holding=COMMIT)
+        task = asyncio.create_task(work())
+        await rule.fired.wait()
+        async with server.admin() as admin:
+            row = await admin.fetchrow(
+                "SELECT pid, backend_xid::text::bigint AS xid FROM pg_stat_activity"
+                " WHERE application_name = $1 AND backend_xid IS NOT NULL",
+                name,
+            )
+        postmaster = server.postmaster()
+        assert row is not None and postmaster is not None and server.kill_child(row["pid"], postmaster)
+        count("sessions by SIGKILL")
+
+        await server.recovered_since(life)
+        async with server.admin() as admin:
+            number = "SELECT pg_current_xact_id()::text::bigint"
+            assert await admin.fetchval(number) <= row["xid"], "its number was written down: nothing is tested"
+            while await admin.fetchval(number) < row["xid"] + 3:
+                pass
+            assert await admin.fetchval("SELECT pg_xact_status($1::text::xid8)", str(row["xid"])) == "committed"
+        proxy.cut_all()
+        with pytest.raises(elizasql.UnknownOutcomeError):
+            await task
+        operation.lose()
+    finally:
+        async with server.admin() as admin:
+            await admin.execute("ALTER SYSTEM RESET wal_writer_delay")
+            await admin.execute("SELECT pg_reload_conf()")
+    assert await db.count_memories() == 0
+    assert await check(server.dsn, ledger) == []
 
 
 # --- what cannot be repeated -----------------------------------------------------------------------------------------

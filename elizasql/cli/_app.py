@@ -1,0 +1,105 @@
+"""The commands put together, and what becomes of every error: one line and an exit code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import orjson
+import typer
+
+from elizasql import __version__
+from elizasql.errors import ArgumentError, DeadlineError, ElizaSQLError, EmbeddedServerError, UnavailableError
+
+from . import _out, data, doctor, look, migrate, queries, server
+
+FAILED, USAGE, UNAVAILABLE, INTERRUPTED = 1, 2, 3, 130
+
+EPILOG = (
+    "Exit codes: 0 done, 1 failed, 2 used wrongly, 3 the server cannot be reached or does not run, 130 interrupted. "
+    "All commands but psql and demo take --json. "
+    "The server is POSTGRES_URL, else the embedded one in PGLITE_DATA_DIR or ./pglite."
+)
+
+app = typer.Typer(
+    name="elizasql",
+    help="The memory of an AI agent on PostgreSQL: its server, its schema, its data.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    """Take what stands before the command."""
+    if version:
+        print(f"elizasql {__version__}")
+        raise typer.Exit
+
+
+for module in (server, look, data, doctor, queries):
+    module.add_to(app)
+app.add_typer(migrate.app, name="migrate")
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run a command and give the exit code; see elizasql.cli for what they mean."""
+    # What the library logs about retries and slow calls would stand between our lines.
+    logging.getLogger("elizasql").addHandler(logging.NullHandler())
+    try:
+        code = app(args=list(argv), prog_name="elizasql", standalone_mode=False)
+        sys.stdout.flush()
+    except (BrokenPipeError, SystemExit) as error:
+        # Whoever read our output has seen enough; typer exits for that by itself. No more may be written, not even by
+        # the interpreter's exit.
+        if not isinstance(error.__context__ if isinstance(error, SystemExit) else error, BrokenPipeError):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except (KeyboardInterrupt, typer.Abort) as error:
+        return _complain("interrupted", error, INTERRUPTED, argv)
+    except data.InterruptedImportError as error:
+        return _complain(str(error), error, INTERRUPTED, argv)
+    except ArgumentError as error:
+        return _complain(str(error), error, USAGE, argv)
+    except (UnavailableError, EmbeddedServerError, DeadlineError) as error:
+        return _complain(str(error), error, UNAVAILABLE, argv)
+    except ElizaSQLError as error:
+        return _complain(str(error), error, FAILED, argv)
+    except OSError as error:
+        where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        return _complain(f"{where}{error.strerror or error}", error, FAILED, argv)
+    except MemoryError as error:
+        return _complain("out of memory", error, FAILED, argv)
+    except Exception as error:
+        # What typer finds wrong with the command line has its own class, in a module that differs between versions.
+        explain = getattr(error, "format_message", None)
+        if explain is None:
+            if os.environ.get("ELIZASQL_TRACEBACK"):
+                raise
+            told = f"{type(error).__name__}: {error}; this is a fault of elizasql, ELIZASQL_TRACEBACK=1 shows where"
+            return _complain(told, error, FAILED, argv)
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(explain(), file=sys.stderr)
+            return USAGE
+        return _complain(explain(), error, USAGE, argv)
+    if code == INTERRUPTED:
+        return _complain("interrupted", KeyboardInterrupt(), INTERRUPTED, argv)
+    return code if isinstance(code, int) else 0
+
+
+def _complain(message: str, error: BaseException, code: int, argv: Sequence[str]) -> int:
+    """Print one line that says what is wrong, without any password in it."""
+    line = re.sub(r"(postgres(?:ql)?://)[^\s/]*@", r"\1", " ".join(_out.clean(message).split()))
+    if "--json" in argv:
+        line = orjson.dumps({"error": line, "type": type(error).__name__, "exit_code": code}).decode()
+    else:
+        line = f"elizasql: {line}"
+    print(line, file=sys.stderr)
+    return code

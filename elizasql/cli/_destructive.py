@@ -1,0 +1,124 @@
+"""Finding the statements of a migration that take data away."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+# In this order: what a word of SQL may stand in without being one comes first.
+_TOKEN = re.compile(
+    r"""
+    --[^\n]*
+    | /\*(?:[^*]|\*(?!/))*(?:\*/|$)
+    | (?P<dollar>\$(?:[A-Za-z_]\w*)?\$).*?(?:(?P=dollar)|$)
+    | [eE]'(?:[^'\\]|\\.|'')*(?:'|$)
+    | '(?:[^']|'')*(?:'|$)
+    | "(?:[^"]|"")*(?:"|$)
+    | \w+
+    | [;,()]
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+
+# What has rows, or takes the columns of others with it.
+_HOLDS_DATA = {
+    "TABLE", "SCHEMA", "DATABASE", "EXTENSION", "TYPE", "DOMAIN", "SEQUENCE", "OWNED", "MATERIALIZED", "FOREIGN",
+}  # fmt: skip
+# ALTER ... TYPE to one of these loses nothing, whatever was there before.
+_WIDEST = {"TEXT", "NUMERIC", "JSONB"}
+
+
+def split_migration(text: str) -> tuple[str, str]:
+    """Give the two parts of a migration file: up and down."""
+    parts: dict[str, list[str]] = {"": [], "up": [], "down": []}
+    part = ""
+    for line in text.splitlines(keepends=True):
+        if match := re.match(r"--\s*migrate:(up|down)\b", line):
+            part = match[1]
+        else:
+            parts[part].append(line)
+    return "".join(parts["up"]).strip(), "".join(parts["down"]).strip()
+
+
+def find_destructive(sql: str) -> list[str]:
+    """Give the statements that drop tables, columns or rows, or that narrow a type; each as it begins.
+
+    A function that is only created is not looked into; a DO block is, with the statements that it executes.
+    """
+    return [_shorten(statement) for statement, words in _statements(sql) if _destroys(words)]
+
+
+def _shorten(statement: str) -> str:
+    text = " ".join(statement.split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _statements(sql: str) -> Iterator[tuple[str, list[str]]]:
+    """Give each statement's text, and its words in capitals with commas and brackets between them."""
+    words: list[str] = []
+    begin = None
+    for match in _TOKEN.finditer(sql):
+        token = match[0]
+        if token.startswith(("--", "/*")):
+            continue
+        if token == ";":  # noqa: S105
+            if words and begin is not None:
+                yield sql[begin : match.start()], words
+            words, begin = [], None
+            continue
+        begin = match.start() if begin is None else begin
+        if token[0] in "$'" or token[:2] in ("e'", "E'"):
+            body = token[len(match["dollar"]) : -len(match["dollar"])] if match["dollar"] else token.strip("eE'")
+            if words[:1] == ["DO"] or "EXECUTE" in words:
+                yield from _statements(body.replace("''", "'"))
+            words.append("''")
+        else:
+            words.append(token if token.startswith('"') else token.upper())
+    if words and begin is not None:
+        yield sql[begin:], words
+
+
+def _destroys(words: list[str]) -> bool:
+    # In a block of code, the statement begins behind BEGIN, THEN, LOOP and the like.
+    pairs = list(zip(words, [*words[1:], ""], strict=True))
+    if "TRUNCATE" in words or ("DELETE", "FROM") in pairs or ("THEN", "DELETE") in pairs:
+        return words[0] not in ("CREATE", "GRANT", "REVOKE", "COMMENT")
+    for position, (word, following) in enumerate(pairs):
+        if word == "DROP" and (following in _HOLDS_DATA or "CASCADE" in words[position:]):
+            return "ALTER" not in words[:position] or _drops_column(words)
+        if word == "ALTER" and following in ("TABLE", "FOREIGN", "TYPE"):
+            return _drops_column(words[position:]) or _narrows(words[position:])
+    return False
+
+
+def _drops_column(words: list[str]) -> bool:
+    """Tell whether ALTER TABLE drops a column, and not a constraint, a default or a NOT NULL."""
+    for action in _actions(words):
+        if action[0] == "DROP" and action[1:2] not in (["CONSTRAINT"], ["EXPRESSION"]):
+            return True
+    return False
+
+
+def _narrows(words: list[str]) -> bool:
+    """Tell whether ALTER TABLE gives a column another type that may not hold all that the old one held."""
+    for action in _actions(words):
+        if action[0] == "ALTER" and "TYPE" in action:
+            kind = action[action.index("TYPE") + 1 :]
+            if kind[:1] and (kind[0] not in _WIDEST or kind[1:2] == ["("] or "USING" in kind):
+                return True
+    return False
+
+
+def _actions(words: list[str]) -> Iterator[list[str]]:
+    """Cut ALTER TABLE ... into its actions at the commas outside of brackets."""
+    depth, begun = 0, False
+    action: list[str] = []
+    for word in [*words[2:], ","]:
+        depth += {"(": 1, ")": -1}.get(word, 0)
+        if word == "," and depth == 0:
+            if action:
+                yield action
+            action = []
+        elif begun or word in ("ADD", "ALTER", "DROP", "RENAME", "SET", "ATTACH", "DETACH", "VALIDATE"):
+            begun = True
+            action.append(word)

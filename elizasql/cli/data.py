@@ -1,0 +1,316 @@
+"""Moving data: export, import, backup, restore."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+import uuid
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+from uuid import UUID
+
+import typer
+
+from elizasql import DatabaseAdapter, _codecs, _embedded
+from elizasql._statements import SQL
+from elizasql.config import Config
+from elizasql.errors import ArgumentError, ConfigurationError, ElizaSQLError
+from elizasql.transfer import Archive, Summary, export_archive, import_archive
+from elizasql.transfer._report import Report
+
+from . import _out, _place, server
+from ._place import DataDir, Dsn, Json, Place
+
+# Seconds that one statement of an import may take, and the building of an index behind it.
+_PATIENCE = 3600.0
+
+# With so many new vectors, building the index anew is faster than adding them one by one.
+_REBUILD = 5000
+
+Agents = Annotated[list[str] | None, typer.Option("--agent", help="Only this agent; may be repeated.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Put the commands into the application."""
+    app.command("export")(export)
+    app.command("import")(import_)
+    app.command("index")(index_)
+    app.command()(backup)
+    app.command()(restore)
+
+
+# --- export and import -----------------------------------------------------------------------------------------------
+
+
+def export(
+    path: Annotated[Path, typer.Argument(help="What to make: a name in .tar or .tar.gz for a file, else a folder.")],
+    agent: Agents = None,
+    dsn: Dsn = None,
+    data_dir: DataDir = None,
+    json: Json = False,
+) -> None:
+    """Write agents with all that belongs to them into an archive, from one consistent snapshot."""
+
+    async def work() -> dict[str, Any]:
+        chosen = _read_agents(agent)
+        async with _place.reach(dsn, data_dir) as place:
+            async with place.connect():
+                pass  # is the schema up to date?
+            with _out.progress(shown=not json) as advance:
+                return await export_archive(place.address, path, place.config, agent_ids=chosen, advance=advance)
+
+    told = asyncio.run(work())
+    if json:
+        _out.emit({"path": str(path), **told})
+    else:
+        _out.table(["table", "rows"], list(told["rows"].items()))
+        _out.say(f"{len(told['agents'])} agents in {path}")
+
+
+def _read_agents(given: list[str] | None) -> list[UUID] | None:
+    return [_codecs.as_id(text, "--agent") for text in given] if given else None
+
+
+def import_(
+    path: Annotated[Path | None, typer.Argument(help="An archive that `elizasql export` made.")] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="URL|FOLDER",
+            help="A database that ElizaOS's plugin-sql wrote: PostgreSQL, or the folder of a PGlite (needs Node).",
+        ),
+    ] = None,
+    agent: Agents = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Look at everything and write nothing.")] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="Where to list rows that cannot be taken. Default: elizasql-import-TIME.jsonl.")
+    ] = None,
+    index: Annotated[bool, typer.Option(help="Put the vectors into the index at the end.")] = True,
+    dimension: Annotated[
+        int | None, typer.Option(help="With --from: the width of the vectors to take, where the newest are not meant.")
+    ] = None,
+    dsn: Dsn = None,
+    data_dir: DataDir = None,
+    json: Json = False,
+) -> None:
+    """Take over an archive, or with --from a database of ElizaOS. May be repeated: what is there stays as it is."""
+    if (path is None) == (source is None):
+        raise ArgumentError("give either an archive or --from")
+    place_of_report = report or Path(f"elizasql-import-{datetime.now():%Y%m%d-%H%M%S}.jsonl")  # noqa: DTZ005
+    told = Report(place_of_report)
+
+    async def work() -> dict[str, Any]:
+        chosen = _read_agents(agent)
+        with _out.progress(shown=not json) as advance:
+            if path is not None:
+                return await _import_archive(path, chosen, told, advance, dry_run, index, dsn, data_dir)
+            from .elizaos import take_over  # noqa: PLC0415 - only needed here
+
+            assert source is not None
+            return await take_over(source, chosen, told, advance, dry_run, index, dimension, dsn, data_dir)
+
+    try:
+        result = asyncio.run(work())
+    except KeyboardInterrupt:
+        raise InterruptedImportError("interrupted: what was imported so far stays; do it again to go on") from None
+    finally:
+        told.close()
+    result["report"] = str(told.path) if told.count else None
+    if json:
+        _out.emit(result)
+        return
+    for name in ("agents", "tables"):
+        if result.get(name):
+            _out.table(list(result[name][0]), [list(row.values()) for row in result[name]])
+            _out.say()
+    for line in result.get("remarks", ()):
+        _out.say(line)
+    if told.count:
+        _out.say(f"{told.count:,} rows could not be taken, or not as they were: see {told.path}", style="warning")
+    _out.say("nothing was written" if dry_run else f"done in {result['seconds']:,.1f} s")
+
+
+class InterruptedImportError(ElizaSQLError):
+    """The user ended an import."""
+
+
+async def _import_archive(
+    path: Path,
+    chosen: list[UUID] | None,
+    report: Report,
+    advance: _out.Advance,
+    dry_run: bool,
+    index: bool,
+    dsn: str | None,
+    data_dir: str | None,
+) -> dict[str, Any]:
+    with Archive(path) as archive:
+        agents = [each for each in archive.manifest["agents"] if chosen is None or UUID(each["id"]) in chosen]
+        if dry_run:
+            for number, _ in enumerate(archive.verify(), 1):
+                advance("check", number, len(archive.parts))
+            rows = [{"table": name, "rows": count} for name, count in archive.manifest["rows"].items()]
+            return {"agents": agents, "tables": rows}
+        async with _place.reach(dsn, data_dir, create=True) as place:
+            await server.bring_up_to_date(place)
+            began = asyncio.get_running_loop().time()
+            async with place.open(UUID(int=0), timeout=_PATIENCE) as db:
+                summary = await import_archive(db, archive, agent_ids=chosen, refuse=report.add, advance=advance)
+            seconds = asyncio.get_running_loop().time() - began
+            return await finish(place, summary, [UUID(each["id"]) for each in agents], seconds, advance, index=index)
+
+
+async def finish(
+    place: Place, summary: Summary, agents: list[UUID], seconds: float, advance: _out.Advance, *, index: bool
+) -> dict[str, Any]:
+    """Put new vectors into the index, and say what was done."""
+    began = asyncio.get_running_loop().time()
+    for agent_id in agents if index and summary.created["embeddings"] else ():
+        async with place.open(agent_id, timeout=_PATIENCE) as db:
+            await _index(db, advance)
+    return {
+        "tables": summary.rows(),
+        "seconds": round(seconds, 3),
+        "index_seconds": round(asyncio.get_running_loop().time() - began, 3),
+    }
+
+
+async def _index(db: DatabaseAdapter, advance: _out.Advance, *, rebuild: bool = False) -> int:
+    waiting: int = (await db.stats())["unindexed"]
+    if not (waiting or rebuild):
+        return 0
+    name = f"index {db.agent_id}"
+    advance(name, 0, waiting)
+    return await db.index_memories(
+        lambda done, total: advance(name, done, total), rebuild=rebuild or waiting >= _REBUILD
+    )
+
+
+def index_(
+    agent: Agents = None,
+    rebuild: Annotated[bool, typer.Option(help="Build the index anew; others of the same partition wait.")] = False,
+    dsn: Dsn = None,
+    data_dir: DataDir = None,
+    json: Json = False,
+) -> None:
+    """Put the vectors that wait into the index now, of all agents or of some."""
+
+    async def work() -> list[dict[str, Any]]:
+        async with _place.reach(dsn, data_dir) as place:
+            async with place.connect() as connection:
+                rows = await connection.fetch(SQL["list_agents_for_export"].sql, _read_agents(agent))
+            moved = []
+            with _out.progress(shown=not json) as advance:
+                for row in rows:
+                    async with place.open(row["id"], timeout=_PATIENCE) as db:
+                        count = await _index(db, advance, rebuild=rebuild and bool(row["embeddings"]))
+                    moved.append({"id": row["id"], "name": row["name"], "moved": count})
+            return moved
+
+    told = asyncio.run(work())
+    if json:
+        _out.emit(told)
+    else:
+        _out.table(["id", "name", "moved"], [list(row.values()) for row in told])
+
+
+# --- backup and restore ----------------------------------------------------------------------------------------------
+
+
+def backup(
+    path: Annotated[Path, typer.Argument(help="The file to make.")],
+    data_dir: DataDir = None,
+    json: Json = False,
+) -> None:
+    """Write everything that is in the embedded server into one file; it may be in use meanwhile."""
+    config = _place.load(None, data_dir)
+    if os.path.lexists(path):
+        raise ArgumentError(f"{path} is there already: choose another name")
+
+    async def work() -> None:
+        async with _place.reach(None, str(config.data_dir)):
+            unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+            try:
+                # As superuser: it also holds what others than elizasql keep in the database.
+                await _run(config, "pg_dump", "--format=custom", "--compress=1", f"--file={unfinished}")
+                unfinished.rename(path)
+            finally:
+                unfinished.unlink(missing_ok=True)
+
+    asyncio.run(work())
+    if json:
+        _out.emit({"path": str(path), "bytes": path.stat().st_size})
+    else:
+        _out.say(f"{path}: {path.stat().st_size / 1e6:,.1f} MB")
+
+
+def restore(
+    path: Annotated[Path, typer.Argument(help="A file that `elizasql backup` made.")],
+    data_dir: DataDir = None,
+    json: Json = False,
+) -> None:
+    """Make a new embedded server out of a backup; the folder must be new or empty."""
+    config = _place.load(None, data_dir)
+    folder = config.data_dir.expanduser().resolve()
+    with path.open("rb") as file:
+        if file.read(5) != b"PGDMP":
+            raise ConfigurationError(f"{path} is no backup: `elizasql backup` makes them")
+    if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ArgumentError(f"{folder} is not empty: restore into a new folder with --data-dir")
+
+    async def work() -> None:
+        unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+        try:
+            made = await _embedded.acquire(unfinished)
+            try:
+                await _run(
+                    _place.load(None, str(unfinished)),
+                    *("pg_restore", "--exit-on-error", "--single-transaction", "--no-comments", "--dbname=elizasql"),
+                    str(path.resolve()),
+                )
+            finally:
+                await made.release()
+            unfinished.rename(folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+    asyncio.run(work())
+    if json:
+        _out.emit({"data_dir": str(folder)})
+    else:
+        _out.say(f"restored to {folder}")
+
+
+async def _run(config: Config, program: str, *arguments: str) -> None:
+    """Run one of PostgreSQL's programs on the embedded server as its superuser."""
+    shown, environ = server.for_libpq(_embedded._Cluster(config.data_dir).dsn("postgres"))
+    target = [] if program == "pg_restore" else [shown]
+    where = {"PGHOST": str(_embedded._Cluster(config.data_dir)._socket_dir()), "PGUSER": "postgres", "PGPORT": "5432"}
+    process = await asyncio.create_subprocess_exec(
+        str(_embedded._binaries() / program),
+        *arguments,
+        *target,
+        env={**environ, **where},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        _, said = await process.communicate()
+    except BaseException:
+        with suppress(ProcessLookupError):
+            process.terminate()
+        await process.wait()
+        raise
+    if process.returncode:
+        lines = said.decode(errors="replace").strip().splitlines() or [f"exit code {process.returncode}"]
+        raise ProgramError(f"{program} failed: {' '.join(lines[:3])}")
+
+
+class ProgramError(ElizaSQLError):
+    """A program of PostgreSQL failed."""

@@ -1,0 +1,409 @@
+"""The check-up: what is wrong with a server and its data, and what to do about it."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+import asyncpg
+import typer
+
+from elizasql import _migrate, _pool
+from elizasql._statements import SQL
+from elizasql.errors import ConfigurationError, ElizaSQLError, MigrationError
+
+from . import _out, _place
+from ._place import DataDir, Dsn, Json, Place
+
+Severity = Literal["ok", "note", "warning", "error"]
+
+_MB = 1 << 20
+_GB = 1 << 30
+
+# From here on a tail costs a search more than the index does: 0.3 ms for 500 rows.
+_LONG_TAIL = 2000
+# Seconds between two clocks that nobody notices, and that make "newest first" wrong.
+_SKEW_NOTICED, _SKEW_WRONG = 2.0, 60.0
+_PINGS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one look found.
+
+    Attributes:
+        check: What was looked at.
+        severity: "ok"; "note": good to know; "warning": costs speed or will cost more; "error": does not work, or may
+            lose data.
+        finding: What is the case.
+        remedy: What to do; empty where nothing is to be done.
+    """
+
+    check: str
+    severity: Severity
+    finding: str
+    remedy: str = ""
+
+
+def add_to(app: typer.Typer) -> None:
+    """Put the command into the application."""
+    app.command()(doctor)
+
+
+def doctor(
+    every: Annotated[bool, typer.Option("--all", help="Show what is in order, too.")] = False,
+    dsn: Dsn = None,
+    data_dir: DataDir = None,
+    json: Json = False,
+) -> None:
+    """Examine the server, the schema and the data; changes nothing. Exit code 1 when something does not work."""
+    findings = asyncio.run(_examine(dsn, data_dir))
+    if json:
+        _out.emit([asdict(finding) for finding in findings])
+    else:
+        _show(findings, every=every)
+    if any(finding.severity == "error" for finding in findings):
+        raise typer.Exit(1)
+
+
+def _show(findings: Sequence[Finding], *, every: bool) -> None:
+    counts = {kind: sum(finding.severity == kind for finding in findings) for kind in _out.STYLES}
+    for finding in findings:
+        if every or finding.severity != "ok":
+            _out.say(f"{finding.severity:<8} {finding.check}: {finding.finding}", style=finding.severity)
+            if finding.remedy:
+                _out.say(f"{'':8} -> {finding.remedy}")
+    _out.say(", ".join(f"{count} {kind}" for kind, count in counts.items()))
+
+
+async def _examine(dsn: str | None, data_dir: str | None) -> list[Finding]:
+    async with _place.reach(dsn, data_dir) as place, place.connect(ready=False) as connection:
+        return [finding async for finding in examine(place, connection)]
+
+
+async def examine(place: Place, connection: asyncpg.Connection[Any]) -> AsyncIterator[Finding]:
+    """Do all checks, one after the other; those of the data only where the schema is up to date."""
+    began = time.time()
+    row = await connection.fetchrow(SQL["check_server"].sql)
+    assert row is not None
+    clock = (began + time.time()) / 2
+    server = await _pool.look_at(connection)
+    for finding in (*check_server(server), *check_settings(row), *check_role(row)):
+        yield finding
+    yield check_clock(row["clock"] - clock)
+    yield await check_distance(connection)
+    yield check_pooler(connection, row["pid"])
+    yield check_connections(row, place.config.pool_max_size)
+    for finding in check_disk(place, row["bytes"]):
+        yield finding
+    for found in await connection.fetch(SQL["list_extensions"].sql, ["vector", "pg_stat_statements"]):
+        for finding in check_extension(found):
+            yield finding
+    migrations = await check_migrations(connection)
+    yield migrations
+    if migrations.severity == "error":
+        return
+    yield await check_session(place)
+    indexes = await connection.fetch(SQL["list_indexes"].sql)
+    tables = await connection.fetch(SQL["list_tables"].sql)
+    for finding in (*check_indexes(indexes), *check_tables(tables), *check_memory(row, indexes)):
+        yield finding
+    for finding in check_tails(await connection.fetch(SQL["list_tails"].sql)):
+        yield finding
+    for finding in check_transactions(await connection.fetch(SQL["list_long_transactions"].sql, 300.0)):
+        yield finding
+
+
+# --- the server ------------------------------------------------------------------------------------------------------
+
+
+def check_server(server: _pool.Server) -> Iterator[Finding]:
+    """Look at the versions."""
+    try:
+        server.check()
+    except ConfigurationError as error:
+        yield Finding("server", "error", str(error), "see the message")
+        return
+    major = server.version // 10000
+    yield Finding("server", "ok", f"PostgreSQL {major}.{server.version % 10000}, pgvector {server.vector_version}")
+
+
+def check_settings(row: asyncpg.Record) -> Iterator[Finding]:
+    """Look at the settings that decide whether data is safe."""
+    if row["encoding"] != "UTF8":
+        yield Finding(
+            "encoding", "error", f"the database is in {row['encoding']}", "make one in UTF8 and copy the data"
+        )
+    for name in ("fsync", "full_page_writes"):
+        if row[name] != "on":
+            yield Finding(name, "error", "off: a crash of the machine may destroy the database", f"turn {name} on")
+    if row["synchronous_commit"] == "off":
+        yield Finding("synchronous_commit", "note", "off: a crash loses what was written in the last moments")
+    for name in ("autovacuum", "track_counts"):
+        if row[name] != "on":
+            yield Finding(name, "warning", "off: statistics grow stale and dead rows stay", f"turn {name} on")
+    if row["data_checksums"] != "on":
+        yield Finding("data_checksums", "note", "off: damage by a disk goes unnoticed", "pg_checksums --enable")
+    if row["collation_changed"]:
+        yield Finding(
+            "collation",
+            "warning",
+            "the operating system sorts text otherwise than when the database was made: indexes of text may be wrong",
+            "REINDEX DATABASE, then ALTER DATABASE ... REFRESH COLLATION VERSION",
+        )
+    if row["xid_age"] > 1_000_000_000:
+        yield Finding("vacuum", "error", f"{row['xid_age']:,} transactions since the last freeze", "VACUUM FREEZE")
+    if row["idle_slots"]:
+        yield Finding(
+            "replication",
+            "warning",
+            f"{row['idle_slots']} replication slots that nobody reads keep the log from being removed",
+            "drop those that are not needed with pg_drop_replication_slot",
+        )
+
+
+def check_role(row: asyncpg.Record) -> Iterator[Finding]:
+    """Look at what the role may do beside its tables."""
+    if row["is_above_policies"]:
+        yield Finding(
+            "role",
+            "warning",
+            "the role is a superuser or passes row level security: policies do not bind it",
+            "connect as a role of its own, made by CREATE ROLE ... LOGIN",
+        )
+    else:
+        yield Finding("role", "ok", "no superuser, bound by policies")
+    if not row["may_migrate"]:
+        yield Finding(
+            "role",
+            "note",
+            "it may not create schemas here: migrations need another role",
+            "set ELIZASQL_MIGRATION_URL to one that may, or GRANT CREATE ON DATABASE",
+        )
+
+
+def check_clock(skew: float) -> Finding:
+    """Compare the server's clock with this machine's."""
+    if abs(skew) < _SKEW_NOTICED:
+        return Finding("clock", "ok", f"within {abs(skew) * 1000:.0f} ms of this machine's")
+    severity: Severity = "error" if abs(skew) >= _SKEW_WRONG else "warning"
+    ahead = "ahead of" if skew > 0 else "behind"
+    return Finding(
+        "clock", severity, f"{abs(skew):.1f} s {ahead} this machine's", "set both by NTP: times order what is newest"
+    )
+
+
+async def check_distance(connection: asyncpg.Connection[Any]) -> Finding:
+    """Measure how long the shortest of all statements takes."""
+    seconds = []
+    for _ in range(_PINGS):
+        began = time.perf_counter()
+        await connection.fetchval(SQL["ping"].sql)
+        seconds.append(time.perf_counter() - began)
+    median = sorted(seconds)[_PINGS // 2] * 1000
+    if median < 5:
+        return Finding("distance", "ok", f"{median:.2f} ms for a round trip")
+    return Finding(
+        "distance", "warning", f"{median:.1f} ms for a round trip, which every call pays", "move closer to the server"
+    )
+
+
+def check_pooler(connection: asyncpg.Connection[Any], pid: int) -> Finding:
+    """Tell whether a pooler stands between us: then the process that answers is not the one that greeted us."""
+    if connection.get_server_pid() == pid:
+        return Finding("pooler", "ok", "none: connected directly")
+    return Finding(
+        "pooler",
+        "note",
+        "the connection goes through a pooler",
+        "set ELIZASQL_MIGRATION_URL to a direct connection, and the session settings by ALTER ROLE ... SET if the "
+        "check 'session' complains",
+    )
+
+
+def check_connections(row: asyncpg.Record, pool_max_size: int) -> Finding:
+    """Compare the connections that are open with those that may be."""
+    used, most = row["connections"], row["free_for_all"]
+    said = f"{used} of {most} connections are open; one process of elizasql takes up to {pool_max_size}"
+    if used > 0.8 * most:
+        return Finding(
+            "connections", "warning", said, "raise max_connections, lower POSTGRES_POOL_MAX, or use a pooler"
+        )
+    return Finding("connections", "ok", said)
+
+
+def check_disk(place: Place, size: int) -> Iterator[Finding]:
+    """Look at the room that is left, where the disk is this machine's."""
+    if not place.embedded:
+        yield Finding(
+            "disk", "note", f"the database has {size / _MB:,.0f} MB; the server's disk cannot be seen from here"
+        )
+        return
+    folder = place.config.data_dir
+    free = shutil.disk_usage(folder).free
+    said = f"{free / _MB:,.0f} MB free for a database of {size / _MB:,.0f} MB in {folder}"
+    if free < 256 * _MB:
+        yield Finding("disk", "error", said, "make room now: the server stops at a full disk")
+    elif free < max(_GB, size // 2):
+        yield Finding("disk", "warning", said, "make room: building an index anew needs half as much again")
+    else:
+        yield Finding("disk", "ok", said)
+
+
+def check_extension(row: asyncpg.Record) -> Iterator[Finding]:
+    """Compare the version of an extension that is created with the one that is installed."""
+    if row["created"] is None:
+        if row["name"] == "pg_stat_statements" and row["available"] is not None:
+            yield Finding(
+                "extensions", "note", "pg_stat_statements could be had, and shows what the server's time goes to"
+            )
+    elif row["available"] is not None and row["created"] != row["available"]:
+        yield Finding(
+            "extensions",
+            "note",
+            f"{row['name']} is {row['created']} here, {row['available']} is installed",
+            f"ALTER EXTENSION {row['name']} UPDATE",
+        )
+    else:
+        yield Finding("extensions", "ok", f"{row['name']} {row['created']}")
+
+
+# --- the schema ------------------------------------------------------------------------------------------------------
+
+
+async def check_migrations(connection: asyncpg.Connection[Any]) -> Finding:
+    """Compare the schema with what this version of the library expects."""
+    try:
+        _place.check_ready(await _migrate.pending_versions(connection))
+    except MigrationError as error:
+        return Finding("migrations", "error", str(error), "install the newer elizasql")
+    except ElizaSQLError as error:
+        return Finding("migrations", "error", str(error), "elizasql migrate up")
+    except asyncpg.InsufficientPrivilegeError as error:
+        return Finding(
+            "migrations", "error", str(error), "GRANT USAGE ON SCHEMA elizasql, and what the check of privileges names"
+        )
+    return Finding("migrations", "ok", f"up to date: {_migrate.known_versions()[-1]}")
+
+
+async def check_session(place: Place) -> Finding:
+    """Open the pool as an application does: it refuses where a setting is not in force."""
+    try:
+        async with place.open(UUID(int=0)):
+            return Finding("session", "ok", f"{len(_pool.session_settings(place.config))} settings are in force")
+    except ElizaSQLError as error:
+        return Finding("session", "error", str(error), "set them with ALTER ROLE ... SET, or connect directly")
+
+
+def check_indexes(rows: Sequence[asyncpg.Record]) -> Iterator[Finding]:
+    """Find indexes that are broken, missing, or never read."""
+    broken = [row for row in rows if not row["is_valid"]]
+    for row in broken:
+        yield Finding(
+            "indexes", "error", f"{row['name']} is invalid: no search uses it", f"REINDEX INDEX {row['name']}"
+        )
+    vectors = [row for row in rows if row["method"] == "hnsw"]
+    partitions = {row["table_name"] for row in rows if row["table_name"].startswith("elizasql.embeddings_p")}
+    if missing := 6 * len(partitions) - len(vectors):
+        yield Finding(
+            "indexes",
+            "error",
+            f"{missing} HNSW indexes are missing: searches of their agents scan everything",
+            "elizasql index --rebuild makes the ones of the agents that there are; migrations/schema.sql has them all",
+        )
+    unused = [row for row in rows if row["scans"] == 0 and not row["is_unique"] and row["bytes"] > 64 * _MB]
+    for row in unused:
+        yield Finding(
+            "indexes",
+            "note",
+            f"{row['name']} ({row['bytes'] / _MB:,.0f} MB) was not read since the statistics were reset",
+            "nothing at once: it serves calls that this application may not make; DROP INDEX saves its space",
+        )
+    if not broken and not missing:
+        yield Finding("indexes", "ok", f"{len(rows)} indexes are valid, {len(vectors)} of them HNSW")
+
+
+def check_tables(rows: Sequence[asyncpg.Record]) -> Iterator[Finding]:
+    """Find privileges that lack, statistics that are old, and dead rows that nobody has removed."""
+    lacking = [f"{'/'.join(row['lacking'])} on {row['name']}" for row in rows if row["lacking"]]
+    if lacking:
+        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+        remedy = "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA elizasql TO the role"
+        yield Finding("privileges", "error", f"the role lacks {', '.join(lacking[:3])}{more}", remedy)
+    stale = [row for row in rows if row["modified"] > max(1000, 0.2 * row["live"])]
+    for row in stale:
+        when = "never" if row["analyzed_at"] is None else f"{row['analyzed_at']:%Y-%m-%d %H:%M}"
+        said = f"{row['modified']:,} of {row['live']:,} rows of {row['name']} changed since it was analyzed ({when})"
+        yield Finding("statistics", "warning", said, f"ANALYZE {row['name']}")
+    bloated = [row for row in rows if row["dead"] > max(10_000, 0.2 * row["live"])]
+    for row in bloated:
+        said = f"{row['dead']:,} dead rows beside {row['live']:,} in {row['name']}: searches walk over them"
+        yield Finding(
+            "bloat", "warning", said, f"VACUUM ANALYZE {row['name']}; REINDEX its HNSW index if it stays slow"
+        )
+    if not (lacking or stale or bloated):
+        yield Finding(
+            "tables", "ok", f"{sum(row['bytes'] for row in rows) / _MB:,.0f} MB, statistics and space in order"
+        )
+
+
+def check_memory(row: asyncpg.Record, indexes: Sequence[asyncpg.Record]) -> Iterator[Finding]:
+    """Compare the server's memory with the size of the vector indexes, which a search walks at random."""
+    sizes = [index["bytes"] for index in indexes if index["method"] == "hnsw"]
+    total, largest = sum(sizes), max(sizes, default=0)
+    buffers, maintenance = row["shared_buffers"], row["maintenance_work_mem"]
+    said = f"HNSW indexes of {total / _MB:,.0f} MB, shared_buffers of {buffers / _MB:,.0f} MB"
+    if total > row["effective_cache_size"]:
+        remedy = "give the server more memory, then raise shared_buffers and effective_cache_size"
+        yield Finding(
+            "memory", "warning", f"{said}, effective_cache_size below that: searches wait for the disk", remedy
+        )
+    elif total > buffers:
+        yield Finding(
+            "memory",
+            "note",
+            f"{said}: part of each search comes from outside",
+            f"raise shared_buffers to {total / _MB:,.0f}MB",
+        )
+    else:
+        yield Finding("memory", "ok", said)
+    if largest > maintenance:
+        yield Finding(
+            "memory",
+            "note",
+            f"the largest HNSW index has {largest / _MB:,.0f} MB, maintenance_work_mem {maintenance / _MB:,.0f} MB: "
+            "building it anew is slow",
+            f"raise maintenance_work_mem to {largest * 5 // 4 // _MB + 1}MB for a rebuild",
+        )
+
+
+def check_tails(rows: Sequence[asyncpg.Record]) -> Iterator[Finding]:
+    """Find agents whose new vectors nobody moves into the index."""
+    long = [row for row in rows if row["tail"] > _LONG_TAIL]
+    for row in long[:10]:
+        yield Finding(
+            "tail",
+            "warning",
+            f"{row['tail']:,} of {row['embeddings']:,} vectors of agent {row['id']} are not in the index: "
+            "every search scans them",
+            'an application with indexing="background" moves them; elizasql index does it at once',
+        )
+    if not long:
+        yield Finding("tail", "ok", f"{sum(row['tail'] for row in rows):,} vectors wait to be indexed")
+
+
+def check_transactions(rows: Sequence[asyncpg.Record]) -> Iterator[Finding]:
+    """Find transactions that keep dead rows from being removed."""
+    for row in rows:
+        yield Finding(
+            "transactions",
+            "warning",
+            f"{row['application_name'] or 'somebody'} (pid {row['pid']}, {row['state']}) has been in a transaction for "
+            f"{row['seconds'] / 60:,.0f} minutes",
+            f"pg_terminate_backend({row['pid']}) ends it",
+        )

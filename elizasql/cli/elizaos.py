@@ -1,0 +1,106 @@
+"""`elizasql import --from`: the way over from ElizaOS."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from elizasql.config import Config, redact
+from elizasql.errors import ArgumentError, ConfigurationError
+from elizasql.transfer import Decisions, Summary, import_elizaos
+from elizasql.transfer._report import Report
+from elizasql.transfer.node import serve_pglite
+
+from . import _out, _place, data, server
+
+
+async def take_over(
+    source: str,
+    chosen: list[UUID] | None,
+    report: Report,
+    advance: _out.Advance,
+    dry_run: bool,
+    index: bool,
+    dimension: int | None,
+    dsn: str | None,
+    data_dir: str | None,
+) -> dict[str, Any]:
+    """Take over a database of the original, on PostgreSQL or in the folder of a PGlite."""
+    if "://" not in source:
+        async with serve_pglite(_find_pglite(source)) as address:
+            return await _take_over(address, chosen, report, advance, dry_run, index, dimension, dsn, data_dir)
+    try:
+        address = Config.load(environ={}, dsn=source).dsn or ""
+    except ConfigurationError as error:
+        raise ArgumentError(f"--from: {error}") from None
+    return await _take_over(address, chosen, report, advance, dry_run, index, dimension, dsn, data_dir)
+
+
+def _find_pglite(source: str) -> Path:
+    folder = Path(source).expanduser()
+    if not (folder / "PG_VERSION").is_file():
+        raise ArgumentError(f"--from: {source} is neither a connection string nor the folder of a PGlite")
+    return folder.resolve()
+
+
+async def _take_over(
+    source: str,
+    chosen: list[UUID] | None,
+    report: Report,
+    advance: _out.Advance,
+    dry_run: bool,
+    index: bool,
+    dimension: int | None,
+    dsn: str | None,
+    data_dir: str | None,
+) -> dict[str, Any]:
+    options: dict[str, Any] = {"agent_ids": chosen, "dimension": dimension, "tell": report.add, "advance": advance}
+    clock = asyncio.get_running_loop().time
+    config = _place.load(dsn, data_dir)
+    began = clock()
+    if dry_run:
+        summary, decisions = await import_elizaos(source, config, None, **options)
+        rows = [
+            {name: row[name] for name in ("table", "read", "folded", "refused", "altered")} for row in summary.rows()
+        ]
+        return {"agents": _agents(decisions), "tables": rows, "remarks": _remarks(decisions, source)}
+    async with _place.reach(dsn, data_dir, create=True) as place:
+        await server.bring_up_to_date(place)
+        began = clock()
+        async with place.open(UUID(int=0), timeout=data._PATIENCE) as db:
+            summary, decisions = await import_elizaos(source, config, db, **options)
+        seconds = clock() - began
+        told = await data.finish(place, summary, list(decisions.dimensions), seconds, advance, index=index)
+    return {"agents": _agents(decisions), **told, "remarks": [*_speed(summary, seconds), *_remarks(decisions, source)]}
+
+
+def _agents(decisions: Decisions) -> list[dict[str, Any]]:
+    return [
+        {
+            "agent": agent,
+            "takes width": decisions.dimensions.get(agent),
+            "vectors": ", ".join(f"{count:,} of {width}" for width, count in widths.items()),
+        }
+        for agent, widths in decisions.found.items()
+    ]
+
+
+def _speed(summary: Summary, seconds: float) -> list[str]:
+    if not summary.created["memories"]:
+        return []
+    return [f"{summary.created['memories'] / seconds:,.0f} memories/s"]
+
+
+def _remarks(decisions: Decisions, source: str) -> list[str]:
+    said = [
+        f"{count:,} {table} of other agents were copied for an agent that refers to them"
+        for table, count in decisions.copied.items()
+        if count
+    ]
+    said += [
+        f"the table {name} (about {rows:,} rows) has no counterpart here and was left in {redact(source)}"
+        for name, rows in decisions.left.items()
+    ]
+    return said

@@ -1,0 +1,142 @@
+"""Looking at what is stored: stats, tail, tasks."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import datetime, timezone
+from typing import Annotated, Any
+
+import orjson
+import typer
+
+from elizasql import DatabaseAdapter, Log, Task, _codecs
+from elizasql._statements import SQL
+
+from . import _out, _place
+from ._place import AgentId, DataDir, Dsn, Json
+
+# Seconds between two looks for new logs.
+_PAUSE = 1.0
+
+
+def add_to(app: typer.Typer) -> None:
+    """Put the commands into the application."""
+    app.command()(stats)
+    app.command()(tail)
+    app.command()(tasks)
+
+
+def stats(agent: AgentId = None, dsn: Dsn = None, data_dir: DataDir = None, json: Json = False) -> None:
+    """Count what each agent has; with --agent also its memories by type."""
+
+    async def work() -> None:
+        async with _place.reach(dsn, data_dir) as place, place.connect() as connection:
+            chosen = None if agent is None else _codecs.as_id(agent, "--agent")
+            agents = [dict(row) for row in await connection.fetch(SQL["count_rows_of_agents"].sql, chosen)]
+            types = []
+            if chosen is not None:
+                types = [dict(row) for row in await connection.fetch(SQL["count_memories_by_type"].sql, chosen)]
+            database = await connection.fetchrow(SQL["look_at_database"].sql)
+            assert database is not None
+        if json:
+            _out.emit({"bytes": database["bytes"], "agents": agents} | ({"types": types} if chosen else {}))
+            return
+        _show_rows(agents)
+        if chosen is not None:
+            _out.say()
+            _show_rows(types)
+        _out.say(f"\n{database['bytes'] / 1e6:,.1f} MB in the database {database['name']}")
+
+    asyncio.run(work())
+
+
+def _show_rows(rows: list[dict[str, Any]]) -> None:
+    if rows:
+        _out.table(list(rows[0]), [list(row.values()) for row in rows])
+
+
+def tail(
+    agent: AgentId = None,
+    count: Annotated[int, typer.Option("-n", "--count", min=0, help="How many of the newest.")] = 10,
+    type: Annotated[str | None, typer.Option(help='Only of this type, such as "run_event".')] = None,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on with what comes, until Ctrl-C.")] = False,
+    dsn: Dsn = None,
+    data_dir: DataDir = None,
+    json: Json = False,
+) -> None:
+    """Show an agent's newest logs, the newest last."""
+
+    async def work() -> None:
+        async with _place.reach(dsn, data_dir) as place:
+            chosen = await place.choose_agent(agent)
+            async with place.open(chosen) as db:
+                shown = await db.get_logs(type=type, count=count)
+                _show_logs(shown, json=json)
+                while follow:
+                    await asyncio.sleep(_PAUSE)
+                    new = await _newer(db, type, {log.id for log in shown})
+                    _show_logs(new, json=json)
+                    shown = (new + shown)[:1000]
+
+    asyncio.run(work())
+
+
+async def _newer(db: DatabaseAdapter, type: str | None, known: set[Any]) -> list[Log]:
+    """Give the logs that are newer than all that are known, newest first."""
+    new: list[Log] = []
+    page = await db.get_logs(type=type, count=100)
+    while page:
+        fresh = [log for log in page if log.id not in known]
+        new += fresh
+        if len(fresh) < len(page) or not known:
+            break
+        page = await db.get_logs(type=type, count=100, cursor=page[-1])
+    return new
+
+
+def _show_logs(logs: list[Log], *, json: bool) -> None:
+    for log in reversed(logs):
+        if json:
+            _out.emit(log.to_dict(), lines=True)
+        else:
+            _out.say(log.created_at, f"{log.type:<20}", orjson.dumps(log.body).decode())
+
+
+def tasks(
+    agent: AgentId = None,
+    tag: Annotated[list[str] | None, typer.Option(help="Only with this tag; may be repeated.")] = None,
+    count: Annotated[int | None, typer.Option("-n", "--count", min=0, help="At most so many.")] = None,
+    dsn: Dsn = None,
+    data_dir: DataDir = None,
+    json: Json = False,
+) -> None:
+    """Show an agent's tasks and how each stands: ready, waiting, claimed, dead, or not for workers."""
+
+    async def work() -> None:
+        async with _place.reach(dsn, data_dir) as place:
+            chosen = await place.choose_agent(agent)
+            async with place.open(chosen) as db:
+                found = await db.get_tasks(tags=tag or None, count=count)
+        now = datetime.now(timezone.utc)
+        if json:
+            _out.emit([{**task.to_dict(), "state": state_of(task, now)} for task in found])
+        else:
+            rows = [
+                [task.id, task.name, state_of(task, now), task.attempts, task.ready_at, ", ".join(task.tags or [])]
+                for task in found
+            ]
+            _out.table(["id", "name", "state", "attempts", "ready at", "tags"], rows)
+
+    asyncio.run(work())
+
+
+def state_of(task: Task, now: datetime) -> str:
+    """Say in a word how a task stands."""
+    if "queue" not in (task.tags or []):
+        return "not for workers"
+    if (task.attempts or 0) >= (task.max_attempts or 1):
+        return "dead"
+    waits = task.ready_at is not None and task.ready_at > now
+    if task.claim_token is not None and waits:
+        return "claimed"
+    return "waiting" if waits else "ready"

@@ -1,0 +1,282 @@
+"""The embedded server: up, down, status; psql and the demo."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
+
+import orjson
+import typer
+
+from elizasql import _embedded, _migrate, _pool
+from elizasql._statements import SQL
+from elizasql.config import Config, redact
+from elizasql.errors import ConfigurationError, ElizaSQLError, EmbeddedServerError
+
+from . import _out, _place
+from ._place import DataDir, Dsn, Json, Place
+
+KEEPER_LOCK = "keeper.lock"
+_PATIENCE = 60.0
+
+
+def add_to(app: typer.Typer) -> None:
+    """Put the commands into the application."""
+    app.command()(up)
+    app.command()(down)
+    app.command()(status)
+    passed = {"allow_extra_args": True, "ignore_unknown_options": True}
+    app.command(context_settings=passed)(psql)
+    app.command("demo", context_settings={**passed, "help_option_names": []})(run_demo)
+
+
+# --- up and down -----------------------------------------------------------------------------------------------------
+
+
+def up(
+    data_dir: DataDir = None,
+    foreground: Annotated[bool, typer.Option(help="Stay until Ctrl-C instead of in the background.")] = False,
+    migrate: Annotated[bool, typer.Option(help="Bring the schema up to date.")] = True,
+    json: Json = False,
+) -> None:
+    """Start the embedded server and keep it up until `elizasql down`, whoever else uses it meanwhile."""
+    config = _place.load(None, data_dir)
+    try:
+        if foreground:
+            _embedded._Cluster(config.data_dir).claim()
+        else:
+            _start_keeper(config.data_dir)
+    except OSError as error:
+        raise EmbeddedServerError(f"{config.data_dir} cannot hold the embedded server: {error.strerror}") from error
+
+    async def work() -> None:
+        async with _place.reach(None, str(config.data_dir), create=True) as place:
+            if migrate:
+                await bring_up_to_date(place)
+            shown = {"running": True, "data_dir": str(config.data_dir.resolve()), "dsn": place.address}
+            if json:
+                _out.emit(shown)
+            else:
+                _out.say(f"up in {shown['data_dir']}")
+                _out.say(f"POSTGRES_URL={place.address}")
+            if foreground:
+                await _until_told_to_end()
+
+    asyncio.run(work())
+
+
+async def _until_told_to_end() -> None:
+    ended = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, ended.set)
+    await ended.wait()
+
+
+async def bring_up_to_date(place: Place) -> list[str]:
+    """Apply this library's pending migrations; give their versions."""
+    async with place.connect(ready=False) as connection:
+        server = await _pool.look_at(connection)
+        server.check()
+        pending = await _migrate.pending_versions(connection)
+        encrypted = bool(await connection.fetchval(SQL["get_transport"].sql))
+    if pending:
+        await _migrate.migrate(place.config.migration_dsn or place.address, encrypted=encrypted)
+    return pending
+
+
+def _start_keeper(data_dir: Path) -> None:
+    """Start the process that uses the server until it is told to end, unless there is one."""
+    if find_keeper(data_dir) is not None:
+        return
+    command = [sys.executable, "-m", "elizasql.cli._keeper", str(data_dir.resolve())]
+    # It forks and leaves a process that is nobody's child; its pipe tells when the server is up.
+    with subprocess.Popen(  # noqa: S603 - this very program
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        answer = process.stdout.readline()
+    told = orjson.loads(answer) if answer.strip() else {"error": "the keeper of the embedded server ended at once"}
+    if "error" in told:
+        raise EmbeddedServerError(told["error"])
+
+
+def find_keeper(data_dir: Path) -> int | None:
+    """Give the process id of the keeper: whoever holds its lock has written it there."""
+    path = data_dir.expanduser().resolve() / KEEPER_LOCK
+    if not path.is_file():
+        return None
+    lock = _embedded._Lock(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+    try:
+        if lock.take():
+            return None
+        with suppress(ValueError):
+            return int(os.pread(lock.fd, 32, 0))
+        return None
+    finally:
+        lock.close()
+
+
+def down(
+    data_dir: DataDir = None,
+    force: Annotated[bool, typer.Option(help="Stop it even while others use it.")] = False,
+    json: Json = False,
+) -> None:
+    """Stop keeping the embedded server up; it stops when nobody uses it any more."""
+    config = _place.load(None, data_dir)
+    if _place.has_cluster(config):
+        asyncio.run(_stop(config, force=force))
+    if json:
+        _out.emit({"running": False, "data_dir": str(config.data_dir.resolve())})
+    else:
+        _out.say(f"down in {config.data_dir.resolve()}")
+
+
+async def _stop(config: Config, *, force: bool) -> None:
+    deadline = time.monotonic() + _PATIENCE
+    cluster = _embedded._Cluster(config.data_dir)
+    while (keeper := find_keeper(config.data_dir)) is not None:
+        with suppress(ProcessLookupError):
+            os.kill(keeper, signal.SIGTERM)
+        await cluster.nap(deadline, "its keeper does not end", 0.05)
+    if not is_running(config.data_dir):
+        return
+    if force:
+        cluster.claim()
+        async with cluster.lifecycle(deadline):
+            await cluster.stop(deadline)
+    else:
+        # Nobody kept it up: it was left by a process that was killed, or others use it. The last one out stops it.
+        await (await _embedded.acquire(config.data_dir)).release()
+    if is_running(config.data_dir):
+        raise InUseError(
+            f"the embedded server in {config.data_dir} is still in use by another process: "
+            "it stops with the last of them, or now with --force"
+        )
+
+
+class InUseError(ElizaSQLError):
+    """Others use the server."""
+
+
+def is_running(data_dir: Path) -> bool:
+    """Tell whether a process of the embedded server is left."""
+    cluster = _embedded._Cluster(data_dir)
+    if not (cluster.home / "server.lock").is_file():
+        return False
+    lock = cluster.lock_server()
+    if lock is None:
+        return True
+    lock.release()
+    return False
+
+
+# --- status ----------------------------------------------------------------------------------------------------------
+
+
+def status(dsn: Dsn = None, data_dir: DataDir = None, json: Json = False) -> None:
+    """Tell whether the server runs, what it is, and whether its schema is up to date. Starts nothing."""
+    config = _place.load(dsn, data_dir)
+    embedded = _place.uses_embedded(config, dsn, data_dir)
+    if embedded and not (_place.has_cluster(config) and is_running(config.data_dir)):
+        shown: dict[str, Any] = {"running": False, "where": f"embedded server in {config.data_dir.resolve()}"}
+    else:
+        address = _embedded._Cluster(config.data_dir).dsn("elizasql") if embedded else config.dsn
+        assert address is not None
+        where = f"embedded server in {config.data_dir.resolve()}" if embedded else redact(address)
+        shown = {"running": True, "where": where, **asyncio.run(_look(Place(address, config, embedded)))}
+        if embedded:
+            shown["kept_up_by"] = find_keeper(config.data_dir)
+    if json:
+        _out.emit(shown)
+    else:
+        if (keeper := shown.get("kept_up_by")) is not None:
+            shown["kept_up_by"] = f"process {keeper}"
+        pending = shown.pop("pending_migrations", None)
+        _out.mapping(shown if pending is None else shown | {"migrations": f"{len(pending)} pending"})
+    if not shown["running"]:
+        raise typer.Exit(3)
+
+
+async def _look(place: Place) -> dict[str, Any]:
+    async with place.connect(ready=False) as connection:
+        row = await connection.fetchrow(SQL["look_at_database"].sql)
+        assert row is not None
+        server = await _pool.look_at(connection)
+        return {
+            "database": row["name"],
+            "role": row["role"],
+            "postgres": row["version"],
+            "pgvector": server.vector_version,
+            "started_at": row["started_at"],
+            "bytes": row["bytes"],
+            "connections": row["connections"],
+            "max_connections": row["max_connections"],
+            "pending_migrations": await _migrate.pending_versions(connection),
+        }
+
+
+# --- psql and the demo -----------------------------------------------------------------------------------------------
+
+
+def psql(context: typer.Context, dsn: Dsn = None, data_dir: DataDir = None) -> None:
+    """Open psql on the server; what stands behind `--` goes to psql, such as: elizasql psql -- -c "TABLE pg_roles"."""
+
+    async def work() -> int:
+        async with _place.reach(dsn, data_dir) as place:
+            return run_psql(place.address, context.args)
+
+    code = asyncio.run(work())
+    if code:
+        raise typer.Exit(3 if code == 2 else 1)
+
+
+def run_psql(address: str, arguments: list[str]) -> int:
+    """Run psql in the foreground; the password travels in the environment, which others cannot read."""
+    shown, environ = for_libpq(address)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is psql's, which ends a query with it
+    try:
+        return subprocess.run([find_program("psql"), shown, *arguments], env=environ, check=False).returncode  # noqa: S603
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def for_libpq(address: str) -> tuple[str, dict[str, str]]:
+    """Split a connection string into one that may be seen, and an environment that holds the password."""
+    parts = urlsplit(address)
+    user, at, host = parts.netloc.rpartition("@")
+    name, _, password = user.partition(":")
+    query = dict(parse_qsl(parts.query))
+    password = unquote(password) or query.pop("password", "")
+    environ = {"PGAPPNAME": "elizasql", **os.environ}
+    if password:
+        environ["PGPASSWORD"] = password
+    return urlunsplit(parts._replace(netloc=f"{name}{at}{host}", query=urlencode(query))), environ
+
+
+def find_program(name: str) -> str:
+    """Find a program of PostgreSQL: the one that came with the embedded server, else one on the path."""
+    with suppress(EmbeddedServerError):
+        if (program := _embedded._binaries() / name).is_file():
+            return str(program)
+    found = shutil.which(name)
+    if found is None:
+        raise ConfigurationError(f"the program {name} is missing: install PostgreSQL's client programs")
+    return found
+
+
+def run_demo(context: typer.Context) -> None:
+    """An agent remembers a conversation and answers: --file FILE, --data-dir DIR, --dsn DSN."""
+    from elizasql import demo  # noqa: PLC0415 - no other command needs it
+
+    code = demo.main(context.args)
+    if code:
+        raise typer.Exit(code)

@@ -1,0 +1,307 @@
+"""Taking over a database that @elizaos/plugin-sql 1.6 to 2.0 wrote.
+
+The original's tables are in the schema public and ours in elizasql: both may be in one database. Ids, JSON and times
+stay as they are. What an agent's rows point at and another agent owns is copied, since here every agent has its own.
+Vectors are those of the width of each agent's newest one; a memory whose vector has another width, or none that can be
+searched, is taken without it. Whatever is left out or altered is reported, row by row.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import AsyncIterator, Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from uuid import UUID
+
+import asyncpg
+import orjson
+
+from elizasql import DatabaseAdapter, _codecs
+from elizasql._statements import SQL, Statement, Statements, find_folder, load
+from elizasql.config import Config
+from elizasql.errors import ConfigurationError, EmbeddingError, PermissionDeniedError
+from elizasql.types import DIMENSIONS
+
+from ._connection import Snapshot, snapshot
+from ._rows import Refused, Summary, as_array, put_lines
+from .export import Advance, _silent
+from .importer import put_vectors
+
+_CHUNK = 1000
+_NEEDED = {"agents", "rooms", "entities", "memories", "embeddings"}
+# Which table of ours a statement fills, in this order; a statement whose table the source lacks is left out.
+_READS = (
+    ("servers", "read_servers", "servers"),
+    ("servers", "read_owners", "owners"),
+    ("agents", "read_agents", "agents"),
+    ("worlds", "read_worlds", "worlds"),
+    ("rooms", "read_rooms", "rooms"),
+    ("entities", "read_entities", "entities"),
+    ("participants", "read_participants", "participants"),
+    ("components", "read_components", "components"),
+    ("relationships", "read_relationships", "relationships"),
+    ("memories", "read_memories", "memories"),
+    ("cache", "read_cache", "cache"),
+    ("tasks", "read_tasks", "tasks"),
+    ("logs", "read_logs", "logs"),
+    ("pairing_requests", "read_pairing_requests", "pairing_requests"),
+    ("pairing_allowlist", "read_pairing_allowlist", "pairing_allowlist"),
+    ("message_servers", "read_message_servers", "message_servers"),
+    ("message_server_agents", "read_message_server_agents", "message_server_agents"),
+    ("message_server_agents", "read_server_agents", "server_agents"),
+    ("channels", "read_channels", "channels"),
+    ("channel_participants", "read_channel_participants", "channel_participants"),
+    ("central_messages", "read_central_messages", "central_messages"),
+)
+# Where a missing id is looked for, and with which statement.
+_COPIES = {
+    "world_id": ("worlds", "copy_worlds"),
+    "room_id": ("rooms", "copy_rooms"),
+    "entity_id": ("entities", "copy_entities"),
+    "source_entity_id": ("entities", "copy_entities"),
+    "target_entity_id": ("entities", "copy_entities"),
+}
+
+
+@functools.cache
+def reads() -> Statements:
+    """Give the statements for the original's tables; they cannot be prepared on ours, and are loaded when needed."""
+    return load(find_folder("sql") / "elizaos")
+
+
+# Told of a row: the table, its JSON, what is the matter.
+Tell = Callable[[str, bytes, object], None]
+
+
+@dataclass(slots=True)
+class Decisions:
+    """What was found in the source and decided about it.
+
+    Attributes:
+        dimensions: The width of the vectors that are taken, of each agent that has any.
+        found: How many vectors of which width each agent has.
+        copied: Rows of other agents that became an agent's own, too, by table.
+        left: Tables of the source that have no counterpart here, and about how many rows each has.
+    """
+
+    dimensions: dict[UUID, int] = field(default_factory=dict)
+    found: dict[UUID, dict[int, int]] = field(default_factory=dict)
+    copied: dict[str, int] = field(default_factory=dict)
+    left: dict[str, int] = field(default_factory=dict)
+
+
+async def import_elizaos(
+    source: str,
+    config: Config,
+    db: DatabaseAdapter | None,
+    *,
+    agent_ids: Collection[UUID] | None = None,
+    dimension: int | None = None,
+    tell: Tell = _silent,
+    advance: Advance = _silent,
+) -> tuple[Summary, Decisions]:
+    """Take over agents, or all of them, with everything that the original keeps.
+
+    May be repeated, also after an interruption: what is there already stays as it is.
+
+    Args:
+        source: Connection string of the original's database. Its role must see all rows.
+        config: Time limits for it.
+        db: An adapter of the database that takes the rows, of whatever agent; None: only look, write nothing.
+        agent_ids: Only these; messaging is shared and taken in any case.
+        dimension: Take vectors of this width, whatever the newest are. An agent that is locked keeps its width.
+        tell: Told of each row that is refused or altered.
+        advance: Told how far it is.
+
+    Raises:
+        ConfigurationError: It is no database of the original.
+        PermissionDeniedError: The role does not see all rows there.
+    """
+    given = None if agent_ids is None else list(agent_ids)
+    if dimension is not None and dimension not in DIMENSIONS:
+        raise ConfigurationError(f"dimension must be one of {', '.join(map(str, DIMENSIONS))}")
+    try:
+        async with snapshot(_seeing_all(source), config) as opened:
+            taking = _Taking(opened, db, given, tell, advance)
+            await taking.decide(dimension)
+            await taking.run()
+    except PermissionDeniedError as error:
+        if "row-level security" not in str(error):
+            raise
+        raise PermissionDeniedError(
+            f"{error}: data isolation is on there; connect as a superuser or a role with BYPASSRLS"
+        ) from error
+    return taking.summary, taking.decisions
+
+
+def _seeing_all(source: str) -> str:
+    """Make the server refuse a query whose rows a policy would hide, instead of leaving them out."""
+    parts = urlsplit(source)
+    return urlunsplit(parts._replace(query=urlencode({**dict(parse_qsl(parts.query)), "row_security": "off"})))
+
+
+class _Taking:
+    def __init__(
+        self,
+        source: Snapshot,
+        db: DatabaseAdapter | None,
+        agent_ids: list[UUID] | None,
+        tell: Tell,
+        advance: Advance,
+    ) -> None:
+        self._source = source
+        self._db = db
+        self._agent_ids = agent_ids
+        self._tell = tell
+        self._advance = advance
+        self._tables: set[str] = set()
+        self._totals: dict[str, int] = {}
+        self.summary = Summary()
+        self.decisions = Decisions()
+
+    # --- what is there -----------------------------------------------------------------------------------------------
+
+    async def decide(self, dimension: int | None) -> None:
+        """Look at the tables and at the widths of the vectors."""
+        tables = {row["name"]: row["estimate"] for row in await self._source.fetch(reads()["list_source_tables"])}
+        if missing := _NEEDED - set(tables):
+            raise ConfigurationError(
+                f"this is no database of ElizaOS's plugin-sql 1.6 to 2.0: there is no table public.{min(missing)}"
+            )
+        self._tables = set(tables)
+        known = {table for _, _, table in _READS} | {"embeddings"}
+        self.decisions.left = {name: rows for name, rows in tables.items() if name not in known and rows}
+        if self._agent_ids is None:
+            self._totals = dict((await self._source.fetch(reads()["count_rows"]))[0])
+        rows = await self._source.fetch(reads()["find_dimensions"], agent_ids=self._agent_ids)
+        for row in rows:
+            agent = UUID(bytes=row["agent_id"].bytes)
+            self.decisions.found.setdefault(agent, {})[row["dimension"]] = row["vectors"]
+            if dimension is None:
+                self.decisions.dimensions.setdefault(agent, row["dimension"])  # the newest comes first
+            elif dimension == row["dimension"]:
+                self.decisions.dimensions[agent] = dimension
+        if self._db is not None:
+            locked = await self._db._executor.fetch(SQL["get_dimensions_of"], agent_ids=list(self.decisions.found))
+            for row in locked:
+                if row["dimension"] is not None:
+                    self.decisions.dimensions[UUID(bytes=row["id"].bytes)] = row["dimension"]
+
+    def _params(self, statement: Statement) -> dict[str, Any]:
+        params = {
+            "agent_ids": self._agent_ids,
+            "agents": list(self.decisions.dimensions),
+            "dimensions": list(self.decisions.dimensions.values()),
+        }
+        return {name: params[name] for name in statement.params}
+
+    # --- rows --------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Take table after table."""
+        for table, name, source in _READS:
+            if source in self._tables:
+                async for lines in self._read(table, reads()[name]):
+                    if self._db is not None:
+                        await put_lines(self._db, table, lines, self.summary, self._refuse, self._fetch)
+                if table == "memories":
+                    await self._vectors()
+        if self._db is not None and "central_messages" in self._tables:
+            statement = reads()["read_central_messages"]
+            async for rows in self._source.stream(statement, _CHUNK):
+                lines = [row["line"].encode() for row in rows if row["problem"] is None]
+                await self._db._executor.fetch_value(SQL["import_replies"], rows=as_array(lines))
+
+    async def _read(self, table: str, statement: Statement) -> AsyncIterator[list[bytes]]:
+        """Give the rows of the source that can be taken; tell of the others, and of what is altered."""
+        summary = self.summary
+        summary.read[table] += 0
+        async for rows in self._source.stream(statement, _CHUNK, **self._params(statement)):
+            lines = []
+            for row in rows:
+                line = row["line"].encode()
+                summary.read[table] += row["copies"]
+                summary.folded[table] += row["copies"] - 1
+                if row["problem"] is not None:
+                    summary.refused[table] += 1
+                    self._tell(table, line, row["problem"])
+                    continue
+                if row["note"] is not None:
+                    summary.altered[table] += 1
+                    self._tell(table, line, row["note"])
+                lines.append(line)
+            yield lines
+            self._advance(table, summary.read[table], self._totals.get(table))
+
+    def _refuse(self, table: str, line: bytes, why: Refused) -> None:
+        self._tell(table, line, why)
+
+    async def _fetch(self, table: str, wanting: list[tuple[bytes, Refused]]) -> bool:
+        """Copy what rows point at and another agent owns; True when there was something."""
+        assert self._db is not None
+        wanted: dict[tuple[str, str, str], set[UUID]] = {}
+        for line, refused in wanting:
+            if refused.problem in _COPIES and refused.missing is not None:
+                agent = orjson.loads(line).get("agent_id")
+                wanted.setdefault((*_COPIES[refused.problem], agent), set()).add(refused.missing)
+        found = False
+        for (target, name, agent), ids in wanted.items():
+            rows = await self._source.fetch(reads()[name], agent_id=UUID(agent), ids=sorted(ids))
+            if rows and target != table:
+                lines = [row["line"].encode() for row in rows]
+                before = self.summary.created[target]
+                self.summary.read[target] += len(lines)
+                await put_lines(self._db, target, lines, self.summary, self._refuse, self._fetch)
+                made = self.summary.created[target] - before
+                self.decisions.copied[target] = self.decisions.copied.get(target, 0) + made
+                found = found or made > 0
+        return found
+
+    # --- vectors -----------------------------------------------------------------------------------------------------
+
+    async def _vectors(self) -> None:
+        """Take one vector for each memory."""
+        summary, statement = self.summary, reads()["read_embeddings"]
+        summary.read["embeddings"] += 0
+        async for rows in self._source.stream(statement, _CHUNK, **self._params(statement)):
+            by_agent: dict[UUID, tuple[list[UUID], list[Any]]] = {}
+            for row in rows:
+                summary.read["embeddings"] += row["copies"]
+                summary.folded["embeddings"] += row["copies"] - 1
+                problem = self._judge(row)
+                if problem is not None:
+                    self._refuse_vector(row["memory_id"], row["agent_id"], row["widths"], problem)
+                else:
+                    ids, vectors = by_agent.setdefault(UUID(bytes=row["agent_id"].bytes), ([], []))
+                    ids.append(row["memory_id"])
+                    vectors.append(row["embedding"])
+            for agent, (ids, vectors) in by_agent.items():
+                if self._db is not None:
+                    created, refused = await put_vectors(self._db, agent, ids, vectors)
+                    summary.created["embeddings"] += created
+                    for each in refused:
+                        self._refuse_vector(ids[each.position], agent, str(len(vectors[0])), str(each))
+            self._advance("embeddings", summary.read["embeddings"], self._totals.get("embeddings"))
+
+    @staticmethod
+    def _judge(row: asyncpg.Record) -> str | None:
+        """Say why a vector cannot be taken."""
+        if row["agent_id"] is None:
+            return f"there is no memory {row['memory_id']}"
+        if not row["widths"]:
+            return "there is no vector in it"
+        if row["embedding"] is None:
+            wanted = "no width" if row["dimension"] is None else f"the width {row['dimension']}"
+            return f"its width is {row['widths']}, for its agent {wanted} is taken"
+        try:
+            _codecs.as_embedding(row["embedding"])
+        except EmbeddingError as error:
+            return str(error)
+        return None
+
+    def _refuse_vector(self, memory_id: UUID | None, agent_id: UUID | None, widths: str, problem: str) -> None:
+        self.summary.refused["embeddings"] += 1
+        row = {"memory_id": memory_id and str(memory_id), "agent_id": agent_id and str(agent_id), "widths": widths}
+        self._tell("embeddings", orjson.dumps(row), problem)

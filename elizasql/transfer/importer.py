@@ -1,0 +1,125 @@
+"""Reading an archive into a database."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Collection
+from typing import Any
+from uuid import UUID
+
+import numpy as np
+import orjson
+
+from elizasql import DatabaseAdapter, _codecs
+from elizasql._statements import SQL
+from elizasql.errors import ArgumentError, EmbeddingDimensionError, NotFoundError
+
+from ._archive import Archive, ArchiveError, Part
+from ._rows import BY_NAME, Refuse, Refused, Summary, as_array, put, put_lines
+from .export import Advance, _silent
+
+
+async def import_archive(
+    db: DatabaseAdapter,
+    archive: Archive,
+    *,
+    agent_ids: Collection[UUID] | None = None,
+    refuse: Refuse = _silent,
+    advance: Advance = _silent,
+) -> Summary:
+    """Take over what is in an archive; what is there already stays as it is, so it may be repeated.
+
+    Every part is checked before the first row is written, and goes in as a whole or not at all. An import that is
+    interrupted is finished by doing it again.
+
+    Args:
+        db: An adapter of the database, of whatever agent.
+        archive: Where the rows come from.
+        agent_ids: Only these agents; what is shared is taken in any case.
+        refuse: Told of each row that cannot be taken.
+        advance: Told how far it is.
+
+    Raises:
+        ArchiveError: It is damaged; nothing was written.
+        NotFoundError: An agent is not in it.
+        EmbeddingDimensionError: An agent is in the database with vectors of another width; nothing was written.
+    """
+    wanted = None if agent_ids is None else {str(agent_id) for agent_id in agent_ids}
+    if missing := (wanted or set()) - {agent["id"] for agent in archive.manifest["agents"]}:
+        raise NotFoundError(f"{archive.path} holds no agent {', '.join(sorted(missing))}")
+    parts = [part for part in archive.parts if wanted is None or part.agent_id is None or part.agent_id in wanted]
+    for number, part in enumerate(parts, 1):
+        if part.table != "embeddings" and part.table not in BY_NAME:
+            raise ArchiveError(f"{archive.path}: this version knows no table {part.table!r:.40}")
+        archive.read(part)
+        advance("check", number, len(parts))
+    await _check_dimensions(db, archive, wanted)
+    summary = Summary()
+    totals: dict[str, int] = {}
+    for part in parts:
+        totals[part.table] = totals.get(part.table, 0) + part.rows * (part.table != "embeddings" or _is_matrix(part))
+    replies: list[Part] = []
+    for part in parts:
+        if part.table == "embeddings":
+            if not _is_matrix(part):
+                await _put_embeddings(db, archive, part, summary, refuse)
+        else:
+            lines = archive.read(part).splitlines()
+            summary.read[part.table] += len(lines)
+            await put_lines(db, part.table, lines, summary, refuse)
+            if part.table == "central_messages":
+                replies.append(part)
+        advance(part.table, summary.read[part.table], totals[part.table])
+    for part in replies:
+        await db._executor.fetch_value(SQL["import_replies"], rows=as_array(archive.read(part).splitlines()))
+    return summary
+
+
+def _is_matrix(part: Part) -> bool:
+    return part.name.endswith(".npy")
+
+
+async def _check_dimensions(db: DatabaseAdapter, archive: Archive, wanted: set[str] | None) -> None:
+    given = {
+        UUID(agent["id"]): agent["dimension"]
+        for agent in archive.manifest["agents"]
+        if agent["dimension"] is not None and (wanted is None or agent["id"] in wanted)
+    }
+    for row in await db._executor.fetch(SQL["get_dimensions_of"], agent_ids=list(given)):
+        if row["dimension"] not in (None, given[row["id"]]):
+            raise EmbeddingDimensionError(row["id"], locked=row["dimension"], given=given[row["id"]])
+
+
+async def _put_embeddings(db: DatabaseAdapter, archive: Archive, part: Part, summary: Summary, refuse: Refuse) -> None:
+    """Import vectors: a part of ids and the matrix beside it."""
+    lines = archive.read(part).splitlines()
+    name = part.name.removesuffix(".jsonl") + ".npy"
+    beside = next((each for each in archive.parts if each.name == name), None)
+    try:
+        if beside is None:
+            raise ValueError(f"{name} is missing")
+        matrix = np.load(io.BytesIO(archive.read(beside)), allow_pickle=False)
+        ids = [UUID(orjson.loads(line)["memory_id"]) for line in lines]
+        if matrix.shape[:1] != (len(ids),) or matrix.ndim != 2:
+            raise ValueError("there are not as many vectors as ids")
+        vectors = [_codecs.as_embedding(vector) for vector in matrix]
+    except (ValueError, KeyError, TypeError, ArgumentError) as error:
+        raise ArchiveError(f"{archive.path}: {part.name} cannot be read: {error}") from None
+    summary.read["embeddings"] += len(ids)
+    created, refused = await put_vectors(db, UUID(part.agent_id or ""), ids, vectors)
+    summary.created["embeddings"] += created
+    for each in refused:
+        summary.refused["embeddings"] += 1
+        refuse("embeddings", lines[each.position], each)
+
+
+async def put_vectors(
+    db: DatabaseAdapter, agent_id: UUID, ids: list[UUID], vectors: list[Any]
+) -> tuple[int, list[Refused]]:
+    """Store vectors of one width for memories that are there."""
+    statement = SQL.at("import_embeddings", vectors[0].shape[0])
+    encoded = [_codecs.encode_vector(vector) for vector in vectors]
+    return await put(db, statement, agent_id=agent_id, ids=ids, embeddings=encoded)
+
+
+__all__ = ["import_archive", "put_vectors"]

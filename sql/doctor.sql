@@ -1,0 +1,199 @@
+-- What the command line asks of a server: the agents, their numbers, and everything that a check-up looks at.
+
+-- name: get_first_agents(count)
+SELECT id, name FROM elizasql.agents
+ORDER BY created_at, id
+LIMIT :count;
+
+-- name: look_at_database()^
+-- The database as a whole.
+SELECT
+    current_setting('server_version') AS version,
+    current_database() AS name,
+    current_user::text AS role,
+    pg_postmaster_start_time() AS started_at,
+    now() AS now,
+    pg_database_size(current_database()) AS bytes,
+    (
+        SELECT count(*) FROM pg_catalog.pg_stat_activity
+        WHERE datname = current_database() AND backend_type = 'client backend'
+    ) AS connections,
+    current_setting('max_connections')::integer AS max_connections;
+
+-- name: count_rows_of_agents(agent_id)
+-- What each agent has, or one of them; the agents in the order of their creation.
+SELECT
+    a.id,
+    a.name,
+    a.embedding_dimension AS dimension,
+    (SELECT count(*) FROM elizasql.worlds AS w WHERE w.agent_id = a.id) AS worlds,
+    (SELECT count(*) FROM elizasql.rooms AS r WHERE r.agent_id = a.id) AS rooms,
+    (SELECT count(*) FROM elizasql.entities AS e WHERE e.agent_id = a.id) AS entities,
+    (SELECT count(*) FROM elizasql.memories AS m WHERE m.agent_id = a.id) AS memories,
+    (SELECT count(*) FROM elizasql.embeddings AS v WHERE v.agent_id = a.id) AS embeddings,
+    (SELECT count(*) FROM elizasql.embeddings AS v WHERE v.agent_id = a.id AND NOT v.indexed) AS tail,
+    (SELECT count(*) FROM elizasql.tasks AS t WHERE t.agent_id = a.id) AS tasks,
+    (SELECT count(*) FROM elizasql.logs AS l WHERE l.agent_id = a.id) AS logs
+FROM elizasql.agents AS a
+WHERE :agent_id::uuid IS NULL OR a.id = :agent_id
+ORDER BY a.created_at, a.id;
+
+-- name: count_memories_by_type(agent_id)
+SELECT
+    m.type,
+    count(*) AS memories,
+    count(*) FILTER (WHERE NOT m."unique") AS duplicates,
+    (SELECT count(*) FROM elizasql.embeddings AS v WHERE v.agent_id = :agent_id AND v.type = m.type) AS embeddings,
+    min(m.created_at) AS oldest,
+    max(m.created_at) AS newest
+FROM elizasql.memories AS m
+WHERE m.agent_id = :agent_id
+GROUP BY m.type
+ORDER BY memories DESC, m.type ASC;
+
+-- name: check_server()^
+-- What the server is and how it is set, in plain numbers: sizes in bytes, times in seconds.
+SELECT
+    current_setting('server_version_num')::integer AS version,
+    current_setting('server_encoding') AS encoding,
+    current_setting('fsync') AS fsync,
+    current_setting('full_page_writes') AS full_page_writes,
+    current_setting('synchronous_commit') AS synchronous_commit,
+    current_setting('data_checksums') AS data_checksums,
+    current_setting('autovacuum') AS autovacuum,
+    current_setting('track_counts') AS track_counts,
+    pg_size_bytes(current_setting('shared_buffers')) AS shared_buffers,
+    pg_size_bytes(current_setting('effective_cache_size')) AS effective_cache_size,
+    pg_size_bytes(current_setting('maintenance_work_mem')) AS maintenance_work_mem,
+    current_setting('max_connections')::integer
+    - current_setting('superuser_reserved_connections')::integer AS free_for_all,
+    (SELECT count(*) FROM pg_catalog.pg_stat_activity WHERE backend_type = 'client backend') AS connections,
+    extract(EPOCH FROM clock_timestamp())::double precision AS clock,
+    pg_backend_pid() AS pid,
+    pg_database_size(current_database()) AS bytes,
+    (SELECT age(datfrozenxid) FROM pg_catalog.pg_database WHERE datname = current_database()) AS xid_age,
+    (
+        SELECT coalesce(datcollversion, '') <> coalesce(pg_database_collation_actual_version(oid), '')
+        FROM pg_catalog.pg_database
+        WHERE datname = current_database()
+    ) AS collation_changed,
+    (SELECT count(*) FROM pg_catalog.pg_replication_slots WHERE NOT active) AS idle_slots,
+    (SELECT rolsuper OR rolbypassrls FROM pg_catalog.pg_roles WHERE rolname = current_user) AS is_above_policies,
+    has_database_privilege(current_database(), 'CREATE') AS may_migrate;
+
+-- name: list_extensions(names)
+-- Of these extensions, the version that is created here and the one that could be.
+SELECT
+    given.name,
+    x.extversion AS created,
+    a.default_version AS available
+FROM unnest(:names::text[]) AS given (name)
+LEFT JOIN pg_catalog.pg_extension AS x ON given.name = x.extname
+LEFT JOIN pg_catalog.pg_available_extensions AS a ON given.name = a.name
+ORDER BY given.name;
+
+-- name: list_indexes()
+-- Every index of the schema: whether it is valid, how often it was read, and whether a rule of the schema needs it.
+SELECT
+    n.nspname || '.' || i.relname AS name,
+    n.nspname || '.' || t.relname AS table_name,
+    x.indisvalid AND x.indisready AS is_valid,
+    x.indisunique AS is_unique,
+    m.amname AS method,
+    coalesce(s.idx_scan, 0) AS scans,
+    CASE WHEN i.relkind = 'i' THEN pg_relation_size(i.oid) ELSE 0 END AS bytes
+FROM pg_catalog.pg_index AS x
+INNER JOIN pg_catalog.pg_class AS i ON x.indexrelid = i.oid
+INNER JOIN pg_catalog.pg_class AS t ON x.indrelid = t.oid
+INNER JOIN pg_catalog.pg_namespace AS n ON t.relnamespace = n.oid
+INNER JOIN pg_catalog.pg_am AS m ON i.relam = m.oid
+LEFT JOIN pg_catalog.pg_stat_user_indexes AS s ON i.oid = s.indexrelid
+WHERE n.nspname = 'elizasql'
+ORDER BY i.relname;
+
+-- name: list_tables()
+-- Every table of the schema that holds rows, with what the statistics say of it and what the role may not do with it.
+SELECT
+    'elizasql.' || t.relname AS name,
+    coalesce(s.n_live_tup, 0) AS live,
+    coalesce(s.n_dead_tup, 0) AS dead,
+    coalesce(s.n_mod_since_analyze, 0) AS modified,
+    greatest(s.last_analyze, s.last_autoanalyze) AS analyzed_at,
+    pg_total_relation_size(t.oid) AS bytes,
+    array(
+        SELECT p.privilege
+        FROM unnest('{SELECT,INSERT,UPDATE,DELETE}'::text[]) AS p (privilege)
+        WHERE NOT has_table_privilege(t.oid, p.privilege)
+    ) AS lacking
+FROM pg_catalog.pg_class AS t
+INNER JOIN pg_catalog.pg_namespace AS n ON t.relnamespace = n.oid
+LEFT JOIN pg_catalog.pg_stat_user_tables AS s ON t.oid = s.relid
+WHERE n.nspname = 'elizasql' AND t.relkind = 'r'
+ORDER BY t.relname;
+
+-- name: list_tails()
+-- The vectors of each agent that are not in its HNSW index yet, the longest tail first.
+SELECT
+    a.id,
+    a.name,
+    (SELECT count(*) FROM elizasql.embeddings AS v WHERE v.agent_id = a.id AND NOT v.indexed) AS tail,
+    (SELECT count(*) FROM elizasql.embeddings AS v WHERE v.agent_id = a.id) AS embeddings
+FROM elizasql.agents AS a
+WHERE a.embedding_dimension IS NOT NULL
+ORDER BY tail DESC, a.id ASC;
+
+-- name: list_long_transactions(seconds)
+-- Transactions that have been open for long, with their state; vacuum removes nothing that they could still see.
+SELECT
+    pid,
+    application_name,
+    state,
+    extract(EPOCH FROM now() - xact_start)::double precision AS seconds
+FROM pg_catalog.pg_stat_activity
+WHERE datname = current_database() AND pid <> pg_backend_pid() AND now() - xact_start > make_interval(secs => :seconds)
+ORDER BY xact_start;
+
+-- name: get_largest_type(agent_id)^
+-- The type of which the agent has the most vectors, and how many these are.
+SELECT
+    type,
+    count(*) AS vectors,
+    count(*) FILTER (WHERE indexed) AS indexed
+FROM elizasql.embeddings
+WHERE agent_id = :agent_id
+GROUP BY type
+ORDER BY vectors DESC, type ASC
+LIMIT 1;
+
+-- name: count_vectors_of_type(agent_id, type)^
+SELECT
+    count(*) AS vectors,
+    count(*) FILTER (WHERE indexed) AS indexed
+FROM elizasql.embeddings
+WHERE agent_id = :agent_id AND type = :type;
+
+-- name: sample_embeddings(agent_id, type, count)
+-- Vectors of the agent, chosen by chance.
+SELECT
+    e.memory_id,
+    e.dim_384 AS embedding
+FROM (
+    SELECT memory_id FROM elizasql.embeddings
+    WHERE agent_id = :agent_id AND type = :type
+    ORDER BY random()
+    LIMIT :count
+) AS chosen
+INNER JOIN elizasql.embeddings AS e ON chosen.memory_id = e.memory_id
+WHERE e.agent_id = :agent_id;
+
+-- name: get_embedding(agent_id, memory_id)$
+SELECT dim_384 FROM elizasql.embeddings
+WHERE agent_id = :agent_id AND memory_id = :memory_id;
+
+-- name: search_exactly(agent_id, type, embedding, count)
+-- The cosine similarities of the nearest vectors. No index serves this order: HNSW holds halfvec.
+SELECT (1 - (dim_384 <=> :embedding))::double precision AS similarity
+FROM elizasql.embeddings
+WHERE agent_id = :agent_id AND type = :type
+ORDER BY dim_384 <=> :embedding
+LIMIT :count;

@@ -1,0 +1,955 @@
+"""The command line: what a person types, what comes back, and what is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+from uuid import UUID, uuid4
+
+import asyncpg
+import numpy as np
+import pytest
+
+import elizasql
+from elizasql import DatabaseAdapter, Log, Task
+from elizasql.__main__ import main
+from elizasql.cli import doctor, queries
+from elizasql.cli import server as cli_server
+from elizasql.cli._destructive import find_destructive, split_migration
+from elizasql.transfer import _rows as transfer_rows
+from tests.conftest import make_scene
+from tests.elizaos_schema import TABLES as ELIZAOS_TABLES
+
+pytestmark = pytest.mark.timeout(180)
+
+SECRET = "hunter2-secret"
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command gave."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+    def fails(self, code: int, pattern: str) -> None:
+        """Check that it failed with one line, and that nothing else was printed."""
+        assert (self.code, self.out) == (code, ""), self
+        assert re.search(pattern, self.err), self.err
+        assert self.err.count("\n") == 1 and self.err.startswith("elizasql: "), self.err
+        assert "Traceback" not in self.err and SECRET not in self.err
+
+
+Run = Callable[..., Said]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Give a function that runs a command in this process, in an empty folder and a clean environment."""
+    for name in ("POSTGRES_URL", "PGLITE_DATA_DIR", "ELIZA_ALLOW_DESTRUCTIVE_MIGRATIONS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Said:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        return Said(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def on_server(run: Run, dsn: str, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Give the same with POSTGRES_URL set to the server of this test run."""
+    monkeypatch.setenv("POSTGRES_URL", dsn)
+    return run
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Give a place for an embedded server; short, for the socket's path."""
+    place = Path(tempfile.mkdtemp(prefix="esql-"))
+    yield place / "pg"
+    if (place / "pg").exists():
+        main(["down", "--data-dir", str(place / "pg"), "--force"])
+    shutil.rmtree(place, ignore_errors=True)
+
+
+@pytest.fixture
+def empty_database(dsn: str) -> Iterator[str]:
+    """Give the address of a database without anything in it."""
+    if "ELIZASQL_TEST_URL" in os.environ:
+        pytest.skip("needs a server to make databases on")
+    name = f"test_{uuid4().hex}"
+    admin = dsn.replace("//elizasql@", "//postgres@")
+
+    async def execute(address: str, statement: str) -> None:
+        connection = await asyncpg.connect(address)
+        await connection.execute(statement)
+        await connection.close()
+
+    asyncio.run(execute(admin, f"CREATE DATABASE {name} OWNER elizasql"))
+    made = urlunsplit(urlsplit(dsn)._replace(path=f"/{name}"))
+    asyncio.run(execute(made.replace("//elizasql@", "//postgres@"), "CREATE EXTENSION vector"))
+    yield made
+    asyncio.run(execute(admin, f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+def with_agent(dsn: str, work: Callable[[DatabaseAdapter], Awaitable[None]], agent_id: UUID | None = None) -> UUID:
+    """Do something as a new agent."""
+    agent = agent_id or uuid4()
+
+    async def act() -> None:
+        async with elizasql.connect(agent_id=agent, dsn=dsn, indexing="manual", pool_min_size=0) as db:
+            await db.ensure_agent_exists({"name": "Ada"})
+            await work(db)
+
+    asyncio.run(act())
+    return agent
+
+
+async def tables_of(dsn: str, schema: str) -> set[str]:
+    connection = await asyncpg.connect(dsn)
+    try:
+        rows = await connection.fetch("SELECT tablename FROM pg_tables WHERE schemaname = $1", schema)
+        return {row["tablename"] for row in rows}
+    finally:
+        await connection.close()
+
+
+def process(*arguments: object, cwd: Path, **environ: str) -> subprocess.Popen[str]:
+    clean = {name: value for name, value in os.environ.items() if name not in ("POSTGRES_URL", "PGLITE_DATA_DIR")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "elizasql", *map(str, arguments)],
+        cwd=cwd,
+        env={**clean, **environ},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+# --- the command itself ----------------------------------------------------------------------------------------------
+
+
+def test_without_a_command_it_helps(run: Run) -> None:
+    said = run()
+    assert said.code == 2
+    for command in ("up", "down", "status", "migrate", "psql", "demo", "stats", "tail", "tasks"):
+        assert re.search(rf"^ +{command} ", said.err, re.MULTILINE), command
+    said = run("--help")
+    assert (said.code, said.err) == (0, "")
+    assert "Exit codes" in said.out
+
+
+def test_version(run: Run) -> None:
+    assert run("--version") == Said(0, f"elizasql {elizasql.__version__}\n", "")
+    assert run("--version", "stats").out.strip() == f"elizasql {elizasql.__version__}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pattern"),
+    [
+        (["nope"], "nope"),
+        (["stats", "--nope"], "--nope"),
+        (["tail", "-n", "many"], "--count"),
+        (["tail", "-n", "-1"], "--count"),
+        (["migrate", "new"], "(?i)name"),
+        (["stats", "--dsn", f"mysql://a:{SECRET}@h/d"], "must start with postgres"),
+        (["stats", "--dsn", f"postgres://a:{SECRET}/x@h/d"], "is no address"),
+        (["stats", "--dsn", "postgres://h/d", "--data-dir", "x"], "exclude each other"),
+        (["migrate", "up", "--dir", "missing"], "no folder missing"),
+        (["migrate", "up", "--dir", "public=."], "schema public"),
+        (["migrate", "up", "--dir", "pg_x=."], "schema pg_x"),
+        (["migrate", "up", "--dir", "x y=."], "no name of a schema"),
+        (["migrate", "up", "--dir", "a=.", "--dir", "a=."], "two folders"),
+        (["migrate", "new", "..."], "no name for a file"),
+    ],
+)
+def test_wrong_use_is_one_line_and_2(run: Run, arguments: list[str], pattern: str) -> None:
+    run(*arguments).fails(2, pattern)
+
+
+def test_an_error_is_json_when_json_was_asked_for(run: Run) -> None:
+    said = run("stats", "--json", "--dsn", f"postgres://a:{SECRET}@127.0.0.1:1/x")
+    assert (said.code, said.out) == (3, "")
+    told = json.loads(said.err)
+    assert told["exit_code"] == 3 and told["type"] == "ConnectionLostError" and "127.0.0.1:1" in told["error"]
+    assert SECRET not in said.err
+
+
+def test_a_bug_is_not_hidden(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli_server, "find_keeper", broken)
+    run("up").fails(1, "ZeroDivisionError.*a fault of elizasql")
+    monkeypatch.setenv("ELIZASQL_TRACEBACK", "1")
+    with pytest.raises(ZeroDivisionError):
+        run("up")
+
+
+def test_without_the_extra_one_line_says_so_and_the_demo_works(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['typer'] = None; from elizasql.__main__ import main; sys.exit(main(sys.argv[1:]))"
+
+    def run(*arguments: str) -> Said:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False
+        )
+        return Said(done.returncode, done.stdout, done.stderr)
+
+    run("status").fails(1, r"pip install 'elizasql\[cli\]'")
+    assert run("demo", "--help").code == 0
+    assert run("--version").code == 0
+    assert "cannot read" in run("demo", "--file", "missing").err
+
+
+# --- servers that are not there --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["stats", "tail", "tasks", "status", "psql", "migrate up", "migrate status"])
+def test_no_server_is_3(run: Run, command: str) -> None:
+    said = run(*command.split(), "--dsn", f"postgres://a:{SECRET}@127.0.0.1:1/x")
+    assert said.code == 3
+    assert SECRET not in said.out + said.err
+    if command != "psql":  # whose words are its own
+        said.fails(3, "127.0.0.1:1")
+
+
+@pytest.mark.parametrize("command", ["stats", "tail", "tasks", "psql", "migrate down", "migrate status"])
+def test_no_embedded_server_is_3_and_none_is_made(run: Run, command: str, tmp_path: Path) -> None:
+    run(*command.split()).fails(3, "no embedded server in pglite")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_role_that_may_not_enter_is_1(run: Run, dsn: str) -> None:
+    run("stats", "--dsn", dsn.replace("//elizasql@", f"//nobody:{SECRET}@")).fails(1, 'role "nobody" does not exist')
+
+
+def test_a_missing_database_is_1(run: Run, dsn: str) -> None:
+    run("stats", "--dsn", urlunsplit(urlsplit(dsn)._replace(path="/missing"))).fails(1, "missing")
+
+
+@pytest.mark.parametrize("command", ["stats", "tail", "tasks"])
+def test_a_database_without_the_schema_is_1_and_stays_empty(run: Run, command: str, empty_database: str) -> None:
+    run(command, "--dsn", empty_database).fails(1, "elizasql migrate up")
+    assert asyncio.run(tables_of(empty_database, "elizasql")) == set()
+
+
+# --- up, down, status ------------------------------------------------------------------------------------------------
+
+
+def test_a_life_of_the_embedded_server(run: Run, folder: Path) -> None:
+    off = run("status", "--data-dir", folder, "--json")
+    assert off.code == 3 and off.json["running"] is False
+    assert not folder.exists()
+    assert run("down", "--data-dir", folder).code == 0
+    assert not folder.exists()
+
+    up = run("up", "--data-dir", folder, "--json")
+    assert up.code == 0, up
+    assert up.json["running"] and up.json["data_dir"] == str(folder.resolve())
+    assert run("up", "--data-dir", folder).code == 0  # again: nothing changes
+    keeper = cli_server.find_keeper(folder)
+    on = run("status", "--data-dir", folder, "--json")
+    assert on.code == 0
+    assert on.json["kept_up_by"] == keeper is not None
+    assert on.json["pending_migrations"] == [] and on.json["postgres"].startswith("18")
+    assert "0 pending" in run("status", "--data-dir", folder).out
+
+    # Somebody else comes and goes: it stays up.
+    with_agent(up.json["dsn"], lambda db: db.set_cache("a", 1))  # type: ignore[arg-type, return-value]
+    assert run("stats", "--data-dir", folder).code == 0
+    assert cli_server.is_running(folder)
+
+    assert run("down", "--data-dir", folder, "--json").json["running"] is False
+    assert not cli_server.is_running(folder)
+    assert cli_server.find_keeper(folder) is None
+    assert run("status", "--data-dir", folder).code == 3
+    # A command that needs it starts it, and stops it behind itself.
+    assert run("stats", "--data-dir", folder, "--json").json["agents"][0]["name"] == "Ada"
+    assert not cli_server.is_running(folder)
+
+
+def test_down_after_the_keeper_was_killed(run: Run, folder: Path) -> None:
+    assert run("up", "--data-dir", folder, "--no-migrate").code == 0
+    keeper = cli_server.find_keeper(folder)
+    assert keeper is not None
+    os.kill(keeper, signal.SIGKILL)
+    while cli_server.find_keeper(folder) is not None:
+        pass
+    assert cli_server.is_running(folder)
+    assert run("down", "--data-dir", folder).code == 0
+    assert not cli_server.is_running(folder)
+
+
+def test_down_while_others_use_it(run: Run, folder: Path) -> None:
+    assert run("up", "--data-dir", folder, "--no-migrate").code == 0
+    other = process("up", "--foreground", "--no-migrate", cwd=folder.parent, PGLITE_DATA_DIR=str(folder))
+    assert other.stdout is not None
+    assert "up in" in other.stdout.readline()
+    run("down", "--data-dir", folder).fails(1, "still in use by another process.*--force")
+    assert cli_server.is_running(folder)
+    assert run("down", "--data-dir", folder, "--force").code == 0
+    assert not cli_server.is_running(folder)
+    other.send_signal(signal.SIGINT)
+    assert other.communicate(timeout=60)[1] == "" and other.returncode == 0
+
+
+def test_up_where_it_cannot_be(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    run("up", "--data-dir", tmp_path / "file").fails(3, "is a file")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    run("up", "--data-dir", tmp_path / "full").fails(3, "not empty and not a data directory")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
+    run("up", "--data-dir", "/proc/nothing").fails(3, "/proc/nothing")
+
+
+# --- migrations ------------------------------------------------------------------------------------------------------
+
+
+def test_own_migrations_up_down_and_dry(run: Run, empty_database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTGRES_URL", empty_database)
+    dry = run("migrate", "up", "--dry-run", "--json")
+    assert dry.code == 0
+    files = [step["file"] for step in dry.json]
+    assert files == sorted(files) and len(files) == len(elizasql._migrate.known_versions())
+    assert "CREATE SCHEMA" in dry.json[0]["sql"] and not dry.json[0]["done"]
+    assert {step["file"]: step["destructive"] for step in dry.json if step["destructive"]} == {}
+    assert asyncio.run(tables_of(empty_database, "elizasql")) == set()  # really dry: not even the schema's table
+    assert [row["applied"] for row in run("migrate", "status", "--json").json] == [False] * len(files)
+
+    done = run("migrate", "up", "--json")
+    assert [step["done"] for step in done.json] == [True] * len(files)
+    assert run("migrate", "up").out == "nothing to do\n"
+    assert {row["applied"] for row in run("migrate", "status", "--json").json} == {True}
+
+    run("migrate", "down").fails(1, "ELIZA_ALLOW_DESTRUCTIVE_MIGRATIONS=true")
+    dry = run("migrate", "down", "--dry-run", "--json")
+    assert dry.json[0]["file"] == files[-1] and dry.json[0]["destructive"]
+    assert {row["applied"] for row in run("migrate", "status", "--json").json} == {True}
+    monkeypatch.setenv("ELIZA_ALLOW_DESTRUCTIVE_MIGRATIONS", "true")
+    assert run("migrate", "down", "--json").json[0]["file"] == files[-1]
+    assert [row["applied"] for row in run("migrate", "status", "--json").json] == [True] * (len(files) - 1) + [False]
+
+
+def test_dry_run_without_a_server_makes_none(run: Run, tmp_path: Path) -> None:
+    said = run("migrate", "up", "--dry-run", "--json")
+    assert said.code == 0 and len(said.json) == len(elizasql._migrate.known_versions())
+    assert list(tmp_path.iterdir()) == []
+
+
+def write(folder: Path, name: str, up: str, down: str = "") -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"-- migrate:up\n{up}\n-- migrate:down\n{down}\n", encoding="utf-8")
+
+
+def test_folders_of_ones_own(run: Run, empty_database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTGRES_URL", empty_database)
+    shop, blog = tmp_path / "my-shop", tmp_path / "blog"
+    write(shop, "20260101000000_a.sql", "CREATE TABLE things (id int, v vector(3));", "DROP TABLE things;")
+    write(blog, "20260101000000_a.sql", "CREATE TABLE things (id int);", "DROP TABLE things;")
+    both = ["--dir", str(shop), "--dir", f"posts={blog}"]
+    assert [row["schema"] for row in run("migrate", "status", *both, "--json").json] == ["my_shop", "posts"]
+    assert run("migrate", "up", *both).code == 0
+    for schema in ("my_shop", "posts"):
+        assert asyncio.run(tables_of(empty_database, schema)) == {"things", "schema_migrations"}
+    assert asyncio.run(tables_of(empty_database, "public")) == set()
+    assert asyncio.run(tables_of(empty_database, "elizasql")) == set()
+
+    # What takes data away is refused as a whole: what stands before it is not done either.
+    write(shop, "20260102000000_b.sql", "CREATE TABLE more (id int);")
+    write(shop, "20260103000000_c.sql", "ALTER TABLE things DROP COLUMN v; -- gone")
+    run("migrate", "up", *both).fails(1, r"my_shop/20260103000000_c\.sql .*DROP COLUMN v.*nothing was done")
+    assert "more" not in asyncio.run(tables_of(empty_database, "my_shop"))
+    dry = run("migrate", "up", *both, "--dry-run")
+    assert "takes data away: ALTER TABLE things DROP COLUMN v" in dry.out
+    monkeypatch.setenv("ELIZA_ALLOW_DESTRUCTIVE_MIGRATIONS", "true")
+    assert [step["file"] for step in run("migrate", "up", *both, "--json").json] == [
+        "20260102000000_b.sql",
+        "20260103000000_c.sql",
+    ]
+    write(blog, "20260104000000_bad.sql", "CREATE TABEL x ();")
+    run("migrate", "up", *both).fails(1, "syntax error")
+
+
+def test_new_migration(run: Run, tmp_path: Path) -> None:
+    made = run("migrate", "new", "Add Invoices!", "--dir", "plugins/shop", "--json")
+    path = Path(made.json["file"])
+    assert re.fullmatch(r"\d{14}_add_invoices\.sql", path.name)
+    assert split_migration(path.read_text()) == ("", "")
+    own = Path(elizasql.__file__).parent.parent / "migrations"
+    run("migrate", "new", "x", "--dir", own).fails(2, "folder of your own")
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "DROP TABLE a",
+        "drop /* x */ table if exists a",
+        "CREATE TABLE a (x int); DROP SCHEMA s CASCADE;",
+        "TRUNCATE a",
+        "DELETE FROM a WHERE x = 1",
+        "WITH gone AS (DELETE FROM a RETURNING *) SELECT * FROM gone",
+        "MERGE INTO a USING b ON a.x = b.x WHEN MATCHED THEN DELETE",
+        "ALTER TABLE a DROP COLUMN x",
+        "ALTER TABLE ONLY a ADD y int, DROP x",
+        "ALTER TABLE a ALTER COLUMN x TYPE varchar(10)",
+        "ALTER TABLE a ALTER x SET DATA TYPE integer USING x::integer",
+        "ALTER TABLE a ALTER x TYPE numeric(10, 0)",
+        "DROP FUNCTION f CASCADE",
+        "DROP EXTENSION vector",
+        "DROP TYPE mood",
+        "ALTER TYPE pair DROP ATTRIBUTE x",
+        "DO $$ BEGIN DROP TABLE a; END $$",
+        "DO $x$ BEGIN IF true THEN DELETE FROM a; END IF; END $x$ LANGUAGE plpgsql",
+        "DO $$ BEGIN EXECUTE format('DROP TABLE %I', 'a'); END $$",
+        "SELECT 'it''s'; DROP TABLE a",
+        "SELECT E'\\'; ' ; DROP TABLE a",
+    ],
+)
+def test_destructive_statements_are_found(sql: str) -> None:
+    assert find_destructive(sql), sql
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "",
+        "-- DROP TABLE a",
+        "/* DROP TABLE a; */ SELECT 1",
+        "SELECT 'DROP TABLE a'",
+        'CREATE TABLE "DROP TABLE a" (x int REFERENCES b ON DELETE CASCADE)',
+        "COMMENT ON TABLE a IS 'DELETE FROM it'",
+        "CREATE FUNCTION f() RETURNS void AS $$ DELETE FROM a; DROP TABLE b; $$ LANGUAGE sql",
+        "CREATE TRIGGER t BEFORE TRUNCATE ON a EXECUTE FUNCTION f()",
+        "GRANT DELETE, TRUNCATE ON a TO b",
+        "ALTER TABLE a DROP CONSTRAINT c, ADD d int",
+        "ALTER TABLE a ALTER x DROP NOT NULL, ALTER y DROP DEFAULT",
+        "ALTER TABLE a ALTER x TYPE text",
+        "DROP INDEX i; DROP VIEW v; DROP FUNCTION f(); DROP TRIGGER t ON a",
+        "INSERT INTO a VALUES (1); UPDATE a SET x = 2 WHERE x = 1",
+        "DO $$ BEGIN CREATE TABLE b (x int); END $$",
+    ],
+)
+def test_harmless_statements_pass(sql: str) -> None:
+    assert find_destructive(sql) == []
+
+
+# --- psql, stats, tail, tasks ----------------------------------------------------------------------------------------
+
+
+def test_psql_runs_what_it_is_given(dsn: str, tmp_path: Path) -> None:
+    with process("psql", "--", "-Atc", "SELECT 6 * 7", cwd=tmp_path, POSTGRES_URL=dsn) as psql:
+        assert psql.communicate(timeout=60) == ("42\n", "") and psql.returncode == 0
+    with process("psql", "--", "-c", "SELEC", cwd=tmp_path, POSTGRES_URL=dsn) as psql:
+        assert "syntax error" in psql.communicate(timeout=60)[1] and psql.returncode == 1
+
+
+def test_a_password_stays_out_of_the_command_line() -> None:
+    shown, environ = cli_server.for_libpq(f"postgres://me:{SECRET}%40@h:1/d?sslmode=require")
+    assert shown == "postgres://me@h:1/d?sslmode=require" and environ["PGPASSWORD"] == f"{SECRET}@"
+    shown, environ = cli_server.for_libpq(f"postgres:///d?host=%2Ftmp&password={SECRET}")
+    assert SECRET not in shown and environ["PGPASSWORD"] == SECRET
+
+
+@pytest.fixture
+def busy(dsn: str) -> UUID:
+    """Give an agent with memories, logs and tasks."""
+
+    async def fill(db: DatabaseAdapter) -> None:
+        scene = await make_scene(db)
+        await db.create_memories([{"content": {"text": "a"}}, {"content": {"text": "b"}, "unique": False}], "facts")
+        for number in range(3):
+            body = {"n": number, "text": "bell \x07 \x1b[31mred"}
+            await db.log(Log(entity_id=scene.entity, room_id=scene.room, type="action", body=body))
+        await db.create_task(Task(name="ready", tags=["queue"]))
+        await db.create_task(Task(name="later", tags=["queue"], due_at="2999-01-01T00:00:00Z"))  # type: ignore[arg-type]
+        await db.create_task(Task(name="note"))
+
+    return with_agent(dsn, fill)
+
+
+def test_stats(on_server: Run, busy: UUID) -> None:
+    said = on_server("stats", "--agent", busy, "--json").json
+    (agent,) = said["agents"]
+    assert agent["memories"] == 2 and agent["logs"] == 3 and agent["tasks"] == 3 and agent["dimension"] is None
+    assert said["types"][0]["type"] == "facts" and said["types"][0]["duplicates"] == 1
+    assert str(busy) in {row["id"] for row in on_server("stats", "--json").json["agents"]}
+    table = on_server("stats", "--agent", busy).out
+    assert re.search(rf"^{busy}  Ada ", table, re.MULTILINE) and "MB in the database" in table
+    assert on_server("stats", "--agent", uuid4(), "--json").json["agents"] == []
+
+
+def test_tail_shows_the_newest_last_and_no_control_characters(on_server: Run, busy: UUID) -> None:
+    said = on_server("tail", "--agent", busy, "-n", 2)
+    assert [re.search(r'"n":(\d)', line)[1] for line in said.out.splitlines()] == ["1", "2"]  # type: ignore[index]
+    assert "\x1b" not in said.out and "\x07" not in said.out
+    lines = on_server("tail", "--agent", busy, "--json").out.splitlines()
+    assert [json.loads(line)["body"]["n"] for line in lines] == [0, 1, 2]
+    assert on_server("tail", "--agent", busy, "--type", "other").out == ""
+
+
+def test_tasks_say_how_they_stand(on_server: Run, busy: UUID) -> None:
+    said = on_server("tasks", "--agent", busy, "--json").json
+    assert {task["name"]: task["state"] for task in said} == {
+        "ready": "ready",
+        "later": "waiting",
+        "note": "not for workers",
+    }
+    assert "waiting" in on_server("tasks", "--agent", busy).out
+    assert [task["name"] for task in on_server("tasks", "--agent", busy, "--tag", "queue", "-n", 1, "--json").json] == [
+        "ready"
+    ]
+
+
+def test_which_agent(on_server: Run, busy: UUID, run: Run, empty_database: str) -> None:
+    with_agent(os.environ["POSTGRES_URL"], lambda db: db.set_cache("a", 1))  # type: ignore[arg-type, return-value]
+    on_server("tail").fails(2, "which agent.*--agent")
+    on_server("tail", "--agent", "x").fails(2, "must be a UUID")
+    assert run("migrate", "up", "--dsn", empty_database).code == 0
+    run("tail", "--dsn", empty_database).fails(2, "no agent")
+    only = with_agent(empty_database, lambda db: db.set_cache("a", 1))  # type: ignore[arg-type, return-value]
+    assert run("tail", "--dsn", empty_database) == Said(0, "", "")
+    assert str(only)
+
+
+def test_ctrl_c_is_130_and_one_line(dsn: str, busy: UUID, tmp_path: Path) -> None:
+    with process("tail", "--follow", "--agent", busy, cwd=tmp_path, POSTGRES_URL=dsn, PYTHONUNBUFFERED="1") as tail:
+        assert tail.stdout is not None
+        for _ in range(3):
+            tail.stdout.readline()
+        body = {"n": 4}
+
+        async def log(db: DatabaseAdapter) -> None:
+            (old,) = await db.get_logs(count=1)
+            await db.log(Log(entity_id=old.entity_id, room_id=old.room_id, type="action", body=body))
+
+        with_agent(dsn, log, busy)
+        assert '{"n":4}' in tail.stdout.readline()
+        tail.send_signal(signal.SIGINT)
+        out, err = tail.communicate(timeout=60)
+    assert tail.returncode == 130 and out == ""
+    assert err.strip() == "elizasql: interrupted"
+
+
+def test_a_reader_that_goes_away(dsn: str, busy: UUID, tmp_path: Path) -> None:
+    with process("tail", "--follow", "--agent", busy, cwd=tmp_path, POSTGRES_URL=dsn, PYTHONUNBUFFERED="1") as tail:
+        assert tail.stdout is not None and tail.stderr is not None
+        tail.stdout.readline()
+        tail.stdout.close()
+
+        async def log(db: DatabaseAdapter) -> None:
+            (old,) = await db.get_logs(count=1)
+            await db.log(Log(entity_id=old.entity_id, room_id=old.room_id, type="action", body={}))
+
+        with_agent(dsn, log, busy)
+        assert tail.wait(timeout=60) == 0
+        assert tail.stderr.read() == ""
+
+
+# --- doctor ----------------------------------------------------------------------------------------------------------
+
+
+async def as_admin(dsn: str, *statements: str) -> None:
+    connection = await asyncpg.connect(dsn.replace("//elizasql@", "//postgres@"))
+    for statement in statements:
+        await connection.execute(statement)
+    await connection.close()
+
+
+def findings(said: Said, check: str) -> list[dict[str, str]]:
+    return [finding for finding in said.json if finding["check"] == check]
+
+
+def test_doctor_on_a_healthy_database(run: Run, empty_database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTGRES_URL", empty_database)
+    said = run("doctor", "--json")
+    assert said.code == 1  # no schema yet
+    assert findings(said, "migrations")[0]["remedy"] == "elizasql migrate up"
+    assert run("migrate", "up").code == 0
+    said = run("doctor", "--json")
+    assert said.code == 0, said
+    assert {finding["severity"] for finding in said.json} <= {"ok", "note"}, said.out
+    checks = {"server", "role", "clock", "distance", "pooler", "connections", "disk", "extensions", "migrations"}
+    checks |= {"session", "indexes", "tables", "memory", "tail"}
+    assert {finding["check"] for finding in said.json} == checks
+    assert all(finding["remedy"] for finding in said.json if finding["severity"] in ("warning", "error"))
+    text = run("doctor")
+    assert re.search(r"\d+ ok, \d note, 0 warning, 0 error", text.out) and "ok       server" not in text.out
+    assert "ok       server" in run("doctor", "--all").out
+
+
+def test_doctor_finds_what_is_broken(run: Run, empty_database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTGRES_URL", empty_database)
+    assert run("migrate", "up").code == 0
+
+    async def remember(db: DatabaseAdapter) -> None:
+        await db.ensure_embedding_dimension(384)
+        vectors = np.random.default_rng(1).normal(size=(5, 384))
+        await db.create_memories([{"content": {}, "embedding": vector, "unique": True} for vector in vectors], "facts")
+
+    agent = with_agent(empty_database, remember)
+    asyncio.run(
+        as_admin(
+            empty_database,
+            "UPDATE pg_index SET indisvalid = FALSE WHERE indexrelid = 'elizasql.rooms_world_idx'::regclass",
+            "DROP INDEX elizasql.embeddings_p03_dim_384_hnsw",
+            "REVOKE DELETE ON elizasql.logs FROM elizasql",
+            "ALTER TABLE elizasql.logs OWNER TO postgres",
+        )
+    )
+    monkeypatch.setattr(doctor, "_LONG_TAIL", 4)
+    said = run("doctor", "--json")
+    assert said.code == 1
+    broken = " ".join(finding["finding"] for finding in findings(said, "indexes"))
+    assert "elizasql.rooms_world_idx is invalid" in broken and "1 HNSW indexes are missing" in broken
+    assert "REINDEX INDEX elizasql.rooms_world_idx" in {finding["remedy"] for finding in findings(said, "indexes")}
+    (privileges,) = findings(said, "privileges")
+    assert privileges["severity"] == "error" and "elizasql.logs" in privileges["finding"]
+    (tail,) = findings(said, "tail")
+    assert tail["severity"] == "warning" and f"5 of 5 vectors of agent {agent}" in tail["finding"]
+    assert "error" in run("doctor").out
+
+    admin = run("doctor", "--json", "--dsn", empty_database.replace("//elizasql@", "//postgres@"))
+    assert findings(admin, "role")[0]["severity"] == "warning"
+
+
+def test_doctor_on_rows_that_cannot_be_made_here() -> None:
+    def told(found: Iterable[doctor.Finding]) -> list[tuple[str, str]]:
+        return [(finding.check, finding.severity) for finding in found]
+
+    server: dict[str, Any] = {
+        "encoding": "SQL_ASCII", "fsync": "off", "full_page_writes": "off", "synchronous_commit": "off",
+        "data_checksums": "off", "autovacuum": "off", "track_counts": "off", "collation_changed": True,
+        "xid_age": 2_000_000_000, "idle_slots": 2, "is_above_policies": False, "may_migrate": False,
+        "connections": 90, "free_for_all": 97, "shared_buffers": 1 << 27, "effective_cache_size": 1 << 28,
+        "maintenance_work_mem": 1 << 26,
+    }  # fmt: skip
+    assert told(doctor.check_settings(server)) == [  # type: ignore[arg-type]
+        ("encoding", "error"),
+        ("fsync", "error"),
+        ("full_page_writes", "error"),
+        ("synchronous_commit", "note"),
+        ("autovacuum", "warning"),
+        ("track_counts", "warning"),
+        ("data_checksums", "note"),
+        ("collation", "warning"),
+        ("vacuum", "error"),
+        ("replication", "warning"),
+    ]
+    assert told(doctor.check_role(server)) == [("role", "ok"), ("role", "note")]  # type: ignore[arg-type]
+    assert doctor.check_connections(server, 20).severity == "warning"  # type: ignore[arg-type]
+    for skew, severity in ((0.1, "ok"), (-3.0, "warning"), (120.0, "error")):
+        assert doctor.check_clock(skew).severity == severity
+    assert "behind" in doctor.check_clock(-3).finding
+
+    def index(size: int, scans: int = 0, method: str = "btree") -> dict[str, Any]:
+        table = "elizasql.embeddings_p00"
+        return {"name": "i", "table_name": table, "is_valid": True, "is_unique": False, "method": method,
+                "scans": scans, "bytes": size}  # fmt: skip
+
+    vectors = [index(0, method="hnsw") for _ in range(5)]
+    large = [*vectors, index(1 << 30, method="hnsw"), index(1 << 28)]
+    assert [finding.severity for finding in doctor.check_indexes(large)] == ["note", "note", "ok"]  # type: ignore[arg-type]
+    assert [finding.severity for finding in doctor.check_memory(server, large)] == ["warning", "note"]  # type: ignore[arg-type]
+    middle = [index(1 << 27 | 1, method="hnsw")]
+    assert [finding.severity for finding in doctor.check_memory(server, middle)] == ["note", "note"]  # type: ignore[arg-type]
+
+    table = {"name": "elizasql.t", "live": 10_000, "dead": 20_000, "modified": 5_000, "analyzed_at": None, "bytes": 1,
+             "lacking": []}  # fmt: skip
+    assert told(doctor.check_tables([table])) == [("statistics", "warning"), ("bloat", "warning")]  # type: ignore[list-item]
+    waiting = {"pid": 7, "application_name": "", "state": "idle in transaction", "seconds": 600.0}
+    (long,) = doctor.check_transactions([waiting])  # type: ignore[list-item]
+    assert "10 minutes" in long.finding and "pg_terminate_backend(7)" in long.remedy
+    old = {"name": "vector", "created": "0.8.4", "available": "0.8.5"}
+    assert [finding.remedy for finding in doctor.check_extension(old)] == ["ALTER EXTENSION vector UPDATE"]  # type: ignore[arg-type]
+
+
+# --- explain, recall-check -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def searched(dsn: str) -> tuple[UUID, UUID]:
+    """Give an agent with 60 vectors in the index, and one of its memories."""
+    ids: list[UUID] = []
+
+    async def remember(db: DatabaseAdapter) -> None:
+        await db.ensure_embedding_dimension(384)
+        vectors = np.random.default_rng(2).normal(size=(60, 384))
+        memories = [{"content": {}, "embedding": vector, "unique": True} for vector in vectors]
+        ids.extend(await db.create_memories(memories, "facts"))
+        await db.index_memories()
+
+    return with_agent(dsn, remember), ids[0]
+
+
+def test_explain_shows_the_plan_and_the_index(on_server: Run, searched: tuple[UUID, UUID], tmp_path: Path) -> None:
+    agent, memory = searched
+    call = ["explain", "search_memories", "--agent", agent, "table_name=facts", "count=3"]
+    said = on_server(*call, f"embedding=of:{memory}", "--json").json
+    assert said["index_used"] and said["rows"] == 3 and said["sequential"] == []
+    (statement,) = said["statements"]
+    assert statement["statement"] == "search_memories" and statement["file"] == "sql/embeddings.sql"
+    assert statement["indexes"] and statement["plan"]["Plan"]["Node Type"]
+    text = on_server(*call, f"embedding=of:{memory}").out
+    assert "every statement used an index" in text and re.search(r"Index .*Scan using \w+ \(", text)
+    np.save(tmp_path / "v.npy", np.ones(384))
+    (tmp_path / "v.json").write_text(json.dumps([1.0] * 384))
+    for file in ("v.npy", "v.json"):
+        assert on_server(*call, f"embedding=@{file}", "--json").json["rows"] == 3
+    assert on_server("explain", "get_memory_by_id", f"memory_id={memory}", "--agent", agent, "--json").json[
+        "index_used"
+    ]
+    assert "nothing was sent" in on_server("explain", "get_memories_by_ids", "memory_ids=[]", "--agent", agent).out
+
+
+def test_explain_says_when_a_table_is_read_as_a_whole() -> None:
+    scan = {
+        "Node Type": "Seq Scan",
+        "Relation Name": "logs",
+        "Actual Loops": 1,
+        "Actual Rows": 9,
+        "Actual Total Time": 1,
+    }
+    never = {**scan, "Relation Name": "rooms", "Actual Loops": 0}
+    top = {"Node Type": "Sort", "Actual Loops": 1, "Actual Rows": 9, "Actual Total Time": 2, "Plans": [scan, never]}
+    assert queries.summarize({"Plan": top, "Execution Time": 2.5}) == {
+        "milliseconds": 2.5,
+        "rows": 9,
+        "indexes": [],
+        "sequential": ["logs"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pattern"),
+    [
+        (["delete_memory", "memory_id=x"], "no method that reads"),
+        (["__init__"], "no method that reads"),
+        (["search_memories", "embedding"], "NAME=VALUE"),
+        (["get_memories", "table_name=facts", "nope=1"], "nope"),
+        (["get_memories", "table_name=facts", "room_id=here"], "room_id must be a UUID"),
+        (["search_memories", "table_name=facts", f"embedding=of:{UUID(int=7)}"], "has no embedding"),
+        (["search_memories", "table_name=facts", "embedding=@bad.json"], "neither .npy nor JSON"),
+    ],
+)
+def test_explain_refuses_what_does_not_fit(
+    on_server: Run, searched: tuple[UUID, UUID], tmp_path: Path, arguments: list[str], pattern: str
+) -> None:
+    (tmp_path / "bad.json").write_text("{")
+    on_server("explain", *arguments, "--agent", searched[0]).fails(2, pattern)
+
+
+def test_recall_check_compares_with_exact_search(on_server: Run, searched: tuple[UUID, UUID]) -> None:
+    said = on_server("recall-check", "--agent", searched[0], "--sample", 20, "-k", 5, "--json").json
+    assert said["type"] == "facts" and said["vectors"] == said["indexed"] == 60 and said["sample"] == 20
+    assert [step["recall"] for step in said["steps"]] == [1.0] * len(said["steps"])  # so few are searched exactly
+    assert said["by_index"] is False and any(step["in_force"] for step in said["steps"])
+    assert "searched exactly" in on_server("recall-check", "--agent", searched[0], "--sample", 5).out
+    on_server("recall-check", "--agent", searched[0], "--type", "nope").fails(2, "no embedding of type 'nope'")
+
+
+def test_recall_check_sees_what_is_missed(
+    on_server: Run, searched: tuple[UUID, UUID], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = DatabaseAdapter.search_memories
+
+    async def by_hnsw(*_: object) -> bool:
+        return True
+
+    monkeypatch.setattr(queries, "uses_hnsw", by_hnsw)
+
+    async def lossy(self: DatabaseAdapter, **given: Any) -> Any:
+        hits = await real(self, **given)
+        return hits if self.config.ef_search >= 200 else hits[:1] + hits[2:]
+
+    monkeypatch.setattr(DatabaseAdapter, "search_memories", lossy)
+    said = on_server("recall-check", "--agent", searched[0], "--sample", 10, "-k", 5, "--json").json
+    recalls = {step["ef_search"]: step["recall"] for step in said["steps"]}
+    assert recalls[100] == pytest.approx(0.8) and recalls[200] == 1.0 and max(recalls) == 200
+    assert said["recommended"] == 200 and "ELIZASQL_EF_SEARCH=200" in said["advice"]
+    monkeypatch.setattr(DatabaseAdapter, "search_memories", real)
+    said = on_server("recall-check", "--agent", searched[0], "--sample", 10, "-k", 5, "--json").json
+    assert said["recommended"] == 20 and "ELIZASQL_EF_SEARCH=20:" in said["advice"]
+
+
+def test_recall_check_on_an_index_that_is_used(on_server: Run, dsn: str) -> None:
+    async def remember(db: DatabaseAdapter) -> None:
+        await db.ensure_embedding_dimension(384)
+        vectors = np.random.default_rng(6).normal(size=(2500, 384)).astype(np.float32)
+        memories = [{"content": {}, "embedding": vector, "unique": True} for vector in vectors]
+        await db.create_memories(memories, "facts")
+        await db.index_memories(rebuild=True)
+
+    agent = with_agent(dsn, remember)
+    said = on_server("recall-check", "--agent", agent, "--sample", 20, "--json").json
+    assert said["by_index"] is True
+    recalls = [step["recall"] for step in said["steps"]]
+    assert min(recalls) < 1  # random vectors are hard for a graph
+    assert said["recommended"] is None or said["recommended"] >= 20
+
+
+def test_recall_check_without_vectors(on_server: Run, busy: UUID) -> None:
+    on_server("recall-check", "--agent", busy).fails(2, "no embedding yet")
+
+
+# --- export, import, index, backup, restore --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["out", "out.tar", "out.tar.gz"])
+def test_out_and_in_again(
+    on_server: Run, searched: tuple[UUID, UUID], empty_database: str, tmp_path: Path, name: str
+) -> None:
+    agent, _ = searched
+    said = on_server("export", name, "--agent", agent, "--json")
+    assert said.code == 0, said
+    assert said.json["rows"] == {"agents": 1, "memories": 60, "embeddings": 60}
+    assert (tmp_path / name).is_dir() == (name == "out")
+    on_server("export", name, "--agent", agent).fails(1, "there already")
+
+    dry = on_server("import", name, "--dsn", empty_database, "--dry-run", "--json")
+    assert dry.json["agents"][0]["id"] == str(agent)
+    assert asyncio.run(tables_of(empty_database, "elizasql")) == set()
+    said = on_server("import", name, "--dsn", empty_database, "--json")
+    assert said.code == 0, said
+    assert {row["table"]: row["created"] for row in said.json["tables"]} == {
+        "agents": 1,
+        "memories": 60,
+        "embeddings": 60,
+    }
+    assert said.json["report"] is None and said.json["index_seconds"] > 0
+    assert on_server("stats", "--dsn", empty_database, "--json").json["agents"][0]["tail"] == 0
+    again = on_server("import", name, "--dsn", empty_database)
+    assert re.search(r"^memories +60 +0 +60 ", again.out, re.MULTILINE) and "done in" in again.out
+    assert not list(tmp_path.glob("elizasql-import-*"))
+
+
+def test_import_of_bad_files(on_server: Run, tmp_path: Path, empty_database: str) -> None:
+    (tmp_path / "text").write_text("hello")
+    on_server("import", "text").fails(1, "no archive of elizasql")
+    on_server("import", "missing").fails(1, "missing: No such file")
+    on_server("import", ".").fails(1, "no archive of elizasql, or not a complete one")
+    on_server("import").fails(2, "either an archive or --from")
+    on_server("import", "text", "--from", "postgres://h/d").fails(2, "either an archive or --from")
+    on_server("export", "out", "--agent", uuid4()).fails(1, "there is no agent")
+    on_server("export", "/proc/nothing/out").fails(1, "/proc/nothing")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["text"]
+
+
+def test_index_moves_the_tail(on_server: Run, dsn: str) -> None:
+    async def remember(db: DatabaseAdapter) -> None:
+        await db.ensure_embedding_dimension(384)
+        await db.create_memories([{"content": {}, "embedding": v} for v in np.random.normal(size=(5, 384))], "facts")
+
+    agent = with_agent(dsn, remember)
+    assert on_server("index", "--agent", agent, "--json").json[0]["moved"] == 5
+    assert re.search(rf"{agent}  Ada +0", on_server("index", "--agent", agent).out)
+    assert on_server("index", "--agent", agent, "--rebuild", "--json").code == 0
+
+
+def test_the_way_over_from_elizaos(on_server: Run, empty_database: str, dsn: str, tmp_path: Path) -> None:
+    on_server("import", "--from", empty_database).fails(1, "no database of ElizaOS")
+    on_server("import", "--from", f"postgres://a:{SECRET}@127.0.0.1:1/x").fails(3, "refused|failed")
+    on_server("import", "--from", f"postgres://a:{SECRET}/x@h/d").fails(2, "--from: .*is no address")
+    on_server("import", "--from", "nowhere").fails(2, "neither a connection string nor the folder of a PGlite")
+
+    agent, good, bad = uuid4(), uuid4(), uuid4()
+
+    async def fill() -> None:
+        connection = await asyncpg.connect(empty_database.replace("//elizasql@", "//postgres@"))
+        await connection.execute(ELIZAOS_TABLES)
+        await connection.execute("INSERT INTO agents (id, name) VALUES ($1, 'Old')", agent)
+        for memory, value in ((good, 1), (bad, 0)):
+            await connection.execute(
+                "INSERT INTO memories (id, type, content, agent_id) VALUES ($1, 'facts', '{}', $2)", memory, agent
+            )
+            await connection.execute(
+                "INSERT INTO embeddings (memory_id, dim_384) VALUES ($1, $2::text::vector)", memory, str([value] * 384)
+            )
+        await connection.close()
+
+    asyncio.run(fill())
+    admin = empty_database.replace("//elizasql@", "//postgres@")
+    dry = on_server("import", "--from", admin, "--dry-run")
+    assert dry.code == 0 and "nothing was written" in dry.out
+    assert str(agent) not in {row["id"] for row in on_server("stats", "--json").json["agents"]}
+    for path in tmp_path.glob("elizasql-import-*"):
+        path.unlink()
+    said = on_server("import", "--from", admin, "--report", "report.jsonl", "--json")
+    assert said.code == 0, said
+    tables = {row["table"]: row for row in said.json["tables"]}
+    assert tables["memories"]["created"] == 2 and tables["embeddings"]["created"] == 1
+    assert said.json["report"] == "report.jsonl"
+    (line,) = (tmp_path / "report.jsonl").read_text().splitlines()
+    assert json.loads(line)["row"]["memory_id"] == str(bad) and "zero vector" in json.loads(line)["problem"]
+    text = on_server("import", "--from", admin, "--report", "report.jsonl").out
+    assert "1 rows could not be taken" in text and "see report.jsonl" in text
+
+
+def test_ctrl_c_in_an_import_says_how_to_go_on(
+    on_server: Run, searched: tuple[UUID, UUID], empty_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert on_server("export", "out", "--agent", searched[0]).code == 0
+    real = transfer_rows.put_lines
+
+    async def interrupted(db: Any, table: str, *rest: Any) -> None:
+        if table == "memories":
+            raise KeyboardInterrupt
+        await real(db, table, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("elizasql.transfer.importer.put_lines", interrupted)
+        on_server("import", "out", "--dsn", empty_database).fails(130, "interrupted: .*do it again to go on")
+    assert on_server("import", "out", "--dsn", empty_database).code == 0
+
+
+def test_backup_and_restore(run: Run, folder: Path, tmp_path: Path) -> None:
+    up = run("up", "--data-dir", folder, "--json")
+    write(tmp_path / "shop", "20260101000000_a.sql", "CREATE TABLE things AS SELECT 7 AS id;")
+    assert run("migrate", "up", "--dir", tmp_path / "shop", "--data-dir", folder).code == 0
+
+    async def remember(db: DatabaseAdapter) -> None:
+        await db.ensure_embedding_dimension(384)
+        vectors = np.random.default_rng(4).normal(size=(20, 384))
+        await db.create_memories([{"content": {}, "embedding": v, "unique": True} for v in vectors], "facts")
+        await db.index_memories()
+
+    agent = with_agent(up.json["dsn"], remember)
+    said = run("backup", "b.dump", "--data-dir", folder, "--json")
+    assert said.code == 0 and said.json["bytes"] == (tmp_path / "b.dump").stat().st_size
+    run("backup", "b.dump", "--data-dir", folder).fails(2, "there already")
+    run("backup", "c.dump", "--data-dir", folder.parent / "none").fails(3, "no embedded server")
+    run("restore", "b.dump", "--data-dir", folder).fails(2, "not empty")
+    (tmp_path / "text").write_text("hello")
+    run("restore", "text", "--data-dir", folder.parent / "two").fails(1, "no backup")
+    (tmp_path / "half").write_bytes((tmp_path / "b.dump").read_bytes()[: said.json["bytes"] // 2])
+    run("restore", "half", "--data-dir", folder.parent / "two").fails(1, "pg_restore failed")
+    assert {path.name for path in folder.parent.iterdir()} == {"pg"}
+
+    two = folder.parent / "two"
+    assert run("restore", "b.dump", "--data-dir", two).code == 0
+    assert not cli_server.is_running(two)
+    (row,) = run("stats", "--data-dir", two, "--json").json["agents"]
+    assert row["id"] == str(agent) and row["embeddings"] == 20 and row["tail"] == 0
+    assert run("doctor", "--data-dir", two, "--json").code == 0
+    with process("psql", "--data-dir", two, "--", "-Atc", "SELECT id FROM shop.things", cwd=tmp_path) as psql:
+        assert psql.communicate(timeout=60)[0] == "7\n"

@@ -1,0 +1,642 @@
+"""Archives: what goes out comes back as it was, from every table; and nothing is ever half done."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import json
+import os
+import random
+import tarfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+from uuid import UUID, uuid4
+
+import asyncpg
+import numpy as np
+import orjson
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+import elizasql
+from elizasql import DatabaseAdapter, Entity, Memory, Room
+from elizasql._statements import SQL
+from elizasql.config import Config
+from elizasql.errors import DataError, EmbeddingDimensionError, NotFoundError, NotNullError
+from elizasql.transfer import (
+    Archive,
+    ArchiveError,
+    Summary,
+    _archive,
+    _connection,
+    _rows,
+    export,
+    export_archive,
+    import_archive,
+)
+from tests.conftest import MakeAdapter, make_scene
+
+pytestmark = pytest.mark.skipif("ELIZASQL_TEST_URL" in os.environ, reason="needs a server to make databases on")
+
+TABLES = [table.name for table in _rows.TABLES] + ["embeddings"]
+
+
+def admin(address: str) -> str:
+    return address.replace("//elizasql@", "//postgres@")
+
+
+@asynccontextmanager
+async def connected(address: str) -> AsyncIterator[asyncpg.Connection[Any]]:
+    connection = await asyncpg.connect(address)
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+@pytest.fixture(scope="module")
+def databases(dsn: str) -> Iterator[list[str]]:
+    """Give two migrated databases that belong to this module."""
+
+    async def make() -> list[str]:
+        names = [f"test_{uuid4().hex}" for _ in range(2)]
+        made = [urlunsplit(urlsplit(dsn)._replace(path=f"/{name}")) for name in names]
+        async with connected(admin(dsn)) as connection:
+            await connection.execute(f"CREATE DATABASE {names[0]} OWNER elizasql")
+            async with connected(admin(made[0])) as inside:
+                await inside.execute("CREATE EXTENSION vector")
+            async with elizasql.connect(agent_id=uuid4(), dsn=made[0], indexing="manual", pool_min_size=0):
+                pass
+            await connection.execute(f"CREATE DATABASE {names[1]} OWNER elizasql TEMPLATE {names[0]}")
+        return made
+
+    async def drop(made: list[str]) -> None:
+        async with connected(admin(dsn)) as connection:
+            for address in made:
+                await connection.execute(f"DROP DATABASE {urlsplit(address).path[1:]} WITH (FORCE)")
+
+    made = asyncio.run(make())
+    yield made
+    asyncio.run(drop(made))
+
+
+@asynccontextmanager
+async def opened(address: str, agent_id: UUID | None = None) -> AsyncIterator[DatabaseAdapter]:
+    settings = {"indexing": "manual", "pool_min_size": 0, "pool_max_size": 3}
+    async with elizasql.connect(agent_id=agent_id or UUID(int=0), dsn=address, **settings) as db:
+        yield db
+
+
+async def clear(address: str) -> None:
+    async with connected(address) as connection:
+        await connection.execute(SQL["delete_everything"].sql)
+
+
+async def contents(address: str) -> dict[str, list[str]]:
+    """Give every row of every table as JSON text, in a fixed order; not decoded, since numbers may be of any size."""
+    found = {}
+    async with connected(address) as connection:
+        for name in TABLES:
+            # An index and a transaction are the database's own.
+            line = "(to_jsonb(t) - 'indexed' - 'xid')::text" if name == "embeddings" else "to_jsonb(t)::text"
+            rows = await connection.fetch(f"SELECT {line} AS line FROM elizasql.{name} AS t ORDER BY 1")
+            found[name] = [row["line"] for row in rows]
+    return found
+
+
+def decoded(found: dict[str, list[str]], name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in found[name]]
+
+
+async def out(address: str, path: Path, **options: Any) -> dict[str, Any]:
+    return await export_archive(address, path, Config(), **options)
+
+
+async def into(address: str, path: Path, **options: Any) -> Summary:
+    with Archive(path) as archive:
+        async with opened(address) as db:
+            return await import_archive(db, archive, **options)
+
+
+# --- rows of every table ---------------------------------------------------------------------------------------------
+
+
+texts = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\x00"), max_size=8)
+numbers = st.one_of(st.integers(-(2**70), 2**70), st.sampled_from(["1e400", "0.1000000000000000000001", "-0.0"]))
+documents = st.recursive(
+    st.one_of(st.none(), st.booleans(), texts.map(json.dumps), numbers.map(str)).map(
+        lambda value: {None: "null", True: "true", False: "false"}.get(value, value)  # type: ignore[call-overload]
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3).map(lambda items: f"[{', '.join(items)}]"),
+        st.dictionaries(texts, inner, max_size=3).map(
+            lambda items: "{" + ", ".join(f"{json.dumps(key)}: {value}" for key, value in items.items()) + "}"
+        ),
+    ),
+    max_leaves=5,
+)
+
+
+class Filler:
+    """Makes rows for every table of the schema as the catalog describes it, whatever columns there are."""
+
+    def __init__(self, connection: asyncpg.Connection[Any], draw: Callable[[st.SearchStrategy[Any]], Any]) -> None:
+        self._connection = connection
+        self._draw = draw
+        self._random = random.Random(draw(st.integers(0, 2**32)))
+        self._rows: dict[str, list[dict[str, Any]]] = {}
+
+    async def fill(self) -> None:
+        for name in TABLES:
+            columns = await self._connection.fetch(
+                "SELECT attname AS name, format_type(atttypid, NULL) AS kind, attnotnull AS needed "
+                "FROM pg_attribute WHERE attrelid = $1::text::regclass AND attnum > 0 "
+                "AND NOT attisdropped AND attgenerated = '' ORDER BY attnum",
+                f"elizasql.{name}",
+            )
+            self._rows[name] = []
+            owners: list[Any] = [None]
+            if any(column["name"] == "agent_id" for column in columns):
+                owners = [row["id"] for row in self._rows["agents"]]
+            for owner in owners:
+                for number in range(2 if name == "agents" else self._random.randint(0, 3)):
+                    await self._insert(name, columns, owner, number)
+
+    def _pick(self, table: str, owner: Any, column: str = "id") -> Any:
+        rows = [row for row in self._rows[table] if owner is None or row.get("agent_id", owner) == owner]
+        return self._random.choice(rows)[column] if rows else None
+
+    async def _insert(self, name: str, columns: list[asyncpg.Record], owner: Any, number: int) -> None:
+        row = {column["name"]: self._value(name, column, owner, number) for column in columns}
+        if name == "embeddings":
+            memory = self._pick("memories", owner)
+            dimension = next(agent["embedding_dimension"] for agent in self._rows["agents"] if agent["id"] == owner)
+            if memory is None or dimension is None:
+                return
+            row["memory_id"], row["dimension"] = memory, dimension
+            row[f"dim_{dimension}"] = str([self._random.uniform(-1, 1) for _ in range(dimension)])
+            scope = next(each for each in self._rows["memories"] if (each["agent_id"], each["id"]) == (owner, memory))
+            row |= {key: scope[key] for key in ("type", "room_id", "world_id", "entity_id", "unique")}
+        if any(column["needed"] and row[column["name"]] is None for column in columns):
+            return
+        kinds = [column["kind"] for column in columns]
+        values = ", ".join(f"${place}::text::{kind}" for place, kind in enumerate(kinds, 1))
+        names = ", ".join(f'"{key}"' for key in row)
+        made = await self._connection.fetchrow(
+            f"INSERT INTO elizasql.{name} ({names}) VALUES ({values}) ON CONFLICT DO NOTHING RETURNING 1",
+            *(None if value is None else str(value) for value in row.values()),
+        )
+        if made is not None:
+            self._rows[name].append(row)
+
+    def _value(self, name: str, column: asyncpg.Record, owner: Any, number: int) -> Any:
+        key, kind = column["name"], column["kind"]
+        fixed: dict[str, Callable[[], Any]] = {
+            "agent_id": lambda: owner,
+            "embedding_dimension": lambda: (384, None)[number] if self._random.random() < 0.5 else 512,
+            "room_state": lambda: self._random.choice([None, "MUTED", "FOLLOWED"]),
+            "status": lambda: self._random.choice(["IN_PROGRESS", "DONE", "FAILED"]),
+            "attempts": lambda: self._random.randint(0, 3),
+            "max_attempts": lambda: self._random.randint(1, 5),
+            "unique": lambda: self._random.random() < 0.5,
+            "indexed": lambda: False,
+            "xid": lambda: 1,
+            "dimension": lambda: None,
+            "in_reply_to_root_message_id": lambda: self._pick("central_messages", None),
+            "message_server_id": lambda: self._pick("message_servers", None),
+            "channel_id": lambda: self._pick("channels", None),
+        }
+        if name in ("worlds", "rooms") and key in ("message_server_id", "channel_id"):
+            return uuid4() if kind == "uuid" else self._draw(texts)
+        if key in fixed:
+            return fixed[key]()
+        parents = {"room_id": "rooms", "world_id": "worlds", "entity_id": "entities", "source_entity_id": "entities",
+                   "target_entity_id": "entities"}  # fmt: skip
+        if key in parents and "agent_id" in self._columns_of(name):
+            chosen = self._pick(parents[key], owner)
+            return chosen if column["needed"] or self._random.random() < 0.8 else None
+        if not column["needed"] and self._random.random() < 0.3:
+            return None
+        return self._random_value(kind)
+
+    @staticmethod
+    def _columns_of(name: str) -> tuple[str, ...]:
+        shared = {table.name for table in _rows.TABLES if table.shared}
+        return () if name in shared else ("agent_id",)
+
+    def _random_value(self, kind: str) -> Any:
+        if kind == "uuid":
+            return UUID(int=self._random.getrandbits(128))
+        if kind.startswith("timestamp"):
+            moment = datetime(2000, 1, 1, tzinfo=timezone.utc) + timedelta(microseconds=self._random.getrandbits(57))
+            return moment.isoformat()
+        if kind == "jsonb":
+            return self._draw(documents)
+        if kind == "text":
+            return self._draw(texts)
+        if kind == "text[]":
+            return "{" + ",".join(json.dumps(text) for text in self._draw(st.lists(texts, max_size=3))) + "}"
+        if kind in ("smallint", "integer", "bigint"):
+            return self._random.randint(0, 1000)
+        if kind == "boolean":
+            return self._random.random() < 0.5
+        assert kind == "vector", f"the test knows no values of type {kind}"
+        return None
+
+
+# Shrinking would take minutes, as every example fills and copies a database.
+@settings(
+    max_examples=12, phases=[Phase.explicit, Phase.reuse, Phase.generate], suppress_health_check=list(HealthCheck)
+)
+@given(data=st.data(), kind=st.sampled_from(["", ".tar", ".tar.gz"]))
+def test_what_goes_out_comes_back(
+    databases: list[str], tmp_path_factory: pytest.TempPathFactory, data: Any, kind: str
+) -> None:
+    path = tmp_path_factory.mktemp("archive") / f"made{kind}"
+
+    async def work() -> None:
+        one, other = databases
+        await clear(one)
+        await clear(other)
+        async with connected(one) as connection:
+            await Filler(connection, data.draw).fill()
+        before = await contents(one)
+        told = await out(one, path)
+        assert told["rows"] == {name: len(rows) for name, rows in before.items() if rows}
+        summary = await into(other, path)
+        assert await contents(other) == before
+        assert summary.created == {name: len(rows) for name, rows in before.items() if rows}
+        assert not +summary.refused
+        # Once more: nothing changes, and the archive of the copy holds the same parts.
+        again = await into(other, path)
+        assert not +again.created and not +again.refused
+        assert await contents(other) == before
+        second = path.with_name(f"again{kind}")
+        await out(other, second)
+        with Archive(path) as first, Archive(second) as copy:
+            assert [part.sha256 for part in first.parts] == [part.sha256 for part in copy.parts]
+
+    asyncio.run(work())
+
+
+async def test_every_table_of_the_schema_is_moved(raw: asyncpg.Connection[Any]) -> None:
+    rows = await raw.fetch(
+        "SELECT c.relname FROM pg_class AS c INNER JOIN pg_namespace AS n ON n.oid = c.relnamespace "
+        "WHERE n.nspname = 'elizasql' AND c.relkind IN ('r', 'p') AND NOT c.relispartition"
+    )
+    assert {row["relname"] for row in rows} - {"schema_migrations"} == set(TABLES), (
+        "a table was added: give it export_X and import_X in sql/transfer.sql, and a place in transfer/_rows.py"
+    )
+
+
+async def test_everything_is_deleted(databases: list[str]) -> None:
+    async with opened(databases[0], uuid4()) as db:
+        await db.ensure_agent_exists({"name": "a"})
+        await make_scene(db)
+        await db.create_message_server({"name": "s", "sourceType": "x"})
+    await clear(databases[0])
+    assert not any((await contents(databases[0])).values())
+
+
+# --- choosing, repeating, refusing -----------------------------------------------------------------------------------
+
+
+async def remember(db: DatabaseAdapter, count: int, dimension: int = 384) -> None:
+    await db.ensure_agent_exists({"name": "Ada"})
+    await db.ensure_embedding_dimension(dimension)
+    vectors = np.random.default_rng(count).normal(size=(count, dimension)).astype(np.float32)
+    await db.create_memories(
+        [Memory(content={"n": n}, embedding=v, unique=True) for n, v in enumerate(vectors)], "facts"
+    )
+
+
+async def test_one_agent_of_two_and_what_it_shares(databases: list[str], tmp_path: Path) -> None:
+    one, other = databases
+    await clear(one)
+    await clear(other)
+    ids = [uuid4(), uuid4()]
+    for agent in ids:
+        async with opened(one, agent) as db:
+            await remember(db, 3)
+            server = await db.create_message_server({"name": "s", "sourceType": "x"})
+            await db.add_agent_to_message_server(server.id, agent)
+            channel = await db.create_channel({"messageServerId": server.id, "name": "c", "type": "GROUP"}, [uuid4()])
+            first = await db.create_message({"channelId": channel.id, "authorId": uuid4(), "content": "a"})
+            await db.create_message(
+                {"channelId": channel.id, "authorId": uuid4(), "content": "b", "inReplyToRootMessageId": first.id}
+            )
+    path = tmp_path / "a.tar"
+    assert (await out(one, path, agent_ids=[ids[0]]))["rows"] == {
+        "agents": 1, "memories": 3, "embeddings": 3, "message_servers": 1, "message_server_agents": 1, "channels": 1,
+        "channel_participants": 1, "central_messages": 2,
+    }  # fmt: skip
+    await into(other, path)
+    found = await contents(other)
+    assert [row["id"] for row in decoded(found, "agents")] == [str(ids[0])]
+    messages = decoded(found, "central_messages")
+    assert sum(row["in_reply_to_root_message_id"] is not None for row in messages) == 1
+
+    everything = tmp_path / "all"
+    await out(one, everything)
+    await clear(other)
+    await into(other, everything, agent_ids=[ids[1]])
+    found = await contents(other)
+    assert {row["agent_id"] for row in decoded(found, "memories")} == {str(ids[1])}
+    with pytest.raises(NotFoundError, match="holds no agent"):
+        await into(other, everything, agent_ids=[uuid4()])
+    with pytest.raises(NotFoundError, match="there is no agent"):
+        await out(one, tmp_path / "none", agent_ids=[uuid4()])
+    assert not (tmp_path / "none").exists()
+
+
+async def test_search_gives_the_same_behind_it(databases: list[str], tmp_path: Path) -> None:
+    agent = uuid4()
+    queries = np.random.default_rng(5).normal(size=(5, 384)).astype(np.float32)
+
+    async def search(address: str) -> list[Any]:
+        async with opened(address, agent) as db:
+            return [
+                [(hit.id, hit.similarity) for hit in await db.search_memories(embedding=q, table_name="facts")]
+                for q in queries
+            ]
+
+    async with opened(databases[0], agent) as db:
+        await remember(db, 50)
+    await out(databases[0], tmp_path / "a", agent_ids=[agent])
+    await into(databases[1], tmp_path / "a")
+    assert await search(databases[1]) == await search(databases[0])
+
+
+async def test_what_is_there_stays(databases: list[str], tmp_path: Path) -> None:
+    agent = uuid4()
+    async with opened(databases[0], agent) as db:
+        await remember(db, 2)
+        await db.set_cache("k", "old")
+        scene = await make_scene(db)
+    await out(databases[0], tmp_path / "a", agent_ids=[agent])
+    async with opened(databases[1], agent) as db:
+        await db.ensure_agent_exists({"name": "Other"})
+        await db.set_cache("k", "new")
+        await db.create_room(Room(id=scene.room, source="here", type="DM"))
+        await db.create_entity(Entity(id=scene.entity, names=["here"]))
+        await db.add_participant(scene.entity, scene.room)
+    refused: list[tuple[str, str]] = []
+    summary = await into(
+        databases[1], tmp_path / "a", refuse=lambda table, line, why: refused.append((table, str(why)))
+    )
+    async with opened(databases[1], agent) as db:
+        assert (await db.get_agent(agent)).name == "Other"
+        assert await db.get_cache("k") == "new"
+        assert (await db.get_rooms_by_ids([scene.room]))[0].source == "here"
+        assert await db.get_embedding_dimension() == 384  # there was none
+        assert await db.count_memories(table_name="facts") == 2
+    # The membership is there under another id: its place is taken, and that is said.
+    assert refused == [("participants", "another row has its place")]
+    assert summary.refused == {"participants": 1}
+    told = {row["table"]: row for row in summary.rows()}
+    assert told["participants"]["kept"] == 0 and told["participants"]["created"] == 1
+    assert told["rooms"]["kept"] == 1 and told["cache"]["kept"] == 1
+
+
+async def test_rows_that_point_at_nothing_are_refused_one_by_one(db: DatabaseAdapter) -> None:
+    scene = await make_scene(db)
+    agent, gone = str(db.agent_id), str(uuid4())
+    base = {"agent_id": agent, "content": {}, "type": "facts", "metadata": {}, "unique": True}
+    base |= {"created_at": "2024-01-01T00:00:00Z"}
+    lines = [
+        {**base, "id": str(uuid4()), "room_id": str(scene.room)},
+        {**base, "id": str(uuid4()), "room_id": gone},
+        {**base, "id": str(uuid4()), "entity_id": gone},
+        {**base, "id": str(uuid4()), "world_id": gone},
+        {**base, "id": str(uuid4()), "agent_id": gone},
+        {**base, "id": str(uuid4()), "metadata": {"type": "fragment"}},
+        {**base, "id": str(uuid4()), "metadata": {"type": "document"}},
+        {**base, "id": str(uuid4()), "metadata": {"type": "document", "timestamp": None}},
+    ]
+    refused: list[str] = []
+    summary = Summary()
+    await _rows.put_lines(
+        db, "memories", [orjson.dumps(line) for line in lines], summary, lambda _, line, why: refused.append(str(why))
+    )
+    assert summary.created == {"memories": 2}
+    assert refused == [
+        f"there is no room {gone}",
+        f"there is no entity {gone}",
+        f"there is no world {gone}",
+        f"there is no agent {gone}",
+        "it is a fragment and its metadata lacks documentId or position",
+        "it is a document and its metadata lacks timestamp",
+    ]
+
+
+async def test_another_width_is_refused_before_anything_is_written(databases: list[str], tmp_path: Path) -> None:
+    agent = uuid4()
+    async with opened(databases[0], agent) as db:
+        await remember(db, 2)
+    await out(databases[0], tmp_path / "a", agent_ids=[agent])
+    async with opened(databases[1], agent) as db:
+        await remember(db, 1, 512)
+    with pytest.raises(EmbeddingDimensionError, match="locked at 512, given 384"):
+        await into(databases[1], tmp_path / "a")
+    async with opened(databases[1], agent) as db:
+        assert await db.count_memories(table_name="facts") == 1
+
+
+# --- the snapshot, the size, the interruption ------------------------------------------------------------------------
+
+
+async def test_the_export_is_one_snapshot(
+    databases: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = uuid4()
+    async with opened(databases[0], agent) as db:
+        await remember(db, 30)
+        real = _connection.Snapshot.stream
+
+        async def slow(self: Any, statement: Any, size: int, **params: Any) -> AsyncIterator[Any]:
+            if statement.name == "export_memories":
+                await remember(db, 5)  # a write between two tables
+            async for rows in real(self, statement, 7, **params):
+                yield rows
+
+        monkeypatch.setattr(_connection.Snapshot, "stream", slow)
+        told = await out(databases[0], tmp_path / "a", agent_ids=[agent])
+        assert await db.count_memories(table_name="facts") == 35
+    assert told["rows"] == {"agents": 1, "memories": 30, "embeddings": 30}
+
+
+async def test_parts_are_small(databases: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "_BYTES", 40_000)
+    monkeypatch.setattr(export, "_FETCH", 10)
+    agent = uuid4()
+    async with opened(databases[0], agent) as db:
+        await remember(db, 200)
+    await out(databases[0], tmp_path / "a", agent_ids=[agent])
+    with Archive(tmp_path / "a") as archive:
+        assert all(part.bytes < 60_000 for part in archive.parts)
+        matrices = [part for part in archive.parts if part.name.endswith(".npy")]
+        assert len(matrices) == 8 and sum(part.rows for part in matrices) == 200
+        assert np.load(io.BytesIO(archive.read(matrices[0]))).dtype == np.float32
+    await into(databases[1], tmp_path / "a")
+    async with opened(databases[1], agent) as db:
+        assert (await db.stats())["unindexed"] == 200
+
+
+async def test_an_export_that_fails_leaves_nothing(
+    databases: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = uuid4()
+    async with opened(databases[0], agent) as db:
+        await remember(db, 5)
+
+    def full(self: Any, name: str, data: bytes) -> None:
+        if "memories" in name:
+            raise OSError(28, "No space left on device")
+        real(self, name, data)
+
+    for kind, store in (("a", _archive._Folder), ("a.tar", _archive._Tar), ("a.tgz", _archive._Tar)):
+        real = store.add
+        monkeypatch.setattr(store, "add", full)
+        with pytest.raises(OSError, match="No space left"):
+            await out(databases[0], tmp_path / kind, agent_ids=[agent])
+        monkeypatch.setattr(store, "add", real)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "a.tar").write_text("mine")
+    with pytest.raises(ArchiveError, match="there already"):
+        await out(databases[0], tmp_path / "a.tar", agent_ids=[agent])
+    assert (tmp_path / "a.tar").read_text() == "mine"
+
+
+async def test_an_import_that_is_interrupted_is_finished_by_the_next(
+    databases: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "_ROWS", 10)
+    agent = uuid4()
+    async with opened(databases[0], agent) as db:
+        await remember(db, 50)
+    await out(databases[0], tmp_path / "a", agent_ids=[agent])
+    stops = [3, 6, 9]
+
+    def stop(name: str, done: int, total: int | None) -> None:
+        if name in ("memories", "embeddings"):
+            stops[0] -= 1
+            if stops[0] == 0:
+                raise KeyboardInterrupt
+
+    while stops:
+        with pytest.raises(KeyboardInterrupt):
+            await into(databases[1], tmp_path / "a", advance=stop)
+        stops.pop(0)
+    await into(databases[1], tmp_path / "a")
+    async with opened(databases[1], agent) as db:
+        assert await db.count_memories(table_name="facts") == 50
+        assert (await db.stats())["unindexed"] == 50
+
+
+# --- archives that are not what they should be -----------------------------------------------------------------------
+
+
+@pytest.fixture
+async def made(databases: list[str], tmp_path: Path) -> Path:
+    """Give an archive of an agent with a few memories, as a folder."""
+    agent = uuid4()
+    async with opened(databases[0], agent) as db:
+        await remember(db, 4)
+    await out(databases[0], tmp_path / "made", agent_ids=[agent])
+    return tmp_path / "made"
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    manifest = json.loads((path / "manifest.json").read_text())
+    change(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def part_of(path: Path, pattern: str) -> Path:
+    (found,) = path.rglob(pattern)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: (path / "manifest.json").unlink(), "no archive of elizasql, or not a complete one"),
+        (lambda path: (path / "manifest.json").write_text("{"), "manifest.json is damaged"),
+        (lambda path: (path / "manifest.json").write_text("[]"), "manifest.json is damaged"),
+        (lambda path: rewrite(path, lambda m: m.update(format=2)), "format 2, this version knows 1"),
+        (lambda path: rewrite(path, lambda m: m["parts"][0].pop("rows")), "manifest.json is damaged"),
+        (lambda path: rewrite(path, lambda m: m["parts"][0].update(name="../x.jsonl")), "has the name"),
+        (lambda path: rewrite(path, lambda m: m["parts"][0].update(name="/etc/passwd")), "has the name"),
+        (lambda path: rewrite(path, lambda m: m["parts"][0].update(table="pg_authid")), "knows no table 'pg_authid'"),
+        (lambda path: part_of(path, "memories-*").unlink(), "lacks .*memories-00001.jsonl"),
+        (lambda path: part_of(path, "memories-*").write_text("{}"), "memories-00001.jsonl is damaged"),
+        (lambda path: part_of(path, "*.npy").write_bytes(b""), "npy is damaged"),
+    ],
+)
+async def test_a_damaged_archive_is_refused_and_nothing_written(
+    databases: list[str], made: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    damage(made)
+    before = await contents(databases[1])
+    with pytest.raises(ArchiveError, match=message):
+        await into(databases[1], made)
+    assert await contents(databases[1]) == before
+
+
+async def test_vectors_are_checked_even_under_a_right_checksum(databases: list[str], made: Path) -> None:
+    def put(matrix: Any, **options: Any) -> None:
+        data = io.BytesIO()
+        np.save(data, matrix, **options)
+        part_of(made, "*.npy").write_bytes(data.getvalue())
+
+        def change(manifest: dict[str, Any]) -> None:
+            (part,) = [part for part in manifest["parts"] if part["name"].endswith(".npy")]
+            part["bytes"], part["sha256"] = len(data.getvalue()), hashlib.sha256(data.getvalue()).hexdigest()
+
+        rewrite(made, change)
+
+    good = np.ones((4, 384), np.float32)
+    for matrix in (good[:3], good * 0, good * np.nan, good[0], np.array([{}] * 4, object)):
+        put(matrix, allow_pickle=True)
+        with pytest.raises(ArchiveError, match="cannot be read"):
+            await into(databases[1], made)
+
+
+def test_other_files_are_no_archives(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("hello")
+    (tmp_path / "empty.tar").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    with tarfile.open(tmp_path / "other.tar", "w") as file:
+        file.add(tmp_path / "text", "text")
+    for name in ("text", "empty.tar", "folder", "other.tar"):
+        with pytest.raises(ArchiveError):
+            Archive(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        Archive(tmp_path / "missing")
+
+
+async def test_a_truncated_tar_is_refused(databases: list[str], made: Path, tmp_path: Path) -> None:
+    agent = UUID(json.loads((made / "manifest.json").read_text())["agents"][0]["id"])
+    for name in ("a.tar", "a.tar.gz"):
+        await out(databases[0], tmp_path / name, agent_ids=[agent])
+        data = (tmp_path / name).read_bytes()
+        for size in (10, len(data) // 3, len(data) // 2):
+            (tmp_path / name).write_bytes(data[:size])
+            with pytest.raises(ArchiveError):
+                await into(databases[1], tmp_path / name)
+
+
+async def test_a_row_that_no_table_can_hold_ends_the_part(make_db: MakeAdapter) -> None:
+    db = await make_db(dimension=None)
+    good = {"agent_id": str(db.agent_id), "id": str(uuid4()), "source": "x", "type": "DM", "metadata": {}}
+    good["created_at"] = "2024-01-01T00:00:00Z"
+    for bad in ({"id": "x"}, {**good, "id": str(uuid4()), "source": None}):
+        with pytest.raises((DataError, NotNullError)):
+            await _rows.put_lines(db, "rooms", [*map(orjson.dumps, (good, bad))], Summary(), lambda *_: None)
+    assert await db.get_rooms_by_ids([good["id"]]) == []
