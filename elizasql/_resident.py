@@ -82,6 +82,9 @@ _TOO_LARGE = 300.0
 _TOO_SMALL = 30.0
 _FAILED = 30.0
 
+# Seconds for which nothing is loaded after more was written than can be merged: an import is likely still going on.
+_CALM = 5.0
+
 # The columns of a memory come first in a row of fetch_resident.
 _FIELDS = 12
 _SIMILARITY = 11
@@ -753,8 +756,7 @@ class Resident:
             if row["number"] < most:
                 self._merge(tier, kind, row["seen"], row["content"])
             else:
-                self._give_up(tier, 0.0)
-                self._begin_load(tier, kind, matrix.dimension)
+                self._give_up(tier, _CALM)
 
     def _give_up(self, tier: Tier, seconds: float) -> None:
         """Let go of what a tier holds, and leave it at that for a while."""

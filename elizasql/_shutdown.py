@@ -76,8 +76,13 @@ def _close_all(number: int) -> None:
         asyncio.run(_embedded.release_all())
     _state = "closed"
     os.kill(os.getpid(), number)
-    # The handler runs in the main thread, which may be stuck in something that cannot be interrupted.
-    time.sleep(_PATIENCE)
+    # The handler runs in the main thread. A signal that comes just before that goes to sleep does not wake it, hence
+    # more than one; and it may be stuck in something that cannot be interrupted.
+    until = time.monotonic() + _PATIENCE
+    while time.monotonic() < until:
+        time.sleep(0.05)
+        if signal.getsignal(number) is _handle:
+            os.kill(os.getpid(), number)
     os._exit(128 + number)
 
 

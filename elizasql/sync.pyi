@@ -11,6 +11,7 @@ from . import logs as _logs
 from . import messaging as _messaging
 from . import pairing as _pairing
 from . import participants as _participants
+from ._calls import lasting
 from .config import Config
 from .models import (
     Agent,
@@ -50,6 +51,7 @@ class DatabaseAdapter:
     def is_ready(self, *, timeout: float | None = None) -> bool: ...
     def health(self, *, timeout: float | None = None) -> dict[str, Any]: ...
     def stats(self, *, timeout: float | None = None) -> dict[str, Any]: ...
+    @lasting(3600.0)
     def index_memories(
         self, progress: Callable[[int, int], None] | None = None, *, rebuild: bool = False, timeout: float | None = None
     ) -> int: ...

@@ -47,7 +47,8 @@ COMMIT;
 ROLLBACK;
 
 -- name: begin_savepoint()!
--- Savepoints of one name lie upon each other: the last one is meant.
+-- Savepoints of one name lie upon each other: the last one is meant. The linter knows no savepoints.
+-- noqa: disable=PRS
 SAVEPOINT nested;
 
 -- name: release_savepoint()!
@@ -58,6 +59,7 @@ RELEASE SAVEPOINT nested;
 ROLLBACK TO SAVEPOINT nested;
 
 -- name: get_transaction_id()^
+-- noqa: enable=PRS
 -- The transaction's id, NULL when it has written nothing, and the server's life that it belongs to: the timeline, and
 -- when statistics began, which is anew with every recovery from a crash.
 SELECT

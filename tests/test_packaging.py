@@ -197,11 +197,7 @@ def test_incomplete_installation_says_so(installed: Path, tmp_path: Path) -> Non
     ("arguments", "code", "stdout", "stderr"),
     [
         (["--version"], 0, f"elizasql {elizasql.__version__}\n", ""),
-        (["--help"], 0, "", "usage: python -m elizasql"),
-        (["-h"], 0, "", "usage: python -m elizasql"),
-        ([], 2, "", "usage: python -m elizasql"),
-        (["nonsense"], 2, "", "usage: python -m elizasql"),
-        (["--version", "more"], 2, "", "usage: python -m elizasql"),
+        (["nonsense"], 2, "", "nonsense"),
         (["demo", "--nonsense"], 2, "", "usage: elizasql demo"),
         (["demo", "--file", "/no/such/file"], 2, "", "/no/such/file"),
     ],

@@ -303,7 +303,7 @@ async def test_every_method_under_every_failure(
     db, methods = recordings
     names = [name for name, (_, said, _) in methods.items() if said]
     assert len(names) > 100
-    real = db._executor.lane
+    real = db._executor.lane, db._background.lane
     plain = sum(not isinstance(result, Exception) for _, _, result in methods.values())
     assert plain > 110
     ended: dict[str, int] = {}
@@ -315,7 +315,7 @@ async def test_every_method_under_every_failure(
             faults, connects, limit = faulted(seed)
             player = Player(said, faults, connects)
             lane = PlayedLane(player)
-            db._executor.lane = lane  # type: ignore[assignment]
+            db._executor.lane = db._background.lane = lane  # type: ignore[assignment]
             clock.slept.clear()
             breaker._move("closed")
             context = f"seed {seed}: {name}"
@@ -334,7 +334,7 @@ async def test_every_method_under_every_failure(
             if not isinstance(result, BaseException) and not isinstance(wanted, BaseException):
                 assert type(result) is type(wanted), context
     finally:
-        db._executor.lane = real
+        db._executor.lane, db._background.lane = real
         breaker._move("closed")
     # All of the ways are there: else the seeds would not say much.
     assert {"result", "CancelledError", "ConnectionLostError", "DeadlineError", "UnknownOutcomeError"} <= set(ended)
@@ -354,7 +354,7 @@ async def test_one_failure_and_then_all_is_well(
 ) -> None:
     """The k-th operation of each method fails, for each k: what is transient is not seen, what is not comes at once."""
     db, methods = recordings
-    real = db._executor.lane
+    real = db._executor.lane, db._background.lane
     example = fault[0]()
     transient = isinstance(
         example,
@@ -380,7 +380,7 @@ async def test_one_failure_and_then_all_is_well(
         for name, (arguments_of, said, wanted) in methods.items():
             for position in range(len(said)):
                 player = Player(said, {position: fault}, {})
-                db._executor.lane = PlayedLane(player)  # type: ignore[assignment]
+                db._executor.lane = db._background.lane = PlayedLane(player)  # type: ignore[assignment]
                 clock.slept.clear()
                 breaker._move("closed")
                 same_ids()
@@ -399,7 +399,7 @@ async def test_one_failure_and_then_all_is_well(
                 elif not isinstance(result, UnknownOutcomeError):
                     assert type(result) is type(wanted), context
     finally:
-        db._executor.lane = real
+        db._executor.lane, db._background.lane = real
         breaker._move("closed")
     assert not transient or "UnknownOutcomeError" in seen or not fault[1] or number == 7
 
