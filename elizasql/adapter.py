@@ -310,7 +310,7 @@ async def connect(
 
 async def _prepare(dsn: str, config: Config) -> str:
     """Check the server, apply pending migrations, and give the schema of the extension `vector`."""
-    connection = await _pool.connect(config.migration_dsn or dsn, config)
+    connection = await _pool.connect(dsn, config)
     try:
         vector_schema = await _bring_up_to_date(connection, dsn, config)
         await connection.close(timeout=config.connection_timeout)
@@ -334,7 +334,8 @@ async def _bring_up_to_date(connection: asyncpg.Connection[Any], dsn: str, confi
     if pending:
         async with _pool.steady(connection, config):
             encrypted = bool(await connection.fetchval(SQL["get_transport"].sql))
-        await _migrate.migrate(config.migration_dsn or dsn, encrypted=encrypted, address=connection._addr)
+        address = None if config.migration_dsn is not None else connection._addr
+        await _migrate.migrate(config.migration_dsn or dsn, encrypted=encrypted, address=address)
     if pending or server.vector_schema is None:  # another process may have applied them just now
         async with _pool.steady(connection, config):
             server = await _pool.look_at(connection)
