@@ -25,7 +25,7 @@ import elizasql
 from elizasql import DatabaseAdapter
 from tests.faults.conftest import MakeAdapter
 from tests.faults.harness import TYPE, Ledger, check, embedding_of, has_embedding, memory_of, new_id, pool_is_whole
-from tests.faults.server import FaultServer, until
+from tests.faults.server import NOT_NOW, FaultServer, until
 
 Mount = Callable[[int], Path]
 
@@ -167,9 +167,10 @@ async def test_journal_does_not_fit_any_more(mount: Mount, seed: int) -> None:
             while error is None:
                 # To the end of one segment after the other, until a new one is needed.
                 error = await write(db, ledger, chance, 50)
-                with suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
-                    async with server.admin() as admin:
-                        await admin.execute("SELECT pg_switch_wal()")
+                with suppress(*NOT_NOW, asyncpg.PostgresError):
+                    admin = await asyncpg.connect(server.admin_dsn, timeout=5)
+                    await admin.execute("SELECT pg_switch_wal()")
+                    await admin.close()
             assert isinstance(error, elizasql.ConnectionLostError), repr(error)
             print(f"{len(ledger.acknowledged)} written before {error!r}")
             assert ledger.acknowledged
