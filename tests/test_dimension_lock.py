@@ -405,7 +405,9 @@ async def test_of_tasks_and_processes_that_race_exactly_one_width_wins(
 ) -> None:
     first = await make_db(dimension=None)
     agent = first.agent_id
-    adapters = [first, *[await make_db(agent, dimension=None) for _ in range(3)]]
+    # Connections of their own: what is held back by one pool does not race.
+    names = [f"race {number}" for number in range(3)]
+    adapters = [first, *[await make_db(agent, dimension=None, application_name=name) for name in names]]
     processes = [workers() for _ in range(4)]
     await asyncio.gather(*(process.open(dsn, agent) for process in processes))
     widths: Iterator[int] = itertools.cycle(DIMENSIONS)
