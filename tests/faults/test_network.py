@@ -40,7 +40,7 @@ from tests.test_isolation import METHODS, arguments, fill
 
 # Of a call while the network is broken, and while it is only slow. Far less than what a connection may take to be made:
 # neither making one nor letting go of it may keep a call.
-SHORT, LONG = 0.4, 10.0
+SHORT, LONG = 0.3, 10.0
 CONNECTION_TIMEOUT = 5.0
 
 # The server's last word but one on a statement.
@@ -289,7 +289,12 @@ async def test_every_kind_of_call_alone(
 
 
 @pytest.mark.parametrize(
-    "name", ["black hole", "reset before the answer", pytest.param("refused", marks=pytest.mark.slow)]
+    "name",
+    [
+        "black hole",
+        pytest.param("refused", marks=pytest.mark.slow),
+        pytest.param("reset before the answer", marks=pytest.mark.slow),
+    ],
 )
 async def test_every_public_method_ends_in_time(
     proxy: Proxy, make_db: MakeAdapter, server: FaultServer, name: str
@@ -334,7 +339,7 @@ async def test_every_public_method_ends_in_time(
 # --- more than a call ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seconds", [4, pytest.param(60, marks=[pytest.mark.slow, pytest.mark.timeout(300)])])
+@pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=[pytest.mark.slow, pytest.mark.timeout(300)])])
 async def test_everything_breaks_under_load(
     proxy: Proxy, make_db: MakeAdapter, server: FaultServer, seed: int, seconds: float
 ) -> None:
@@ -472,7 +477,7 @@ async def test_breaker_spares_a_server_that_is_silent(
         return breaker.state == "open"
 
     try:
-        await until(opened, "the breaker opens", 4)
+        await until(opened, "the breaker opens", 2.5)
         before = proxy.accepted
         with pytest.raises(elizasql.CircuitOpenError) as caught:
             await db.get_memory_by_id(uuid4())

@@ -29,7 +29,7 @@ async def connected(proxy: Proxy, **options: Any) -> AsyncIterator[asyncpg.Conne
         connection.terminate()
 
 
-@pytest.fixture(params=[False, True], ids=["tcp", "unix"])
+@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["tcp", "unix"])
 async def proxy(server: FaultServer, request: pytest.FixtureRequest) -> AsyncIterator[Proxy]:
     async with no_leaks(), Proxy(server.dsn, unix=request.param) as made:
         yield made
