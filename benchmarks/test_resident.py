@@ -228,7 +228,7 @@ def test_cold(benchmark: Any, run: Run, ten: Database, vectors: data.Data, repor
         for number in range(rounds):
             # Each is another event loop's business: what one has loaded stays.
             agent = ten.agents[number]
-            db = await open_adapter(ten.dsn, agent.db.agent_id, resident="auto")
+            db = await open_adapter(ten.dsn, agent.db.agent_id, resident="auto", resident_memory_mb=1024)
             try:
                 for turn in range(sized(100, 3)):
                     query = vectors.queries[turn % len(vectors.queries)]
