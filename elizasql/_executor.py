@@ -120,7 +120,7 @@ class Executor:
         """Ask the server for a sign of life, once: no try is made again, and the breaker is not asked."""
         self._enter("ping")
         try:
-            connection = await self._acquire("ping", current_deadline(self._config.timeout))
+            connection = await self._acquire("ping", current_deadline(self._config.timeout), None)
             try:
                 await connection[0].fetchval(SQL["ping"].sql, timeout=self._config.connection_timeout)
             except BaseException as error:
@@ -239,7 +239,7 @@ class Executor:
         connection, used = self.lane.take(), True
         if connection is None:
             try:
-                connection, used = await self._acquire(name, deadline)
+                connection, used = await self._acquire(name, deadline, permit)
             except _Failed as failed:
                 self._judge(permit, failed)
                 raise
@@ -262,10 +262,15 @@ class Executor:
         self._breaker.succeed(permit)
         return result
 
-    async def _acquire(self, name: str, deadline: float) -> tuple[Any, bool]:
+    async def _acquire(self, name: str, deadline: float, permit: int | None) -> tuple[Any, bool]:
+        def late(error: Exception) -> None:
+            # The call is over and has let go of its permit: all that is left to say is that the server is silent.
+            if permit is not None and not is_answer(error, classify(error, sent=False, lost=True)):
+                self._breaker.fail(permit)
+
         left = _left(deadline)
         try:
-            return await self.lane.acquire(left)
+            return await self.lane.acquire(left, late)
         except PoolTimeoutError as error:
             raise PoolTimeoutError(
                 f"{name}: waited {min(left, self._config.connection_timeout):.3g} s for a connection; "
@@ -463,6 +468,7 @@ class _TransactionExecutor(Executor):
         self._turn = asyncio.Lock()
         self._nested = False
         self._doubtful = False
+        self._cut_short: str | None = None
 
     async def _attempts(self, name: str, work: Work, lost: Outcome, *, hold: bool = False) -> Any:  # noqa: ARG002
         self._check(name)
@@ -473,6 +479,8 @@ class _TransactionExecutor(Executor):
                 return await work(self._connection, deadline)
             except BaseException as error:
                 self._doubtful = True
+                if not isinstance(error, asyncpg.PostgresError) and is_open(self._connection):
+                    self._cut_short = name
                 if not isinstance(error, Exception):
                     raise
                 if isinstance(error, asyncpg.InternalClientError):
@@ -532,6 +540,12 @@ class _TransactionExecutor(Executor):
         deadline = current_deadline(self._config.timeout)
         async with self._turn:
             try:
+                if self._cut_short is not None:
+                    # The server may have done it before it heard that nobody waits any more.
+                    raise TransactionError(
+                        f"transaction: {self._cut_short} was cut short in it, done or not: nothing is kept",
+                        statement="transaction",
+                    )
                 if self._doubtful:
                     # A transaction that an error has ended refuses this, but not its own end.
                     await self._connection.fetchval(SQL["ping"].sql, timeout=_left(deadline))

@@ -95,7 +95,7 @@ async def test_limit_bounds_the_tries(make_db: MakeAdapter, monkeypatch: pytest.
     db = await make_db()
     tried = 0
 
-    async def refused(timeout: float) -> Any:
+    async def refused(timeout: float, late: Any) -> Any:
         nonlocal tried
         tried += 1
         raise ConnectionRefusedError
@@ -238,6 +238,7 @@ async def test_spans_and_durations(dsn: str, make_db: MakeAdapter, monkeypatch: 
     tracers.add_span_processor(SimpleSpanProcessor(exporter))
     meters = MeterProvider(metric_readers=[reader])
     monkeypatch.setattr(trace, "get_tracer", tracers.get_tracer)
+    monkeypatch.setattr(trace, "get_tracer_provider", lambda: tracers)
     monkeypatch.setattr(metrics, "get_meter", meters.get_meter)
     db = await make_db()
     exporter.clear()

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 import elizasql
-from elizasql import Config, DatabaseAdapter, Memory, _migrate, _pool
+from elizasql import Config, DatabaseAdapter, Memory, _hosts, _migrate, _pool
 
 from .conftest import make_scene
 
@@ -215,6 +215,55 @@ async def test_first_host_that_is_there(dsn: str, tmp_path: Path) -> None:
         await db.ensure_agent_exists({"name": "x"})
         await db.create_memory(memory(), "messages")
         assert await db.count_memories() == 1
+
+
+@pytest.mark.parametrize(
+    ("dsn", "wanted"),
+    [
+        ("postgresql://u:p@a:1,b:2/d?x=y", ["postgresql://u:p@a:1/d?x=y", "postgresql://u:p@b:2/d?x=y"]),
+        ("postgresql://[::1]:1,b/d", ["postgresql://[::1]:1/d", "postgresql://b/d"]),
+        ("postgresql://a/d", ["postgresql://a/d"]),
+        (
+            "postgresql://u@/d?host=/x,b&port=1,2",
+            ["postgresql://u@/d?host=%2Fx&port=1", "postgresql://u@/d?host=b&port=2"],
+        ),
+        ("postgresql:///d?host=/x,b&port=1", ["postgresql:/d?host=%2Fx&port=1", "postgresql:/d?host=b&port=1"]),
+        ("postgresql:///d?host=a,b", ["postgresql:/d?host=a", "postgresql:/d?host=b"]),
+    ],
+)
+def test_each_host_has_an_address_of_its_own(dsn: str, wanted: list[str]) -> None:
+    assert _hosts._split(dsn) == wanted
+
+
+async def test_host_that_answered_last_is_tried_first(dsn: str, tmp_path: Path) -> None:
+    several = f"postgresql://{urlsplit(dsn).netloc}{urlsplit(dsn).path}?host={tmp_path},{socket_folder(dsn)}"
+    for _ in range(2):
+        connection = await _hosts.connect(several, timeout=5.0)
+        await connection.close()
+        first, second = _hosts._hosts_of(several).each
+        assert quote(socket_folder(dsn), safe="") in first
+        assert quote(str(tmp_path), safe="") in second
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"), [("prefer-standby", True), ("any", True), ("primary", True), ("standby", False)]
+)
+async def test_what_the_server_is_counts(dsn: str, tmp_path: Path, wanted: str, found: bool) -> None:
+    several = f"{dsn.partition('?')[0]}?host={tmp_path},{socket_folder(dsn)}&target_session_attrs={wanted}"
+    try:
+        connection = await _hosts.connect(several, timeout=5.0)
+    except (asyncpg.InternalClientError, OSError):
+        assert not found
+    else:
+        await connection.close()
+        assert found
+
+
+async def test_what_no_other_host_can_mend_is_told_at_once(dsn: str, tmp_path: Path) -> None:
+    path = urlsplit(dsn).path + "-none"
+    several = f"postgresql://{urlsplit(dsn).netloc}{path}?host={socket_folder(dsn)},{tmp_path}"
+    with pytest.raises(asyncpg.InvalidCatalogNameError):
+        await _hosts.connect(several, timeout=5.0)
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,7 @@ class PlayedLane:
             self.out -= 1
         return None
 
-    async def acquire(self, timeout: float) -> tuple[Any, bool]:
+    async def acquire(self, timeout: float, late: Any = None) -> tuple[Any, bool]:
         assert timeout > 0
         number, self.player.connects = self.player.connects, self.player.connects + 1
         if number in self.player.connect_faults:

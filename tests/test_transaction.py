@@ -260,6 +260,29 @@ async def test_call_that_ran_out_of_time_ends_the_transaction(
     await assert_sound(db)
 
 
+async def test_call_that_was_done_and_cut_short_ends_the_transaction(
+    db: DatabaseAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server was quicker than the cancellation: the caller does not know it, so it must not be kept."""
+    id = await add(db, "old")
+    with pytest.raises(elizasql.TransactionError, match="update_memories was cut short"):
+        async with db.transaction() as tx:
+            real = tx._executor._attempts
+
+            async def attempts(name: str, work: Any, lost: Any, **options: Any) -> Any:
+                async def done(connection: Any, deadline: float) -> Any:
+                    await work(connection, deadline)
+                    raise asyncio.CancelledError
+
+                return await real(name, done, lost, **options)
+
+            monkeypatch.setattr(tx._executor, "_attempts", attempts)
+            with pytest.raises(asyncio.CancelledError):
+                await tx.update_memory(memory("new", id=id))
+    assert await texts(db) == ["old"]
+    await assert_sound(db)
+
+
 # --- savepoints ------------------------------------------------------------------------------------------------------
 
 

@@ -30,10 +30,6 @@ MakeAdapter = Callable[..., Awaitable[DatabaseAdapter]]
 _numbers = itertools.count(1)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "faults: breaks servers, networks and clients; run with -m faults")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:

@@ -1,0 +1,86 @@
+"""Connecting to one of several hosts.
+
+A connection string may name several (`postgresql://a,b/name?target_session_attrs=primary`). The driver goes on to the
+next one after a refused connection only, within one time limit for all: a host that is silent, or hangs up, hides those
+behind it. Here each is tried by itself, with its share of the time, and the one that took the last connection first.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+import asyncpg
+
+from ._retry import Outcome, classify
+
+
+class _Hosts:
+    """The hosts of one connection string.
+
+    Attributes:
+        each: Connection strings with one host, the one to try first in front.
+        wanted: What the server must be, one round for each: who prefers a standby takes another when there is none.
+    """
+
+    def __init__(self, dsn: str) -> None:
+        self.each = _split(dsn)
+        query = dict(parse_qsl(urlsplit(dsn).query))
+        wanted = query.get("target_session_attrs") or os.environ.get("PGTARGETSESSIONATTRS") or "any"
+        self.wanted = ("standby", "any") if wanted == "prefer-standby" else (wanted,)
+
+
+@functools.lru_cache(maxsize=64)
+def _hosts_of(dsn: str) -> _Hosts:
+    return _Hosts(dsn)
+
+
+async def connect(dsn: str, *, timeout: float, **options: Any) -> asyncpg.Connection[Any]:
+    """Connect as `asyncpg.connect` does, to one of the hosts.
+
+    Args:
+        dsn: Connection string.
+        timeout: Seconds for all of it.
+        options: Passed on.
+
+    Raises:
+        Exception: What asyncpg raised at the host that was tried last, or at the first one that refused for good, such
+            as for a wrong password.
+    """
+    hosts = _hosts_of(dsn)
+    tries = [(wanted, each) for wanted in hosts.wanted for each in hosts.each]
+    if len(hosts.each) == 1:
+        return await asyncpg.connect(dsn, timeout=timeout, **options)
+    until = time.monotonic() + timeout
+    for number, (wanted, each) in enumerate(tries):
+        share = max(until - time.monotonic(), 0.001) / (len(tries) - number)
+        try:
+            connection = await asyncpg.connect(each, timeout=share, target_session_attrs=wanted, **options)
+        except Exception as error:
+            if number + 1 == len(tries) or classify(error, sent=False, lost=True) is not Outcome.NOT_APPLIED:
+                raise
+        else:
+            hosts.each = [each, *(other for other in hosts.each if other != each)]
+            return connection
+    raise AssertionError
+
+
+def _split(dsn: str) -> list[str]:
+    """Give a connection string for each host of one, in the same order."""
+    parts = urlsplit(dsn)
+    user, at, hosts = parts.netloc.rpartition("@")
+    if "," in hosts:
+        return [urlunsplit(parts._replace(netloc=f"{user}{at}{host}")) for host in hosts.split(",")]
+    query = dict(parse_qsl(parts.query))
+    names = query.get("host", "").split(",")
+    if len(names) == 1:
+        return [dsn]
+    ports = query.get("port", "").split(",")
+    ports = ports * len(names) if len(ports) == 1 else ports
+    return [
+        urlunsplit(parts._replace(query=urlencode(query | {"host": name} | ({"port": port} if port else {}))))
+        for name, port in zip(names, ports, strict=True)
+    ]
