@@ -38,7 +38,7 @@ def observer(address: str) -> Observe | None:
                 attributes["db.response.status_code"] = sqlstate
         durations.record(seconds, attributes)
         if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
-            return  # nobody has set up tracing: a span that goes nowhere costs 8 us
+            return  # nobody has set up tracing: a span that goes nowhere costs 3 us
         # The call has ended: its span is made with the times that it had, in the context of whoever made the call.
         began = time.time_ns() - int((time.monotonic() - started) * 1e9)
         span = tracer.start_span(name, kind=trace.SpanKind.CLIENT, attributes=attributes, start_time=began)
