@@ -25,7 +25,7 @@ import pytest
 import elizasql
 from benchmarks import data
 from benchmarks.report import Report, machine
-from elizasql import Config, DatabaseAdapter, Entity, Memory, Room, _codecs, _embedded, _pool
+from elizasql import Config, DatabaseAdapter, Entity, Memory, Room, World, _codecs, _embedded, _pool
 from elizasql._executor import Executor
 from elizasql._statements import Statement
 
@@ -34,6 +34,9 @@ T = TypeVar("T")
 QUICK = os.environ.get("ELIZASQL_BENCH") == "quick"
 ROWS = int(os.environ.get("ELIZASQL_BENCH_ROWS") or (2_000 if QUICK else 100_000))
 TABLE = "messages"
+
+# Shares of an agent's memories that are in each world.
+WORLDS = (0.001, 0.01, 0.05, 0.2, 0.739)
 
 _FILLER = "what was said here is of no account, only that it is about as long as what people say to each other. " * 2
 _REPORT = pytest.StashKey[Report]()
@@ -111,6 +114,8 @@ class Stored:
         topics: int[n].
         rooms: The room of each topic.
         entities: Who said it.
+        worlds: Of sizes that WORLDS tells, without regard to the topic.
+        world_of: int[n], the world of each vector, as its place in `worlds`.
     """
 
     db: DatabaseAdapter
@@ -120,6 +125,8 @@ class Stored:
     topics: data.Ints
     rooms: dict[int, UUID]
     entities: list[UUID]
+    worlds: list[UUID]
+    world_of: data.Ints
 
     def memory(self, vector: data.Floats, topic: int, number: int, *, unique: bool | None = True) -> Memory:
         """Make another memory like those that are stored."""
@@ -176,7 +183,7 @@ def _database(run: Run, folder: Path, vectors: data.Data, report: Report, agents
 
 async def _load(dsn: str, vectors: data.Data, agents: int, stack: AsyncExitStack, report: Report) -> Database:
     begun = time.perf_counter()
-    stored = [await _load_agent(dsn, vectors, number, agents, stack) for number in range(agents)]
+    stored = [await load_agent(dsn, vectors, stack, number, agents) for number in range(agents)]
     loaded = time.perf_counter()
     async with bare(dsn) as raw:
         tail = "SELECT count(*) FROM elizasql.embeddings WHERE agent_id = $1 AND NOT indexed"
@@ -199,39 +206,47 @@ async def _load(dsn: str, vectors: data.Data, agents: int, stack: AsyncExitStack
     return Database(dsn, stored)
 
 
-async def _load_agent(dsn: str, vectors: data.Data, number: int, agents: int, stack: AsyncExitStack) -> Stored:
+async def load_agent(
+    dsn: str, vectors: data.Data, stack: AsyncExitStack, number: int = 0, agents: int = 1, *, name: str = "agent"
+) -> Stored:
     """Open an agent's adapter and let it remember its share, rooms mixed as in life."""
-    agent_id = uuid5(NAMESPACE_OID, f"benchmark agent {number} of {agents}")
+    agent_id = uuid5(NAMESPACE_OID, f"benchmark {name} {number} of {agents}")
     db = await open_adapter(dsn, agent_id)
     stack.push_async_callback(db.close)
     await db.delete_agent(agent_id)  # left behind by a run that was broken off
     if os.environ.get("ELIZASQL_TEST_URL"):
         stack.push_async_callback(db.delete_agent, agent_id)
     await db.ensure_agent_exists({"name": f"Agent {number}"})
-    await db.ensure_embedding_dimension(data.WIDTH)
+    await db.ensure_embedding_dimension(vectors.vectors.shape[1])
     rooms = {topic: uuid5(agent_id, f"room {topic}") for topic in range(45)}
     await db.create_rooms([Room(id=id, source="benchmark", type="GROUP") for id in rooms.values()])
     entities = [uuid5(agent_id, f"entity {each}") for each in range(20)]
     await db.create_entities([Entity(id=id, names=[f"Entity {each}"]) for each, id in enumerate(entities)])
+    worlds = [uuid5(agent_id, f"world {each}") for each in range(len(WORLDS))]
+    await db.create_worlds([World(id=id, name=f"World {each}") for each, id in enumerate(worlds)])
     # Dealt topic by topic, so that every agent has its share of the smallest.
-    share = np.argsort(vectors.topics, kind="stable")[number::agents]
-    share = np.random.default_rng(number).permutation(share)
+    random = np.random.default_rng(number)
+    share = random.permutation(np.argsort(vectors.topics, kind="stable")[number::agents])
     mine, topics = np.ascontiguousarray(vectors.vectors[share]), vectors.topics[share]
+    world_of = random.choice(len(WORLDS), len(mine), p=WORLDS)
     ids: list[UUID] = []
     for start in range(0, len(mine), 5000):
         batch = [
-            _memory(rooms[int(topics[row])], entities, mine[row], row, True)
+            _memory(rooms[int(topics[row])], entities, mine[row], row, True, worlds[int(world_of[row])])
             for row in range(start, min(start + 5000, len(mine)))
         ]
         ids += await db.create_memories(batch, TABLE)
     positions = {id: position for position, id in enumerate(ids)}
-    return Stored(db, ids, positions, mine, topics, rooms, entities)
+    return Stored(db, ids, positions, mine, topics, rooms, entities, worlds, world_of)
 
 
-def _memory(room: UUID, entities: list[UUID], vector: data.Floats, number: int, unique: bool | None) -> Memory:
+def _memory(
+    room: UUID, entities: list[UUID], vector: data.Floats, number: int, unique: bool | None, world: UUID | None = None
+) -> Memory:
     return Memory(
         entity_id=entities[number % len(entities)],
         room_id=room,
+        world_id=world,
         content={"text": f"Memory {number}: {_FILLER[number % 50 : 90 + number % 70]}", "source": "benchmark"},
         unique=unique,
         embedding=vector,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from uuid import UUID
@@ -12,15 +13,23 @@ import numpy as np
 import pytest
 
 from benchmarks import data
-from benchmarks.conftest import TABLE, Database, Run, Stored, bare, sent_by, sized
-from benchmarks.report import HEADER, Comparison, Report, interleave, micro, percentile, played_back, record
-from elizasql import Memory
+from benchmarks.conftest import TABLE, WORLDS, Database, Run, Stored, bare, sent_by, sized
+from benchmarks.report import HEADER, Call, Comparison, Report, interleave, micro, percentile, played_back, record
+from elizasql import Memory, _codecs
 
 pytestmark = pytest.mark.benchmark(timer=played_back, group="search")
 
 COUNT = 10
 # Up to which a scope counts to a class.
 CLASSES = (30, 100, 300, 1_000, 3_000, 10_000)
+
+EXACT = """
+SELECT memory_id
+FROM elizasql.embeddings
+WHERE agent_id = $2 AND type = $3 AND world_id = $4
+ORDER BY dim_384 <=> $1, memory_id
+LIMIT 10
+"""
 
 
 def _recall(agent: Stored, query: data.Floats, found: Iterable[Memory], among: data.Ints | None = None) -> float:
@@ -160,6 +169,86 @@ def test_every_room(
     report.goal(f"{name}: fewer than min(10, matches) rows", f"0 of {len(asked):,}", "never", True)
 
 
+def test_every_world(benchmark: Any, run: Run, one: Database, vectors: data.Data, report: Report) -> None:
+    """Scopes of all sizes whose rows lie anywhere, and the exact search of an index scan beside them."""
+    agent, queries = one.agents[0], vectors.queries
+    found: list[dict[int, list[Memory]]] = [{} for _ in WORLDS]
+
+    def in_world(world: int) -> Call:
+        async def search(number: int) -> None:
+            found[world][number] = await agent.db.search_memories(
+                embedding=queries[number % len(queries)], table_name=TABLE, world_id=agent.worlds[world]
+            )
+
+        return search
+
+    async def everywhere(number: int) -> None:
+        await agent.db.search_memories(embedding=queries[number % len(queries)], table_name=TABLE)
+
+    async def measure() -> Comparison:
+        async with bare(one.dsn, tuned=True) as connection:
+            vector = [_codecs.encode_vector(query) for query in queries]
+
+            def exact(world: int) -> Call:
+                async def search(number: int) -> None:
+                    await connection.fetch(
+                        EXACT, vector[number % len(queries)], agent.db.agent_id, TABLE, agent.worlds[world]
+                    )
+
+                return search
+
+            variants: dict[str, Call] = {"agent-wide": everywhere}
+            for world in range(len(WORLDS)):
+                variants[f"world {world}"] = in_world(world)
+                if sized(world < 4, False):  # the largest takes a quarter of a second
+                    variants[f"exact {world}"] = exact(world)
+            return await interleave(variants, sized(200, 2), warmup=sized(20, 1))
+
+    comparison = run(measure())
+    rows, worst = [], 1.0
+    for world in range(len(WORLDS)):
+        among = np.flatnonzero(agent.world_of == world)
+        recalls = [
+            _recall(agent, queries[number % len(queries)], hits, among)
+            for number, hits in found[world].items()
+            if number >= 0
+        ]
+        worst = min(worst, float(np.mean(recalls)))
+        exactly = f"exact {world}"
+        rows.append(
+            [
+                f"{len(among):,}",
+                f"{np.mean(recalls):.4f}",
+                micro(comparison.median(f"world {world}")),
+                micro(comparison.p95(f"world {world}")),
+                f"{comparison.ratio(f'world {world}'):.2f}",
+                f"{comparison.median(f'world {world}') / comparison.median(exactly):.2f}"
+                if exactly in comparison.seconds
+                else "",
+            ]
+        )
+    header = ["rows", "recall", "p50 us", "p95 us", "p50 over agent-wide", "p50 over an exact scan"]
+    report.table("Search in worlds, whose rows lie anywhere, 1 agent", header, rows)
+    record(benchmark, comparison, "world 2")
+    report.goal("1 agent: recall@10 of every world, the worst world", f"{worst:.4f}", "≥ 0.99", worst >= 0.99)
+
+
+def test_threshold(benchmark: Any, run: Run, ten: Database, vectors: data.Data, report: Report) -> None:
+    agent, queries = ten.agents[0], vectors.queries
+
+    def search(threshold: float | None) -> Call:
+        async def call(number: int) -> None:
+            query = queries[number % len(queries)]
+            await agent.db.search_memories(embedding=query, table_name=TABLE, match_threshold=threshold)
+
+        return call
+
+    variants = {f"threshold {each}": search(each) for each in (None, 0.3, 0.6, 0.9)}
+    comparison = run(interleave(variants, sized(300, 2), warmup=sized(30, 1)))
+    report.table("Search with a threshold, agent-wide", HEADER, comparison.rows())
+    record(benchmark, comparison, "threshold 0.6")
+
+
 def test_tail(benchmark: Any, run: Run, ten: Database, vectors: data.Data, report: Report) -> None:
     """What a tail of new vectors costs until they are indexed; another agent's search is the measure beside it."""
     agent, other = ten.agents[0], ten.agents[1]
@@ -177,9 +266,7 @@ def test_tail(benchmark: Any, run: Run, ten: Database, vectors: data.Data, repor
         added += run(agent.db.create_memories(batch, TABLE))
         known = np.concatenate([agent.vectors, strange[pick[: len(added)]]])
         ids = agent.ids + added
-        whole = Stored(
-            agent.db, ids, {id: at for at, id in enumerate(ids)}, known, agent.topics, agent.rooms, agent.entities
-        )
+        whole = replace(agent, ids=ids, positions={id: at for at, id in enumerate(ids)}, vectors=known)
         found: dict[int, list[Memory]] = {}
 
         async def without_tail(number: int) -> None:
