@@ -20,7 +20,7 @@ from benchmarks import data
 from benchmarks.conftest import QUICK, TABLE, Database, Run, Stored, bare, open_adapter, sent_by, sized
 from benchmarks.report import HEADER, Comparison, Report, interleave, micro, percentile, played_back, record
 from elizasql import DatabaseAdapter, Memory, _codecs, _embedded
-from elizasql._resident import Matrix
+from elizasql._matrix import Matrix
 
 pytestmark = pytest.mark.benchmark(timer=played_back, group="resident")
 

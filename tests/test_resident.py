@@ -22,8 +22,21 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import elizasql
-from elizasql import Config, ConfigurationError, DatabaseAdapter, Entity, Memory, Room, World, _codecs, _pool, _resident
-from elizasql._resident import Matrix, Resident, Tier
+from elizasql import (
+    Config,
+    ConfigurationError,
+    DatabaseAdapter,
+    Entity,
+    Memory,
+    Room,
+    World,
+    _codecs,
+    _matrix,
+    _pool,
+    _resident,
+)
+from elizasql._matrix import Matrix
+from elizasql._resident import Resident, Tier
 from elizasql._statements import SQL
 
 from . import resident_worker
@@ -233,7 +246,7 @@ def test_the_matrix_gives_all_candidates(dimension: int, size: int) -> None:
             model.check(
                 query, 5, room_id=model.rooms[1], world_id=model.rooms[3], entity_id=model.rooms[2], threshold=-0.2
             )
-            assert model.matrix.search(query, 5, room_id=uuid4()) == _resident.Found([], -math.inf)
+            assert model.matrix.search(query, 5, room_id=uuid4()) == _matrix.Found([], -math.inf)
         ids = list(model.rows)
         model.drop([ids[i] for i in model.random.choice(len(ids), size // 8, replace=False)] + [uuid4()])
         again = [id for id in ids if id in model.rows][: size // 10]
@@ -247,9 +260,9 @@ def test_the_matrix_gives_all_candidates(dimension: int, size: int) -> None:
 def test_the_matrix_over_random_changes(seed: int, size: int, data: st.DataObject) -> None:
     model = Model(seed, 384, size)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_resident, "_SKETCH_FROM", 40)
-        patch.setattr(_resident, "_SKETCH_LEAST", 16)
-        patch.setattr(_resident, "_SKETCH_AXES", (16, 32))
+        patch.setattr(_matrix, "SKETCH_FROM", 40)
+        patch.setattr(_matrix, "_SKETCH_LEAST", 16)
+        patch.setattr(_matrix, "_SKETCH_AXES", (16, 32))
         for _ in range(data.draw(st.integers(1, 4))):
             change = data.draw(st.sampled_from(["new", "again", "drop", "sketch"]))
             ids = data.draw(st.permutations(list(model.rows)))[: data.draw(st.integers(0, 20))]
@@ -279,7 +292,7 @@ def test_the_matrix_with_equal_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
     model.put(some_vectors(50, seed=4))
     found = model.matrix.search(vector, 10)
     assert found is not None and len(found.ids) == 50 and found.reach < 1
-    monkeypatch.setattr(_resident, "_MOST_EQUAL", 20)
+    monkeypatch.setattr(_matrix, "_MOST_EQUAL", 20)
     assert model.matrix.search(vector, 10) is None
 
 
@@ -287,7 +300,7 @@ def test_the_matrix_refuses_what_has_no_direction() -> None:
     model = Model(5, 384, 10)
     for strange in (np.zeros(384, np.float32), np.full(384, 1e-22, np.float32), np.full(384, 1e18, np.float32)):
         rows = [(uuid4(), None, None, None, True, some_vectors(1)[0]), (uuid4(), None, None, None, True, strange)]
-        with pytest.raises(_resident._IncomparableError):
+        with pytest.raises(_matrix.IncomparableError):
             model.matrix.put(as_sent(rows))
         assert model.matrix.size == 10
         model.check(some_vectors(1)[0], 3)
