@@ -23,6 +23,7 @@ import asyncpg
 import pytest
 
 import elizasql
+from elizasql import DatabaseAdapter
 from tests.faults.conftest import MakeAdapter, make_room
 from tests.faults.harness import TYPE, Ledger, Workload, check, memory_of, new_id, pool_is_whole
 from tests.faults.server import FaultServer, count, until
@@ -54,7 +55,17 @@ async def under_load(
         assert work.figures.violations == [], work
         assert await check(server.dsn, work.ledger) == [], work
         await server.no_idle_transactions(work.db.config.application_name)
+        await tail_is_indexed(work.db)
         await pool_is_whole(work.db)
+
+
+async def tail_is_indexed(db: DatabaseAdapter) -> None:
+    """After many crashes it is long; until it is gone the indexer has a connection."""
+
+    async def gone() -> bool:
+        return bool((await db.stats())["unindexed"] == 0)
+
+    await until(gone, "every vector is indexed", 300)
 
 
 def slow(seconds: float, *, rounds: float) -> Any:

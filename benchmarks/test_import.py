@@ -1,0 +1,117 @@
+"""Taking over what the original has stored: rows a second, and whether a search finds the same as in its own tables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+from uuid import UUID, uuid4
+
+import numpy as np
+import pytest
+
+import elizasql
+from benchmarks import data
+from benchmarks.conftest import QUICK, TABLE, Run, bare, open_adapter, sized
+from benchmarks.report import Comparison, Report, played_back, record
+from elizasql import Config, _codecs, _embedded
+from elizasql.transfer.elizaos import import_elizaos
+from tests.elizaos_schema import TABLES
+
+pytestmark = pytest.mark.benchmark(timer=played_back, group="import")
+
+SIZE = sized(50_000, 500)
+AGENTS = 2
+
+
+@pytest.fixture
+def dsn(run: Run, folder: Path) -> Iterator[str]:
+    """Give the address of a server whose schema public is free."""
+    if os.environ.get("ELIZASQL_TEST_URL"):
+        pytest.skip("makes the original's tables in the schema public")
+    server = run(_embedded.acquire(folder / "pg-import"))
+    yield server.dsn
+    run(server.release())
+
+
+async def _fill(dsn: str, vectors: data.Data, agents: list[UUID], ids: list[UUID]) -> None:
+    """Make the original's tables with memories as it stores them, dealt to the agents in turn."""
+    rooms, people = [uuid4() for _ in range(20)], [uuid4() for _ in range(20)]
+    async with bare(dsn, tuned=True) as connection:
+        await connection.execute(TABLES)
+        await connection.executemany("INSERT INTO agents (id, name) VALUES ($1, 'Agent')", [(id,) for id in agents])
+        for number, agent in enumerate(agents):
+            mine = slice(number * 10, number * 10 + 10)
+            await connection.executemany(
+                "INSERT INTO rooms (id, agent_id, source, type) VALUES ($1, $2, 'x', 'GROUP')",
+                [(id, agent) for id in rooms[mine]],
+            )
+            await connection.executemany(
+                "INSERT INTO entities (id, agent_id, names) VALUES ($1, $2, '{Somebody}')",
+                [(id, agent) for id in people[mine]],
+            )
+        await connection.execute("CREATE TEMP TABLE given (id uuid, number int, embedding vector(384))")
+        await connection.copy_records_to_table(
+            "given",
+            records=[(id, row, _codecs.encode_vector(vectors.vectors[row])) for row, id in enumerate(ids)],
+        )
+        await connection.execute(
+            """
+            INSERT INTO memories (id, type, content, entity_id, agent_id, room_id, created_at)
+            SELECT id, $1, jsonb_build_object('text', 'Memory ' || number || repeat(' of no account', number % 15)),
+                ($2::uuid[])[1 + number % 2 * 10 + number % 10], ($3::uuid[])[1 + number % 2],
+                ($4::uuid[])[1 + number % 2 * 10 + number / 2 % 10], timestamp '2025-01-01' + number * interval '1 s'
+            FROM given
+            """,
+            TABLE,
+            people,
+            agents,
+            rooms,
+        )
+        await connection.execute("INSERT INTO embeddings (memory_id, dim_384) SELECT id, embedding FROM given")
+        await connection.execute("ANALYZE")
+
+
+def test_import(benchmark: Any, run: Run, dsn: str, vectors: data.Data, report: Report) -> None:
+    agents, ids = [uuid4() for _ in range(AGENTS)], [uuid4() for _ in range(min(SIZE, len(vectors.vectors)))]
+
+    async def measure() -> tuple[float, float, list[int]]:
+        await _fill(dsn, vectors, agents, ids)
+        async with elizasql.connect(agent_id=uuid4(), dsn=dsn, indexing="manual", timeout=3600) as db:
+            begun = perf_counter()
+            summary, _ = await import_elizaos(dsn, Config.load(dsn=dsn), db)
+            taken = perf_counter() - begun
+            assert summary.created["memories"] == summary.created["embeddings"] == len(ids)
+            assert not summary.refused
+            assert not summary.altered
+            again, _ = await import_elizaos(dsn, Config.load(dsn=dsn), db)
+            assert not +again.created
+        found = []
+        for number, agent in enumerate(agents):
+            mine = np.arange(number, len(ids), AGENTS)
+            place = {ids[row]: at for at, row in enumerate(mine)}
+            db = await open_adapter(dsn, agent)
+            begun = perf_counter()
+            await db.index_memories(rebuild=True)
+            taken_by_index = perf_counter() - begun
+            for query in vectors.queries[: sized(100, 5)]:
+                hits = await db.search_memories(embedding=query, table_name=TABLE)
+                positions = [place[hit.id] for hit in hits if hit.id is not None]
+                found.append(round(10 * data.recall(vectors.vectors[mine], query, positions, 10)))
+            await db.close()
+        return taken, taken_by_index, found
+
+    taken, taken_by_index, found = run(measure())
+    rate = len(ids) / taken
+    recall = sum(found) / len(found) / 10
+    report.table(
+        "Import of a database of the original",
+        ["memories with vectors", "seconds", "memories/s", "index of one agent, seconds", "recall@10 after it"],
+        [[f"{len(ids):,}", f"{taken:.1f}", f"{rate:,.0f}", f"{taken_by_index:.1f}", f"{recall:.4f}"]],
+    )
+    report.goal("import of the original's memories", f"{rate:,.0f}/s", "≥ 5,000/s", rate >= 5000)
+    record(benchmark, Comparison({"import": [taken]}), "import")
+    if QUICK:
+        assert recall >= 0.9
