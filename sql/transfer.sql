@@ -1066,18 +1066,33 @@ WHERE e.agent_id = :agent_id
 ORDER BY e.memory_id;
 
 -- name: import_embeddings(agent_id, ids, embeddings)^
+-- Each memory is looked up: joined without LIMIT 1, every chunk would read all memories of the agent.
 WITH given AS MATERIALIZED (
-    SELECT g.*
+    SELECT
+        g.*,
+        m.agent_id,
+        m.type,
+        m.room_id,
+        m.world_id,
+        m.entity_id,
+        m."unique"
     FROM unnest(:ids::uuid[], :embeddings::vector[]) WITH ORDINALITY AS g (id, embedding, ordinality)
+    LEFT JOIN
+        LATERAL (
+            SELECT * FROM elizasql.memories AS of_id
+            WHERE of_id.agent_id = :agent_id AND of_id.id = g.id
+            LIMIT 1
+        ) AS m
+        ON TRUE
 ),
 
 created AS (
     INSERT INTO elizasql.embeddings (
         agent_id, memory_id, type, room_id, world_id, entity_id, "unique", dimension, dim_384
     )
-    SELECT m.agent_id, m.id, m.type, m.room_id, m.world_id, m.entity_id, m."unique", 384, g.embedding
+    SELECT g.agent_id, g.id, g.type, g.room_id, g.world_id, g.entity_id, g."unique", 384, g.embedding
     FROM given AS g
-    INNER JOIN elizasql.memories AS m ON m.agent_id = :agent_id AND g.id = m.id
+    WHERE g.agent_id IS NOT NULL
     ON CONFLICT DO NOTHING
     RETURNING memory_id
 )
@@ -1089,7 +1104,7 @@ SELECT
         ORDER BY g.ordinality
     ), '[]') AS refused
 FROM given AS g
-WHERE NOT EXISTS (SELECT FROM elizasql.memories AS m WHERE m.agent_id = :agent_id AND m.id = g.id);
+WHERE g.agent_id IS NULL;
 
 -- name: list_agents_for_export(agent_ids)
 -- These agents, or all, with what there is to move of each.
