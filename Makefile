@@ -7,7 +7,7 @@ FILE ?=
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types lint-sql format pytest test-slow test-faults bench bench-quick bench-peers bench-check generate clean
+.PHONY: help demo test check lint types lint-sql format pytest test-slow test-faults bench bench-quick bench-peers bench-check docs generate clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -69,6 +69,13 @@ bench-quick: $(VENV)/installed-bench ## the peers on 5,000 memories
 
 bench-peers: $(VENV)/installed-bench ## the peers on 100,000 memories
 	$(BIN)/pytest benchmarks/test_peers.py --benchmark-enable -q -s --timeout 3600
+
+$(VENV)/installed-docs: $(VENV)/installed-dev
+	$(PIP) install --quiet --group docs
+	@touch $@
+
+docs: $(VENV)/installed-docs ## the documentation as a site, in build/site
+	$(BIN)/mkdocs build --strict --quiet
 
 generate: $(VENV)/installed-dev ## write migrations/schema.sql and elizasql/sync.pyi anew
 	$(BIN)/python -m tests.schema_dump
