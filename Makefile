@@ -75,7 +75,7 @@ $(VENV)/installed-docs: $(VENV)/installed-dev
 	@touch $@
 
 docs: $(VENV)/installed-docs ## the documentation as a site, in build/site
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 generate: $(VENV)/installed-dev ## write migrations/schema.sql and elizasql/sync.pyi anew
 	$(BIN)/python -m tests.schema_dump

@@ -1,36 +1,36 @@
 """Every error that this library raises, and the one table that makes them out of the server's answers.
 
-ElizaSQLError
-├── ConfigurationError            3D*: a setting is missing or wrong; the server or pgvector is too old
-├── EmbeddedServerError           the embedded server could not be started, joined or stopped
-├── MigrationError                a migration failed, or the database is newer than this library
-├── ClosedError                   the adapter is closed or closing
-│   └── WrongLoopError            the adapter was opened in another event loop, or before a fork
-├── ArgumentError (ValueError)    found before any I/O; nothing was written
-│   ├── EmbeddingError            not a finite, non-zero vector that the index can hold
-│   └── EmbeddingDimensionError   another width than the agent is locked to: `locked`, `given`
-├── NotFoundError                 P0002: the row that the call is about does not exist
-├── UnavailableError              no answer from the server; a later try may succeed
-│   ├── ConnectionLostError       08*, 25P03, 57P01, 57P02, 57P03, a refused or broken connection
-│   ├── PoolTimeoutError          no pooled connection became free in time
-│   ├── CircuitOpenError          the server failed too often; refused without asking it: `retry_after`
-│   ├── UnknownOutcomeError       the connection was lost after a write was sent that cannot be repeated
-│   └── ServerBusyError           53*, 58*: connections, memory or disk exhausted
-├── DeadlineError                 the call's own time limit passed (57014, or no answer in time)
-├── ConflictError                 40*: another transaction was in the way; a later try may succeed
-│   ├── SerializationError        40001
-│   ├── DeadlockError             40P01
-│   └── LockTimeoutError          55P03
-├── TransactionError              25*: the transaction failed before, or a savepoint in it is open
-├── IntegrityError                23*: a rule of the schema refused the row: `constraint`, `table`, `detail`
-│   ├── UniqueViolationError      23505
-│   ├── ForeignKeyError           23503: the row points at something that does not exist
-│   ├── NotNullError              23502
-│   └── CheckError                23514
-├── DataError                     21*, 22*, 54*: a value that the server cannot store
-├── PermissionDeniedError         28*, 42501
-├── SchemaError                   0A*, 3F*, 42*: the database's schema is not the one expected, or no longer
-└── InternalError                 anything else the server or the driver said
+    ElizaSQLError
+    ├── ConfigurationError            3D*: a setting is missing or wrong; the server or pgvector is too old
+    ├── EmbeddedServerError           the embedded server could not be started, joined or stopped
+    ├── MigrationError                a migration failed, or the database is newer than this library
+    ├── ClosedError                   the adapter is closed or closing
+    │   └── WrongLoopError            the adapter was opened in another event loop, or before a fork
+    ├── ArgumentError (ValueError)    found before any I/O; nothing was written
+    │   ├── EmbeddingError            not a finite, non-zero vector that the index can hold
+    │   └── EmbeddingDimensionError   another width than the agent is locked to: `locked`, `given`
+    ├── NotFoundError                 P0002: the row that the call is about does not exist
+    ├── UnavailableError              no answer from the server; a later try may succeed
+    │   ├── ConnectionLostError       08*, 25P03, 57P01, 57P02, 57P03, a refused or broken connection
+    │   ├── PoolTimeoutError          no pooled connection became free in time
+    │   ├── CircuitOpenError          the server failed too often; refused without asking it: `retry_after`
+    │   ├── UnknownOutcomeError       the connection was lost after a write was sent that cannot be repeated
+    │   └── ServerBusyError           53*, 58*: connections, memory or disk exhausted
+    ├── DeadlineError                 the call's own time limit passed (57014, or no answer in time)
+    ├── ConflictError                 40*: another transaction was in the way; a later try may succeed
+    │   ├── SerializationError        40001
+    │   ├── DeadlockError             40P01
+    │   └── LockTimeoutError          55P03
+    ├── TransactionError              25*: the transaction failed before, or a savepoint in it is open
+    ├── IntegrityError                23*: a rule of the schema refused the row: `constraint`, `table`, `detail`
+    │   ├── UniqueViolationError      23505
+    │   ├── ForeignKeyError           23503: the row points at something that does not exist
+    │   ├── NotNullError              23502
+    │   └── CheckError                23514
+    ├── DataError                     21*, 22*, 54*: a value that the server cannot store
+    ├── PermissionDeniedError         28*, 42501
+    ├── SchemaError                   0A*, 3F*, 42*: the database's schema is not the one expected, or no longer
+    └── InternalError                 anything else the server or the driver said
 
 Each carries `statement` (the name in `sql/`), `sqlstate` and `retryable`; the driver's error is `__cause__`.
 No message holds a password or a connection string.

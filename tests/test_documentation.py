@@ -228,6 +228,8 @@ def test_blocks_say_what_they_are(page: Path) -> None:
             assert words <= {"FROM", "WORKDIR", "COPY", "RUN", "USER", "ENV", "VOLUME", "CMD"}, block.where
         else:
             assert block.language in ("python", "sh", "sql", "text"), block.where
+        if block.language == "python" and DOCS in page.parents:
+            assert max(map(len, block.text.splitlines())) <= 84, f"{block.where}: wider than the page"
 
 
 def test_settings_behind_a_pooler_are_those_of_the_library() -> None:
