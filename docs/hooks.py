@@ -18,8 +18,10 @@ from elizasql import Config
 from elizasql.cli import _app
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put what is generated in the place of the comments that ask for it."""
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Put what is generated in the place of the comments that ask for it; give wide tables the width of the page."""
+    if "|---|---|---|---|" in markdown:
+        page.meta["hide"] = ["toc"]
     made = {"<!-- settings -->": settings, "<!-- commands -->": commands}
     for comment, make in made.items():
         if comment in markdown:
