@@ -48,7 +48,11 @@ format: $(VENV)/installed-dev ## bring the Python files into form
 pytest: $(VENV)/installed-dev ## the tests, without the slow ones, in WORKERS processes
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
-test-slow: $(VENV)/installed-dev ## the tests that take too long for every change
+$(VENV)/installed-typing: $(VENV)/installed-dev
+	$(PIP) install --quiet --group typing
+	@touch $@
+
+test-slow: $(VENV)/installed-typing ## the tests that take too long for every change
 	$(BIN)/pytest -m slow --timeout 1800
 
 test-faults: $(VENV)/installed-dev ## kills, broken networks, full disks: the long version

@@ -50,8 +50,8 @@ class CircuitBreaker:
         self._in_flight = 0
         self._successes = 0
         self.state: State = "closed"
-        self.failures = 0
-        self.opened = 0
+        self.failures: int = 0
+        self.opened: int = 0
 
     @property
     def retry_after(self) -> float:

@@ -87,7 +87,7 @@ class _Lock:
     __slots__ = ("fd",)
 
     def __init__(self, fd: int) -> None:
-        self.fd = fd
+        self.fd: int = fd
         _locks.add(self)
 
     def take(self, *, shared: bool = False) -> bool:
@@ -201,15 +201,15 @@ class _Cluster:
     """One data directory: its paths, locks and processes. Keeps nothing that another process could change."""
 
     def __init__(self, home: Path) -> None:
-        self.home = home.expanduser().resolve()
-        self.data = self.home / "data"
-        self.log = self.home / "server.log"
+        self.home: Path = home.expanduser().resolve()
+        self.data: Path = self.home / "data"
+        self.log: Path = self.home / "server.log"
         self.user: tuple[int, int] | None = None  # uid and gid of the server; None: the same as ours
-        self.log_start = 0
+        self.log_start: int = 0
         self.process: subprocess.Popen[bytes] | None = None  # when it was started here
-        self.starts = 0
-        self.recovering = False
-        self.bootstrapped = False
+        self.starts: int = 0
+        self.recovering: bool = False
+        self.bootstrapped: bool = False
 
     # -- the folder ------------------------------------------------------------------------------------------------
 

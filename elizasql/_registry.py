@@ -60,14 +60,14 @@ class Connections:
 
     def __init__(self, address: str, config: Config) -> None:
         self._key = _key(address, config)
-        self.loop = asyncio.get_running_loop()
+        self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
         self._pid = os.getpid()
         self._opening = asyncio.Lock()
         self._opened = False
-        self.users = 0
+        self.users: int = 0
         self.interactive: Lane = None  # type: ignore[assignment] # set by join
         self.background: Lane = None  # type: ignore[assignment]
-        self.breaker = CircuitBreaker(
+        self.breaker: CircuitBreaker = CircuitBreaker(
             failure_threshold=config.failure_threshold,
             reset_timeout=config.reset_timeout,
             half_open_max_attempts=config.half_open_max_attempts,

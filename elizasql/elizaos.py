@@ -93,4 +93,4 @@ class Plugin:
             raise ConfigurationError(f"the runtime refused the database adapter: {error}") from error
 
 
-plugin = Plugin()
+plugin: Plugin = Plugin()

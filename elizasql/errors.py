@@ -181,7 +181,7 @@ class CircuitOpenError(UnavailableError):
         retry_after: Seconds until the next call is let through; 0 when others are finding out right now.
     """
 
-    retry_after = 0.0
+    retry_after: float = 0.0
 
 
 class UnknownOutcomeError(UnavailableError):

@@ -15,7 +15,7 @@ from ._store import Store, as_limit, unwrap
 from .errors import ArgumentError, ElizaSQLError
 from .models import Task
 
-logger = logging.getLogger("elizasql")
+logger: logging.Logger = logging.getLogger("elizasql")
 
 # What an update changes. The rest is what the claims keep, or stays for good.
 _CHANGEABLE = frozenset(

@@ -24,7 +24,9 @@ PERMISSION = "ELIZA_ALLOW_DESTRUCTIVE_MIGRATIONS"
 _RESERVED = re.compile(r"public|elizasql|migrations|information_schema|pg_.*")
 _FILE = re.compile(r"(\d+)_(.*)\.sql")
 
-app = typer.Typer(help="Bring the schema up to date, or back.", no_args_is_help=True, rich_markup_mode=None)
+app: typer.Typer = typer.Typer(
+    help="Bring the schema up to date, or back.", no_args_is_help=True, rich_markup_mode=None
+)
 
 Dirs = Annotated[
     list[str] | None,

@@ -114,7 +114,7 @@ class HashingEmbedder:
 class SentenceTransformersEmbedder:
     """The model `all-MiniLM-L6-v2` of `sentence-transformers`, from the files on this machine only."""
 
-    name = f"sentence-transformers {MODEL}"
+    name: str = f"sentence-transformers {MODEL}"
 
     def __init__(self) -> None:
         """Load the model.

@@ -173,8 +173,8 @@ class Archive:
             except (tarfile.TarError, EOFError, zlib.error) as error:
                 raise ArchiveError(f"{path} is no archive of elizasql: {error}") from None
         try:
-            self.manifest = self._read_manifest()
-            self.parts = [self._read_part(part) for part in self.manifest["parts"]]
+            self.manifest: dict[str, Any] = self._read_manifest()
+            self.parts: list[Part] = [self._read_part(part) for part in self.manifest["parts"]]
         except BaseException:
             self.close()
             raise

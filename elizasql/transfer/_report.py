@@ -18,7 +18,7 @@ class Report:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.count = 0
+        self.count: int = 0
         self._file: IO[bytes] | None = None
 
     def add(self, table: str, row: bytes, problem: object) -> None:
