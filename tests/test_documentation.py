@@ -161,7 +161,7 @@ async def test_examples_run(
 
 def commands(page: Path) -> Iterator[tuple[str, bool]]:
     """Every command line that a page shows, and whether it is whole: those in a sentence may leave arguments out."""
-    shown = [line for block in blocks(page, "sh") for line in block.text.splitlines()]
+    shown = [line for block in blocks(page, "sh") for line in block.text.replace("\\\n", "").splitlines()]
     shown += re.findall(r"^ {4}((?:make|elizasql) .*)$", prose(page), re.MULTILINE)
     yield from ((line, True) for line in shown)
     yield from ((line, False) for line in re.findall(r"`((?:make|elizasql) [^`]+)`", prose(page)))
