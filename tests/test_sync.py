@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import signal
 import subprocess
 import sys
@@ -477,117 +476,6 @@ def test_stub_names_every_method() -> None:
     text = sync_stub.STUB.read_text(encoding="utf-8")
     for name in ASYNCHRONOUS:
         assert f"    def {name}(" in text, name
-
-
-PROGRAM = """
-from __future__ import annotations
-
-from collections.abc import Sequence
-from uuid import UUID
-
-import numpy as np
-from typing_extensions import assert_type
-
-import elizasql
-import elizasql.sync
-from elizasql import Agent, ConfigurationError, DatabaseAdapter, ForeignKeyError, Memory, Room
-
-AGENT = UUID(int=1)
-
-
-async def main() -> None:
-    async with elizasql.connect(agent_id=AGENT, dsn=None, pool_max_size=3) as db:
-        assert_type(db, DatabaseAdapter)
-        await db.ensure_agent_exists(Agent(name="Ada"))
-        assert_type(await db.create_memory(Memory(content={"text": "x"}), "messages"), UUID)
-        hits = await db.search_memories(embedding=np.zeros(384, dtype=np.float32), table_name="messages", count=3)
-        assert_type(hits, list[Memory])
-        async with db.transaction() as tx:
-            assert_type(tx, DatabaseAdapter)
-            assert_type(await tx.get_room(AGENT), Room | None)
-        assert_type(await db.with_entity_context(None, length), int)
-        async for task in db.wait_for_tasks():
-            assert_type(task, elizasql.Task)
-
-
-async def length(db: DatabaseAdapter) -> int:
-    return len(await db.get_memories(table_name="messages"))
-
-
-def blocking(vector: Sequence[float]) -> list[Memory]:
-    try:
-        with elizasql.sync.connect(agent_id="00000000-0000-0000-0000-000000000001") as db:
-            assert_type(db, elizasql.sync.DatabaseAdapter)
-            assert_type(db.agent_id, UUID)
-            assert_type(db.create_memory({"content": {"text": "x"}}, "messages"), UUID)
-            with db.transaction() as tx:
-                assert_type(tx.get_room(AGENT), Room | None)
-            assert_type(db.with_entity_context(AGENT, lambda bound: bound.count_memories()), int)
-            for task in db.wait_for_tasks():
-                assert_type(task, elizasql.Task)
-            return db.search_memories(embedding=vector, table_name="messages")
-    except (ForeignKeyError, ConfigurationError) as error:
-        assert_type(error.statement, str | None)
-        raise
-"""
-
-MISTAKES = """
-import elizasql
-import elizasql.sync
-from uuid import UUID
-
-
-async def main() -> None:
-    async with elizasql.connect(agent_id=UUID(int=1)) as db:
-        await db.create_memory(5, "messages")
-        await db.no_such_method()
-        (await db.get_room(UUID(int=1))).name
-
-
-with elizasql.sync.connect(agent_id=UUID(int=1)) as db:
-    db.create_memory(5, "messages")
-    db.no_such_method()
-    db.get_room(UUID(int=1)).name
-"""
-
-
-def _check(path: Path, cache: Path) -> tuple[int, str]:
-    """Check a program as its author would: from another folder, without the settings of this repository."""
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "mypy",
-            "--strict",
-            "--config-file=",
-            "--no-color-output",
-            "--cache-dir",
-            str(cache),
-            path.name,
-        ],
-        cwd=path.parent,
-        env={name: value for name, value in os.environ.items() if name != "MYPYPATH"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return run.returncode, run.stdout + run.stderr
-
-
-@pytest.mark.timeout(300)
-def test_types_that_a_user_sees(tmp_path: Path, pytestconfig: pytest.Config) -> None:
-    kept = getattr(pytestconfig, "cache", None)
-    cache = tmp_path / "cache" if kept is None else kept.mkdir("mypy")
-    program, mistakes = tmp_path / "program.py", tmp_path / "mistakes.py"
-    program.write_text(PROGRAM)
-    mistakes.write_text(MISTAKES)
-    code, said = _check(program, cache)
-    assert code == 0, said
-    code, said = _check(mistakes, cache)
-    assert code == 1, said
-    assert said.count("[arg-type]") == 2, said
-    assert said.count("[attr-defined]") == 2, said
-    assert said.count("[union-attr]") == 2, said
 
 
 @pytest.mark.timeout(300)

@@ -43,7 +43,7 @@ def check(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", *command],
         cwd=folder,
-        env={**os.environ, "PATH": path},
+        env={**{name: value for name, value in os.environ.items() if name != "MYPYPATH"}, "PATH": path},
         capture_output=True,
         text=True,
         check=False,

@@ -1,4 +1,7 @@
-"""A user's program: what the types of the public face permit. No line of it may be reported."""
+"""A user's program: what the types of the public face permit. No line of it may be reported.
+
+`assert_type` stands where an annotation would also be content with Any.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from uuid import UUID, uuid4
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import assert_type
 
 import elizasql
 import elizasql.sync
@@ -51,11 +55,13 @@ def as_list(text: str) -> EmbeddingInput:
 
 
 async def remember(db: DatabaseAdapter, room: UUID, user: UUID) -> list[Memory]:
-    agent: Agent = await db.ensure_agent_exists(Agent(name="Ada", bio=["an agent"]))
+    assert_type(db, DatabaseAdapter)
+    assert_type(db.config, Config)
+    agent = assert_type(await db.ensure_agent_exists(Agent(name="Ada", bio=["an agent"])), Agent)
     await db.ensure_embedding_dimension(DIMENSIONS[0])
-    width: int | None = await db.get_embedding_dimension()
+    width = assert_type(await db.get_embedding_dimension(), int | None)
     print(agent.id, width)
-    world: UUID = await db.create_world(World(name="home"))
+    world = assert_type(await db.create_world(World(name="home")), UUID)
     await db.create_room(Room(id=room, source="cli", type="DM", world_id=world))
     await db.create_rooms([{"source": "cli", "type": "GROUP"}, Room(source="cli", type="DM")])
     await db.create_entities([Entity(id=user, names=["Mara"]), {"id": str(uuid4()), "names": ["Ben"]}])
@@ -67,12 +73,13 @@ async def remember(db: DatabaseAdapter, room: UUID, user: UUID) -> list[Memory]:
     ids: list[UUID] = await db.create_memories(
         [Memory(content={"text": text}, embedding=embed(text)) for text in ("a", "bc")], table_name="facts"
     )
-    stored: Memory | None = await db.get_memory_by_id(memory_id)
+    stored = assert_type(await db.get_memory_by_id(memory_id), Memory | None)
     if stored is not None and stored.content is not None:
         print(stored.content["text"], stored.to_dict())
     hits = await db.search_memories(
         embedding=as_list("nuts"), table_name="facts", count=3, match_threshold=0.5, room_id=room
     )
+    assert_type(hits, list[Memory])
     for hit in hits:
         print(hit.similarity or 0.0, hit.embedding)
     number: int = await db.count_memories(room, table_name="facts", start=datetime.now(timezone.utc))
@@ -106,6 +113,7 @@ async def work(db: DatabaseAdapter, room: UUID) -> AgentRunSummaryResult:
         done: bool = await db.complete_task(task)
         print(done, task.attempts)
     async for task in db.wait_for_tasks(names="remind"):
+        assert_type(task, Task)
         await db.fail_task(task, "not today")
         break
     status: GoalStatus = "DONE"
@@ -137,8 +145,10 @@ async def main(dsn: str | None) -> None:
         try:
             await remember(db, uuid4(), uuid4())
             async with db.transaction() as tx, tx.transaction() as savepoint:
+                assert_type(savepoint, DatabaseAdapter)
                 await know(savepoint, uuid4(), uuid4(), uuid4())
-            await db.with_entity_context(None, lambda bound: work(bound, uuid4()))
+            runs = await db.with_entity_context(None, lambda bound: work(bound, uuid4()))
+            assert_type(runs, AgentRunSummaryResult)
             await talk(db)
             await db.index_memories(lambda done, total: print(done, total), rebuild=True)
         except EmbeddingDimensionError as error:
@@ -148,6 +158,7 @@ async def main(dsn: str | None) -> None:
         except CircuitOpenError as error:
             print(error.retry_after + 1.0)
         except ElizaSQLError as error:
+            assert_type(error.statement, str | None)
             print(error.sqlstate, error.retryable)
         print((await db.health())["ready"], (await db.stats())["retries"])
     adapter: DatabaseAdapter = await elizasql.create_database_adapter({"dataDir": "pglite"}, str(AGENT))
@@ -156,12 +167,15 @@ async def main(dsn: str | None) -> None:
 
 def blocking() -> int:
     with elizasql.sync.connect(agent_id=AGENT) as db:
-        memory_id: UUID = db.create_memory({"content": {"text": "x"}}, table_name="facts")
-        memory: Memory | None = db.get_memory_by_id(memory_id)
-        print(memory)
+        assert_type(db, elizasql.sync.DatabaseAdapter)
+        assert_type(db.agent_id, UUID)
+        memory_id = assert_type(db.create_memory({"content": {"text": "x"}}, table_name="facts"), UUID)
+        memory = assert_type(db.get_memory_by_id(memory_id), Memory | None)
         with db.transaction() as tx:
-            tx.delete_memory(memory_id)
+            assert_type(tx.get_room(AGENT), Room | None)
+        assert_type(db.with_entity_context(AGENT, lambda bound: bound.count_memories()), int)
         for task in db.wait_for_tasks():
+            assert_type(task, Task)
             db.complete_task(task)
             break
     opened: elizasql.sync.DatabaseAdapter = elizasql.sync.open(agent_id=str(AGENT))

@@ -37,3 +37,5 @@ def blocking() -> None:
         hits = db.search_memories(embedding=np.ones(384), table_name="facts")
         print(hits.similarity)  # mistake: a list
         db.create_memory(3)  # mistake: neither a model nor a mapping
+        db.remember("x")  # mistake: no such method
+        print(db.get_room(uuid4()).name)  # mistake: there may be none
