@@ -54,7 +54,7 @@ def example(kind: type[ElizaSQLError]) -> ElizaSQLError:
 def _documented() -> list[tuple[str, list[str], str]]:
     """Name, bases and explanation of each line of the tree in the docstring."""
     assert errors.__doc__
-    lines = errors.__doc__.splitlines()
+    lines = [line.removeprefix("    ") for line in errors.__doc__.splitlines()]
     path = [next(line for line in lines if line == "ElizaSQLError")]
     found = [("ElizaSQLError", ["Exception"], "")]
     for line in lines:
