@@ -16,7 +16,7 @@ import pytest
 
 import elizasql
 from benchmarks import data
-from benchmarks.conftest import TABLE, Database, Run, bare, open_adapter, sent_by, sized
+from benchmarks.conftest import TABLE, Database, Run, open_adapter, sent_by, sized
 from benchmarks.report import HEADER, Comparison, Report, interleave, played_back, record
 from elizasql import Memory
 
@@ -39,21 +39,25 @@ async def _compare(
         await method(db, 0)
         sent = [(await sent_by(db, partial(method, db, number)))[0] for number in range(DIFFERENT)]
         ready = [(each.sql, each.arguments) for each in sent]
-        async with bare(dsn, tuned=True) as connection:
+        # The connection that the calls use, past the library: a second one has a process of its own in the server, and
+        # the two would find the caches of the processor in different states.
+        connection = (await db._executor.lane.acquire(5))[0]
+        db._executor.lane.keep(connection)
+        same = connection._con
 
-            async def raw(number: int) -> Any:
-                sql, arguments = ready[number % DIFFERENT]
-                return await connection.fetch(sql, *arguments)
+        async def raw(number: int) -> Any:
+            sql, arguments = ready[number % DIFFERENT]
+            return await same.fetch(sql, *arguments)
 
-            async def executor(number: int) -> Any:
-                each = sent[number % DIFFERENT]
-                return await db._executor.fetch(each.statement, **each.params)
+        async def executor(number: int) -> Any:
+            each = sent[number % DIFFERENT]
+            return await db._executor.fetch(each.statement, **each.params)
 
-            async def public(number: int) -> Any:
-                return await method(db, number % DIFFERENT)
+        async def public(number: int) -> Any:
+            return await method(db, number % DIFFERENT)
 
-            variants = {RAW: raw, EXECUTOR: executor, METHOD: public}
-            return await interleave(variants, sized(3000, 2), warmup=sized(300, 1)), sent[0].statement.name
+        variants = {RAW: raw, EXECUTOR: executor, METHOD: public}
+        return await interleave(variants, sized(3000, 2), warmup=sized(300, 1)), sent[0].statement.name
     finally:
         await db.close()
 
