@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -168,15 +168,23 @@ def one(run: Run, folder: Path, vectors: data.Data, report: Report) -> Iterator[
 
 
 def _database(run: Run, folder: Path, vectors: data.Data, report: Report, agents: int) -> Iterator[Database]:
-    """Load an embedded server of its own, or the database of ELIZASQL_TEST_URL."""
-    given = os.environ.get("ELIZASQL_TEST_URL")
-    server = None if given else run(_embedded.acquire(folder / ("pg" if QUICK else f"pg{agents}")))
+    """Load a server."""
     stack = AsyncExitStack()
+    with served(run, folder / ("pg" if QUICK else f"pg{agents}")) as dsn:
+        try:
+            yield run(_load(dsn, vectors, agents, stack, report))
+        finally:
+            run(stack.aclose())
+
+
+@contextmanager
+def served(run: Run, folder: Path) -> Iterator[str]:
+    """Give the address of an embedded server in a folder of its own, or of the database of ELIZASQL_TEST_URL."""
+    given = os.environ.get("ELIZASQL_TEST_URL")
+    server = None if given else run(_embedded.acquire(folder))
     try:
-        dsn = given or (server.dsn if server else "")
-        yield run(_load(dsn, vectors, agents, stack, report))
+        yield given or (server.dsn if server else "")
     finally:
-        run(stack.aclose())
         if server is not None:
             run(server.release())
 

@@ -13,7 +13,8 @@ import inspect
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from .errors import ArgumentError
@@ -34,6 +35,18 @@ def current_deadline(default: float) -> float:
     """Give the end of the running call's time, by `time.monotonic`; outside of a call, `default` seconds from now."""
     deadline = _deadline.get()
     return time.monotonic() + default if deadline is None else deadline
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Give what runs in the block so many seconds, and never more than the running call has left."""
+    outer = _deadline.get()
+    deadline = time.monotonic() + seconds
+    token = _deadline.set(deadline if outer is None else min(outer, deadline))
+    try:
+        yield
+    finally:
+        _deadline.reset(token)
 
 
 def unbounded(method: F) -> F:

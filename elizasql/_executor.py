@@ -98,9 +98,17 @@ class Executor:
         """Run a statement for its effect."""
         await self._run(statement, "execute", _order(statement, params))
 
-    async def fetch_chunks(self, statement: Statement, chunks: Sequence[dict[str, Any]]) -> list[asyncpg.Record]:
-        """Run a statement once for each chunk, all in one transaction when there are several; give all rows."""
-        if len(chunks) == 1:
+    async def fetch_chunks(
+        self, statement: Statement, chunks: Sequence[dict[str, Any]], *, settle: bool = False
+    ) -> list[asyncpg.Record]:
+        """Run a statement once for each chunk, all in one transaction when there are several; give all rows.
+
+        Args:
+            statement: What to run.
+            chunks: Its parameters.
+            settle: A transaction for a single chunk, too: three round trips more, and a lost end is settled.
+        """
+        if len(chunks) == 1 and not settle:
             return await self.fetch(statement, **chunks[0])
         arguments = [_order(statement, chunk) for chunk in chunks]
 

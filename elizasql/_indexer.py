@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from uuid import UUID
 
-from ._calls import spawn
+from ._calls import spawn, within
 from ._executor import Executor
 from ._statements import SQL
 from .config import Config
@@ -23,6 +23,9 @@ _PATIENCE = 0.5
 # planner's choice hangs on orders of magnitude.
 _ANALYZE_SHARE = 0.2
 _ANALYZE_LEAST = 500
+
+# Seconds that the index of a partition may take to build: 1,000 to 4,000 vectors a second.
+_BUILD_TIME = 6 * 3600.0
 
 
 class Indexer:
@@ -40,6 +43,10 @@ class Indexer:
         self._task: asyncio.Task[None] | None = None
         self._moved = 0
         self._analyzed_at = 0
+        # A load or a rebuild of this process has left the partition without its index; and the size that the partition
+        # had when it was last seen without one, whoever had dropped it.
+        self._lost = False
+        self._lost_size: int | None = None
 
     def start(self) -> None:
         """Begin the task, when indexing is "background"."""
@@ -73,14 +80,44 @@ class Indexer:
             done += moved
             if progress is not None:
                 progress(done, total)
+        if await self._executor.fetch_value(SQL["find_lost_index"], agent_id=self._agent_id) is not None:
+            done += await self.build()
         if done:
             await self._executor.execute(SQL["refresh_statistics"], agent_id=self._agent_id)
         return done
 
+    async def drop(self, coming: int | None = None) -> bool:
+        """Drop the index of the agent's partition; give whether there is none now. `build` makes it again.
+
+        Args:
+            coming: Vectors that will come at least: the index stays when feeding it is cheaper. None: it goes anyway.
+        """
+        dropped: bool = await self._executor.fetch_value(SQL["drop_index"], agent_id=self._agent_id, coming=coming)
+        return dropped
+
+    async def build(self) -> int:
+        """Build the index of the agent's partition when it has none, the tail in it; give how many vectors moved."""
+        try:
+            moved: int = await self._executor.fetch_value(SQL["build_index"], agent_id=self._agent_id)
+        except BaseException:
+            self.restore()
+            raise
+        self._lost = False
+        return moved
+
     async def rebuild(self) -> int:
         """Build the index of the agent's partition anew with the tail in it; give how many vectors moved."""
-        moved: int = await self._executor.fetch_value(SQL["rebuild_index"], agent_id=self._agent_id)
-        return moved
+        try:
+            await self.drop()
+        except BaseException:
+            self.restore()
+            raise
+        return await self.build()
+
+    def restore(self) -> None:
+        """Let the background see to it that the partition has its index, soon."""
+        self._lost = True
+        self.wake()
 
     async def _run(self) -> None:
         while True:
@@ -88,15 +125,30 @@ class Indexer:
                 await asyncio.wait_for(self._wanted.wait(), self._config.index_interval * 30)
             if self._task is None:
                 return  # before Python 3.12, wait_for swallows a cancellation that comes together with its result
+            idle = not self._wanted.is_set()
             self._wanted.clear()
             try:
                 while await self._give_way() and await self._move_batch():
                     await self._analyze_when_it_pays()
+                if idle or self._lost:
+                    await self._restore_index()
             except ElizaSQLError as error:
                 # The next look tries again; callers meet the same trouble themselves, as an error of their own call.
                 logger.warning("indexing is interrupted: %s", error)
                 await asyncio.sleep(self._config.index_interval)
                 self._wanted.set()
+
+    async def _restore_index(self) -> None:
+        """Build the index that a load has dropped and not built: it failed, or its process was killed.
+
+        A load that is running must not be disturbed, and may be another process's: only a partition that has not grown
+        from one idle look to the next is taken for left alone.
+        """
+        size = await self._executor.fetch_value(SQL["find_lost_index"], agent_id=self._agent_id)
+        if size is not None and (self._lost or size == self._lost_size):
+            with within(_BUILD_TIME):
+                await self.build()
+        self._lost, self._lost_size = False, size
 
     async def _give_way(self) -> bool:
         """Wait until no call is running, at most for the time of patience."""

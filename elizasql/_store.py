@@ -134,6 +134,10 @@ class Store:
             rows[row["id"]] = rows.get(row["id"], {}) | row
         return ids, sorted(rows.values(), key=lambda row: row["id"].int)
 
+    def _refuse_in_transaction(self, name: str) -> None:
+        if self._executor.in_transaction:
+            raise ArgumentError(f"{name}() does not run in a transaction: call it on the adapter that was opened")
+
     def _check_agent(self, row: dict[str, Any]) -> None:
         """Refuse a row that names another agent: it would be written to this one."""
         given = row.pop("agent_id", None)

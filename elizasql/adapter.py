@@ -27,7 +27,7 @@ from .cache import Cache
 from .components import Components
 from .config import Config
 from .entities import Entities
-from .errors import ArgumentError, ConfigurationError, ElizaSQLError, MigrationError, translate
+from .errors import ConfigurationError, ElizaSQLError, MigrationError, translate
 from .goals import Goals
 from .logs import Logs
 from .memories import Memories
@@ -160,11 +160,12 @@ class DatabaseAdapter(
 
         Args:
             progress: Called with the number moved so far and the number to move.
-            rebuild: Build the index of the agent's partition anew, faster when most of it is new; searches and writes
-                of agents in the same partition wait meanwhile. 100,000 vectors take about a minute.
+            rebuild: Build the index of the agent's partition anew, faster when most of it is new. Meanwhile searches of
+                agents in the same partition scan exactly what is theirs, and their writes of vectors wait. 100,000
+                vectors take about a minute.
             timeout: Seconds for the whole of it; None: an hour.
 
-        Statement: sql/embeddings.sql index_embeddings, one round trip a batch; or rebuild_index.
+        Statement: sql/embeddings.sql index_embeddings, one round trip a batch; or drop_index and build_index.
         """
         self._refuse_in_transaction("index_memories")
         if rebuild:
@@ -245,10 +246,6 @@ class DatabaseAdapter(
                 embedded, self._embedded = self._embedded, None
                 if embedded is not None:
                     await embedded.release()
-
-    def _refuse_in_transaction(self, name: str) -> None:
-        if self._executor.in_transaction:
-            raise ArgumentError(f"{name}() does not run in a transaction: call it on the adapter that was opened")
 
 
 async def open(  # noqa: A001

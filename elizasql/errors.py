@@ -87,6 +87,9 @@ class ElizaSQLError(Exception):
     retryable = False
     """True when the same call may succeed later without any change to it."""
 
+    kept: int | None = None
+    """Of `load_memories`: how many memories, from the first on, are stored in spite of the error."""
+
     def __init__(self, message: str = "", *, statement: str | None = None, sqlstate: str | None = None) -> None:
         super().__init__(message or (type(self).__doc__ or "").strip().splitlines()[0])
         self.statement = statement

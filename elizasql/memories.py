@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -12,12 +12,15 @@ from rapidfuzz import process
 from rapidfuzz.distance import Levenshtein
 
 from . import _codecs
+from ._calls import lasting
+from ._executor import Executor
 from ._indexer import Indexer
+from ._loader import Loader
 from ._resident import Resident
 from ._statements import SQL, Statement
 from ._store import Store
 from .errors import ArgumentError, EmbeddingDimensionError, ForeignKeyError, NotFoundError
-from .models import Memory
+from .models import LoadSummary, Memory
 from .types import DIMENSIONS, EmbeddingInput
 
 # Seconds for which a scope that was found large and dense is not measured again. Measuring 10,000 rows costs about
@@ -162,6 +165,68 @@ class Memories(Store):
             chunks.append({"agent_id": self.agent_id, "indexed": self._inline, "first": first, **columns})
         await self._write(SQL.at(name, given or 384), chunks, given)
         return ids
+
+    @lasting(86_400.0)
+    async def load_memories(
+        self,
+        memories: Iterable[Memory | Mapping[str, Any]] | AsyncIterable[Memory | Mapping[str, Any]],
+        table_name: str | None = None,
+        *,
+        batch_size: int = 5000,
+        on_conflict: str = "error",
+        build_index: bool = True,
+        progress: Callable[[int, int | None], None] | None = None,
+        timeout: float | None = None,
+    ) -> LoadSummary:
+        """Store any number of memories, as fast as it goes, and bring their embeddings into the index.
+
+        The memories are taken one after the other and never all held. Each `batch_size` of them are stored in one
+        transaction, while the next ones are taken: a load that ends early keeps its whole batches, and the error's
+        `kept` says how many memories these are. The load takes a connection of the background's, and each batch has
+        `config.timeout`.
+
+        Vectors of a small load wait in the tail and are moved into the index at the end. A load that is large beside
+        what is indexed (10,000 and more, and a quarter of it) drops the HNSW index of the agent's partition on its way
+        and builds a new one at the end: five times faster. Until that is there, searches of the partition's agents scan
+        exactly what is theirs, 2 us a row; and while it is built, their writes of vectors wait. A load that fails
+        leaves the building to the background indexer, or to `index_memories`.
+
+        Args:
+            memories: As in `create_memories`, also from an asynchronous iterator. `unique` left out is True: nothing
+                looks for near-duplicates.
+            table_name: Their type; None: each memory's own.
+            batch_size: Memories in one transaction, 1 to 50,000.
+            on_conflict: What becomes of an id that is there already, or comes twice: "error" or "skip". With "skip" and
+                ids that are given, a load may be repeated: it goes on where it ended.
+            build_index: False: leave the vectors to the background indexer, or to a later `index_memories`.
+            progress: Called after each batch with the number of memories done, and of all where `memories` has a
+                length, else None.
+            timeout: Seconds for the whole of it; None: a day.
+
+        Raises:
+            As `create_memory`. Errors of a memory name its position, the server's where it tells which one it means.
+            UniqueViolationError: An id is there already, and `on_conflict` is "error".
+
+        Statement: sql/memories.sql load_memories, `config.batch_size` rows a round trip, and four for each transaction;
+        sql/embeddings.sql drop_index, build_index.
+        """
+        self._refuse_in_transaction("load_memories")
+        if on_conflict not in ("error", "skip"):
+            raise ArgumentError(f"on_conflict must be error or skip, not {on_conflict!r:.40}")
+        size = _codecs.as_count(batch_size, "batch_size", least=1)
+        if size > 50_000:
+            raise ArgumentError(f"batch_size must be at most 50,000, not {size}")
+        if progress is not None and not callable(progress):
+            raise ArgumentError("progress must be callable")
+        loader = Loader(
+            self,
+            self._memory_reader(table_name, None),
+            size=size,
+            skip=on_conflict == "skip",
+            build=_codecs.as_bool(build_index, "build_index"),
+            progress=progress,
+        )
+        return await loader.run(memories)
 
     async def upsert_memories(
         self,
@@ -670,6 +735,10 @@ class Memories(Store):
         *,
         first_wins: bool = True,
     ) -> tuple[list[UUID], list[dict[str, Any]]]:
+        return self._read_all(Memory, memories, first_wins=first_wins, read=self._memory_reader(table_name, unique))
+
+    def _memory_reader(self, table_name: str | None, unique: bool | None) -> Callable[[Any], dict[str, Any]]:
+        """Give what reads one memory that is to be created."""
         kind = None if table_name is None else self._type(table_name)
         decided = None if unique is None else _codecs.as_bool(unique, "unique")
 
@@ -693,7 +762,7 @@ class Memories(Store):
                 "embedding": row.get("embedding"),
             }
 
-        return self._read_all(Memory, memories, first_wins=first_wins, read=self._reader(prepare))
+        return self._reader(prepare)
 
     def _reader(self, prepare: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
         """Give what reads one memory of a batch: checks it, and encodes its JSON and its embedding."""
@@ -733,10 +802,36 @@ class Memories(Store):
         if self._dimension is not None and width != self._dimension:
             raise EmbeddingDimensionError(self.agent_id, locked=self._dimension, given=width)
 
+    async def _load(self, rows: Sequence[dict[str, Any]], *, skip: bool) -> list[Any]:
+        """Store a batch of a load, in one transaction of the background's."""
+        given = await self._width_of(rows)
+        chunks: list[dict[str, Any]] = []
+        for chunk in self._chunks(rows):
+            columns = _columns(chunk)
+            columns["uniques"] = [value is not False for value in columns["uniques"]]
+            first = len(chunks) * self.config.batch_size
+            chunks.append({"agent_id": self.agent_id, "first": first, "skip": skip, **columns})
+        return await self._write_on(self._background, SQL.at("load_memories", given or 384), chunks, given, settle=True)
+
     async def _write(self, statement: Statement, chunks: list[dict[str, Any]], given: int | None) -> list[Any]:
+        """Run a write, and tell the indexer."""
+        rows = await self._write_on(self._executor, statement, chunks, given)
+        if given is not None:
+            self._indexer.wake()
+        return rows
+
+    async def _write_on(
+        self,
+        executor: Executor,
+        statement: Statement,
+        chunks: list[dict[str, Any]],
+        given: int | None,
+        *,
+        settle: bool = False,
+    ) -> list[Any]:
         """Run a write; an embedding of another width than the agent's is told from other broken references."""
         try:
-            rows = await self._executor.fetch_chunks(statement, chunks)
+            return await executor.fetch_chunks(statement, chunks, settle=settle)
         except ForeignKeyError as error:
             if error.constraint != "embeddings_dimension_fkey" or given is None:
                 raise
@@ -744,9 +839,6 @@ class Memories(Store):
             raise EmbeddingDimensionError(
                 self.agent_id, locked=locked, given=given, statement=statement.name
             ) from error
-        if given is not None:
-            self._indexer.wake()
-        return rows
 
     def _filters(
         self,

@@ -38,6 +38,7 @@ __all__ = [
     "Component",
     "Entity",
     "Goal",
+    "LoadSummary",
     "Log",
     "Memory",
     "MessageServer",
@@ -294,6 +295,23 @@ class Memory(Model):
         return all(_same(getattr(self, name), getattr(other, name)) for name in _fields(Memory))
 
     __hash__ = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadSummary:
+    """What `load_memories` did.
+
+    Attributes:
+        loaded: Memories that it stored.
+        skipped: Memories that were there already, or came twice.
+        indexed: Vectors that it brought into the HNSW index; those that had waited in the agent's tail are among them.
+        seconds: How long it took.
+    """
+
+    loaded: int
+    skipped: int
+    indexed: int
+    seconds: float
 
 
 @dataclass(slots=True)

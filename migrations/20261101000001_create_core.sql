@@ -16,6 +16,15 @@ BEGIN
 END
 $$;
 
+-- Undoes a statement that met rows which must not be there yet; the error is that of their key.
+CREATE FUNCTION elizasql.refuse_present(kind text, present uuid[]) RETURNS uuid LANGUAGE plpgsql AS $$
+BEGIN
+    RAISE EXCEPTION '% are there already', kind
+        USING ERRCODE = 'unique_violation', SCHEMA = 'elizasql', TABLE = kind, CONSTRAINT = kind || '_pkey',
+            DETAIL = format('Key (id)=(%s) already exists.', present[1]);
+END
+$$;
+
 -- Servers are deployments of agents (row isolation), not message servers.
 CREATE TABLE elizasql.servers (
     id uuid NOT NULL,
@@ -184,4 +193,5 @@ DROP TABLE elizasql.worlds;
 DROP TABLE elizasql.agents;
 DROP FUNCTION elizasql.refuse_dimension_change();
 DROP TABLE elizasql.servers;
+DROP FUNCTION elizasql.refuse_present(text, uuid[]);
 DROP FUNCTION elizasql.refuse_missing(text, uuid[]);

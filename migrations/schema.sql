@@ -2,6 +2,48 @@
 
 CREATE SCHEMA elizasql;
 
+CREATE FUNCTION elizasql.build_index(given_agent uuid) RETURNS bigint
+    LANGUAGE plpgsql
+    AS $_$
+DECLARE
+    part text := elizasql.partition_of(given_agent);
+    dim int;
+    moved bigint;
+    build text;
+BEGIN
+    SELECT embedding_dimension INTO dim FROM elizasql.agents WHERE id = given_agent;
+    IF dim IS NULL OR to_regclass(format('elizasql.%s_dim_%s_hnsw', part, dim)) IS NOT NULL THEN
+        RETURN 0;
+    END IF;
+    -- Of two that build at once, the second waits here and finds the first one's index.
+    EXECUTE format('LOCK TABLE elizasql.%s IN SHARE ROW EXCLUSIVE MODE', part);
+    IF to_regclass(format('elizasql.%s_dim_%s_hnsw', part, dim)) IS NOT NULL THEN
+        RETURN 0;
+    END IF;
+    SELECT count(*) INTO moved FROM elizasql.embeddings WHERE agent_id = given_agent AND NOT indexed;
+    EXECUTE format('UPDATE elizasql.%s SET indexed = TRUE WHERE NOT indexed AND dimension = %s', part, dim);
+    PERFORM set_config('maintenance_work_mem', greatest(
+        pg_size_bytes(current_setting('maintenance_work_mem')),
+        least(
+            pg_table_size(format('elizasql.%s', part)::regclass),
+            pg_size_bytes(current_setting('effective_cache_size')) / 4
+        )
+    ) / 1024 || 'kB', TRUE);
+    build := format(
+        'CREATE INDEX %1$s_dim_%2$s_hnsw ON elizasql.%1$s
+         USING hnsw ((dim_%2$s::halfvec(%2$s)) halfvec_cosine_ops) WITH (m = 16, ef_construction = 128) WHERE indexed',
+        part, dim);
+    BEGIN
+        EXECUTE build;
+    EXCEPTION WHEN insufficient_resources OR system_error THEN
+        PERFORM set_config('max_parallel_maintenance_workers', '0', TRUE);
+        EXECUTE build;
+    END;
+    PERFORM elizasql.refresh_statistics(given_agent);
+    RETURN moved;
+END
+$_$;
+
 CREATE FUNCTION elizasql.copy_scope_to_embedding() RETURNS trigger
     LANGUAGE plpgsql
     AS $$
@@ -88,6 +130,34 @@ BEGIN
     IF array_position(ids, NULL) IS NOT NULL THEN
         RAISE EXCEPTION 'a relationship was deleted while it was created' USING ERRCODE = 'serialization_failure';
     END IF;
+END
+$$;
+
+CREATE FUNCTION elizasql.drop_index(given_agent uuid, coming bigint) RETURNS boolean
+    LANGUAGE plpgsql
+    AS $$
+DECLARE
+    index text;
+    size real;
+    may boolean;
+BEGIN
+    SELECT format('elizasql.%s_dim_%s_hnsw', elizasql.partition_of(given_agent), embedding_dimension) INTO index
+    FROM elizasql.agents WHERE id = given_agent;
+    SELECT reltuples, pg_has_role(relowner, 'USAGE') INTO size, may FROM pg_class WHERE oid = to_regclass(index);
+    IF size IS NULL THEN
+        RETURN TRUE;
+    ELSIF coming IS NOT NULL AND (coming * 4 < size OR NOT may) THEN
+        RETURN FALSE;
+    END IF;
+    IF coming IS NOT NULL THEN
+        PERFORM set_config('lock_timeout', '2s', TRUE);
+    END IF;
+    BEGIN
+        EXECUTE 'DROP INDEX IF EXISTS ' || index;
+    EXCEPTION WHEN lock_not_available THEN
+        RETURN FALSE;
+    END;
+    RETURN TRUE;
 END
 $$;
 
@@ -806,6 +876,13 @@ BEGIN
 END
 $$;
 
+CREATE FUNCTION elizasql.partition_of(given_agent uuid) RETURNS text
+    LANGUAGE sql STABLE
+    AS $$
+    SELECT 'embeddings_p' || lpad(part::text, 2, '0') FROM generate_series(0, 15) AS part
+    WHERE satisfies_hash_partition('elizasql.embeddings'::regclass, 16, part, given_agent)
+$$;
+
 CREATE FUNCTION elizasql.patch_data(data jsonb, ops jsonb, component uuid) RETURNS jsonb
     LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE
     AS $_$
@@ -875,33 +952,6 @@ BEGIN
 END
 $$;
 
-CREATE FUNCTION elizasql.rebuild_index(given_agent uuid) RETURNS bigint
-    LANGUAGE plpgsql
-    AS $_$
-DECLARE
-    part text;
-    dim int;
-    moved bigint;
-BEGIN
-    SELECT c.relname, e.dimension INTO part, dim
-    FROM elizasql.embeddings AS e INNER JOIN pg_class AS c ON e.tableoid = c.oid
-    WHERE e.agent_id = given_agent LIMIT 1;
-    IF part IS NULL THEN
-        RETURN 0;
-    END IF;
-    EXECUTE format('LOCK TABLE elizasql.%s IN ACCESS EXCLUSIVE MODE', part);
-    EXECUTE format('DROP INDEX IF EXISTS elizasql.%s_dim_%s_hnsw', part, dim);
-    SELECT count(*) INTO moved FROM elizasql.embeddings WHERE agent_id = given_agent AND NOT indexed;
-    EXECUTE format('UPDATE elizasql.%s SET indexed = TRUE WHERE NOT indexed AND dimension = %s', part, dim);
-    EXECUTE format(
-        'CREATE INDEX %1$s_dim_%2$s_hnsw ON elizasql.%1$s
-         USING hnsw ((dim_%2$s::halfvec(%2$s)) halfvec_cosine_ops) WITH (m = 16, ef_construction = 128) WHERE indexed',
-        part, dim);
-    PERFORM elizasql.refresh_statistics(given_agent);
-    RETURN moved;
-END
-$_$;
-
 CREATE FUNCTION elizasql.refresh_statistics(given_agent uuid) RETURNS void
     LANGUAGE plpgsql
     AS $$
@@ -945,6 +995,16 @@ BEGIN
     RAISE EXCEPTION 'no such %: %', kind, array_to_string(missing[1:10], ', ')
         || CASE WHEN cardinality(missing) > 10 THEN format(' and %s more', cardinality(missing) - 10) ELSE '' END
         USING ERRCODE = 'no_data_found', SCHEMA = 'elizasql', TABLE = kind;
+END
+$$;
+
+CREATE FUNCTION elizasql.refuse_present(kind text, present uuid[]) RETURNS uuid
+    LANGUAGE plpgsql
+    AS $$
+BEGIN
+    RAISE EXCEPTION '% are there already', kind
+        USING ERRCODE = 'unique_violation', SCHEMA = 'elizasql', TABLE = kind, CONSTRAINT = kind || '_pkey',
+            DETAIL = format('Key (id)=(%s) already exists.', present[1]);
 END
 $$;
 

@@ -533,6 +533,21 @@ SELECT count(*) FROM elizasql.embeddings WHERE agent_id = :agent_id AND NOT inde
 -- name: refresh_statistics(agent_id)!
 SELECT elizasql.refresh_statistics(:agent_id);
 
--- name: rebuild_index(agent_id)$
--- Builds the HNSW index of the agent's partition anew, with the tail in it; gives the number of vectors moved.
-SELECT elizasql.rebuild_index(:agent_id);
+-- name: drop_index(agent_id, coming)$
+-- Drops the HNSW index of the agent's partition when so many vectors come that a new one will be cheaper than feeding it
+-- row by row; NULL: in any case. Gives whether there is none now.
+SELECT elizasql.drop_index(:agent_id, :coming);
+
+-- name: build_index(agent_id)$
+-- Builds the HNSW index of the agent's partition when there is none, with the tail in it; gives the number of vectors
+-- moved.
+SELECT elizasql.build_index(:agent_id);
+
+-- name: find_lost_index(agent_id)$
+-- The size of the agent's partition when it has no HNSW index and this role may make one; no row when it has.
+SELECT pg_relation_size(part.oid)
+FROM elizasql.agents AS a
+INNER JOIN pg_class AS part ON part.oid = to_regclass('elizasql.' || elizasql.partition_of(a.id))
+WHERE
+    a.id = :agent_id AND a.embedding_dimension IS NOT NULL AND pg_has_role(part.relowner, 'USAGE')
+    AND to_regclass(format('elizasql.%s_dim_%s_hnsw', part.relname, a.embedding_dimension)) IS NULL;

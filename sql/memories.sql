@@ -126,6 +126,69 @@ FROM given AS g
 INNER JOIN created ON g.id = created.id
 WHERE g.embedding IS NOT NULL;
 
+-- name: load_memories(agent_id, ids, types, created_ats, contents, entity_ids, room_ids, world_ids, uniques, metadatas, embeddings, first, skip)
+-- As create_memories, for a bulk load: gives how many were stored, how many vectors with them, and how many of these
+-- went past the tail.
+-- skip: what is there already keeps its row; otherwise it undoes the statement.
+-- While the partition has its HNSW index, vectors go to the tail. Where a load has dropped it they count as indexed from
+-- the start, and the index that is built in the end has them: to mark them then would write each row and its b-tree
+-- entries a second time, 160 us a row, and leave a heap of twice the size.
+-- COPY is no faster: 4,000 rows in thousands, medians of six, us a row: this form 245-269, COPY into both tables 207-217,
+-- COPY into a temporary table and INSERT from there 259. What takes the time are foreign keys and b-trees.
+-- Not repeatable: a second run finds what the first one stored.
+WITH given AS (
+    SELECT *
+    FROM unnest(
+        :ids::uuid[], :types::text[], :created_ats::timestamptz[], :contents::jsonb[], :entity_ids::uuid[],
+        :room_ids::uuid[], :world_ids::uuid[], :uniques::boolean[], :metadatas::jsonb[], :embeddings::vector[]
+    ) WITH ORDINALITY AS g (
+        id, type, created_at, content, entity_id, room_id, world_id, is_unique, metadata, embedding, position
+    )
+),
+
+created AS (
+    INSERT INTO elizasql.memories (
+        agent_id, id, type, created_at, content, entity_id, room_id, world_id, "unique", metadata
+    )
+    SELECT
+        :agent_id,
+        id,
+        type,
+        coalesce(created_at, now() + (:first::bigint + position) * interval '1 microsecond'),
+        content,
+        entity_id,
+        room_id, world_id, is_unique, metadata
+    FROM given
+    ORDER BY id
+    ON CONFLICT (agent_id, id) DO NOTHING
+    RETURNING id
+),
+
+embedded AS (
+    INSERT INTO elizasql.embeddings (
+        agent_id, memory_id, type, room_id, world_id, entity_id, "unique", dimension, indexed, dim_384
+    )
+    SELECT
+        :agent_id, g.id, g.type, g.room_id, g.world_id, g.entity_id, g.is_unique, 384,
+        (SELECT to_regclass('elizasql.' || elizasql.partition_of(:agent_id) || '_dim_384_hnsw') IS NULL),
+        g.embedding
+    FROM given AS g
+    INNER JOIN created ON g.id = created.id
+    WHERE g.embedding IS NOT NULL
+    RETURNING indexed
+)
+
+SELECT
+    counted.stored,
+    (SELECT count(*) FROM embedded) AS embedded,
+    (SELECT count(*) FROM embedded WHERE embedded.indexed) AS placed,
+    CASE
+        WHEN NOT :skip::boolean AND counted.stored < cardinality(:ids::uuid[]) THEN elizasql.refuse_present(
+            'memories', ARRAY(SELECT g.id FROM given AS g WHERE g.id NOT IN (SELECT c.id FROM created AS c))
+        )
+    END AS refused
+FROM (SELECT count(*) AS stored FROM created) AS counted;
+
 -- name: upsert_memories(agent_id, ids, types, created_ats, contents, entity_ids, room_ids, world_ids, uniques, keep_unique, metadatas, embeddings, indexed, first)!
 -- Stores memories or, where the id is there, replaces content, metadata, "unique" and the embedding, each where given.
 -- Type, entity, room, world and time of a memory that is there stay. keep_unique: ids whose "unique" was not given.

@@ -65,6 +65,9 @@ TAKES_EMBEDDING: dict[str, Call] = {
     "upsert_memories": lambda db, v: db.upsert_memories(
         [{"content": {}, "embedding": ones()}, {"content": {}, "embedding": v}], "messages"
     ),
+    "load_memories": lambda db, v: db.load_memories(
+        [{"content": {}, "embedding": ones()}, {"content": {}, "embedding": v}], "messages"
+    ),
     "update_memory": lambda db, v: db.update_memory({"id": ID, "embedding": v}),
     "update_memories": lambda db, v: db.update_memories([{"id": ID, "embedding": v}]),
 }
@@ -391,6 +394,7 @@ OPTIONAL_IDS: dict[str, Call] = {
     "create_memory model": lambda db, id: db.create_memory(Memory(room_id=id, content={}), "m"),
     "create_memories": lambda db, id: db.create_memories([{"content": {}}, {"id": id, "content": {}}], "m"),
     "upsert_memories": lambda db, id: db.upsert_memories([{"content": {}}, {"id": id, "content": {}}], "m"),
+    "load_memories": lambda db, id: db.load_memories([{"content": {}}, {"id": id, "content": {}}], "m"),
     "update_memory roomId": lambda db, id: db.update_memory({"id": ID, "roomId": id}),
     "update_memories worldId": lambda db, id: db.update_memories([{"id": ID, "worldId": id}]),
 }
@@ -587,6 +591,7 @@ TAKES_TIME: dict[str, Call] = {
     "count_memories end": lambda db, t: db.count_memories(end=t),
     "create_memory": lambda db, t: db.create_memory({"content": {}, "createdAt": t}, "messages"),
     "create_memories": lambda db, t: db.create_memories([Memory(content={}, created_at=t)], "messages"),
+    "load_memories": lambda db, t: db.load_memories([Memory(content={}, created_at=t)], "messages"),
     "upsert_memories": lambda db, t: db.upsert_memories([{"content": {}, "created_at": t}], "messages"),
     "update_memory": lambda db, t: db.update_memory({"id": ID, "createdAt": t}),
 }
@@ -617,6 +622,7 @@ TAKES_TYPE: dict[str, Call] = {
     "create_memories": lambda db, kind: db.create_memories([{"content": {}}], kind),
     "create_memories type": lambda db, kind: db.create_memories([{"content": {}, "type": kind}]),
     "create_memories wrapped": lambda db, kind: db.create_memories([{"memory": {"content": {}}, "tableName": kind}]),
+    "load_memories": lambda db, kind: db.load_memories([{"content": {}}], kind),
     "upsert_memories": lambda db, kind: db.upsert_memories([{"content": {}}], kind),
     "delete_all_memories": lambda db, kind: db.delete_all_memories(ID, kind),
     "get_memories": lambda db, kind: db.get_memories(table_name=kind),
@@ -807,6 +813,8 @@ async def test_a_memory_that_does_not_fit_is_not_created(
             await method([{"id": same, **good}, {"id": same, **good}, bad], "messages")
         with refused(error, round_trips, f"{method.__name__}: {case}, from a generator", "at position 1"):
             await method((memory for memory in (good, bad)), "messages")
+    with refused(error, round_trips, f"load_memories: {case}", "at position 1"):
+        await db.load_memories([good, bad], "messages")
     assert await db.count_memories() == 0
 
 
@@ -835,7 +843,8 @@ async def test_the_error_of_a_batch_names_the_position_of_the_wrong_width(
 ) -> None:
     good = {"content": {}, "embedding": ones()}
     bad = {"content": {}, "embedding": ones(512)}
-    for method in (db.create_memories, db.upsert_memories):
+    methods: list[Callable[..., Awaitable[Any]]] = [db.create_memories, db.upsert_memories, db.load_memories]
+    for method in methods:
         with refused(EmbeddingDimensionError, round_trips, method.__name__, "at position 2"):
             await method([good, {"content": {}}, bad], "messages")
     with refused(EmbeddingDimensionError, round_trips, "update_memories", "at position 1"):
@@ -847,7 +856,8 @@ async def test_two_widths_in_one_batch_are_refused_whatever_the_agent_has(
 ) -> None:
     db = await make_db(dimension=None)
     batch = [{"content": {}, "embedding": ones(512)}, {"content": {}, "embedding": ones(768)}]
-    for method in (db.create_memories, db.upsert_memories):
+    methods: list[Callable[..., Awaitable[Any]]] = [db.create_memories, db.upsert_memories, db.load_memories]
+    for method in methods:
         with pytest.raises(ArgumentError) as caught:
             await method(batch, "messages")
         if isinstance(caught.value, EmbeddingDimensionError):
@@ -857,7 +867,12 @@ async def test_two_widths_in_one_batch_are_refused_whatever_the_agent_has(
 
 
 async def test_a_collection_of_memories_is_no_single_one(db: DatabaseAdapter, round_trips: list[str]) -> None:
-    methods: list[Callable[..., Awaitable[Any]]] = [db.create_memories, db.upsert_memories, db.update_memories]
+    methods: list[Callable[..., Awaitable[Any]]] = [
+        db.create_memories,
+        db.upsert_memories,
+        db.load_memories,
+        db.update_memories,
+    ]
     for method in methods:
         values: list[Any] = [{"content": {}}, Memory(content={}), "text", b"bytes", 5, None]
         for value in values:

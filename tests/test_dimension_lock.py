@@ -521,6 +521,9 @@ WRONG_WRITES: dict[str, Callable[[DatabaseAdapter, UUID], Awaitable[Any]]] = {
     "upsert": lambda db, id: db.upsert_memories(
         [{"content": {"mark": 8}}, {"id": id, "content": {"mark": 9}, "embedding": vector_of(768, 9)}], "messages"
     ),
+    "load many": lambda db, id: db.load_memories(
+        [{"content": {"mark": 8}}, {"id": id, "content": {"mark": 9}, "embedding": vector_of(768, 9)}], "messages"
+    ),
     "update": lambda db, id: db.update_memory({"id": id, "embedding": vector_of(768, 9)}),
     "update what is not there": lambda db, _: db.update_memory({"id": uuid4(), "embedding": vector_of(768, 9)}),
     "update many": lambda db, id: db.update_memories(

@@ -425,6 +425,8 @@ async def changes(mind: Mind) -> AsyncIterator[str]:
     yield "create_memory, near-duplicates looked for"
     await mind.remember(new[2:8])
     yield "create_memories"
+    await writer.load_memories([Memory(content={}, embedding=v) for v in new[20:30]], TABLE, batch_size=4)
+    yield "load_memories"
     bare = await writer.create_memory(Memory(content={}), TABLE)
     yield "create_memory without an embedding"
     await writer.update_memory({"id": bare, "embedding": new[9]})

@@ -193,7 +193,7 @@ async def _index(db: DatabaseAdapter, advance: _out.Advance, *, rebuild: bool = 
 
 def index_(
     agent: Agents = None,
-    rebuild: Annotated[bool, typer.Option(help="Build the index anew; others of the same partition wait.")] = False,
+    rebuild: Annotated[bool, typer.Option(help="Build the index anew; writes to the same partition wait.")] = False,
     dsn: Dsn = None,
     data_dir: DataDir = None,
     json: Json = False,
