@@ -15,12 +15,14 @@ from .errors import *  # noqa: F403
 from .errors import __all__ as _errors
 from .models import *  # noqa: F403
 from .models import __all__ as _models
+from .reembedding import Reembedded
 
 __version__ = "0.1.0"
 
 __all__ = [  # noqa: PLE0604
     "Config",
     "DatabaseAdapter",
+    "Reembedded",
     "connect",
     "create_database_adapter",
     "open",

@@ -244,6 +244,12 @@ class Resident:
         matrices = [tier.matrix for tier in self._tiers.values() if tier.matrix is not None]
         return {**asdict(self.stats), "vectors": sum(matrix.size for matrix in matrices), "bytes": _held()}
 
+    def forget(self) -> None:
+        """Let go of what is held: the agent has moved to another width."""
+        for tier in self._tiers.values():
+            self._give_up(tier, 0.0)
+        self._tiers.clear()
+
     async def close(self) -> None:
         """End the loads that this adapter has begun. What is loaded stays for other adapters of the process."""
         self._closed = True

@@ -3,8 +3,8 @@
 aiosql parses and numbers the parameters; it is not on the call path, where it would add 11-16 us to a lookup of 25 us.
 Each file is loaded alone: from a folder, a name that stands in two files silently takes the last one's text.
 
-A statement that mentions `dim_384` is written for that dimension, as SQL that psql and the linter accept; the texts for
-the other five are derived from it here, once. Nothing is formatted at call time.
+A statement that mentions `dim_384` alone is written for that dimension, as SQL that psql and the linter accept; the
+texts for the other five are derived from it here, once. Nothing is formatted at call time.
 """
 
 from __future__ import annotations
@@ -112,9 +112,14 @@ def load(folder: Path) -> Statements:
                 params=tuple(adapter.var_sorted[name]),
                 doc=(query.__doc__ or "").strip(),
                 file=path.name,
-                dimension=384 if "dim_384" in query.sql or "_384(" in query.sql else None,
+                dimension=384 if _is_for_one_width(query.sql) else None,
             )
     return Statements(found)
+
+
+def _is_for_one_width(sql: str) -> bool:
+    """Tell whether a text is written for dim_384; one that names the other columns, too, takes whatever is there."""
+    return ("dim_384" in sql and "dim_512" not in sql) or "_384(" in sql
 
 
 def _derive(statement: Statement, dimension: Dimension) -> Statement:

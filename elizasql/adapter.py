@@ -34,6 +34,7 @@ from .memories import Memories
 from .messaging import Messaging
 from .pairing import Pairing
 from .participants import Participants
+from .reembedding import Reembedding
 from .relationships import Relationships
 from .rooms import Rooms
 from .tasks import Tasks
@@ -53,6 +54,7 @@ class DatabaseAdapter(
     Components,
     Relationships,
     Memories,
+    Reembedding,
     Cache,
     Tasks,
     Goals,

@@ -10,6 +10,7 @@
     │   ├── EmbeddingError            not a finite, non-zero vector that the index can hold
     │   └── EmbeddingDimensionError   another width than the agent is locked to: `locked`, `given`
     ├── NotFoundError                 P0002: the row that the call is about does not exist
+    ├── ReembeddingError              the agent cannot move to another width of embeddings now: `missing`
     ├── UnavailableError              no answer from the server; a later try may succeed
     │   ├── ConnectionLostError       08*, 25P03, 57P01, 57P02, 57P03, a refused or broken connection
     │   ├── PoolTimeoutError          no pooled connection became free in time
@@ -40,10 +41,12 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Sequence
 from typing import Any
 from uuid import UUID
 
 import asyncpg
+import orjson
 
 __all__ = [
     "ArgumentError",
@@ -69,6 +72,7 @@ __all__ = [
     "NotNullError",
     "PermissionDeniedError",
     "PoolTimeoutError",
+    "ReembeddingError",
     "SchemaError",
     "SerializationError",
     "ServerBusyError",
@@ -161,6 +165,16 @@ def _rebuild_dimension_error(
 
 class NotFoundError(ElizaSQLError):
     """The row that the call is about does not exist."""
+
+
+class ReembeddingError(ElizaSQLError):
+    """The agent cannot move to another width: another move is under way, or memories have no text to embed.
+
+    Attributes:
+        missing: Ids of the memories without text; empty where something else is the matter.
+    """
+
+    missing: Sequence[UUID] = ()
 
 
 class UnavailableError(ElizaSQLError):
@@ -323,6 +337,11 @@ def translate(error: BaseException, statement: str | None = None) -> ElizaSQLErr
         return error
     prefix = f"{statement}: " if statement else ""
     if isinstance(error, asyncpg.PostgresError):
+        if error.constraint_name == "embeddings_dimension_fkey" and (error.detail or "").startswith("{"):
+            said = orjson.loads(error.detail)
+            return EmbeddingDimensionError(
+                UUID(said["agent_id"]), locked=said["locked"], given=said["given"], statement=statement
+            )
         sqlstate = error.sqlstate or ""
         kind = _BY_SQLSTATE.get(sqlstate) or _BY_SQLSTATE.get(sqlstate[:2], InternalError)
         detail = ""

@@ -19,9 +19,9 @@ from ._loader import Loader
 from ._resident import Resident
 from ._statements import SQL, Statement
 from ._store import Store
-from .errors import ArgumentError, EmbeddingDimensionError, ForeignKeyError, NotFoundError
+from .errors import ArgumentError, EmbeddingDimensionError, NotFoundError
 from .models import LoadSummary, Memory
-from .types import DIMENSIONS, EmbeddingInput
+from .types import DIMENSIONS, Embedding, EmbeddingInput
 
 # Seconds for which a scope that was found large and dense is not measured again. Measuring 10,000 rows costs about
 # 1 ms. A scope that shrinks meanwhile still gives every row: HNSW that yields too few is followed by an exact scan.
@@ -48,7 +48,9 @@ class Memories(Store):
     # --- the dimension -----------------------------------------------------------------------------------------------
 
     async def ensure_embedding_dimension(self, dimension: int, *, timeout: float | None = None) -> None:
-        """Lock the agent to a width of embeddings. The first lock stays for good; the same width again is no error.
+        """Lock the agent to a width of embeddings. The first lock stays; the same width again is no error.
+
+        The way to another width is `reembed`.
 
         Args:
             dimension: 384, 512, 768, 1024, 1536 or 3072.
@@ -67,7 +69,7 @@ class Memories(Store):
         )
         if locked is None:
             raise NotFoundError(f"no such agent: {self.agent_id}; call ensure_agent_exists() first")
-        self._dimension = locked
+        self._learn(locked)
         if locked != dimension:
             raise EmbeddingDimensionError(self.agent_id, locked=locked, given=dimension)
 
@@ -76,7 +78,7 @@ class Memories(Store):
 
         Statement: sql/embeddings.sql get_embedding_dimension.
         """
-        self._dimension = await self._executor.fetch_value(SQL["get_embedding_dimension"], agent_id=self.agent_id)
+        self._learn(await self._executor.fetch_value(SQL["get_embedding_dimension"], agent_id=self.agent_id))
         return self._dimension
 
     # --- writing -----------------------------------------------------------------------------------------------------
@@ -569,14 +571,14 @@ class Memories(Store):
 
         Raises:
             EmbeddingError: Not a vector that can be compared; nothing was sent.
-            EmbeddingDimensionError: The agent is locked to another width; nothing was sent where that is known.
+            EmbeddingDimensionError: The agent is locked to another width.
 
         Statement: sql/resident.sql fetch_resident, or sql/embeddings.sql search_memories, search_memories_by_hnsw,
         search_memories_of_room, _of_entity or _of_world. One round trip; in the process more after many changes.
         Source: searchMemories; differs: uses an index, the threshold 0 means 0.
         """
         vector = _codecs.as_embedding(embedding)
-        self._check_width(vector.shape[0])
+        width = vector.shape[0]
         number = _limit(count, limit)
         number = 10 if number is None else number
         kind = self._type(table_name)
@@ -592,20 +594,31 @@ class Memories(Store):
             "candidates": min(number * _RERANK, 2**63 - 1),
             "include_embedding": _codecs.as_bool(include_embedding, "include_embedding"),
         }
-        if number == 0 or await self._find_dimension() is None:
+        if number == 0 and self._dimension in (None, width):
             return []
-        self._check_width(vector.shape[0])
+        if width != self._dimension and (locked := await self.get_embedding_dimension()) != width:
+            if locked is None:
+                return []
+            raise EmbeddingDimensionError(self.agent_id, locked=locked, given=width)
+        try:
+            return await self._search(vector, params, scope) if number else []
+        except EmbeddingDimensionError as error:
+            self._learn(error.locked)
+            raise
+
+    async def _search(self, vector: Embedding, params: dict[str, Any], scope: dict[str, UUID | None]) -> list[Memory]:
+        width, kind = vector.shape[0], params["type"]
         found = await self._resident.search(self._executor, vector, params | scope)
         if found is not None:
             return found
         path = _path(scope)
         if path is not None:
-            statement = SQL.at(_BY_SCOPE["search_memories"][path], vector.shape[0])
+            statement = SQL.at(_BY_SCOPE["search_memories"][path], width)
             return [Memory(*row) for row in await self._executor.fetch(statement, **params, **scope)]
         if self._large_until.get(kind, 0.0) > time.monotonic():
-            statement = SQL.at("search_memories_by_hnsw", vector.shape[0])
+            statement = SQL.at("search_memories_by_hnsw", width)
             return [Memory(*row) for row in await self._executor.fetch(statement, **params)]
-        rows = await self._executor.fetch(SQL.at("search_memories", vector.shape[0]), **params)
+        rows = await self._executor.fetch(SQL.at("search_memories", width), **params)
         if rows and rows[0]["by_hnsw"]:
             self._large_until[kind] = time.monotonic() + _SIZE_TTL
         return [Memory(*row[:-1]) for row in rows]
@@ -679,12 +692,11 @@ class Memories(Store):
             raise ArgumentError(f"query_field_name must be content or metadata, not {query_field_name!r:.40}")
         indexed = (query_field_name, key) == ("content", "text")
         name = "get_cached_embeddings" if indexed else _CACHED_BY_FIELD[query_field_name]
-        dimension = self._dimension or await self.get_embedding_dimension()
-        if dimension is None or count == 0:
+        if count == 0:
             return []
         # An edit distance of k needs lengths that differ by at most k: exact, and an index range.
         rows = await self._executor.fetch(
-            SQL.at(name, dimension),
+            SQL[name],
             agent_id=self.agent_id,
             type=kind,
             key=key,
@@ -777,9 +789,12 @@ class Memories(Store):
             vector = row.get("embedding")
             if vector is not None:
                 row["width"] = vector.shape[0]
-                self._check_width(row["width"])
                 first = first or row["width"]
                 if row["width"] != first:
+                    # Of two widths one is wrong, whichever is in force by now.
+                    if self._dimension is not None:
+                        wrong = row["width"] if row["width"] != self._dimension else first
+                        raise EmbeddingDimensionError(self.agent_id, locked=self._dimension, given=wrong)
                     raise ArgumentError(f"embedding has {row['width']} dimensions, others of the batch have {first}")
                 row["embedding"] = _codecs.encode_vector(vector)
             return row
@@ -787,20 +802,25 @@ class Memories(Store):
         return read
 
     async def _width_of(self, rows: Sequence[Mapping[str, Any]]) -> int | None:
-        """Give the one width of a batch's embeddings, None where there are none; refuse one that is not the agent's.
-
-        Asks the server while this adapter does not know the agent's width: another one may have locked it meanwhile.
-        """
+        """Give the one width of a batch's embeddings, None where there are none; refuse one that is not the agent's."""
         given = next((row["width"] for row in rows if row.get("width") is not None), None)
-        if given is not None and await self._find_dimension() is None:
-            raise EmbeddingDimensionError(self.agent_id, locked=None, given=given)
         if given is not None:
-            self._check_width(given)
+            await self._require_width(given)
         return given
 
-    def _check_width(self, width: int) -> None:
-        if self._dimension is not None and width != self._dimension:
-            raise EmbeddingDimensionError(self.agent_id, locked=self._dimension, given=width)
+    async def _require_width(self, width: int) -> None:
+        """Refuse a width that is not the agent's.
+
+        Asks the server where this adapter knows of none or of another: somebody may have locked or moved the agent.
+        """
+        if width != self._dimension and width != (locked := await self.get_embedding_dimension()):
+            raise EmbeddingDimensionError(self.agent_id, locked=locked, given=width)
+
+    def _learn(self, dimension: int | None) -> None:
+        """Take note of the width in force, which the server has told."""
+        if dimension != self._dimension:
+            self._dimension = dimension
+            self._resident.forget()
 
     async def _load(self, rows: Sequence[dict[str, Any]], *, skip: bool) -> list[Any]:
         """Store a batch of a load, in one transaction of the background's."""
@@ -811,34 +831,24 @@ class Memories(Store):
             columns["uniques"] = [value is not False for value in columns["uniques"]]
             first = len(chunks) * self.config.batch_size
             chunks.append({"agent_id": self.agent_id, "first": first, "skip": skip, **columns})
-        return await self._write_on(self._background, SQL.at("load_memories", given or 384), chunks, given, settle=True)
+        return await self._write_on(self._background, SQL.at("load_memories", given or 384), chunks, settle=True)
 
     async def _write(self, statement: Statement, chunks: list[dict[str, Any]], given: int | None) -> list[Any]:
         """Run a write, and tell the indexer."""
-        rows = await self._write_on(self._executor, statement, chunks, given)
+        rows = await self._write_on(self._executor, statement, chunks)
         if given is not None:
             self._indexer.wake()
         return rows
 
     async def _write_on(
-        self,
-        executor: Executor,
-        statement: Statement,
-        chunks: list[dict[str, Any]],
-        given: int | None,
-        *,
-        settle: bool = False,
+        self, executor: Executor, statement: Statement, chunks: list[dict[str, Any]], *, settle: bool = False
     ) -> list[Any]:
-        """Run a write; an embedding of another width than the agent's is told from other broken references."""
+        """Run a write; the server refuses it when the agent has moved to another width meanwhile."""
         try:
             return await executor.fetch_chunks(statement, chunks, settle=settle)
-        except ForeignKeyError as error:
-            if error.constraint != "embeddings_dimension_fkey" or given is None:
-                raise
-            locked = await self.get_embedding_dimension()
-            raise EmbeddingDimensionError(
-                self.agent_id, locked=locked, given=given, statement=statement.name
-            ) from error
+        except EmbeddingDimensionError as error:
+            self._learn(error.locked)
+            raise
 
     def _filters(
         self,
@@ -859,14 +869,7 @@ class Memories(Store):
         }
 
     async def _fetch_memories(self, name: str, **params: Any) -> list[Memory]:
-        # Without a dimension there is no embedding to read: any of the six texts will do.
-        dimension = await self._find_dimension() if params["include_embedding"] else self._dimension
-        statement = SQL.at(name, dimension or 384)
-        return [Memory(*row) for row in await self._executor.fetch(statement, agent_id=self.agent_id, **params)]
-
-    async def _find_dimension(self) -> int | None:
-        """Give the agent's width, and ask the server for it while it is unknown: another one may have locked it."""
-        return self._dimension or await self.get_embedding_dimension()
+        return [Memory(*row) for row in await self._executor.fetch(SQL[name], agent_id=self.agent_id, **params)]
 
 
 _BY_SCOPE: dict[str, dict[str | None, str]] = {

@@ -11,6 +11,7 @@ from . import logs as _logs
 from . import messaging as _messaging
 from . import pairing as _pairing
 from . import participants as _participants
+from . import reembedding as _reembedding
 from ._calls import lasting
 from .config import Config
 from .models import (
@@ -448,6 +449,19 @@ class DatabaseAdapter:
         query_match_count: int = 10,
         timeout: float | None = None,
     ) -> list[dict[str, Any]]: ...
+    @lasting(86400.0)
+    def reembed(
+        self,
+        to: int,
+        embed: _reembedding.Embed,
+        *,
+        batch_size: int = 64,
+        skip_missing: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+        timeout: float | None = None,
+    ) -> _reembedding.Reembedded: ...
+    @lasting(3600.0)
+    def abandon_reembedding(self, *, timeout: float | None = None) -> int: ...
     def get_cache(self, key: str, default: Any = None, *, timeout: float | None = None) -> Any: ...
     def get_caches(self, keys: Iterable[str], *, timeout: float | None = None) -> dict[str, Any]: ...
     def set_cache(self, key: str, value: JSON, ttl: _cache.Ttl = None, *, timeout: float | None = None) -> bool: ...

@@ -44,6 +44,29 @@ BEGIN
 END
 $_$;
 
+CREATE FUNCTION elizasql.check_dimension() RETURNS trigger
+    LANGUAGE plpgsql
+    AS $$
+BEGIN
+    PERFORM FROM elizasql.agents
+    WHERE id = NEW.agent_id AND embedding_dimension = NEW.dimension
+    FOR KEY SHARE;
+    IF FOUND THEN
+        RETURN NEW;
+    END IF;
+    IF NEW.text_hash IS NOT NULL THEN
+        PERFORM FROM elizasql.reembeddings WHERE agent_id = NEW.agent_id AND target = NEW.dimension FOR SHARE;
+        IF FOUND THEN
+            RETURN NEW;
+        END IF;
+    END IF;
+    PERFORM elizasql.refuse_dimension(
+        NEW.agent_id, (SELECT embedding_dimension FROM elizasql.agents WHERE id = NEW.agent_id), NEW.dimension
+    );
+    RETURN NULL;
+END
+$$;
+
 CREATE FUNCTION elizasql.copy_scope_to_embedding() RETURNS trigger
     LANGUAGE plpgsql
     AS $$
@@ -967,14 +990,54 @@ BEGIN
 END
 $$;
 
-CREATE FUNCTION elizasql.refuse_dimension_change() RETURNS trigger
+CREATE FUNCTION elizasql.refuse_dimension(given_agent uuid, locked integer, given integer) RETURNS boolean
     LANGUAGE plpgsql
     AS $$
 BEGIN
-    RAISE EXCEPTION 'Cannot change embedding dimension for agent %: locked at %, given %',
-        OLD.id, OLD.embedding_dimension, NEW.embedding_dimension
-        USING ERRCODE = 'check_violation', SCHEMA = 'elizasql', TABLE = 'agents',
-        CONSTRAINT = 'agents_embedding_dimension_locked';
+    RAISE EXCEPTION 'agent % has vectors of width %, not %', given_agent, coalesce(locked::text, 'none'), given
+        USING ERRCODE = 'foreign_key_violation', SCHEMA = 'elizasql', TABLE = 'embeddings',
+        CONSTRAINT = 'embeddings_dimension_fkey',
+        DETAIL = jsonb_build_object('agent_id', given_agent, 'locked', locked, 'given', given);
+END
+$$;
+
+CREATE FUNCTION elizasql.refuse_dimension_change() RETURNS trigger
+    LANGUAGE plpgsql
+    AS $$
+DECLARE
+    skips boolean;
+BEGIN
+    UPDATE elizasql.reembeddings SET target = NULL
+    WHERE agent_id = OLD.id AND source = OLD.embedding_dimension AND target = NEW.embedding_dimension
+    RETURNING skip_missing INTO skips;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'Cannot change embedding dimension for agent %: locked at %, given %',
+            OLD.id, OLD.embedding_dimension, NEW.embedding_dimension
+            USING ERRCODE = 'check_violation', SCHEMA = 'elizasql', TABLE = 'agents',
+            CONSTRAINT = 'agents_embedding_dimension_locked';
+    END IF;
+    IF current_setting('transaction_isolation') <> 'read committed' THEN
+        RAISE EXCEPTION 'the switch to another width needs read committed, not %', current_setting('transaction_isolation')
+            USING ERRCODE = 'invalid_transaction_state';
+    END IF;
+    IF EXISTS (
+        SELECT FROM elizasql.embeddings AS leaving
+        INNER JOIN elizasql.memories AS m ON m.agent_id = OLD.id AND m.id = leaving.memory_id
+        LEFT JOIN elizasql.embeddings AS coming
+            ON coming.agent_id = OLD.id AND coming.memory_id = leaving.memory_id
+            AND coming.dimension = NEW.embedding_dimension
+        WHERE leaving.agent_id = OLD.id AND leaving.dimension = OLD.embedding_dimension
+            AND CASE
+                WHEN coalesce(m.content ->> 'text', '') = '' THEN NOT skips OR coming.memory_id IS NOT NULL
+                ELSE coming.text_hash IS DISTINCT FROM hashtextextended(m.content ->> 'text', 0)
+            END
+    ) THEN
+        RAISE EXCEPTION 'agent % cannot change to width % yet: memories lack a vector of it', OLD.id,
+            NEW.embedding_dimension
+            USING ERRCODE = 'check_violation', SCHEMA = 'elizasql', TABLE = 'reembeddings',
+            CONSTRAINT = 'reembeddings_complete';
+    END IF;
+    RETURN NEW;
 END
 $$;
 
@@ -1126,6 +1189,7 @@ CREATE TABLE elizasql.embeddings (
     dim_1024 public.vector(1024),
     dim_1536 public.vector(1536),
     dim_3072 public.vector(3072),
+    text_hash bigint,
     CONSTRAINT embeddings_dimension_check CHECK (((num_nonnulls(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072) = 1) AND
 CASE dimension
     WHEN 384 THEN (dim_384 IS NOT NULL)
@@ -1156,6 +1220,7 @@ CREATE TABLE elizasql.embeddings_p00 (
     dim_1024 public.vector(1024),
     dim_1536 public.vector(1536),
     dim_3072 public.vector(3072),
+    text_hash bigint,
     CONSTRAINT embeddings_dimension_check CHECK (((num_nonnulls(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072) = 1) AND
 CASE dimension
     WHEN 384 THEN (dim_384 IS NOT NULL)
@@ -1186,6 +1251,7 @@ CREATE TABLE elizasql.embeddings_p01 (
     dim_1024 public.vector(1024),
     dim_1536 public.vector(1536),
     dim_3072 public.vector(3072),
+    text_hash bigint,
     CONSTRAINT embeddings_dimension_check CHECK (((num_nonnulls(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072) = 1) AND
 CASE dimension
     WHEN 384 THEN (dim_384 IS NOT NULL)
@@ -1216,6 +1282,7 @@ CREATE TABLE elizasql.embeddings_p02 (
     dim_1024 public.vector(1024),
     dim_1536 public.vector(1536),
     dim_3072 public.vector(3072),
+    text_hash bigint,
     CONSTRAINT embeddings_dimension_check CHECK (((num_nonnulls(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072) = 1) AND
 CASE dimension
     WHEN 384 THEN (dim_384 IS NOT NULL)
@@ -1246,6 +1313,7 @@ CREATE TABLE elizasql.embeddings_p03 (
     dim_1024 public.vector(1024),
     dim_1536 public.vector(1536),
     dim_3072 public.vector(3072),
+    text_hash bigint,
     CONSTRAINT embeddings_dimension_check CHECK (((num_nonnulls(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072) = 1) AND
 CASE dimension
     WHEN 384 THEN (dim_384 IS NOT NULL)
@@ -1276,6 +1344,7 @@ CREATE TABLE elizasql.embeddings_p04 (
     dim_1024 public.vector(1024),
     dim_1536 public.vector(1536),
     dim_3072 public.vector(3072),
+    text_hash bigint,
     CONSTRAINT embeddings_dimension_check CHECK (((num_nonnulls(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072) = 1) AND
 CASE dimension
     WHEN 384 THEN (dim_384 IS NOT NULL)
@@ -1306,6 +1375,7 @@ CREATE TABLE elizasql.embeddings_p05 (
     dim_1024 public.vector(1024),
     dim_1536 public.vector(1536),
     dim_3072 public.vector(3072),
+    text_hash bigint,
     CONSTRAINT embeddings_dimension_check CHECK (((num_nonnulls(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072) = 1) AND
 CASE dimension
     WHEN 384 THEN (dim_384 IS NOT NULL)
@@ -1336,6 +1406,7 @@ CREATE TABLE elizasql.embeddings_p06 (
     dim_1024 public.vector(1024),
     dim_1536 public.vector(1536),
     dim_3072 public.vector(3072),
+    text_hash bigint,
     CONSTRAINT embeddings_dimension_check CHECK (((num_nonnulls(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072) = 1) AND
 CASE dimension
     WHEN 384 THEN (dim_384 IS NOT NULL)
@@ -1366,6 +1437,7 @@ CREATE TABLE elizasql.embeddings_p07 (
     dim_1024 public.vector(1024),
     dim_1536 public.vector(1536),
     dim_3072 public.vector(3072),
+    text_hash bigint,
     CONSTRAINT embeddings_dimension_check CHECK (((num_nonnulls(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072) = 1) AND
 CASE dimension
     WHEN 384 THEN (dim_384 IS NOT NULL)
@@ -1396,6 +1468,7 @@ CREATE TABLE elizasql.embeddings_p08 (
     dim_1024 public.vector(1024),
     dim_1536 public.vector(1536),
     dim_3072 public.vector(3072),
+    text_hash bigint,
     CONSTRAINT embeddings_dimension_check CHECK (((num_nonnulls(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072) = 1) AND
 CASE dimension
     WHEN 384 THEN (dim_384 IS NOT NULL)
@@ -1426,6 +1499,7 @@ CREATE TABLE elizasql.embeddings_p09 (
     dim_1024 public.vector(1024),
     dim_1536 public.vector(1536),
     dim_3072 public.vector(3072),
+    text_hash bigint,
     CONSTRAINT embeddings_dimension_check CHECK (((num_nonnulls(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072) = 1) AND
 CASE dimension
     WHEN 384 THEN (dim_384 IS NOT NULL)
@@ -1456,6 +1530,7 @@ CREATE TABLE elizasql.embeddings_p10 (
     dim_1024 public.vector(1024),
     dim_1536 public.vector(1536),
     dim_3072 public.vector(3072),
+    text_hash bigint,
     CONSTRAINT embeddings_dimension_check CHECK (((num_nonnulls(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072) = 1) AND
 CASE dimension
     WHEN 384 THEN (dim_384 IS NOT NULL)
@@ -1486,6 +1561,7 @@ CREATE TABLE elizasql.embeddings_p11 (
     dim_1024 public.vector(1024),
     dim_1536 public.vector(1536),
     dim_3072 public.vector(3072),
+    text_hash bigint,
     CONSTRAINT embeddings_dimension_check CHECK (((num_nonnulls(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072) = 1) AND
 CASE dimension
     WHEN 384 THEN (dim_384 IS NOT NULL)
@@ -1516,6 +1592,7 @@ CREATE TABLE elizasql.embeddings_p12 (
     dim_1024 public.vector(1024),
     dim_1536 public.vector(1536),
     dim_3072 public.vector(3072),
+    text_hash bigint,
     CONSTRAINT embeddings_dimension_check CHECK (((num_nonnulls(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072) = 1) AND
 CASE dimension
     WHEN 384 THEN (dim_384 IS NOT NULL)
@@ -1546,6 +1623,7 @@ CREATE TABLE elizasql.embeddings_p13 (
     dim_1024 public.vector(1024),
     dim_1536 public.vector(1536),
     dim_3072 public.vector(3072),
+    text_hash bigint,
     CONSTRAINT embeddings_dimension_check CHECK (((num_nonnulls(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072) = 1) AND
 CASE dimension
     WHEN 384 THEN (dim_384 IS NOT NULL)
@@ -1576,6 +1654,7 @@ CREATE TABLE elizasql.embeddings_p14 (
     dim_1024 public.vector(1024),
     dim_1536 public.vector(1536),
     dim_3072 public.vector(3072),
+    text_hash bigint,
     CONSTRAINT embeddings_dimension_check CHECK (((num_nonnulls(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072) = 1) AND
 CASE dimension
     WHEN 384 THEN (dim_384 IS NOT NULL)
@@ -1606,6 +1685,7 @@ CREATE TABLE elizasql.embeddings_p15 (
     dim_1024 public.vector(1024),
     dim_1536 public.vector(1536),
     dim_3072 public.vector(3072),
+    text_hash bigint,
     CONSTRAINT embeddings_dimension_check CHECK (((num_nonnulls(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072) = 1) AND
 CASE dimension
     WHEN 384 THEN (dim_384 IS NOT NULL)
@@ -1983,6 +2063,15 @@ CREATE TABLE elizasql.participants (
 );
 ALTER TABLE ONLY elizasql.participants ALTER COLUMN agent_id SET (n_distinct=10);
 
+CREATE TABLE elizasql.reembeddings (
+    agent_id uuid NOT NULL,
+    source smallint NOT NULL,
+    target smallint,
+    skip_missing boolean NOT NULL,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    CONSTRAINT reembeddings_target_check CHECK (((target <> source) AND (target = ANY (ARRAY[384, 512, 768, 1024, 1536, 3072]))))
+);
+
 CREATE TABLE elizasql.relationships (
     agent_id uuid NOT NULL,
     id uuid DEFAULT gen_random_uuid() NOT NULL,
@@ -2139,55 +2228,55 @@ ALTER TABLE ONLY elizasql.components
     ADD CONSTRAINT components_pkey PRIMARY KEY (agent_id, id);
 
 ALTER TABLE ONLY elizasql.embeddings
-    ADD CONSTRAINT embeddings_pkey PRIMARY KEY (agent_id, memory_id);
+    ADD CONSTRAINT embeddings_pkey PRIMARY KEY (agent_id, memory_id, dimension);
 
 ALTER TABLE ONLY elizasql.embeddings_p00
-    ADD CONSTRAINT embeddings_p00_pkey PRIMARY KEY (agent_id, memory_id);
+    ADD CONSTRAINT embeddings_p00_pkey PRIMARY KEY (agent_id, memory_id, dimension);
 
 ALTER TABLE ONLY elizasql.embeddings_p01
-    ADD CONSTRAINT embeddings_p01_pkey PRIMARY KEY (agent_id, memory_id);
+    ADD CONSTRAINT embeddings_p01_pkey PRIMARY KEY (agent_id, memory_id, dimension);
 
 ALTER TABLE ONLY elizasql.embeddings_p02
-    ADD CONSTRAINT embeddings_p02_pkey PRIMARY KEY (agent_id, memory_id);
+    ADD CONSTRAINT embeddings_p02_pkey PRIMARY KEY (agent_id, memory_id, dimension);
 
 ALTER TABLE ONLY elizasql.embeddings_p03
-    ADD CONSTRAINT embeddings_p03_pkey PRIMARY KEY (agent_id, memory_id);
+    ADD CONSTRAINT embeddings_p03_pkey PRIMARY KEY (agent_id, memory_id, dimension);
 
 ALTER TABLE ONLY elizasql.embeddings_p04
-    ADD CONSTRAINT embeddings_p04_pkey PRIMARY KEY (agent_id, memory_id);
+    ADD CONSTRAINT embeddings_p04_pkey PRIMARY KEY (agent_id, memory_id, dimension);
 
 ALTER TABLE ONLY elizasql.embeddings_p05
-    ADD CONSTRAINT embeddings_p05_pkey PRIMARY KEY (agent_id, memory_id);
+    ADD CONSTRAINT embeddings_p05_pkey PRIMARY KEY (agent_id, memory_id, dimension);
 
 ALTER TABLE ONLY elizasql.embeddings_p06
-    ADD CONSTRAINT embeddings_p06_pkey PRIMARY KEY (agent_id, memory_id);
+    ADD CONSTRAINT embeddings_p06_pkey PRIMARY KEY (agent_id, memory_id, dimension);
 
 ALTER TABLE ONLY elizasql.embeddings_p07
-    ADD CONSTRAINT embeddings_p07_pkey PRIMARY KEY (agent_id, memory_id);
+    ADD CONSTRAINT embeddings_p07_pkey PRIMARY KEY (agent_id, memory_id, dimension);
 
 ALTER TABLE ONLY elizasql.embeddings_p08
-    ADD CONSTRAINT embeddings_p08_pkey PRIMARY KEY (agent_id, memory_id);
+    ADD CONSTRAINT embeddings_p08_pkey PRIMARY KEY (agent_id, memory_id, dimension);
 
 ALTER TABLE ONLY elizasql.embeddings_p09
-    ADD CONSTRAINT embeddings_p09_pkey PRIMARY KEY (agent_id, memory_id);
+    ADD CONSTRAINT embeddings_p09_pkey PRIMARY KEY (agent_id, memory_id, dimension);
 
 ALTER TABLE ONLY elizasql.embeddings_p10
-    ADD CONSTRAINT embeddings_p10_pkey PRIMARY KEY (agent_id, memory_id);
+    ADD CONSTRAINT embeddings_p10_pkey PRIMARY KEY (agent_id, memory_id, dimension);
 
 ALTER TABLE ONLY elizasql.embeddings_p11
-    ADD CONSTRAINT embeddings_p11_pkey PRIMARY KEY (agent_id, memory_id);
+    ADD CONSTRAINT embeddings_p11_pkey PRIMARY KEY (agent_id, memory_id, dimension);
 
 ALTER TABLE ONLY elizasql.embeddings_p12
-    ADD CONSTRAINT embeddings_p12_pkey PRIMARY KEY (agent_id, memory_id);
+    ADD CONSTRAINT embeddings_p12_pkey PRIMARY KEY (agent_id, memory_id, dimension);
 
 ALTER TABLE ONLY elizasql.embeddings_p13
-    ADD CONSTRAINT embeddings_p13_pkey PRIMARY KEY (agent_id, memory_id);
+    ADD CONSTRAINT embeddings_p13_pkey PRIMARY KEY (agent_id, memory_id, dimension);
 
 ALTER TABLE ONLY elizasql.embeddings_p14
-    ADD CONSTRAINT embeddings_p14_pkey PRIMARY KEY (agent_id, memory_id);
+    ADD CONSTRAINT embeddings_p14_pkey PRIMARY KEY (agent_id, memory_id, dimension);
 
 ALTER TABLE ONLY elizasql.embeddings_p15
-    ADD CONSTRAINT embeddings_p15_pkey PRIMARY KEY (agent_id, memory_id);
+    ADD CONSTRAINT embeddings_p15_pkey PRIMARY KEY (agent_id, memory_id, dimension);
 
 ALTER TABLE ONLY elizasql.entities
     ADD CONSTRAINT entities_pkey PRIMARY KEY (agent_id, id);
@@ -2275,6 +2364,9 @@ ALTER TABLE ONLY elizasql.participants
 
 ALTER TABLE ONLY elizasql.participants
     ADD CONSTRAINT participants_pkey PRIMARY KEY (agent_id, room_id, entity_id);
+
+ALTER TABLE ONLY elizasql.reembeddings
+    ADD CONSTRAINT reembeddings_pkey PRIMARY KEY (agent_id);
 
 ALTER TABLE ONLY elizasql.relationships
     ADD CONSTRAINT relationships_pair_key UNIQUE (agent_id, source_entity_id, target_entity_id);
@@ -3431,6 +3523,10 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p15_pkey;
 
 CREATE TRIGGER agents_embedding_dimension_locked BEFORE UPDATE OF embedding_dimension ON elizasql.agents FOR EACH ROW WHEN (((old.embedding_dimension IS NOT NULL) AND (new.embedding_dimension IS DISTINCT FROM old.embedding_dimension))) EXECUTE FUNCTION elizasql.refuse_dimension_change();
 
+CREATE TRIGGER embeddings_check_changed BEFORE UPDATE OF agent_id, dimension ON elizasql.embeddings FOR EACH ROW WHEN (((old.agent_id IS DISTINCT FROM new.agent_id) OR (old.dimension IS DISTINCT FROM new.dimension))) EXECUTE FUNCTION elizasql.check_dimension();
+
+CREATE TRIGGER embeddings_check_new BEFORE INSERT ON elizasql.embeddings FOR EACH ROW EXECUTE FUNCTION elizasql.check_dimension();
+
 CREATE TRIGGER embeddings_stamp_changed BEFORE UPDATE OF agent_id, memory_id, type, room_id, world_id, entity_id, "unique", dimension, xid, dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072 ON elizasql.embeddings FOR EACH ROW WHEN ((new.xid IS DISTINCT FROM pg_current_xact_id())) EXECUTE FUNCTION elizasql.stamp_embedding();
 
 ALTER TABLE elizasql.embeddings ENABLE ALWAYS TRIGGER embeddings_stamp_changed;
@@ -3471,9 +3567,6 @@ ALTER TABLE ONLY elizasql.components
 
 ALTER TABLE ONLY elizasql.components
     ADD CONSTRAINT components_world_fkey FOREIGN KEY (agent_id, world_id) REFERENCES elizasql.worlds(agent_id, id) ON DELETE CASCADE;
-
-ALTER TABLE elizasql.embeddings
-    ADD CONSTRAINT embeddings_dimension_fkey FOREIGN KEY (agent_id, dimension) REFERENCES elizasql.agents(id, embedding_dimension) ON DELETE CASCADE;
 
 ALTER TABLE ONLY elizasql.embeddings_p00
     ADD CONSTRAINT embeddings_memory_fkey FOREIGN KEY (agent_id, memory_id) REFERENCES elizasql.memories_p00(agent_id, id) ON DELETE CASCADE;
@@ -3570,6 +3663,9 @@ ALTER TABLE ONLY elizasql.participants
 
 ALTER TABLE ONLY elizasql.participants
     ADD CONSTRAINT participants_room_fkey FOREIGN KEY (agent_id, room_id) REFERENCES elizasql.rooms(agent_id, id) ON DELETE CASCADE;
+
+ALTER TABLE ONLY elizasql.reembeddings
+    ADD CONSTRAINT reembeddings_agent_fkey FOREIGN KEY (agent_id) REFERENCES elizasql.agents(id) ON DELETE CASCADE;
 
 ALTER TABLE ONLY elizasql.relationships
     ADD CONSTRAINT relationships_source_fkey FOREIGN KEY (agent_id, source_entity_id) REFERENCES elizasql.entities(agent_id, id) ON DELETE CASCADE;

@@ -30,7 +30,9 @@ SELECT
     (SELECT count(*) FROM elizasql.rooms AS r WHERE r.agent_id = a.id) AS rooms,
     (SELECT count(*) FROM elizasql.entities AS e WHERE e.agent_id = a.id) AS entities,
     (SELECT count(*) FROM elizasql.memories AS m WHERE m.agent_id = a.id) AS memories,
-    (SELECT count(*) FROM elizasql.embeddings AS v WHERE v.agent_id = a.id) AS embeddings,
+    (
+        SELECT count(*) FROM elizasql.embeddings AS v WHERE v.agent_id = a.id AND v.dimension = a.embedding_dimension
+    ) AS embeddings,
     (SELECT count(*) FROM elizasql.embeddings AS v WHERE v.agent_id = a.id AND NOT v.indexed) AS tail,
     (SELECT count(*) FROM elizasql.tasks AS t WHERE t.agent_id = a.id) AS tasks,
     (SELECT count(*) FROM elizasql.logs AS l WHERE l.agent_id = a.id) AS logs
@@ -43,7 +45,12 @@ SELECT
     m.type,
     count(*) AS memories,
     count(*) FILTER (WHERE NOT m."unique") AS duplicates,
-    (SELECT count(*) FROM elizasql.embeddings AS v WHERE v.agent_id = :agent_id AND v.type = m.type) AS embeddings,
+    (
+        SELECT count(*) FROM elizasql.embeddings AS v
+        WHERE
+            v.agent_id = :agent_id AND v.type = m.type
+            AND v.dimension = (SELECT a.embedding_dimension FROM elizasql.agents AS a WHERE a.id = :agent_id)
+    ) AS embeddings,
     min(m.created_at) AS oldest,
     max(m.created_at) AS newest
 FROM elizasql.memories AS m
@@ -137,10 +144,21 @@ SELECT
     a.id,
     a.name,
     (SELECT count(*) FROM elizasql.embeddings AS v WHERE v.agent_id = a.id AND NOT v.indexed) AS tail,
-    (SELECT count(*) FROM elizasql.embeddings AS v WHERE v.agent_id = a.id) AS embeddings
+    (
+        SELECT count(*) FROM elizasql.embeddings AS v WHERE v.agent_id = a.id AND v.dimension = a.embedding_dimension
+    ) AS embeddings
 FROM elizasql.agents AS a
 WHERE a.embedding_dimension IS NOT NULL
 ORDER BY tail DESC, a.id ASC;
+
+-- name: list_reembeddings()
+-- The moves to another width that are under way; target NULL: only what is not in force any more is left to drop.
+SELECT
+    r.agent_id,
+    r.source,
+    r.target
+FROM elizasql.reembeddings AS r
+ORDER BY r.agent_id;
 
 -- name: list_long_transactions(seconds)
 -- Transactions that have been open for long, with their state; vacuum removes nothing that they could still see.
@@ -160,7 +178,9 @@ SELECT
     count(*) AS vectors,
     count(*) FILTER (WHERE indexed) AS indexed
 FROM elizasql.embeddings
-WHERE agent_id = :agent_id
+WHERE
+    agent_id = :agent_id
+    AND dimension = (SELECT a.embedding_dimension FROM elizasql.agents AS a WHERE a.id = :agent_id)
 GROUP BY type
 ORDER BY vectors DESC, type ASC
 LIMIT 1;
@@ -170,7 +190,9 @@ SELECT
     count(*) AS vectors,
     count(*) FILTER (WHERE indexed) AS indexed
 FROM elizasql.embeddings
-WHERE agent_id = :agent_id AND type = :type;
+WHERE
+    agent_id = :agent_id AND type = :type
+    AND dimension = (SELECT a.embedding_dimension FROM elizasql.agents AS a WHERE a.id = :agent_id);
 
 -- name: sample_embeddings(agent_id, type, count)
 -- Vectors of the agent, chosen by chance.
@@ -179,21 +201,21 @@ SELECT
     e.dim_384 AS embedding
 FROM (
     SELECT memory_id FROM elizasql.embeddings
-    WHERE agent_id = :agent_id AND type = :type
+    WHERE agent_id = :agent_id AND type = :type AND dimension = 384
     ORDER BY random()
     LIMIT :count
 ) AS chosen
 INNER JOIN elizasql.embeddings AS e ON chosen.memory_id = e.memory_id
-WHERE e.agent_id = :agent_id;
+WHERE e.agent_id = :agent_id AND e.dimension = 384;
 
 -- name: get_embedding(agent_id, memory_id)$
 SELECT dim_384 FROM elizasql.embeddings
-WHERE agent_id = :agent_id AND memory_id = :memory_id;
+WHERE agent_id = :agent_id AND memory_id = :memory_id AND dimension = 384;
 
 -- name: search_exactly(agent_id, type, embedding, count)
 -- The cosine similarities of the nearest vectors. No index serves this order: HNSW holds halfvec.
 SELECT (1 - (dim_384 <=> :embedding))::double precision AS similarity
 FROM elizasql.embeddings
-WHERE agent_id = :agent_id AND type = :type
+WHERE agent_id = :agent_id AND type = :type AND dimension = 384
 ORDER BY dim_384 <=> :embedding
 LIMIT :count;

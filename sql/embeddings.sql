@@ -13,6 +13,10 @@
 -- statements measure the scope first, which costs 0.1 us a row: up to 2,000 rows, or up to 20,000 that are less than a
 -- third of the graph, are scanned exactly through the b-tree. Whatever was chosen, when HNSW yields fewer rows than asked
 -- for, the same statement scans the scope exactly: never fewer than min(count, matches) rows.
+--
+-- While an agent moves to another width there are rows of both. A search reads those of its own, and is refused where
+-- that is not the width in force: one look at the agent's row, in the snapshot of the search. Rows of both are counted,
+-- where only the order of magnitude is asked for.
 
 -- name: search_memories(embedding, agent_id, type, only_unique, threshold, count, candidates, include_embedding)
 -- The nearest memories of a type, over everything that the agent has; and whether HNSW was the way.
@@ -52,6 +56,7 @@ nearest AS MATERIALIZED (
         FROM elizasql.embeddings
         WHERE
             agent_id = :agent_id AND type = :type
+            AND dimension = 384
             AND ("unique" OR NOT :only_unique)
             AND indexed
             AND (SELECT choice.by_hnsw FROM choice)
@@ -65,6 +70,7 @@ nearest AS MATERIALIZED (
     FROM elizasql.embeddings
     WHERE
         agent_id = :agent_id AND type = :type
+        AND dimension = 384
         AND ("unique" OR NOT :only_unique)
         AND NOT indexed
         AND (SELECT choice.by_hnsw FROM choice)
@@ -91,6 +97,7 @@ best AS (
         FROM elizasql.embeddings
         WHERE
             agent_id = :agent_id AND type = :type
+            AND dimension = 384
             AND ("unique" OR NOT :only_unique)
             AND NOT (SELECT enough.yes FROM enough)
     ) AS ranked
@@ -101,7 +108,8 @@ best AS (
 SELECT
     m.id, m.entity_id, m.agent_id, m.room_id, m.world_id, m.type, m.content, m.metadata, m."unique", m.created_at,
     CASE WHEN :include_embedding THEN (
-        SELECT e.dim_384 FROM elizasql.embeddings AS e WHERE e.agent_id = :agent_id AND e.memory_id = m.id
+        SELECT e.dim_384 FROM elizasql.embeddings AS e
+        WHERE e.agent_id = :agent_id AND e.memory_id = m.id AND e.dimension = 384
     ) END AS embedding,
     1 - best.distance AS similarity,
     (SELECT choice.by_hnsw FROM choice) AS by_hnsw
@@ -112,7 +120,17 @@ CROSS JOIN
         WHERE of_id.agent_id = :agent_id AND of_id.id = best.memory_id
         LIMIT 1
     ) AS m
-WHERE :threshold::double precision IS NULL OR 1 - best.distance >= :threshold
+WHERE
+    (
+        SELECT
+            CASE
+                WHEN a.embedding_dimension = 384 THEN TRUE
+                ELSE elizasql.refuse_dimension(a.id, a.embedding_dimension, 384)
+            END
+        FROM elizasql.agents AS a
+        WHERE a.id = :agent_id
+    )
+    AND (:threshold::double precision IS NULL OR 1 - best.distance >= :threshold)
 ORDER BY best.distance, m.id;
 
 -- name: search_memories_by_hnsw(embedding, agent_id, type, only_unique, threshold, count, candidates, include_embedding)
@@ -128,6 +146,7 @@ WITH nearest AS MATERIALIZED (
         FROM elizasql.embeddings
         WHERE
             agent_id = :agent_id AND type = :type
+            AND dimension = 384
             AND ("unique" OR NOT :only_unique)
             AND indexed
         ORDER BY dim_384::halfvec(384) <=> :embedding::vector::halfvec(384)
@@ -140,6 +159,7 @@ WITH nearest AS MATERIALIZED (
     FROM elizasql.embeddings
     WHERE
         agent_id = :agent_id AND type = :type
+        AND dimension = 384
         AND ("unique" OR NOT :only_unique)
         AND NOT indexed
 ),
@@ -165,6 +185,7 @@ best AS (
         FROM elizasql.embeddings
         WHERE
             agent_id = :agent_id AND type = :type
+            AND dimension = 384
             AND ("unique" OR NOT :only_unique)
             AND NOT (SELECT enough.yes FROM enough)
     ) AS ranked
@@ -175,7 +196,8 @@ best AS (
 SELECT
     m.id, m.entity_id, m.agent_id, m.room_id, m.world_id, m.type, m.content, m.metadata, m."unique", m.created_at,
     CASE WHEN :include_embedding THEN (
-        SELECT e.dim_384 FROM elizasql.embeddings AS e WHERE e.agent_id = :agent_id AND e.memory_id = m.id
+        SELECT e.dim_384 FROM elizasql.embeddings AS e
+        WHERE e.agent_id = :agent_id AND e.memory_id = m.id AND e.dimension = 384
     ) END AS embedding,
     1 - best.distance AS similarity
 FROM best
@@ -185,7 +207,17 @@ CROSS JOIN
         WHERE of_id.agent_id = :agent_id AND of_id.id = best.memory_id
         LIMIT 1
     ) AS m
-WHERE :threshold::double precision IS NULL OR 1 - best.distance >= :threshold
+WHERE
+    (
+        SELECT
+            CASE
+                WHEN a.embedding_dimension = 384 THEN TRUE
+                ELSE elizasql.refuse_dimension(a.id, a.embedding_dimension, 384)
+            END
+        FROM elizasql.agents AS a
+        WHERE a.id = :agent_id
+    )
+    AND (:threshold::double precision IS NULL OR 1 - best.distance >= :threshold)
 ORDER BY best.distance, m.id;
 
 -- name: search_memories_of_room(embedding, agent_id, type, room_id, entity_id, world_id, only_unique, threshold, count, candidates, include_embedding)
@@ -226,6 +258,7 @@ nearest AS MATERIALIZED (
         FROM elizasql.embeddings
         WHERE
             agent_id = :agent_id AND room_id = :room_id AND type = :type
+            AND dimension = 384
             AND (:entity_id::uuid IS NULL OR entity_id = :entity_id)
             AND (:world_id::uuid IS NULL OR world_id = :world_id)
             AND ("unique" OR NOT :only_unique)
@@ -241,6 +274,7 @@ nearest AS MATERIALIZED (
     FROM elizasql.embeddings
     WHERE
         agent_id = :agent_id AND room_id = :room_id AND type = :type
+        AND dimension = 384
         AND (:entity_id::uuid IS NULL OR entity_id = :entity_id)
         AND (:world_id::uuid IS NULL OR world_id = :world_id)
         AND ("unique" OR NOT :only_unique)
@@ -269,6 +303,7 @@ best AS (
         FROM elizasql.embeddings
         WHERE
             agent_id = :agent_id AND room_id = :room_id AND type = :type
+            AND dimension = 384
             AND (:entity_id::uuid IS NULL OR entity_id = :entity_id)
             AND (:world_id::uuid IS NULL OR world_id = :world_id)
             AND ("unique" OR NOT :only_unique)
@@ -281,7 +316,8 @@ best AS (
 SELECT
     m.id, m.entity_id, m.agent_id, m.room_id, m.world_id, m.type, m.content, m.metadata, m."unique", m.created_at,
     CASE WHEN :include_embedding THEN (
-        SELECT e.dim_384 FROM elizasql.embeddings AS e WHERE e.agent_id = :agent_id AND e.memory_id = m.id
+        SELECT e.dim_384 FROM elizasql.embeddings AS e
+        WHERE e.agent_id = :agent_id AND e.memory_id = m.id AND e.dimension = 384
     ) END AS embedding,
     1 - best.distance AS similarity
 FROM best
@@ -291,7 +327,17 @@ CROSS JOIN
         WHERE of_id.agent_id = :agent_id AND of_id.id = best.memory_id
         LIMIT 1
     ) AS m
-WHERE :threshold::double precision IS NULL OR 1 - best.distance >= :threshold
+WHERE
+    (
+        SELECT
+            CASE
+                WHEN a.embedding_dimension = 384 THEN TRUE
+                ELSE elizasql.refuse_dimension(a.id, a.embedding_dimension, 384)
+            END
+        FROM elizasql.agents AS a
+        WHERE a.id = :agent_id
+    )
+    AND (:threshold::double precision IS NULL OR 1 - best.distance >= :threshold)
 ORDER BY best.distance, m.id;
 
 -- name: search_memories_of_entity(embedding, agent_id, type, entity_id, world_id, only_unique, threshold, count, candidates, include_embedding)
@@ -332,6 +378,7 @@ nearest AS MATERIALIZED (
         FROM elizasql.embeddings
         WHERE
             agent_id = :agent_id AND entity_id = :entity_id AND type = :type
+            AND dimension = 384
             AND (:world_id::uuid IS NULL OR world_id = :world_id)
             AND ("unique" OR NOT :only_unique)
             AND indexed
@@ -346,6 +393,7 @@ nearest AS MATERIALIZED (
     FROM elizasql.embeddings
     WHERE
         agent_id = :agent_id AND entity_id = :entity_id AND type = :type
+        AND dimension = 384
         AND (:world_id::uuid IS NULL OR world_id = :world_id)
         AND ("unique" OR NOT :only_unique)
         AND NOT indexed
@@ -373,6 +421,7 @@ best AS (
         FROM elizasql.embeddings
         WHERE
             agent_id = :agent_id AND entity_id = :entity_id AND type = :type
+            AND dimension = 384
             AND (:world_id::uuid IS NULL OR world_id = :world_id)
             AND ("unique" OR NOT :only_unique)
             AND NOT (SELECT enough.yes FROM enough)
@@ -384,7 +433,8 @@ best AS (
 SELECT
     m.id, m.entity_id, m.agent_id, m.room_id, m.world_id, m.type, m.content, m.metadata, m."unique", m.created_at,
     CASE WHEN :include_embedding THEN (
-        SELECT e.dim_384 FROM elizasql.embeddings AS e WHERE e.agent_id = :agent_id AND e.memory_id = m.id
+        SELECT e.dim_384 FROM elizasql.embeddings AS e
+        WHERE e.agent_id = :agent_id AND e.memory_id = m.id AND e.dimension = 384
     ) END AS embedding,
     1 - best.distance AS similarity
 FROM best
@@ -394,7 +444,17 @@ CROSS JOIN
         WHERE of_id.agent_id = :agent_id AND of_id.id = best.memory_id
         LIMIT 1
     ) AS m
-WHERE :threshold::double precision IS NULL OR 1 - best.distance >= :threshold
+WHERE
+    (
+        SELECT
+            CASE
+                WHEN a.embedding_dimension = 384 THEN TRUE
+                ELSE elizasql.refuse_dimension(a.id, a.embedding_dimension, 384)
+            END
+        FROM elizasql.agents AS a
+        WHERE a.id = :agent_id
+    )
+    AND (:threshold::double precision IS NULL OR 1 - best.distance >= :threshold)
 ORDER BY best.distance, m.id;
 
 -- name: search_memories_of_world(embedding, agent_id, type, world_id, only_unique, threshold, count, candidates, include_embedding)
@@ -435,6 +495,7 @@ nearest AS MATERIALIZED (
         FROM elizasql.embeddings
         WHERE
             agent_id = :agent_id AND world_id = :world_id AND type = :type
+            AND dimension = 384
             AND ("unique" OR NOT :only_unique)
             AND indexed
             AND (SELECT choice.by_hnsw FROM choice)
@@ -448,6 +509,7 @@ nearest AS MATERIALIZED (
     FROM elizasql.embeddings
     WHERE
         agent_id = :agent_id AND world_id = :world_id AND type = :type
+        AND dimension = 384
         AND ("unique" OR NOT :only_unique)
         AND NOT indexed
         AND (SELECT choice.by_hnsw FROM choice)
@@ -474,6 +536,7 @@ best AS (
         FROM elizasql.embeddings
         WHERE
             agent_id = :agent_id AND world_id = :world_id AND type = :type
+            AND dimension = 384
             AND ("unique" OR NOT :only_unique)
             AND NOT (SELECT enough.yes FROM enough)
     ) AS ranked
@@ -484,7 +547,8 @@ best AS (
 SELECT
     m.id, m.entity_id, m.agent_id, m.room_id, m.world_id, m.type, m.content, m.metadata, m."unique", m.created_at,
     CASE WHEN :include_embedding THEN (
-        SELECT e.dim_384 FROM elizasql.embeddings AS e WHERE e.agent_id = :agent_id AND e.memory_id = m.id
+        SELECT e.dim_384 FROM elizasql.embeddings AS e
+        WHERE e.agent_id = :agent_id AND e.memory_id = m.id AND e.dimension = 384
     ) END AS embedding,
     1 - best.distance AS similarity
 FROM best
@@ -494,7 +558,17 @@ CROSS JOIN
         WHERE of_id.agent_id = :agent_id AND of_id.id = best.memory_id
         LIMIT 1
     ) AS m
-WHERE :threshold::double precision IS NULL OR 1 - best.distance >= :threshold
+WHERE
+    (
+        SELECT
+            CASE
+                WHEN a.embedding_dimension = 384 THEN TRUE
+                ELSE elizasql.refuse_dimension(a.id, a.embedding_dimension, 384)
+            END
+        FROM elizasql.agents AS a
+        WHERE a.id = :agent_id
+    )
+    AND (:threshold::double precision IS NULL OR 1 - best.distance >= :threshold)
 ORDER BY best.distance, m.id;
 
 -- name: lock_embedding_dimension(agent_id, dimension)$
@@ -511,7 +585,9 @@ SELECT embedding_dimension FROM elizasql.agents WHERE id = :agent_id;
 -- name: index_embeddings(agent_id, batch_size)$
 -- Moves up to batch_size vectors of the tail into the HNSW index; gives their number. Several may run at once.
 WITH batch AS (
-    SELECT memory_id
+    SELECT
+        memory_id,
+        dimension
     FROM elizasql.embeddings
     WHERE agent_id = :agent_id AND NOT indexed
     LIMIT :batch_size::bigint
@@ -521,7 +597,9 @@ WITH batch AS (
 moved AS (
     UPDATE elizasql.embeddings
     SET indexed = TRUE
-    WHERE agent_id = :agent_id AND memory_id = any(array(SELECT memory_id FROM batch))
+    WHERE
+        agent_id = :agent_id AND memory_id = any(array(SELECT memory_id FROM batch))
+        AND (memory_id, dimension) IN (SELECT batch.memory_id, batch.dimension FROM batch)
     RETURNING 1
 )
 

@@ -1,6 +1,7 @@
 -- Memories: what an agent said, heard, read and knows. Columns of a memory, in the order of elizasql.models.Memory:
 -- id, entity_id, agent_id, room_id, world_id, type, content, metadata, "unique", created_at, embedding.
--- A read takes the embedding from a sub-select that runs only when it is asked for. Order is total everywhere.
+-- A read takes the embedding from a sub-select that runs only when it is asked for, and takes the one of the width in
+-- force, whichever that is. Order is total everywhere.
 -- One statement per access path: with a generic plan, "(:room_id IS NULL OR room_id = :room_id)" would scan the table.
 
 -- name: create_memory(agent_id, id, type, created_at, content, entity_id, room_id, world_id, is_unique, metadata)!
@@ -233,10 +234,9 @@ SELECT
 FROM given AS g
 INNER JOIN stored ON g.id = stored.id
 WHERE g.embedding IS NOT NULL
-ON CONFLICT (agent_id, memory_id) DO UPDATE
+ON CONFLICT (agent_id, memory_id, dimension) DO UPDATE
     SET
         "unique" = excluded."unique",
-        dimension = excluded.dimension,
         indexed = excluded.indexed,
         xid = pg_current_xact_id(),
         dim_384 = excluded.dim_384;
@@ -276,9 +276,8 @@ embedded AS (
     FROM given AS g
     INNER JOIN updated ON g.id = updated.id
     WHERE g.embedding IS NOT NULL
-    ON CONFLICT (agent_id, memory_id) DO UPDATE
+    ON CONFLICT (agent_id, memory_id, dimension) DO UPDATE
         SET
-            dimension = excluded.dimension,
             indexed = excluded.indexed,
             xid = pg_current_xact_id(),
             dim_384 = excluded.dim_384
@@ -295,7 +294,11 @@ HAVING count(*) > 0;
 SELECT
     id, entity_id, agent_id, room_id, world_id, type, content, metadata, "unique", created_at,
     CASE WHEN :include_embedding THEN (
-        SELECT e.dim_384 FROM elizasql.embeddings AS e WHERE e.agent_id = :agent_id AND e.memory_id = m.id
+        SELECT coalesce(e.dim_384, e.dim_512, e.dim_768, e.dim_1024, e.dim_1536, e.dim_3072)
+        FROM elizasql.embeddings AS e
+        WHERE
+            e.agent_id = :agent_id AND e.memory_id = m.id
+            AND e.dimension = (SELECT a.embedding_dimension FROM elizasql.agents AS a WHERE a.id = :agent_id)
     ) END AS embedding
 FROM elizasql.memories AS m
 WHERE agent_id = :agent_id AND id = :id;
@@ -305,7 +308,11 @@ WHERE agent_id = :agent_id AND id = :id;
 SELECT
     id, entity_id, agent_id, room_id, world_id, type, content, metadata, "unique", created_at,
     CASE WHEN :include_embedding THEN (
-        SELECT e.dim_384 FROM elizasql.embeddings AS e WHERE e.agent_id = :agent_id AND e.memory_id = m.id
+        SELECT coalesce(e.dim_384, e.dim_512, e.dim_768, e.dim_1024, e.dim_1536, e.dim_3072)
+        FROM elizasql.embeddings AS e
+        WHERE
+            e.agent_id = :agent_id AND e.memory_id = m.id
+            AND e.dimension = (SELECT a.embedding_dimension FROM elizasql.agents AS a WHERE a.id = :agent_id)
     ) END AS embedding
 FROM elizasql.memories AS m
 WHERE agent_id = :agent_id AND id = ANY(:ids::uuid[]) AND (:type::text IS NULL OR type = :type)
@@ -316,7 +323,11 @@ ORDER BY created_at DESC, id DESC;
 SELECT
     m.id, m.entity_id, m.agent_id, m.room_id, m.world_id, m.type, m.content, m.metadata, m."unique", m.created_at,
     CASE WHEN :include_embedding THEN (
-        SELECT e.dim_384 FROM elizasql.embeddings AS e WHERE e.agent_id = :agent_id AND e.memory_id = m.id
+        SELECT coalesce(e.dim_384, e.dim_512, e.dim_768, e.dim_1024, e.dim_1536, e.dim_3072)
+        FROM elizasql.embeddings AS e
+        WHERE
+            e.agent_id = :agent_id AND e.memory_id = m.id
+            AND e.dimension = (SELECT a.embedding_dimension FROM elizasql.agents AS a WHERE a.id = :agent_id)
     ) END AS embedding
 FROM unnest(:room_ids::uuid[]) AS room (id)
 CROSS JOIN
@@ -369,7 +380,11 @@ newest AS (
 SELECT
     m.id, m.entity_id, m.agent_id, m.room_id, m.world_id, m.type, m.content, m.metadata, m."unique", m.created_at,
     CASE WHEN :include_embedding THEN (
-        SELECT e.dim_384 FROM elizasql.embeddings AS e WHERE e.agent_id = :agent_id AND e.memory_id = m.id
+        SELECT coalesce(e.dim_384, e.dim_512, e.dim_768, e.dim_1024, e.dim_1536, e.dim_3072)
+        FROM elizasql.embeddings AS e
+        WHERE
+            e.agent_id = :agent_id AND e.memory_id = m.id
+            AND e.dimension = (SELECT a.embedding_dimension FROM elizasql.agents AS a WHERE a.id = :agent_id)
     ) END AS embedding
 FROM newest
 CROSS JOIN
@@ -386,7 +401,11 @@ ORDER BY m.created_at DESC, m.id DESC;
 SELECT
     id, entity_id, agent_id, room_id, world_id, type, content, metadata, "unique", created_at,
     CASE WHEN :include_embedding THEN (
-        SELECT e.dim_384 FROM elizasql.embeddings AS e WHERE e.agent_id = :agent_id AND e.memory_id = m.id
+        SELECT coalesce(e.dim_384, e.dim_512, e.dim_768, e.dim_1024, e.dim_1536, e.dim_3072)
+        FROM elizasql.embeddings AS e
+        WHERE
+            e.agent_id = :agent_id AND e.memory_id = m.id
+            AND e.dimension = (SELECT a.embedding_dimension FROM elizasql.agents AS a WHERE a.id = :agent_id)
     ) END AS embedding
 FROM elizasql.memories AS m
 WHERE
@@ -416,7 +435,11 @@ LIMIT
 SELECT
     id, entity_id, agent_id, room_id, world_id, type, content, metadata, "unique", created_at,
     CASE WHEN :include_embedding THEN (
-        SELECT e.dim_384 FROM elizasql.embeddings AS e WHERE e.agent_id = :agent_id AND e.memory_id = m.id
+        SELECT coalesce(e.dim_384, e.dim_512, e.dim_768, e.dim_1024, e.dim_1536, e.dim_3072)
+        FROM elizasql.embeddings AS e
+        WHERE
+            e.agent_id = :agent_id AND e.memory_id = m.id
+            AND e.dimension = (SELECT a.embedding_dimension FROM elizasql.agents AS a WHERE a.id = :agent_id)
     ) END AS embedding
 FROM elizasql.memories AS m
 WHERE
@@ -448,7 +471,11 @@ LIMIT
 SELECT
     id, entity_id, agent_id, room_id, world_id, type, content, metadata, "unique", created_at,
     CASE WHEN :include_embedding THEN (
-        SELECT e.dim_384 FROM elizasql.embeddings AS e WHERE e.agent_id = :agent_id AND e.memory_id = m.id
+        SELECT coalesce(e.dim_384, e.dim_512, e.dim_768, e.dim_1024, e.dim_1536, e.dim_3072)
+        FROM elizasql.embeddings AS e
+        WHERE
+            e.agent_id = :agent_id AND e.memory_id = m.id
+            AND e.dimension = (SELECT a.embedding_dimension FROM elizasql.agents AS a WHERE a.id = :agent_id)
     ) END AS embedding
 FROM elizasql.memories AS m
 WHERE
@@ -479,7 +506,11 @@ LIMIT
 SELECT
     id, entity_id, agent_id, room_id, world_id, type, content, metadata, "unique", created_at,
     CASE WHEN :include_embedding THEN (
-        SELECT e.dim_384 FROM elizasql.embeddings AS e WHERE e.agent_id = :agent_id AND e.memory_id = m.id
+        SELECT coalesce(e.dim_384, e.dim_512, e.dim_768, e.dim_1024, e.dim_1536, e.dim_3072)
+        FROM elizasql.embeddings AS e
+        WHERE
+            e.agent_id = :agent_id AND e.memory_id = m.id
+            AND e.dimension = (SELECT a.embedding_dimension FROM elizasql.agents AS a WHERE a.id = :agent_id)
     ) END AS embedding
 FROM elizasql.memories AS m
 WHERE
@@ -607,36 +638,48 @@ SELECT count(*) FROM deleted;
 SELECT
     m.id,
     m.content ->> 'text' AS text,
-    CASE WHEN count(*) OVER () <= :most::bigint THEN e.dim_384 END AS embedding
+    CASE
+        WHEN count(*) OVER () <= :most::bigint
+            THEN coalesce(e.dim_384, e.dim_512, e.dim_768, e.dim_1024, e.dim_1536, e.dim_3072)
+    END AS embedding
 FROM elizasql.memories AS m
 INNER JOIN elizasql.embeddings AS e ON m.agent_id = e.agent_id AND m.id = e.memory_id
 WHERE
     m.agent_id = :agent_id AND m.type = :type AND m.content ? 'text'
     AND length(m.content ->> 'text') BETWEEN :lengths_from::integer AND :lengths_to::integer
-    AND e.agent_id = :agent_id AND e.dim_384 IS NOT NULL;
+    AND e.agent_id = :agent_id
+    AND e.dimension = (SELECT a.embedding_dimension FROM elizasql.agents AS a WHERE a.id = :agent_id);
 
 -- name: get_cached_embeddings_by_content(agent_id, type, key, lengths_from, lengths_to, most)
 -- As get_cached_embeddings, for another key of the content; no index on its length.
 SELECT
     m.id,
     m.content ->> :key AS text,
-    CASE WHEN count(*) OVER () <= :most::bigint THEN e.dim_384 END AS embedding
+    CASE
+        WHEN count(*) OVER () <= :most::bigint
+            THEN coalesce(e.dim_384, e.dim_512, e.dim_768, e.dim_1024, e.dim_1536, e.dim_3072)
+    END AS embedding
 FROM elizasql.memories AS m
 INNER JOIN elizasql.embeddings AS e ON m.agent_id = e.agent_id AND m.id = e.memory_id
 WHERE
     m.agent_id = :agent_id AND m.type = :type
     AND length(m.content ->> :key) BETWEEN :lengths_from::integer AND :lengths_to::integer
-    AND e.agent_id = :agent_id AND e.dim_384 IS NOT NULL;
+    AND e.agent_id = :agent_id
+    AND e.dimension = (SELECT a.embedding_dimension FROM elizasql.agents AS a WHERE a.id = :agent_id);
 
 -- name: get_cached_embeddings_by_metadata(agent_id, type, key, lengths_from, lengths_to, most)
 -- As get_cached_embeddings, for a key of the metadata; no index on its length.
 SELECT
     m.id,
     m.metadata ->> :key AS text,
-    CASE WHEN count(*) OVER () <= :most::bigint THEN e.dim_384 END AS embedding
+    CASE
+        WHEN count(*) OVER () <= :most::bigint
+            THEN coalesce(e.dim_384, e.dim_512, e.dim_768, e.dim_1024, e.dim_1536, e.dim_3072)
+    END AS embedding
 FROM elizasql.memories AS m
 INNER JOIN elizasql.embeddings AS e ON m.agent_id = e.agent_id AND m.id = e.memory_id
 WHERE
     m.agent_id = :agent_id AND m.type = :type
     AND length(m.metadata ->> :key) BETWEEN :lengths_from::integer AND :lengths_to::integer
-    AND e.agent_id = :agent_id AND e.dim_384 IS NOT NULL;
+    AND e.agent_id = :agent_id
+    AND e.dimension = (SELECT a.embedding_dimension FROM elizasql.agents AS a WHERE a.id = :agent_id);

@@ -55,7 +55,7 @@ FROM (
         xid,
         dim_384
     FROM elizasql.embeddings
-    WHERE agent_id = :agent_id AND type = :type AND xid > :after::xid8
+    WHERE agent_id = :agent_id AND type = :type AND dimension = 384 AND xid > :after::xid8
     ORDER BY xid
     FETCH FIRST (:page_size::bigint) ROWS WITH TIES
 ) AS page;
@@ -91,7 +91,7 @@ CROSS JOIN
     LATERAL (
         SELECT * FROM elizasql.embeddings
         WHERE
-            agent_id = :agent_id AND type = :type
+            agent_id = :agent_id AND type = :type AND dimension = 384
             AND xid >= span.earliest AND xid <= span.latest AND xid < pg_snapshot_xmax(pg_current_snapshot())
         ORDER BY xid
         LIMIT :most::bigint
@@ -127,7 +127,7 @@ WITH changed AS MATERIALIZED (
         LATERAL (
             SELECT * FROM elizasql.embeddings
             WHERE
-                agent_id = :agent_id AND type = :type
+                agent_id = :agent_id AND type = :type AND dimension = 384
                 AND xid >= span.earliest AND xid <= span.latest AND xid < pg_snapshot_xmax(pg_current_snapshot())
             ORDER BY xid
             LIMIT :most::bigint
@@ -146,7 +146,16 @@ known AS MATERIALIZED (
     FROM elizasql.embeddings
     WHERE
         agent_id = :agent_id AND memory_id = ANY(:ids::uuid[] || ARRAY(SELECT changed.memory_id FROM changed))
-        AND type = :type
+        AND type = :type AND dimension = 384
+        AND (
+            SELECT
+                CASE
+                    WHEN a.embedding_dimension = 384 THEN TRUE
+                    ELSE elizasql.refuse_dimension(a.id, a.embedding_dimension, 384)
+                END
+            FROM elizasql.agents AS a
+            WHERE a.id = :agent_id
+        )
 ),
 
 best AS (

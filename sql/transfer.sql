@@ -1062,7 +1062,7 @@ SELECT
     e.memory_id,
     e.dim_384 AS embedding
 FROM elizasql.embeddings AS e
-WHERE e.agent_id = :agent_id
+WHERE e.agent_id = :agent_id AND e.dimension = 384
 ORDER BY e.memory_id;
 
 -- name: import_embeddings(agent_id, ids, embeddings)^
@@ -1113,7 +1113,9 @@ SELECT
     a.name,
     a.embedding_dimension AS dimension,
     (SELECT count(*) FROM elizasql.memories AS m WHERE m.agent_id = a.id) AS memories,
-    (SELECT count(*) FROM elizasql.embeddings AS e WHERE e.agent_id = a.id) AS embeddings
+    (
+        SELECT count(*) FROM elizasql.embeddings AS e WHERE e.agent_id = a.id AND e.dimension = a.embedding_dimension
+    ) AS embeddings
 FROM elizasql.agents AS a
 WHERE :agent_ids::uuid[] IS NULL OR a.id = ANY(:agent_ids)
 ORDER BY a.created_at, a.id;

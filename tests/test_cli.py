@@ -590,7 +590,7 @@ def test_doctor_on_a_healthy_database(run: Run, empty_database: str, monkeypatch
     assert said.code == 0, said
     assert {finding["severity"] for finding in said.json} <= {"ok", "note"}, said.out
     checks = {"server", "role", "clock", "distance", "pooler", "connections", "disk", "extensions", "migrations"}
-    checks |= {"session", "indexes", "tables", "memory", "tail"}
+    checks |= {"session", "indexes", "tables", "memory", "tail", "reembed"}
     assert {finding["check"] for finding in said.json} == checks
     assert all(finding["remedy"] for finding in said.json if finding["severity"] in ("warning", "error"))
     text = run("doctor")
@@ -953,3 +953,141 @@ def test_backup_and_restore(run: Run, folder: Path, tmp_path: Path) -> None:
     assert run("doctor", "--data-dir", two, "--json").code == 0
     with process("psql", "--data-dir", two, "--", "-Atc", "SELECT id FROM shop.things", cwd=tmp_path) as psql:
         assert psql.communicate(timeout=60)[0] == "7\n"
+
+
+EMBED = """
+import asyncio
+import numpy as np
+
+calls = 0
+width = 512
+
+def embed(texts):
+    assert all(isinstance(text, str) for text in texts)
+    return [np.full(width, 1.0 + len(text)) for text in texts]
+
+async def slowly(texts):
+    return embed(texts)
+
+class Model:
+    def encode(self, texts):
+        return embed(texts)
+
+model = Model()
+
+def narrow(texts):
+    return [[1.0] * 384 for _ in texts]
+
+def fails(texts):
+    raise RuntimeError("the model is\\ngone")
+
+def is_broken_off(texts):
+    global calls
+    calls += 1
+    if calls == 2:
+        raise KeyboardInterrupt
+    return embed(texts)
+"""
+
+
+@pytest.fixture
+def embedded(dsn: str, tmp_path: Path) -> UUID:
+    """Give an agent with five vectors, and a module with functions that embed in the working folder."""
+
+    async def remember(db: DatabaseAdapter) -> None:
+        await db.ensure_embedding_dimension(384)
+        vectors = np.random.default_rng(5).normal(size=(5, 384))
+        rows = [{"content": {"text": f"fact {number}"}, "embedding": v} for number, v in enumerate(vectors)]
+        await db.create_memories([{**row, "unique": True} for row in rows], "facts")
+
+    return with_agent(dsn, remember)
+
+
+@pytest.fixture
+def embedding_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Give the name of a module in the working folder that embeds."""
+    name = f"embeds_{uuid4().hex[:8]}"
+    (tmp_path / f"{name}.py").write_text(EMBED)
+    (tmp_path / f"{name}_broken.py").write_text("import a_module_that_is_not_there")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield name
+    for loaded in (name, f"{name}_broken"):
+        sys.modules.pop(loaded, None)
+
+
+@pytest.mark.parametrize("function", ["embed", "slowly", "model.encode"])
+def test_reembed_moves_an_agent(on_server: Run, embedded: UUID, embedding_module: str, function: str) -> None:
+    move = ("reembed", "--agent", embedded, "--to", 512, "--with", f"{embedding_module}:{function}")
+    said = on_server(*move, "--json", "--batch-size", 2)
+    assert (said.code, said.err) == (0, ""), said
+    assert {name: value for name, value in said.json.items() if name != "seconds"} == {
+        "agent_id": str(embedded),
+        "dimension": 512,
+        "embedded": 5,
+        "skipped": [],
+        "dropped": 5,
+        "types": {"facts": 5},
+    }
+    said = on_server(*move)
+    assert said.code == 0 and "facts" in said.out and "0 embedded" in said.out and "512 dimensions" in said.out
+    (row,) = on_server("stats", "--agent", embedded, "--json").json["agents"]
+    assert (row["dimension"], row["embeddings"], row["tail"]) == (512, 5, 0)
+
+
+def test_reembed_on_bad_input_changes_nothing(
+    on_server: Run, dsn: str, embedded: UUID, embedding_module: str, tmp_path: Path
+) -> None:
+    def move(function: str, *more: object, to: object = 512, agent: object = embedded) -> Said:
+        return on_server("reembed", "--agent", agent, "--to", to, "--with", function, *more)
+
+    good = f"{embedding_module}:embed"
+    on_server("reembed", "--agent", embedded).fails(2, "give --to and --with, or --abandon")
+    on_server("reembed", "--agent", embedded, "--to", 512).fails(2, "--with")
+    move("embed").fails(2, "has not the form MODULE:FUNCTION")
+    move(":embed").fails(2, "has not the form MODULE:FUNCTION")
+    move("no_such_module_here:embed").fails(2, "no_such_module_here cannot be imported: ModuleNotFoundError")
+    move(f"{embedding_module}_broken:embed").fails(2, "cannot be imported.*a_module_that_is_not_there")
+    move(f"{embedding_module}:nothing").fails(2, "has no nothing")
+    move(f"{embedding_module}:model.nothing").fails(2, "has no model.nothing")
+    move(f"{embedding_module}:width").fails(2, "is not a function but int")
+    move(good, to=500).fails(2, "to must be one of 384")
+    move(good, to="x").fails(2, "--to")
+    move(good, "--batch-size", 0).fails(2, "--batch-size")
+    move(good, "--abandon").fails(2, "--abandon takes neither")
+    move(good, agent="x").fails(2, "--agent must be a UUID")
+    move(good, agent=uuid4()).fails(1, "no such agent")
+    move(f"{embedding_module}:narrow").fails(2, r"shape \(5, 384\) for 5 texts, not \(5, 512\)")
+    move(f"{embedding_module}:fails").fails(1, f"{embedding_module}:fails: RuntimeError: the model is gone")
+    (row,) = on_server("stats", "--agent", embedded, "--json").json["agents"]
+    assert (row["dimension"], row["embeddings"]) == (384, 5)
+    findings = on_server("doctor", "--json").json
+    assert any(each["check"] == "reembed" and str(embedded) in each["finding"] for each in findings)
+    move(good, to=768).fails(1, "from 384 to 512 dimensions.*abandon")
+    assert on_server("reembed", "--agent", embedded, "--abandon", "--json").json["dropped"] == 0
+    assert "0 vectors dropped" in on_server("reembed", "--agent", embedded, "--abandon").out
+    said = on_server("reembed", "--agent", embedded, "--to", "512", "--with", f"{embedding_module}:fails", "--json")
+    assert said.code == 1 and json.loads(said.err)["type"] == "ReembeddingError"
+
+
+def test_reembed_that_is_interrupted_goes_on(on_server: Run, embedded: UUID, embedding_module: str) -> None:
+    move = ("reembed", "--agent", embedded, "--to", 512, "--batch-size", 2, "--json", "--with")
+    said = on_server(*move, f"{embedding_module}:is_broken_off")
+    assert said.code == 130 and "do it again to go on" in json.loads(said.err)["error"]
+    (row,) = on_server("stats", "--agent", embedded, "--json").json["agents"]
+    assert (row["dimension"], row["embeddings"]) == (384, 5)
+    said = on_server(*move, f"{embedding_module}:is_broken_off")
+    assert said.code == 0 and said.json["embedded"] == 3, said
+
+
+def test_reembed_lists_what_has_no_text(on_server: Run, dsn: str, embedding_module: str) -> None:
+    ids: list[UUID] = []
+
+    async def remember(db: DatabaseAdapter) -> None:
+        await db.ensure_embedding_dimension(384)
+        ids.append(await db.create_memory({"content": {"url": "x"}, "embedding": np.ones(384)}, "facts"))
+
+    agent = with_agent(dsn, remember)
+    move = ("reembed", "--agent", agent, "--to", 512, "--with", f"{embedding_module}:embed")
+    on_server(*move).fails(1, f"no text.*{ids[0]}.*skip_missing")
+    said = on_server(*move, "--skip-missing")
+    assert said.code == 0 and f"no text, no vector: {ids[0]}" in said.out and "1 skipped" in said.out

@@ -241,12 +241,12 @@ ATTACKS = {
     "on conflict do nothing, new row": _insert("{W}", "dim_W", "{vec_W}", "ON CONFLICT DO NOTHING"),
     "on conflict change the width": _insert(
         "{W}", "dim_W", "{vec_W}",
-        "ON CONFLICT (agent_id, memory_id) DO UPDATE SET dimension = excluded.dimension, dim_L = NULL, "
+        "ON CONFLICT (agent_id, memory_id, dimension) DO UPDATE SET dimension = excluded.dimension, dim_L = NULL, "
         "dim_W = excluded.dim_W", memory="{embedded}",
     ),
     "on conflict add a vector": _insert(
         "{W}", "dim_W", "{vec_W}",
-        "ON CONFLICT (agent_id, memory_id) DO UPDATE SET dim_W = excluded.dim_W", memory="{embedded}",
+        "ON CONFLICT (agent_id, memory_id, dimension) DO UPDATE SET dim_W = excluded.dim_W", memory="{embedded}",
     ),
     "change the dimension": f"UPDATE elizasql.embeddings SET dimension = {{W}} {_ROW}",
     "change the dimension and the vector": "UPDATE elizasql.embeddings SET dimension = {W}, dim_L = NULL, "
@@ -330,7 +330,7 @@ async def target(db: DatabaseAdapter, raw: Raw) -> Target:
 @pytest.mark.parametrize("name", ATTACKS)
 async def test_raw_sql_cannot_break_the_lock(raw: Raw, target: Target, name: str) -> None:
     before = await look(raw, target.agent)
-    assert await attack(raw, target, name) is (name != "on conflict do nothing")
+    assert await attack(raw, target, name)
     assert await look(raw, target.agent) == before
     assert await locked_width(raw, target.agent) == target.locked
 
@@ -364,8 +364,9 @@ async def test_before_the_lock_no_vector_can_be_inserted(make_db: MakeAdapter, r
     bare = await db.create_memory({"content": {"mark": 1}}, "messages")
     for width in DIMENSIONS:
         sql = Target(db.agent_id, width, width, bare, bare).fill(_insert("{L}", "dim_L", "{vec_L}"))
-        with pytest.raises(asyncpg.ForeignKeyViolationError, match="embeddings_dimension_fkey"):
+        with pytest.raises(asyncpg.ForeignKeyViolationError, match="width none") as caught:
             await raw.execute(sql)
+        assert caught.value.constraint_name == "embeddings_dimension_fkey"
     assert await look(raw, db.agent_id) == {bare: (1, None)}
 
 

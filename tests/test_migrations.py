@@ -17,6 +17,7 @@ from urllib.parse import urlsplit, urlunsplit
 from uuid import uuid4
 
 import asyncpg
+import numpy as np
 import pytest
 
 import elizasql
@@ -203,6 +204,42 @@ async def test_all_the_way_down_with_data_and_up_again(fresh: str, monkeypatch: 
     await open_and_close(fresh)
     forbid_processes(monkeypatch)
     await open_and_close(fresh)
+
+
+async def test_down_and_up_with_a_move_under_way_keep_the_width_in_force(fresh: str) -> None:
+    agent = uuid4()
+    settings: dict[str, Any] = {"indexing": "manual", "pool_min_size": 0, "resident": "off"}
+    vectors = np.random.default_rng(1).normal(size=(6, 384)).astype(np.float32)
+
+    def embed(texts: list[str]) -> Any:
+        if "text 4" in texts:
+            raise InterruptedError
+        return np.ones((len(texts), 512))
+
+    async with elizasql.connect(agent_id=agent, dsn=fresh, **settings) as db:
+        await db.ensure_agent_exists({"name": "test"})
+        await db.ensure_embedding_dimension(384)
+        rows = [{"content": {"text": f"text {n}"}, "embedding": v, "unique": True} for n, v in enumerate(vectors)]
+        ids = await db.create_memories(rows, "messages")
+        with pytest.raises(InterruptedError):
+            await db.reembed(512, embed, batch_size=1)
+    async with connected(fresh) as connection:
+        count = "SELECT count(*) FROM elizasql.embeddings"
+        assert await connection.fetchval(count) > 6
+        while (await applied(fresh))[-1] >= "20261101000007":
+            dbmate(fresh, "down")
+        assert await connection.fetchval(count) == 6
+        with pytest.raises(asyncpg.ForeignKeyViolationError, match="embeddings_dimension_fkey"):
+            await connection.execute(
+                "UPDATE elizasql.embeddings SET dimension = 512, dim_384 = NULL, dim_512 = $2::text::vector "
+                "WHERE agent_id = $1",
+                agent, str([1.0] * 512),
+            )  # fmt: skip
+    async with elizasql.connect(agent_id=agent, dsn=fresh, **settings) as db:
+        for id, vector in zip(ids, vectors, strict=True):
+            (hit,) = await db.search_memories(embedding=vector, table_name="messages", count=1)
+            assert hit.id == id
+        assert (await db.reembed(512, lambda texts: np.ones((len(texts), 512)))).embedded == 6
 
 
 async def test_other_tables_of_the_database_are_left_alone(fresh: str) -> None:

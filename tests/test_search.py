@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from elizasql import ArgumentError, DatabaseAdapter, EmbeddingDimensionError, Entity, Memory, Room, World
+from elizasql._statements import SQL
 
 from .conftest import MakeAdapter, Scene, make_scene
 
@@ -222,11 +223,11 @@ async def test_similarity_is_the_cosine_whatever_the_norm(make_db: MakeAdapter, 
     assert hit.similarity == pytest.approx(cosine, abs=1e-4)
 
 
-async def test_a_wrong_width_is_refused_before_the_server(db: DatabaseAdapter, round_trips: list[str]) -> None:
+async def test_a_wrong_width_is_refused_without_a_search(db: DatabaseAdapter, round_trips: list[str]) -> None:
     with pytest.raises(EmbeddingDimensionError) as caught:
         await db.search_memories(embedding=np.ones(768), table_name="messages")
     assert (caught.value.locked, caught.value.given) == (384, 768)
-    assert not round_trips
+    assert round_trips == [SQL["get_embedding_dimension"].sql]
 
 
 async def test_other_worlds_and_entities_are_left_out(db: DatabaseAdapter, agent_world: Scene) -> None:

@@ -36,8 +36,8 @@ from elizasql._statements import SQL
 from tests.conftest import MakeAdapter, Scene, make_scene
 from tests.test_isolation import METHODS, arguments, fill, snapshot
 
-# What they tell is how the calls went.
-ABOUT_ITSELF = {"stats", "health", "index_memories"}
+# What they tell is how the calls went; or they are many calls, each with tries of its own.
+ABOUT_ITSELF = {"stats", "health", "index_memories", "reembed", "abandon_reembedding"}
 
 
 def lost() -> BaseException:

@@ -104,7 +104,11 @@ async def contents(address: str) -> dict[str, list[str]]:
     async with connected(address) as connection:
         for name in TABLES:
             # An index and a transaction are the database's own.
-            line = "(to_jsonb(t) - 'indexed' - 'xid')::text" if name == "embeddings" else "to_jsonb(t)::text"
+            line = (
+                "(to_jsonb(t) - '{indexed,xid,text_hash}'::text[])::text"
+                if name == "embeddings"
+                else "to_jsonb(t)::text"
+            )
             rows = await connection.fetch(f"SELECT {line} AS line FROM elizasql.{name} AS t ORDER BY 1")
             found[name] = [row["line"] for row in rows]
     return found
@@ -290,7 +294,8 @@ async def test_every_table_of_the_schema_is_moved(raw: asyncpg.Connection[Any]) 
         "SELECT c.relname FROM pg_class AS c INNER JOIN pg_namespace AS n ON n.oid = c.relnamespace "
         "WHERE n.nspname = 'elizasql' AND c.relkind IN ('r', 'p') AND NOT c.relispartition"
     )
-    assert {row["relname"] for row in rows} - {"schema_migrations"} == set(TABLES), (
+    # A move to another width stays behind: what is taken along are the vectors in force.
+    assert {row["relname"] for row in rows} - {"schema_migrations", "reembeddings"} == set(TABLES), (
         "a table was added: give it export_X and import_X in sql/transfer.sql, and a place in transfer/_rows.py"
     )
 

@@ -15,7 +15,7 @@ import typer
 from elizasql import __version__
 from elizasql.errors import ArgumentError, DeadlineError, ElizaSQLError, EmbeddedServerError, UnavailableError
 
-from . import _out, data, doctor, look, migrate, queries, server
+from . import _out, data, doctor, look, migrate, queries, reembed, server
 
 FAILED, USAGE, UNAVAILABLE, INTERRUPTED = 1, 2, 3, 130
 
@@ -43,7 +43,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
-for module in (server, look, data, doctor, queries):
+for module in (server, look, data, reembed, doctor, queries):
     module.add_to(app)
 app.add_typer(migrate.app, name="migrate")
 
@@ -64,7 +64,7 @@ def run(argv: Sequence[str]) -> int:
         return 0
     except (KeyboardInterrupt, typer.Abort) as error:
         return _complain("interrupted", error, INTERRUPTED, argv)
-    except data.InterruptedImportError as error:
+    except data.InterruptedWorkError as error:
         return _complain(str(error), error, INTERRUPTED, argv)
     except ArgumentError as error:
         return _complain(str(error), error, USAGE, argv)

@@ -117,7 +117,7 @@ def import_(
     try:
         result = asyncio.run(work())
     except KeyboardInterrupt:
-        raise InterruptedImportError("interrupted: what was imported so far stays; do it again to go on") from None
+        raise InterruptedWorkError("interrupted: what was imported so far stays; do it again to go on") from None
     finally:
         told.close()
     result["report"] = str(told.path) if told.count else None
@@ -135,8 +135,8 @@ def import_(
     _out.say("nothing was written" if dry_run else f"done in {result['seconds']:,.1f} s")
 
 
-class InterruptedImportError(ElizaSQLError):
-    """The user ended an import."""
+class InterruptedWorkError(ElizaSQLError):
+    """The user ended what can be gone on with."""
 
 
 async def _import_archive(

@@ -115,6 +115,8 @@ async def examine(place: Place, connection: asyncpg.Connection[Any]) -> AsyncIte
         yield finding
     for finding in check_tails(await connection.fetch(SQL["list_tails"].sql)):
         yield finding
+    for finding in check_moves(await connection.fetch(SQL["list_reembeddings"].sql)):
+        yield finding
     for finding in check_transactions(await connection.fetch(SQL["list_long_transactions"].sql, 300.0)):
         yield finding
 
@@ -395,6 +397,20 @@ def check_tails(rows: Sequence[asyncpg.Record]) -> Iterator[Finding]:
         )
     if not long:
         yield Finding("tail", "ok", f"{sum(row['tail'] for row in rows):,} vectors wait to be indexed")
+
+
+def check_moves(rows: Sequence[asyncpg.Record]) -> Iterator[Finding]:
+    """Find moves to another width of embeddings that nobody has ended: they take the room of both."""
+    for row in rows:
+        if row["target"] is None:
+            said = f"vectors of {row['source']} dimensions that agent {row['agent_id']} does not use any more are left"
+            remedy = "elizasql reembed --abandon drops them, if no reembed is doing it right now"
+        else:
+            said = f"agent {row['agent_id']} is on its way from {row['source']} to {row['target']} dimensions"
+            remedy = "if no reembed is running, run it again to go on, or elizasql reembed --abandon"
+        yield Finding("reembed", "note", said, remedy)
+    if not rows:
+        yield Finding("reembed", "ok", "no agent is on its way to another width")
 
 
 def check_transactions(rows: Sequence[asyncpg.Record]) -> Iterator[Finding]:

@@ -1,0 +1,252 @@
+-- The move of an agent's vectors to another width: filled beside those in force, switched at once, cleaned up behind.
+-- Written for dim_384 as the coming width; the loader derives the other five.
+--
+-- What is left to do is not noted down but looked up: a memory that has a vector of the old width and none of the new
+-- that was made of the text that it has now. So a move that was broken off goes on where it stopped, and what is
+-- written meanwhile, in whatever way, is found. The text is compared by its hash.
+
+-- name: get_reembedding(agent_id)^
+-- The width in force, and the move that is under way: target NULL where only the vectors of `source` are left to drop.
+SELECT
+    a.embedding_dimension AS locked,
+    r.source,
+    r.target
+FROM elizasql.agents AS a
+LEFT JOIN elizasql.reembeddings AS r ON a.id = r.agent_id
+WHERE a.id = :agent_id;
+
+-- name: begin_reembedding(agent_id, target, skip_missing)!
+-- Notes down that a move is under way, where none is; the same one goes on.
+INSERT INTO elizasql.reembeddings AS r (agent_id, source, target, skip_missing)
+SELECT
+    id,
+    embedding_dimension,
+    :target,
+    :skip_missing::boolean
+FROM elizasql.agents
+WHERE id = :agent_id AND embedding_dimension <> :target::smallint
+ON CONFLICT (agent_id) DO UPDATE
+    SET skip_missing = excluded.skip_missing
+    WHERE r.target = excluded.target;
+
+-- name: count_reembedded(agent_id, source, target)^
+SELECT
+    count(*) FILTER (WHERE dimension = :source::smallint) AS total,
+    count(*) FILTER (WHERE dimension = :target::smallint) AS done
+FROM elizasql.embeddings
+WHERE agent_id = :agent_id;
+
+-- name: get_left_to_embed(agent_id, source, target, first, count)
+-- The next memories in the order of their ids that have a text and lack a vector of it.
+SELECT
+    m.id,
+    m.content ->> 'text' AS text,
+    hashtextextended(m.content ->> 'text', 0) AS text_hash
+FROM elizasql.embeddings AS leaving
+CROSS JOIN
+    LATERAL (
+        SELECT * FROM elizasql.memories AS of_id
+        WHERE of_id.agent_id = :agent_id AND of_id.id = leaving.memory_id
+        LIMIT 1
+    ) AS m
+WHERE
+    leaving.agent_id = :agent_id AND leaving.dimension = :source::smallint AND leaving.memory_id >= :first
+    AND m.content ->> 'text' <> ''
+    AND NOT EXISTS (
+        SELECT FROM elizasql.embeddings AS coming
+        WHERE
+            coming.agent_id = :agent_id AND coming.memory_id = leaving.memory_id
+            AND coming.dimension = :target::smallint
+            AND coming.text_hash = hashtextextended(m.content ->> 'text', 0)
+    )
+ORDER BY leaving.memory_id
+LIMIT :count::bigint;
+
+-- name: get_sample_reembedding(agent_id)^
+-- A text and the vector that the move has made of it, if there is one.
+SELECT
+    m.content ->> 'text' AS text,
+    coming.dim_384 AS embedding
+FROM elizasql.embeddings AS coming
+CROSS JOIN
+    LATERAL (
+        SELECT * FROM elizasql.memories AS of_id
+        WHERE of_id.agent_id = :agent_id AND of_id.id = coming.memory_id
+        LIMIT 1
+    ) AS m
+WHERE
+    coming.agent_id = :agent_id AND coming.dimension = 384
+    AND coming.text_hash = hashtextextended(m.content ->> 'text', 0)
+LIMIT 1;
+
+-- name: get_textless(agent_id, source)
+-- The memories that have a vector of the old width and no text that one of the new could be made of.
+SELECT m.id
+FROM elizasql.embeddings AS leaving
+CROSS JOIN
+    LATERAL (
+        SELECT * FROM elizasql.memories AS of_id
+        WHERE of_id.agent_id = :agent_id AND of_id.id = leaving.memory_id
+        LIMIT 1
+    ) AS m
+WHERE
+    leaving.agent_id = :agent_id AND leaving.dimension = :source::smallint
+    AND coalesce(m.content ->> 'text', '') = ''
+ORDER BY m.id;
+
+-- name: put_reembeddings(agent_id, ids, text_hashes, embeddings)$
+-- Stores vectors of the coming width, for the memories whose text is still the one that they were made of; gives their
+-- number. The lock on the move's row lasts to the end of it; the locks on the memories see to it that a change of text
+-- or scope comes before this or finds what this has stored.
+WITH moving AS MATERIALIZED (
+    SELECT target FROM elizasql.reembeddings
+    WHERE agent_id = :agent_id AND target = 384
+    FOR SHARE
+),
+
+given AS (
+    SELECT *
+    FROM unnest(:ids::uuid[], :text_hashes::bigint[], :embeddings::vector[]) AS g (id, text_hash, embedding)
+),
+
+kept AS MATERIALIZED (
+    SELECT
+        id, type, room_id, world_id, entity_id, "unique",
+        hashtextextended(content ->> 'text', 0) AS text_hash
+    FROM elizasql.memories
+    WHERE agent_id = :agent_id AND id = ANY(:ids::uuid[]) AND EXISTS (SELECT FROM moving)
+    ORDER BY id
+    FOR SHARE
+),
+
+stored AS (
+    INSERT INTO elizasql.embeddings (
+        agent_id, memory_id, type, room_id, world_id, entity_id, "unique", dimension, text_hash, dim_384
+    )
+    SELECT
+        :agent_id, kept.id, kept.type, kept.room_id, kept.world_id, kept.entity_id, kept."unique", 384,
+        kept.text_hash, given.embedding
+    FROM kept
+    INNER JOIN given ON kept.id = given.id AND kept.text_hash = given.text_hash
+    ON CONFLICT (agent_id, memory_id, dimension) DO UPDATE
+        SET
+            indexed = FALSE,
+            xid = pg_current_xact_id(),
+            text_hash = excluded.text_hash,
+            dim_384 = excluded.dim_384
+    RETURNING 1
+)
+
+SELECT count(*) FROM stored;
+
+-- name: drop_textless_reembeddings(agent_id, target)!
+-- Drops vectors of the coming width whose memories have lost their text since.
+DELETE FROM elizasql.embeddings AS coming
+WHERE
+    coming.agent_id = :agent_id AND coming.dimension = :target::smallint
+    AND EXISTS (SELECT FROM elizasql.reembeddings AS r WHERE r.agent_id = :agent_id AND r.target = :target)
+    AND EXISTS (
+        SELECT FROM elizasql.memories AS m
+        WHERE m.agent_id = :agent_id AND m.id = coming.memory_id AND coalesce(m.content ->> 'text', '') = ''
+    );
+
+-- name: index_reembeddings(agent_id, target, batch_size)$
+-- As index_embeddings, for the coming width alone: what else waits in the tail is not this move's.
+WITH batch AS (
+    SELECT memory_id
+    FROM elizasql.embeddings
+    WHERE agent_id = :agent_id AND NOT indexed AND dimension = :target::smallint
+    LIMIT :batch_size::bigint
+    FOR UPDATE SKIP LOCKED
+),
+
+moved AS (
+    UPDATE elizasql.embeddings
+    SET indexed = TRUE
+    WHERE agent_id = :agent_id AND memory_id = any(array(SELECT memory_id FROM batch)) AND dimension = :target
+    RETURNING 1
+)
+
+SELECT count(*) FROM moved;
+
+-- name: hold_agent(agent_id)!
+-- Keeps everybody else from writing for the agent until the transaction ends.
+SELECT FROM elizasql.agents
+WHERE id = :agent_id
+FOR UPDATE;
+
+-- name: switch_dimension(agent_id, source, target)!
+-- The coming width is in force from here on. A trigger refuses it while something is left to embed.
+UPDATE elizasql.agents
+SET embedding_dimension = :target
+WHERE id = :agent_id AND embedding_dimension = :source::smallint;
+
+-- name: abandon_reembedding(agent_id)!
+-- The vectors of the coming width are to be dropped from here on, and no more of them are taken.
+UPDATE elizasql.reembeddings
+SET source = target, target = NULL
+WHERE agent_id = :agent_id AND target IS NOT NULL;
+
+-- name: get_left_behind(agent_id, source)
+-- The memories that have a vector of the width that goes, and none in force.
+SELECT leaving.memory_id
+FROM elizasql.embeddings AS leaving
+WHERE
+    leaving.agent_id = :agent_id AND leaving.dimension = :source::smallint
+    AND NOT EXISTS (
+        SELECT FROM elizasql.embeddings AS kept
+        WHERE
+            kept.agent_id = :agent_id AND kept.memory_id = leaving.memory_id
+            AND kept.dimension = (SELECT a.embedding_dimension FROM elizasql.agents AS a WHERE a.id = :agent_id)
+    )
+ORDER BY leaving.memory_id;
+
+-- name: drop_leaving_embeddings(agent_id, first, batch_size)
+-- Drops the next vectors of the width that goes, in the order of their memories' ids, and gives these.
+-- Not repeatable: a second run drops the ones behind them.
+WITH leaving AS (
+    SELECT
+        r.source
+    FROM elizasql.reembeddings AS r
+    INNER JOIN elizasql.agents AS a ON r.agent_id = a.id
+    WHERE r.agent_id = :agent_id AND r.target IS NULL AND a.embedding_dimension <> r.source
+),
+
+batch AS (
+    SELECT memory_id
+    FROM elizasql.embeddings
+    WHERE agent_id = :agent_id AND memory_id >= :first AND dimension = (SELECT source FROM leaving)
+    ORDER BY memory_id
+    LIMIT :batch_size::bigint
+),
+
+dropped AS (
+    DELETE FROM elizasql.embeddings
+    WHERE
+        agent_id = :agent_id AND memory_id = ANY(ARRAY(SELECT memory_id FROM batch))
+        AND dimension = (SELECT source FROM leaving)
+    RETURNING memory_id
+)
+
+SELECT memory_id FROM dropped
+ORDER BY memory_id;
+
+-- name: end_reembedding(agent_id)!
+DELETE FROM elizasql.reembeddings AS r
+WHERE
+    r.agent_id = :agent_id AND r.target IS NULL
+    AND NOT EXISTS (
+        SELECT FROM elizasql.embeddings AS e WHERE e.agent_id = :agent_id AND e.dimension = r.source
+    );
+
+-- name: count_embeddings_by_type(agent_id)
+-- The vectors of the width in force.
+SELECT
+    type,
+    count(*) AS vectors
+FROM elizasql.embeddings
+WHERE
+    agent_id = :agent_id
+    AND dimension = (SELECT a.embedding_dimension FROM elizasql.agents AS a WHERE a.id = :agent_id)
+GROUP BY type
+ORDER BY type;
