@@ -39,7 +39,7 @@ types: $(VENV)/installed-dev ## mypy --strict
 	$(BIN)/mypy elizasql/sync.py
 
 lint-sql: $(VENV)/installed-dev ## sqlfluff on sql/ and migrations/
-	$(BIN)/sqlfluff lint --disable-progress-bar sql $(filter-out migrations/schema.sql,$(wildcard migrations/*.sql))
+	$(BIN)/sqlfluff lint --disable-progress-bar --processes 0 sql $(filter-out migrations/schema.sql,$(wildcard migrations/*.sql))
 
 format: $(VENV)/installed-dev ## bring the Python files into form
 	$(BIN)/ruff format .

@@ -427,6 +427,8 @@ async def test_delete_takes_everything_that_is_the_agents(make_db: MakeAdapter, 
         server = await adapter.create_message_server({"id": uuid4(), "name": "s", "sourceType": "t"})
         assert server.id is not None
         await adapter.add_agent_to_message_server(server.id, adapter.agent_id)
+        move = "INSERT INTO elizasql.reembeddings (agent_id, source, target, skip_missing) VALUES ($1, 384, 768, FALSE)"
+        await raw.execute(move, adapter.agent_id)
     tables = await owned_tables(raw)
 
     async def rows_of(agent: UUID) -> dict[str, int]:
