@@ -808,8 +808,38 @@ def test_recall_check_on_an_index_that_is_used(on_server: Run, dsn: str) -> None
     assert said["recommended"] is None or said["recommended"] >= 20
 
 
+def test_bench_measures_and_leaves_nothing(on_server: Run, searched: tuple[UUID, UUID], dsn: str) -> None:
+    async def rows() -> dict[str, int]:
+        connection = await asyncpg.connect(dsn)
+        try:
+            return {
+                table: await connection.fetchval(f"SELECT count(*) FROM elizasql.{table}")
+                for table in ("agents", "memories", "embeddings")
+            }
+        finally:
+            await connection.close()
+
+    before = asyncio.run(rows())
+    said = on_server("bench", "--agent", searched[0], "--sample", 5, "--json").json
+    by_name = {each["what"]: each for each in said}
+    assert list(by_name) == [
+        "search, in the database",
+        "get_memory_by_id",
+        "search, vectors in the process",
+        "create_memory",
+        "create_memories, one batch",
+    ]
+    assert all(0 < each["p50"] <= each["p95"] and each["rate"] > 0 and each["calls"] == 5 for each in said)
+    assert by_name["search, in the database"]["recall"] == by_name["search, vectors in the process"]["recall"] == 1
+    assert asyncio.run(rows()) == before
+    shown = on_server("bench", "--agent", searched[0], "--sample", 3, "--no-writes").out
+    assert "p95 ms" in shown and "create_memory" not in shown
+    on_server("bench", "--agent", searched[0], "--type", "nope").fails(2, "no embedding of type 'nope'")
+
+
 def test_recall_check_without_vectors(on_server: Run, busy: UUID) -> None:
     on_server("recall-check", "--agent", busy).fails(2, "no embedding yet")
+    on_server("bench", "--agent", busy).fails(2, "no embedding yet")
 
 
 # --- export, import, index, backup, restore --------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What the server does with a query: explain, and recall-check."""
+"""What the server does with a query, and how fast: explain, recall-check and bench."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import copy
 import dataclasses
 import inspect
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean, median
 from typing import Annotated, Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import numpy as np
 import orjson
 import typer
 
-from elizasql import DatabaseAdapter, _codecs
+from elizasql import DatabaseAdapter, Memory, _codecs
 from elizasql._statements import SQL, Statement
 from elizasql.config import Config
 from elizasql.errors import ArgumentError
@@ -30,11 +30,15 @@ _LADDER = (20, 40, 60, 80, 100, 150, 200, 300, 400, 600, 1000)
 # Two similarities that differ by less count as equal: a vector may be there twice.
 _EQUAL = 1e-6
 
+# The memory that a vector is of, the vector, and the similarities that an exact search finds for it.
+Query = tuple[UUID, Any, list[float]]
+
 
 def add_to(app: typer.Typer) -> None:
     """Put the commands into the application."""
     app.command()(explain)
     app.command("recall-check")(recall_check)
+    app.command()(bench)
 
 
 # --- explain ---------------------------------------------------------------------------------------------------------
@@ -267,27 +271,9 @@ async def measure_recall(
 ) -> dict[str, Any]:
     """Search with vectors that are stored, exactly and through the index at one ef_search after the other."""
     async with place.open(agent_id, **_without_resident()) as db:
-        dimension = await db.get_embedding_dimension()
-        if dimension is None:
-            raise ArgumentError("the agent has no embedding yet")
-        found = await _size(db, type)
+        found, queries = await _sample(db, type, count, sample, advance)
         kind, vectors = found["type"], found["vectors"]
-        chosen = await db._executor.fetch(
-            SQL.at("sample_embeddings", dimension), agent_id=agent_id, type=kind, count=sample
-        )
-        queries = []
-        for number, row in enumerate(chosen, 1):
-            # One more than is compared: the nearest is the vector itself.
-            near = await db._executor.fetch(
-                SQL.at("search_exactly", dimension),
-                agent_id=agent_id,
-                type=kind,
-                embedding=_codecs.encode_vector(row["embedding"]),
-                count=count + 1,
-            )
-            queries.append((row["memory_id"], row["embedding"], [each["similarity"] for each in near]))
-            advance("exact", number, len(chosen))
-        by_index = await uses_hnsw(db, kind, chosen[0]["embedding"], count)
+        by_index = await uses_hnsw(db, kind, queries[0][1], count)
     now = place.config.ef_search
     steps: list[dict[str, Any]] = []
     for ef in sorted({*_LADDER, now}):
@@ -317,6 +303,32 @@ async def measure_recall(
     }
 
 
+async def _sample(
+    db: DatabaseAdapter, type: str | None, count: int, sample: int, advance: _out.Advance
+) -> tuple[dict[str, Any], list[Query]]:
+    """Choose vectors to search with, and search exactly; and give the type, and how many vectors there are of it."""
+    dimension = await db.get_embedding_dimension()
+    if dimension is None:
+        raise ArgumentError("the agent has no embedding yet")
+    found = await _size(db, type)
+    chosen = await db._executor.fetch(
+        SQL.at("sample_embeddings", dimension), agent_id=db.agent_id, type=found["type"], count=sample
+    )
+    queries = []
+    for number, row in enumerate(chosen, 1):
+        # One more than is compared: the nearest is the vector itself.
+        near = await db._executor.fetch(
+            SQL.at("search_exactly", dimension),
+            agent_id=db.agent_id,
+            type=found["type"],
+            embedding=_codecs.encode_vector(row["embedding"]),
+            count=count + 1,
+        )
+        queries.append((row["memory_id"], row["embedding"], [each["similarity"] for each in near]))
+        advance("exact", number, len(chosen))
+    return found, queries
+
+
 async def uses_hnsw(db: DatabaseAdapter, kind: str, vector: Any, count: int) -> bool:
     """Tell whether such a search goes through HNSW; small scopes are searched exactly."""
     told = await explain_call(db, "search_memories", {"embedding": vector, "table_name": kind, "count": count})
@@ -336,7 +348,7 @@ async def _size(db: DatabaseAdapter, type: str | None) -> dict[str, Any]:
 
 
 async def _search_all(
-    db: DatabaseAdapter, kind: str, count: int, queries: list[tuple[UUID, Any, list[float]]]
+    db: DatabaseAdapter, kind: str, count: int, queries: list[Query]
 ) -> tuple[list[float], list[float]]:
     """Give the recall and the seconds of each query."""
     recalls, seconds = [], []
@@ -370,3 +382,108 @@ def _advise(
     else:
         advice = f"set ELIZASQL_EF_SEARCH={enough}: recall {target:g} or more, {'faster' if enough < now else 'slower'}"
     return {"recommended": enough, "advice": advice}
+
+
+# --- bench -----------------------------------------------------------------------------------------------------------
+
+
+def bench(
+    type: Annotated[
+        str | None, typer.Option(help="Type of the memories; by default the one with most vectors.")
+    ] = None,
+    sample: Annotated[int, typer.Option(min=1, max=10_000, help="Calls of each kind.")] = 200,
+    writes: Annotated[
+        bool, typer.Option(help="Also write, for an agent that is made for it and deleted afterwards.")
+    ] = True,
+    agent: AgentId = None,
+    dsn: Dsn = None,
+    data_dir: DataDir = None,
+    json: Json = False,
+) -> None:
+    """Measure searches, look-ups and writes on your own server, with your own data."""
+
+    async def work() -> list[dict[str, Any]]:
+        async with _place.reach(dsn, data_dir) as place:
+            chosen = await place.choose_agent(agent)
+            with _out.progress(shown=not json) as advance:
+                return await measure(place, chosen, type, sample, advance, writes=writes)
+
+    told = asyncio.run(work())
+    if json:
+        _out.emit(told)
+        return
+    _out.table(
+        ["what", "calls", "p50 ms", "p95 ms", "a second", "recall"],
+        [[each[name] for name in ("what", "calls", "p50", "p95", "rate", "recall")] for each in told],
+    )
+
+
+async def measure(
+    place: Place, agent_id: UUID, type: str | None, sample: int, advance: _out.Advance, *, writes: bool = True
+) -> list[dict[str, Any]]:
+    """Time calls one after the other; give for each kind calls, p50 and p95 in milliseconds, and rows a second."""
+    told: list[dict[str, Any]] = []
+    queries: list[Query] = []
+    for what, resident in (("search, in the database", "off"), ("search, vectors in the process", "required")):
+        async with place.open(agent_id, resident=resident) as db:
+            if not queries:
+                found, queries = await _sample(db, type, 10, sample, advance)
+            # The first call opens the connection, makes the plan and, for the second kind, loads the vectors.
+            await _search_all(db, found["type"], 10, queries[:1])
+            recalls, seconds = await _search_all(db, found["type"], 10, queries)
+            if resident == "off" or (await db.stats())["resident"]["hits"]:
+                told.append(_times(what, seconds) | {"recall": mean(recalls)})
+            if resident == "off":
+                ids = [memory_id for memory_id, _, _ in queries]
+                told.append(_times("get_memory_by_id", await _time(db.get_memory_by_id, ids)))
+        advance(what, len(told), None)
+    if writes:
+        told += await _measure_writes(place, [vector for _, vector, _ in queries], sample)
+    return told
+
+
+async def _measure_writes(place: Place, vectors: list[Any], sample: int) -> list[dict[str, Any]]:
+    agent_id = uuid4()
+    async with place.open(agent_id) as db:
+        await db.ensure_agent_exists({"name": "elizasql bench"})
+        try:
+            await db.ensure_embedding_dimension(len(vectors[0]))
+            memories = [
+                Memory(content={"text": f"Memory {number}"}, embedding=vectors[number % len(vectors)], unique=True)
+                for number in range(2 * sample + 1)
+            ]
+
+            async def create(memory: Memory) -> UUID:
+                return await db.create_memory(memory, "bench")
+
+            await create(memories[0])
+            alone = await _time(create, memories[1 : sample + 1])
+            began = time.perf_counter()
+            await db.create_memories(memories[sample + 1 :], "bench")
+            batch = time.perf_counter() - began
+        finally:
+            await db.delete_agent(agent_id)
+    return [
+        _times("create_memory", alone),
+        {**_times("create_memories, one batch", [batch]), "calls": sample, "rate": sample / batch},
+    ]
+
+
+async def _time(call: Callable[[Any], Awaitable[Any]], arguments: Sequence[Any]) -> list[float]:
+    seconds = []
+    for each in arguments:
+        began = time.perf_counter()
+        await call(each)
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def _times(what: str, seconds: Sequence[float]) -> dict[str, Any]:
+    return {
+        "what": what,
+        "calls": len(seconds),
+        "p50": median(seconds) * 1000,
+        "p95": float(np.quantile(seconds, 0.95)) * 1000,
+        "rate": len(seconds) / sum(seconds),
+        "recall": None,
+    }
