@@ -299,7 +299,9 @@ class _Recorder:
     fetch_value = fetch_row
     execute = fetch_row
 
-    async def fetch_chunks(self, statement: Statement, chunks: Iterable[dict[str, Any]]) -> list[Any]:
+    async def fetch_chunks(
+        self, statement: Statement, chunks: Iterable[dict[str, Any]], *, settle: bool = False
+    ) -> list[Any]:
         self.sent += [Sent(statement, params) for params in chunks]
         return []
 

@@ -219,7 +219,11 @@ async def test_down_and_up_with_a_move_under_way_keep_the_width_in_force(fresh: 
     async with elizasql.connect(agent_id=agent, dsn=fresh, **settings) as db:
         await db.ensure_agent_exists({"name": "test"})
         await db.ensure_embedding_dimension(384)
-        rows = [{"content": {"text": f"text {n}"}, "embedding": v, "unique": True} for n, v in enumerate(vectors)]
+        # A move goes by the ids: the memory that it breaks at must not be the first.
+        rows = [
+            {"id": UUID(int=n + 1), "content": {"text": f"text {n}"}, "embedding": v, "unique": True}
+            for n, v in enumerate(vectors)
+        ]
         ids = await db.create_memories(rows, "messages")
         with pytest.raises(InterruptedError):
             await db.reembed(512, embed, batch_size=1)
