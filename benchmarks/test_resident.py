@@ -290,12 +290,18 @@ def test_while_writing(benchmark: Any, run: Run, ten: Database, vectors: data.Da
             writer = await open_adapter(ten.dsn, agent.db.agent_id)
             try:
                 last: data.Floats | None = None
+                stop = asyncio.Event()
 
                 async def write() -> None:
                     nonlocal last
                     begun = time.perf_counter()
                     while True:
-                        await asyncio.sleep(max(0.0, begun + len(added) / rate - time.perf_counter()))
+                        # Not cancelled in a write: it might be done, and stay.
+                        with suppress(asyncio.TimeoutError, TimeoutError):
+                            wait = max(0.0, begun + len(added) / rate - time.perf_counter())
+                            await asyncio.wait_for(stop.wait(), wait)
+                        if stop.is_set():
+                            return
                         vector = others[len(added)]
                         added.append(await writer.create_memory(agent.memory(vector, 0, len(added)), TABLE))
                         last = vector
@@ -320,8 +326,8 @@ def test_while_writing(benchmark: Any, run: Run, ten: Database, vectors: data.Da
                         {"in the database": database, "resident": tier}, rounds, warmup=sized(50, 1), after=look
                     )
                 finally:
-                    task.cancel()
-                    await asyncio.gather(task, return_exceptions=True)
+                    stop.set()
+                    await task
                 stats = db._resident.snapshot()
                 trips = 1 + stats["repeats"] / stats["hits"]
                 report.table(
