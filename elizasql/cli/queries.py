@@ -19,7 +19,6 @@ import typer
 
 from elizasql import DatabaseAdapter, Memory, _codecs
 from elizasql._statements import SQL, Statement
-from elizasql.config import Config
 from elizasql.errors import ArgumentError
 
 from . import _out, _place
@@ -122,7 +121,7 @@ def _read_file(path: Path) -> Any:
 
 def _without_resident() -> dict[str, Any]:
     """Search in the database, whatever else the library may keep in memory."""
-    return {"resident": "off"} if any(field.name == "resident" for field in dataclasses.fields(Config)) else {}
+    return {"resident": "off"}
 
 
 class _Explainer:
