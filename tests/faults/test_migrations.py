@@ -177,6 +177,7 @@ async def test_migration_is_killed(
             await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 waiting.cancel()
+                await asyncio.wait({waiting})  # it asks on the trap's connection, which is wanted below
                 holder.terminate()
                 break  # nothing was left to be done
             pid = await waiting
