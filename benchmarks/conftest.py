@@ -325,10 +325,7 @@ async def open_adapter(dsn: str, agent_id: UUID, *, resident: str = "off", **opt
         dsn=dsn,
         indexing="manual",
         resident=resident,
-        pool_min_size=1,
-        pool_max_size=4,
-        timeout=3600.0,
-        **options,
+        **{"pool_min_size": 1, "pool_max_size": 4, "timeout": 3600.0} | options,
     )
 
 

@@ -50,6 +50,7 @@ _SQUARES_MIN = max(DIMENSIONS) * _PEAK_MIN**2
 _SQUARES_MAX = _PEAK_MAX**2
 
 _FLOAT32 = np.dtype(np.float32)
+_DENSE = (_FLOAT32.itemsize,)
 _BIG_ENDIAN = np.dtype(">f4")
 _HEADERS = {dimension: struct.pack(">HH", dimension, 0) for dimension in DIMENSIONS}
 
@@ -249,11 +250,11 @@ def as_embedding(value: object, name: str = "embedding") -> Embedding:
     # What comes from a model, and nothing the matter with it: 1.1 us instead of 3.3.
     if (
         type(value) is np.ndarray
-        and value.dtype == _FLOAT32
-        and value.ndim == 1
-        and value.shape[0] in _HEADERS
-        and value.flags.c_contiguous
-        and _SQUARES_MIN <= value.dot(value) <= _SQUARES_MAX
+        and value.dtype is _FLOAT32
+        and len(shape := value.shape) == 1
+        and shape[0] in _HEADERS
+        and value.strides == _DENSE
+        and _SQUARES_MIN <= float(value.dot(value)) <= _SQUARES_MAX
     ):
         return value
     if isinstance(value, (Vector, HalfVector)):

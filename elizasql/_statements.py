@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiosql
@@ -34,6 +34,8 @@ class Statement:
         doc: The comment under the name.
         file: Name of the file.
         dimension: What the text is for; None where it mentions no vector.
+        repeatable: Whether it may be run again when nobody knows if it was done: the second run changes and says the
+            same. So are all but those whose comment says "Not repeatable".
     """
 
     name: str
@@ -42,14 +44,10 @@ class Statement:
     doc: str
     file: str
     dimension: int | None = None
+    repeatable: bool = field(init=False)
 
-    @property
-    def repeatable(self) -> bool:
-        """Whether it may be run again when nobody knows if it was done: the second run changes and says the same.
-
-        So are all but those whose comment says "Not repeatable".
-        """
-        return "Not repeatable:" not in self.doc
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "repeatable", "Not repeatable:" not in self.doc)
 
 
 class Statements(Mapping[str, Statement]):

@@ -201,6 +201,8 @@ def unwrap(kind: type[Model], values: Any, key: str) -> Any:
 
 def as_limit(count: int | None, limit: int | None) -> int | None:
     """Check the two names of "at most so many"."""
+    if count is None and limit is None:
+        return None
     if count is not None and limit is not None and count != limit:
         raise ArgumentError("count and limit are two names of one argument: give one")
-    return _codecs.as_optional_count(limit if count is None else count, "count")
+    return _codecs.as_count(limit if count is None else count, "count")

@@ -18,7 +18,7 @@ from ._indexer import Indexer
 from ._loader import Loader
 from ._resident import Resident
 from ._statements import SQL, Statement
-from ._store import Store
+from ._store import Store, as_limit
 from .errors import ArgumentError, EmbeddingDimensionError, NotFoundError
 from .models import LoadSummary, Memory
 from .types import DIMENSIONS, Embedding, EmbeddingInput
@@ -405,7 +405,7 @@ class Memories(Store):
         params |= {
             "cursor_time": time_and_id[0],
             "cursor_id": time_and_id[1],
-            "count": _limit(count, limit),
+            "count": as_limit(count, limit),
             "skip": _codecs.as_optional_count(offset, "offset"),
             "include_embedding": _codecs.as_bool(include_embedding, "include_embedding"),
         }
@@ -462,7 +462,7 @@ class Memories(Store):
         rooms = list(dict.fromkeys(_codecs.as_ids(room_ids, "room_ids")))
         params = {
             "type": self._type(table_name),
-            "count": _limit(count, limit),
+            "count": as_limit(count, limit),
             "include_embedding": _codecs.as_bool(include_embedding, "include_embedding"),
         }
         return await self._fetch_memories("get_memories_by_room_ids", room_ids=rooms, **params) if rooms else []
@@ -486,7 +486,7 @@ class Memories(Store):
             "get_memories_by_world_id",
             world_id=_codecs.as_id(world_id, "world_id"),
             type=self._type(table_name),
-            count=_limit(count, limit),
+            count=as_limit(count, limit),
             include_embedding=_codecs.as_bool(include_embedding, "include_embedding"),
         )
 
@@ -579,17 +579,15 @@ class Memories(Store):
         """
         vector = _codecs.as_embedding(embedding)
         width = vector.shape[0]
-        number = _limit(count, limit)
+        number = as_limit(count, limit)
         number = 10 if number is None else number
-        kind = self._type(table_name)
-        scope = _scope(room_id, entity_id, world_id)
-        threshold = _threshold(match_threshold)
         params = {
             "embedding": _codecs.encode_vector(vector),
             "agent_id": self.agent_id,
-            "type": kind,
+            "type": self._type(table_name),
+            **_scope(room_id, entity_id, world_id),
             "only_unique": _codecs.as_bool(unique, "unique"),
-            "threshold": threshold,
+            "threshold": _threshold(match_threshold),
             "count": number,
             "candidates": min(number * _RERANK, 2**63 - 1),
             "include_embedding": _codecs.as_bool(include_embedding, "include_embedding"),
@@ -601,20 +599,20 @@ class Memories(Store):
                 return []
             raise EmbeddingDimensionError(self.agent_id, locked=locked, given=width)
         try:
-            return await self._search(vector, params, scope) if number else []
+            return await self._search(vector, params) if number else []
         except EmbeddingDimensionError as error:
             self._learn(error.locked)
             raise
 
-    async def _search(self, vector: Embedding, params: dict[str, Any], scope: dict[str, UUID | None]) -> list[Memory]:
+    async def _search(self, vector: Embedding, params: dict[str, Any]) -> list[Memory]:
         width, kind = vector.shape[0], params["type"]
-        found = await self._resident.search(self._executor, vector, params | scope)
+        found = await self._resident.search(self._executor, vector, params)
         if found is not None:
             return found
-        path = _path(scope)
+        path = _path(params)
         if path is not None:
             statement = SQL.at(_BY_SCOPE["search_memories"][path], width)
-            return [Memory(*row) for row in await self._executor.fetch(statement, **params, **scope)]
+            return [Memory(*row) for row in await self._executor.fetch(statement, **params)]
         if self._large_until.get(kind, 0.0) > time.monotonic():
             statement = SQL.at("search_memories_by_hnsw", width)
             return [Memory(*row) for row in await self._executor.fetch(statement, **params)]
@@ -888,21 +886,18 @@ def _scope(
     room_id: UUID | str | None, entity_id: UUID | str | None, world_id: UUID | str | None
 ) -> dict[str, UUID | None]:
     return {
-        "room_id": _codecs.as_optional_id(room_id, "room_id"),
-        "entity_id": _codecs.as_optional_id(entity_id, "entity_id"),
-        "world_id": _codecs.as_optional_id(world_id, "world_id"),
+        "room_id": None if room_id is None else _codecs.as_id(room_id, "room_id"),
+        "entity_id": None if entity_id is None else _codecs.as_id(entity_id, "entity_id"),
+        "world_id": None if world_id is None else _codecs.as_id(world_id, "world_id"),
     }
 
 
 def _path(scope: Mapping[str, Any]) -> str | None:
     """Give the filter whose index serves: the narrowest one first."""
-    return next((name for name in ("room_id", "entity_id", "world_id") if scope[name] is not None), None)
-
-
-def _limit(count: int | None, limit: int | None) -> int | None:
-    if count is not None and limit is not None and count != limit:
-        raise ArgumentError("count and limit are two names of one argument: give one")
-    return _codecs.as_optional_count(limit if count is None else count, "count")
+    for name in ("room_id", "entity_id", "world_id"):
+        if scope[name] is not None:
+            return name
+    return None
 
 
 def _threshold(value: float | None) -> float | None:
