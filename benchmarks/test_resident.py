@@ -353,7 +353,7 @@ def test_while_writing(benchmark: Any, run: Run, ten: Database, vectors: data.Da
 @pytest.mark.parametrize(
     ("width", "sizes"),
     [
-        (384, sized(0, (30, 100)) or (100, 300, 1_000, 3_000, 10_000, 25_000, 50_000)),  # type: ignore[arg-type]
+        (384, sized(0, (30, 100)) or (100, 300, 1_000, 3_000, 10_000, 25_000, 50_000, 100_000)),  # type: ignore[arg-type]
         (1536, sized(0, (40,)) or (300, 1_000, 3_000, 10_000, 20_000)),  # type: ignore[arg-type]
     ],
 )
@@ -405,7 +405,7 @@ def test_crossover(
                             micro(comparison.median("resident")),
                         ),
                         *(micro(comparison.p95("resident")), f"{comparison.ratio('resident'):.2f}"),
-                        *(f"{loaded * 1e3:,.0f}", f"{matrix.footprint / 2**20:,.1f}", str(matrix._width)),
+                        *(f"{loaded * 1e3:,.0f}", f"{matrix.footprint / 2**20:,.1f}", str(len(matrix._steps))),
                     ]
                 )
         return comparison

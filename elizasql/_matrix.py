@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 from uuid import UUID
 
 import numpy as np
@@ -12,6 +14,7 @@ from asyncpg.pgproto import pgproto
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
+Levels = NDArray[np.int8]
 Places = NDArray[np.intp]
 
 # Of equally similar rows all are candidates, up to so many beyond twice the number asked for.
@@ -26,13 +29,22 @@ _SKETCH_LEAST = 512
 # Rows from which a matrix gets a sketch, rows to find the axes by, and the numbers of axes that are tried.
 SKETCH_FROM = 2000
 _SKETCH_SAMPLE = 2000
-_SKETCH_AXES = (64, 96, 128, 192, 256)
+_SKETCH_AXES = (64, 96, 128, 160, 192, 224, 256)
+# A coordinate is kept in so many steps, either side of zero: a byte, and a bound that lies higher by less than 0.01.
+_SKETCH_LEVELS = 127
+# What reading costs, in components of rows that lie one after the other: a coordinate of a sketch, a component of rows
+# that lie apart. A search by the sketch must cost less than this share of one by the rows.
+_COST_OF_LEVEL, _COST_OF_GATHERED, _COST_LIMIT = 0.7, 3.0, 0.7
+# By so much the rounding raises the bound, about.
+_COST_ROUNDING = 0.008
 
-# Bytes of the rows that are gathered at once: they stay in the core's own cache until they are multiplied.
-_GATHERED = 192 << 10
+# Components of the rows that are gathered at once: they stay in the core's own cache until they are multiplied.
+_GATHERED = 96 << 10
 
-# Bytes of a row beside its vector and its sketch: id and scope, and its part of the dictionary from ids to places.
-_ROW_OVERHEAD = 200
+_of_thread = threading.local()
+
+# Bytes of a row beside its vector and its sketch: id, scope, norms, and its part of the dictionary from ids to places.
+_ROW_OVERHEAD = 208
 
 
 class IncomparableError(ValueError):
@@ -59,10 +71,11 @@ class Matrix:
     in an order of its own, and the bound holds for any order. So whatever lies within twice that of the last one asked
     for is a candidate, and the server, which ranks the candidates, has every row that its own search would give.
 
-    Most of a search is reading the vectors from main memory. A sketch of each row, its coordinates on a few axes and
-    the norm of the rest, bounds the score from above by a product with far fewer columns (Cauchy-Schwarz for the rest);
-    only rows whose bound reaches the best scores are read in full. Axes are those along which the agent's vectors
-    differ most; new rows get their sketch on the same ones. The bound holds for any axes, and for rounding, too.
+    Most of a search is reading the vectors from main memory. A sketch of each row, its coordinates on half of the axes
+    in a byte each, bounds the score from above by reading an eighth of the bytes (Cauchy-Schwarz for what it leaves
+    out: the norm of the rest, and of the rounding, stand beside it); only rows whose bound reaches the best scores are
+    read in full. Axes are those along which the agent's vectors differ most; new rows get their sketch on the same
+    ones. The bound holds for any axes, and for rounding, too.
     """
 
     def __init__(self, dimension: int, size: int = 0) -> None:
@@ -84,6 +97,7 @@ class Matrix:
         # Of rooms, worlds and entities alike; 0 stands for none.
         self._codes: dict[bytes, int] = {}
         self._axes: Floats | None = None
+        self._steps: Floats = np.zeros(0, np.float32)
         self._allocate(_with_spare(size))
 
     # --- memory ------------------------------------------------------------------------------------------------------
@@ -91,8 +105,8 @@ class Matrix:
     @staticmethod
     def estimate(dimension: int, size: int) -> int:
         """Give the bytes that so many rows are going to take, about: the sketch is not known yet."""
-        sketch = min(129, dimension // 2) if size >= SKETCH_FROM else 0
-        return _with_spare(size) * (4 * (dimension + sketch) + _ROW_OVERHEAD)
+        sketch = dimension // 2 if size >= SKETCH_FROM else 0
+        return _with_spare(size) * (4 * dimension + sketch + _ROW_OVERHEAD)
 
     @property
     def footprint(self) -> int:
@@ -109,21 +123,24 @@ class Matrix:
         self._ids: NDArray[np.uint8] = np.zeros((capacity, 16), np.uint8)
         self._scopes: NDArray[np.int32] = np.zeros((3, capacity), np.int32)
         self._unique: NDArray[np.bool_] = np.zeros(capacity, np.bool_)
-        self._sketches: Floats = np.zeros((capacity if self._axes is not None else 0, self._width), np.float32)
+        sketched = capacity if self._axes is not None else 0
+        self._sketches: Levels = np.zeros((sketched, len(self._steps)), np.int8)
+        # Norms of what the sketch leaves out: of the rest, and of the rounding.
+        self._omitted: Floats = np.zeros((2, sketched), np.float32)
         self._scores_of_all: Floats = np.zeros(capacity, np.float32)
-
-    @property
-    def _width(self) -> int:
-        return 0 if self._axes is None else len(self._axes) + 1
 
     def _reserve(self, size: int) -> None:
         if size <= self.capacity:
             return
-        used, before = self.size, (self._vectors, self._ids, self._unique, self._sketches, self._scopes.T)
+        used, before = self.size, self._columns()
         self._allocate(_with_spare(size))
-        after = (self._vectors, self._ids, self._unique, self._sketches, self._scopes.T)
-        for old, new in zip(before, after, strict=True):
+        for old, new in zip(before, self._columns(), strict=True):
             new[:used] = old[:used]
+
+    def _columns(self) -> tuple[NDArray[Any], ...]:
+        """Give all that is kept of the rows, a row first."""
+        sketch = () if self._axes is None else (self._sketches, self._omitted.T)
+        return (self._vectors, self._ids, self._unique, self._scopes.T, *sketch)
 
     # --- change ------------------------------------------------------------------------------------------------------
 
@@ -174,7 +191,7 @@ class Matrix:
         self._scopes[:, at] = scopes.T
         self._unique[at] = flags & 1
         if self._axes is not None:
-            self._sketches[at] = self._sketch_of(vectors)
+            self._sketches[at], self._omitted[:, at] = self._sketch_of(self._coordinates(vectors))
 
     def drop(self, ids: Iterable[UUID]) -> None:
         """Take rows out, where they are; the last rows come in their places."""
@@ -186,11 +203,8 @@ class Matrix:
             last = self.size
             if place != last:
                 self._places[self._ids[last].tobytes()] = place
-                for array in (self._vectors, self._ids, self._unique):
-                    array[place] = array[last]
-                self._scopes[:, place] = self._scopes[:, last]
-                if self._axes is not None:
-                    self._sketches[place] = self._sketches[last]
+                for column in self._columns():
+                    column[place] = column[last]
 
     # --- search ------------------------------------------------------------------------------------------------------
 
@@ -269,16 +283,20 @@ class Matrix:
         if at is None or len(at) > self.size // 2:
             scores = _multiply(self._vectors, query, self._block, self.size, self._scores_of_all)
             return scores if at is None else scores[at]
-        return _gather(self._vectors, at, query, self._block)
+        return _gather(self._vectors, at, query)
 
     def _bound(self, query: Floats, at: Places | None) -> Floats:
         """Give an upper bound of the rows' scores, up to `_sketch_slack`."""
-        sketch = self._sketch_of(query[None])[0]
-        block = _block(len(sketch))
-        if at is None or len(at) > self.size // 2:
-            bounds = _multiply(self._sketches, sketch, block, self.size, self._scores_of_all)
-            return bounds.copy() if at is None else bounds[at]
-        return _gather(self._sketches, at, sketch, block)
+        coordinates = self._coordinates(query[None])[0]
+        length = np.dot(coordinates, coordinates)
+        rest, rounding = _rest_above(length, self._least_rest), _norm_above(length)
+        everywhere = at is None or len(at) > self.size // 2
+        which = range(self.size) if at is None or everywhere else at
+        bounds = _gather(self._sketches, which, coordinates * self._steps)
+        omitted = self._omitted[:, : self.size] if everywhere else self._omitted[:, at]
+        bounds += omitted[0] * rest
+        bounds += omitted[1] * rounding
+        return bounds[at] if at is not None and everywhere else bounds
 
     def _ids_at(self, at: Places) -> list[UUID]:
         content = self._ids[at].tobytes()
@@ -288,20 +306,32 @@ class Matrix:
     # --- the sketch --------------------------------------------------------------------------------------------------
 
     @property
-    def _sketch_slack(self) -> float:
-        # Each coordinate is a sum in float32, of the rows' and of the query's alike.
-        return (2 * math.sqrt(self._width) + 8) * self._gamma
+    def _least_rest(self) -> float:
+        # 1 minus a sum of squares in float32, of coordinates that are sums in float32 themselves.
+        return (2 * math.sqrt(len(self._steps)) + 2) * self._gamma
 
-    def _sketch_of(self, vectors: Floats) -> Floats:
-        """Give the coordinates on the axes, and the norm of the rest, never too small."""
+    @property
+    def _sketch_slack(self) -> float:
+        # Each coordinate is a sum in float32, of the rows' and of the query's alike; and so is the bound.
+        return (2 * math.sqrt(len(self._steps)) + 12) * self._gamma
+
+    def _coordinates(self, vectors: Floats) -> Floats:
+        """Give the coordinates on the axes."""
         axes = self._axes
         assert axes is not None
         block = _block(self.dimension)
-        sketches = np.empty((len(vectors), len(axes) + 1), np.float32)
+        coordinates = np.empty((len(vectors), len(axes)), np.float32)
         stacked = axes.reshape(-1, block, self.dimension)
         for number, vector in enumerate(vectors):
-            np.matmul(stacked, vector, out=sketches[number, :-1].reshape(-1, block))
-        return _with_rest(sketches, self._gamma)
+            np.matmul(stacked, vector, out=coordinates[number].reshape(-1, block))
+        return coordinates
+
+    def _sketch_of(self, coordinates: Floats) -> tuple[Levels, Floats]:
+        """Give the coordinates in steps, and the norms of what these leave out, never too small."""
+        levels = np.clip(np.rint(coordinates / self._steps), -_SKETCH_LEVELS, _SKETCH_LEVELS).astype(np.int8)
+        rounding = coordinates - levels * self._steps
+        rest = _rest_above(np.einsum("ij,ij->i", coordinates, coordinates), self._least_rest)
+        return levels, np.stack([rest, _norm_above(np.einsum("ij,ij->i", rounding, rounding))])
 
     def make_sketch(self) -> None:
         """Find the axes and sketch every row, when that pays; some 0.1 s, in which nothing else may use the matrix."""
@@ -311,25 +341,34 @@ class Matrix:
         vectors = self._vectors[: self.size]
         sample = vectors[random.choice(self.size, min(self.size, _SKETCH_SAMPLE), replace=False)]
         axes = _main_axes(sample, max(_SKETCH_AXES), random)
-        # What each number of axes would cost, tried with some rows as queries: elements read by the sketches, and by
-        # the rows that they leave, which lie apart and take about twice as long to read.
+        number = self._find_number(sample, axes)
+        if not number:
+            return
+        self._axes = np.ascontiguousarray(axes[:number])
+        # New rows may lie further out: then their rounding is large, and the bound as high as it has to be.
+        furthest = np.abs(sample @ self._axes.T).max(axis=0)
+        self._steps = np.maximum(furthest / _SKETCH_LEVELS, np.float32(1e-12)).astype(np.float32)
+        self._sketches = np.zeros((self.capacity, number), np.int8)
+        self._omitted = np.zeros((2, self.capacity), np.float32)
+        for begin in range(0, self.size, _SKETCH_SAMPLE):
+            some = slice(begin, min(begin + _SKETCH_SAMPLE, self.size))
+            self._sketches[some], self._omitted[:, some] = self._sketch_of(vectors[some] @ self._axes.T)
+
+    def _find_number(self, sample: Floats, axes: Floats) -> int:
+        """Find how many axes make a search cheapest, tried with some rows as queries on the sample; 0: none do."""
         queries = sample[:32]
-        best = np.partition(vectors @ queries.T, -11, axis=0)[-11]  # the query itself is the first
-        coordinates, of_queries = vectors @ axes.T, queries @ axes.T
-        cheapest, chosen = 0.7 * self.dimension, 0
+        best = np.partition(self._vectors[: self.size] @ queries.T, -11, axis=0)[-11]  # the query itself is the first
+        coordinates, of_queries = sample @ axes.T, queries @ axes.T
+        cheapest, chosen = _COST_LIMIT * self.dimension, 0
         for number in _SKETCH_AXES:
             part, part_of_queries = coordinates[:, :number], of_queries[:, :number]
             rest = np.sqrt(np.maximum(1 - np.einsum("ij,ij->i", part, part), 0))
             rest_of_queries = np.sqrt(np.maximum(1 - np.einsum("ij,ij->i", part_of_queries, part_of_queries), 0))
-            left = (part @ part_of_queries.T + np.outer(rest, rest_of_queries) >= best).mean()
-            cost = number + 2 * float(left) * self.dimension
+            left = (part @ part_of_queries.T + np.outer(rest, rest_of_queries) + _COST_ROUNDING >= best).mean()
+            cost = _COST_OF_LEVEL * number + _COST_OF_GATHERED * float(left) * self.dimension
             if cost < cheapest:
                 cheapest, chosen = cost, number
-        if chosen:
-            self._axes = np.ascontiguousarray(axes[:chosen])
-            self._sketches = np.zeros((self.capacity, chosen + 1), np.float32)
-            self._sketches[: self.size, :-1] = coordinates[:, :chosen]
-            _with_rest(self._sketches[: self.size], self._gamma)
+        return chosen
 
 
 def _with_spare(size: int) -> int:
@@ -350,19 +389,34 @@ def _multiply(matrix: Floats, vector: Floats, block: int, size: int, out: Floats
     return out[:size]
 
 
-def _gather(matrix: Floats, at: Places, vector: Floats, block: int) -> Floats:
-    """Multiply some rows with a vector."""
-    scores = np.empty(len(at), np.float32)
-    step = min(_GATHERED // 4 // len(vector), len(at)) // block * block + block
-    scratch = np.zeros((step, len(vector)), np.float32)
+def _gather(matrix: NDArray[Any], at: Places | range, vector: Floats) -> Floats:
+    """Multiply some rows with a vector, through a scratch that stays in the core's own cache.
+
+    Args:
+        matrix: Rows, of any type of numbers.
+        at: Which; a range begins at 0.
+        vector: Of the width of the rows.
+    """
+    width = len(vector)
+    block = _block(width)
+    step = _GATHERED // width // block * block
+    if not hasattr(_of_thread, "scratch"):
+        _of_thread.scratch = np.zeros(_GATHERED, np.float32)
+    rows = _of_thread.scratch[: step * width].reshape(step, width)
+    scores = np.empty(-(-len(at) // block) * block, np.float32)
     for begin in range(0, len(at), step):
-        some = at[begin : begin + step]
-        # "clip", since "raise" makes a copy first; every place is there.
-        np.take(matrix, some, axis=0, out=scratch[: len(some)], mode="clip")
-        blocks = -(-len(some) // block)
-        product = np.matmul(scratch[: blocks * block].reshape(blocks, block, -1), vector)
-        scores[begin : begin + step] = product.reshape(-1)[: len(some)]
-    return scores
+        end = min(begin + step, len(at))
+        if isinstance(at, range):
+            rows[: end - begin] = matrix[begin:end]
+        elif matrix.dtype == rows.dtype:
+            # "clip", since "raise" makes a copy first; every place is there.
+            np.take(matrix, at[begin:end], axis=0, out=rows[: end - begin], mode="clip")
+        else:
+            rows[: end - begin] = matrix[at[begin:end]]
+        blocks = -(-(end - begin) // block)
+        out = scores[begin : begin + blocks * block].reshape(blocks, block)
+        np.matmul(rows[: blocks * block].reshape(blocks, block, width), vector, out=out)
+    return scores[: len(at)]
 
 
 def _nth_largest(scores: Floats, count: int) -> np.float32:
@@ -389,10 +443,11 @@ def _main_axes(sample: Floats, number: int, random: np.random.Generator) -> Floa
     return np.ascontiguousarray((base @ turn[:, ::-1]).T, dtype=np.float32)
 
 
-def _with_rest(sketches: Floats, gamma: float) -> Floats:
-    """Fill the last column: the norm of what the coordinates leave of a unit vector, rounding counted in."""
-    coordinates = sketches[:, :-1]
-    least = (2 * math.sqrt(sketches.shape[1]) + 2) * gamma
-    rest = 1 - np.einsum("ij,ij->i", coordinates, coordinates)
-    sketches[:, -1] = np.sqrt(np.maximum(rest, 0) + np.float32(least))
-    return sketches
+def _rest_above(squares: Any, least: float) -> Any:
+    """Give the norm of what coordinates leave of a unit vector, by the sum of their squares, never too small."""
+    return np.sqrt(np.maximum(1 - squares, 0) + np.float32(least))
+
+
+def _norm_above(squares: Any) -> Any:
+    """Give a norm by the sum of squares, never too small."""
+    return np.sqrt(squares) * np.float32(1.0001) + np.float32(1e-6)
