@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -15,7 +16,7 @@ import pytest
 
 from benchmarks import data
 from benchmarks.conftest import QUICK, ROWS, TABLE, Run, open_adapter, served, sized
-from benchmarks.report import Comparison, Report, played_back, record
+from benchmarks.report import Comparison, Report, interleave, micro, played_back, record
 from elizasql import DatabaseAdapter, Entity, Memory, Room
 
 pytestmark = pytest.mark.benchmark(timer=played_back, group="load")
@@ -45,6 +46,11 @@ def _memories(vectors: data.Floats, room: UUID, entity: UUID) -> Iterator[Memory
         yield Memory(room_id=room, entity_id=entity, content=text, unique=True, embedding=vector)
 
 
+def _recall(vectors: data.Floats, query: data.Floats, hits: list[Memory]) -> float:
+    at = [int(str(hit.content["text"]).split()[1].rstrip(":")) for hit in hits if hit.content]
+    return data.recall(vectors, query, at, 10)
+
+
 def test_load_memories(benchmark: Any, run: Run, folder: Path, vectors: data.Data, report: Report) -> None:
     """The rows alone, and with the index; the index is the same, and so must be what a search finds."""
     size, repeats = min(ROWS, sized(50_000, 300)), sized(2, 1)
@@ -57,8 +63,7 @@ def test_load_memories(benchmark: Any, run: Run, folder: Path, vectors: data.Dat
         shares = []
         for query in vectors.queries[: sized(1000, 5)]:
             hits = await db.search_memories(embedding=query, table_name=TABLE)
-            at = [int(str(hit.content["text"]).split()[1].rstrip(":")) for hit in hits if hit.content]
-            shares.append(data.recall(chosen, query, at, 10))
+            shares.append(_recall(chosen, query, hits))
         return float(np.mean(shares))
 
     async def measure(dsn: str, way: str) -> None:
@@ -102,3 +107,51 @@ def test_load_memories(benchmark: Any, run: Run, folder: Path, vectors: data.Dat
     )
     report.goal("load_memories, index and all", f"{size / after:,.0f} rows/s", "≥ 4,000 rows/s", size / after >= 4_000)
     report.goal("load_memories over create_memories", f"{before / after:.2f} x", "≥ 1 x", before >= after)
+
+
+def test_growth(benchmark: Any, run: Run, folder: Path, report: Report) -> None:
+    """One agent that gets ten times as many memories, and again: the load, and what a search takes and finds then."""
+    largest = int(os.environ.get("ELIZASQL_BENCH_GROWTH") or sized(ROWS, 300))
+    sizes = [size for size in (100, 10_000, 100_000, 1_000_000) if sized(10_000, 100) <= size <= largest]
+    given = data.load(max(sizes), sized(500, 5))
+    comparisons: dict[int, Comparison] = {}
+    rows: list[list[str]] = []
+
+    async def measure(dsn: str) -> None:
+        async with _new_agent(dsn) as (db, room, entity):
+            memories = _memories(given.vectors, room, entity)
+            for before, size in zip([0, *sizes], sizes, strict=False):
+                marks: list[float] = []
+                begun = time.perf_counter()
+                await db.load_memories(
+                    islice(memories, size - before),
+                    TABLE,
+                    progress=lambda *_, marks=marks: marks.append(time.perf_counter()),
+                )
+                taken, stored = time.perf_counter() - begun, marks[-1] - begun
+                found: list[tuple[int, list[Memory]]] = []
+
+                async def search(number: int, found: list[tuple[int, list[Memory]]] = found) -> None:
+                    query = number % len(given.queries)
+                    found.append((query, await db.search_memories(embedding=given.queries[query], table_name=TABLE)))
+
+                comparison = await interleave({"search": search}, sized(500, 2), warmup=sized(100, 1))
+                comparisons[size] = comparison
+                right = [_recall(given.vectors[:size], given.queries[query], hits) for query, hits in found[-100:]]
+                rows.append(
+                    [
+                        f"{size:,}",
+                        *(f"{(size - before) / stored:,.0f}", f"{(size - before) / taken:,.0f}"),
+                        *(f"{np.mean(right):.4f}", micro(comparison.median("search")), micro(comparison.p95("search"))),
+                    ]
+                )
+
+    with served(run, folder / ("pg" if QUICK else "growth")) as dsn:
+        run(measure(dsn))
+
+    header = ["memories", "rows/s stored", "rows/s, index and all", "recall@10", "p50 us", "p95 us"]
+    report.table(f"Growth of one agent by load_memories, {given.source}, 384 dimensions", header, rows)
+    record(benchmark, comparisons[sizes[-1]], "search")
+    if len(sizes) > 1:
+        growth = comparisons[sizes[-1]].median("search") / comparisons[sizes[0]].median("search")
+        report.goal(f"growth of one agent, {sizes[0]:,} to {sizes[-1]:,}", f"{growth:.2f} x", "≤ 2.5 x", growth <= 2.5)

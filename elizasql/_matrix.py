@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -219,6 +220,7 @@ class Matrix:
         only_unique: bool = False,
         threshold: float | None = None,
         least: int = 0,
+        most: int = sys.maxsize,
     ) -> Found | None:
         """Find what can be among the `count` nearest.
 
@@ -228,13 +230,14 @@ class Matrix:
             room_id, world_id, entity_id, only_unique: Only rows like this.
             threshold: Rows below may be left out.
             least: How many must match.
+            most: How many may.
 
         Returns:
-            The candidates; None when fewer match, or too many are equally near.
+            The candidates; None when fewer or more match, or too many are equally near.
         """
         at = self._select((room_id, world_id, entity_id), only_unique)
         matching = self.size if at is None else len(at)
-        if matching < least:
+        if not least <= matching <= most:
             return None
         if matching <= count:
             return Found(self._ids_at(np.arange(matching) if at is None else at), -math.inf)

@@ -11,8 +11,9 @@ search in the database gives at the moment of the fetch, whoever wrote what unti
   and when those do not make up for it, the search is done again with more.
 - `Matrix` says how similar a row that it did not send can be at most: the answer holds when the last row is above.
 
-What cannot be answered here is left to the database: a type that is too large, not loaded yet or over the budget, and
-everything inside a transaction, which must see what it has written itself.
+What cannot be answered here is left to the database: a search among more rows than numpy compares faster, a type that
+is not loaded yet or over the budget, and everything inside a transaction, which must see what it has written itself. Of
+a type with more rows than that, what is asked of a room, a world or an entity can still be answered here.
 
 `sql/resident.sql` says how a change is recognised.
 """
@@ -69,7 +70,7 @@ _LEAST = 200
 # load one another out.
 _REST = 10.0
 
-# Seconds until a type that was too large or too small, or whose load failed, is looked at again.
+# Seconds until a type that was too large or too small, or whose load failed, is looked at again; it may have changed.
 _TOO_LARGE = 300.0
 _TOO_SMALL = 30.0
 _FAILED = 30.0
@@ -96,6 +97,8 @@ class Tier:
         asked: Searches since it was last loaded or put out, while there is no matrix.
         loading: The task that loads it.
         not_before: When it may be loaded, by `time.monotonic`.
+        large_until: Until when it counts as one that has more rows than are searched as a whole, while there is no
+            matrix, by `time.monotonic`.
         catching_up: Held by whoever reads many changes.
         loaded_size: Rows that the load found.
         dropped: Rows that were found to be gone since.
@@ -106,6 +109,7 @@ class Tier:
         "asked",
         "catching_up",
         "dropped",
+        "large_until",
         "life",
         "loaded_size",
         "loading",
@@ -123,6 +127,7 @@ class Tier:
         self.asked = 0
         self.loading: asyncio.Task[None] | None = None
         self.not_before = 0.0
+        self.large_until = 0.0
         self.catching_up = asyncio.Lock()
         self.loaded_size = 0
         self.dropped = 0
@@ -271,9 +276,16 @@ class Resident:
         if self._off or executor.in_transaction:
             return None
         tier = self._find_tier(params["type"], vector.shape[0])
-        if tier.matrix is None:
-            await self._consider(tier, params["type"], vector.shape[0])
-        found = await self._search(tier, executor, vector, params) if tier.matrix is not None else None
+        now = time.monotonic()
+        scoped = any(params[name] is not None for name in ("room_id", "world_id", "entity_id"))
+        large = now < tier.large_until if tier.matrix is None else tier.matrix.size > self._most
+        found = None
+        if scoped or not large:
+            tier.used = now
+            if tier.matrix is None:
+                await self._consider(tier, params["type"], vector.shape[0], scoped=scoped)
+            if tier.matrix is not None:
+                found = await self._search(tier, executor, vector, params)
         if found is None:
             self.stats.misses += 1
         else:
@@ -289,8 +301,10 @@ class Resident:
         filters = {name: params[name] for name in ("room_id", "world_id", "entity_id", "only_unique", "threshold")}
         for number in range(_ROUNDS):
             matrix, seen = tier.matrix, tier.seen
-            candidates = matrix.search(vector, wanted, **filters, least=self._least) if matrix is not None else None
-            if matrix is None or candidates is None:
+            if matrix is None:
+                return None
+            candidates = matrix.search(vector, wanted, **filters, least=self._least, most=self._most)
+            if candidates is None:
                 return None
             self.stats.repeats += number > 0
             rows = await executor.fetch(
@@ -340,9 +354,6 @@ class Resident:
                 return
             self.stats.deltas += 1
             self.stats.changes += matrix.rows_in(changed)
-            if matrix.size > self._most + self._most // 8:
-                self._give_up(tier, _TOO_LARGE)
-                return
             if matrix.capacity > capacity and not self._make_room(tier, matrix.footprint):
                 return
         if gone:
@@ -350,7 +361,7 @@ class Resident:
             tier.dropped += len(gone)
         tier.seen = seen
         if (changed or gone) and tier.outlived:
-            self._begin_load(tier, kind, matrix.dimension)
+            self._begin_load(tier, kind, matrix.dimension, scoped=True)
 
     async def _catch_up(self, tier: Tier, matrix: Matrix, seen: Snapshot, executor: Executor, kind: str) -> None:
         """Read and merge what has changed since `seen`; of several that want it, one does."""
@@ -393,28 +404,27 @@ class Resident:
             if tier is None:
                 tier = shelf.tiers[key] = Tier()
             self._tiers[kind, dimension] = tier
-        tier.used = time.monotonic()
         return tier
 
-    async def _consider(self, tier: Tier, kind: str, dimension: int) -> None:
+    async def _consider(self, tier: Tier, kind: str, dimension: int, *, scoped: bool) -> None:
         """Begin to load a tier when that pays; "required" waits for it."""
         tier.asked += 1
         required = self._mode == "required"
         if tier.used >= tier.not_before and (required or tier.asked >= _LOAD_AFTER):
-            self._begin_load(tier, kind, dimension)
+            self._begin_load(tier, kind, dimension, scoped=scoped)
         if required and tier.loading is not None:
             left = current_deadline(60.0) - time.monotonic()
             await asyncio.wait({tier.loading}, timeout=max(left, 0.0))
 
-    def _begin_load(self, tier: Tier, kind: str, dimension: int) -> None:
+    def _begin_load(self, tier: Tier, kind: str, dimension: int, *, scoped: bool) -> None:
         if tier.loading is None and not self._closed:
-            tier.loading = spawn(self._load(tier, kind, dimension), "elizasql-resident-load")
+            tier.loading = spawn(self._load(tier, kind, dimension, scoped), "elizasql-resident-load")
             self._tasks.add(tier.loading)
             tier.loading.add_done_callback(self._tasks.discard)
 
-    async def _load(self, tier: Tier, kind: str, dimension: int) -> None:
+    async def _load(self, tier: Tier, kind: str, dimension: int, scoped: bool) -> None:
         try:
-            await self._read(tier, kind, dimension)
+            await self._read(tier, kind, dimension, scoped)
         except ElizaSQLError as error:
             # Searches go on in the database; if that cannot be reached, they tell.
             logger.warning("loading vectors of type %s is put off: %s", kind, error)
@@ -424,7 +434,7 @@ class Resident:
         finally:
             tier.loading = None
 
-    async def _read(self, tier: Tier, kind: str, dimension: int) -> None:
+    async def _read(self, tier: Tier, kind: str, dimension: int, scoped: bool) -> None:
         """Read a type page by page, each in a snapshot of its own; what it holds then counts as seen by the first.
 
         A row that is written meanwhile moves to a later page, and is a change for the first search in any case.
@@ -439,12 +449,12 @@ class Resident:
                 type=kind,
                 after=after,
                 page_size=page_size,
-                most=self._most + 1 if first is None else 0,
+                most=self._budget // (4 * dimension) + 1 if first is None else 0,
             )
             assert page is not None
             if first is None:
                 first = page
-                if not self._fits(tier, page, dimension):
+                if not self._fits(tier, page, dimension, scoped):
                     return
                 matrix = Matrix(dimension, page["size"])
             assert matrix is not None
@@ -456,7 +466,7 @@ class Resident:
                 await asyncio.sleep(0)  # a page may be large: all that one transaction wrote
             if page["number"] < page_size:
                 break
-            if matrix.size > self._most:
+            if matrix.footprint > self._budget:
                 tier.not_before = time.monotonic() + _TOO_LARGE
                 return
             after = page["last"]
@@ -469,15 +479,22 @@ class Resident:
             _shelves[asyncio.get_running_loop()].filled.add(tier)
         self.stats.loads += 1
 
-    def _fits(self, tier: Tier, page: Mapping[str, Any], dimension: int) -> bool:
+    def _fits(self, tier: Tier, page: Mapping[str, Any], dimension: int, scoped: bool) -> bool:
         """Tell by the first page whether to go on, and make room."""
-        if not page["numbers_transactions"] or page["size"] > self._most:
+        needed = Matrix.estimate(dimension, page["size"])
+        if not page["numbers_transactions"] or needed > self._budget:
             self._give_up(tier, _TOO_LARGE)
             return False
+        if page["size"] > self._most:
+            # From here on only searches in a scope count, and as many of them must be asked.
+            known, tier.large_until = time.monotonic() < tier.large_until, time.monotonic() + _TOO_LARGE
+            if not scoped or not (known or self._mode == "required"):
+                tier.asked = 0
+                return False
         if page["size"] < self._least:
             self._give_up(tier, _TOO_SMALL)
             return False
-        return self._make_room(tier, Matrix.estimate(dimension, page["size"]))
+        return self._make_room(tier, needed)
 
     def _make_room(self, tier: Tier, needed: int) -> bool:
         """Put other tiers out so that this one fits; otherwise it has to wait."""

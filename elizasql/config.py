@@ -135,7 +135,7 @@ class Config:
         resident: Whether vectors are held in the process and searched there: "off"; "auto": where that pays, loaded in
             the background; "required": from the first search on, which waits for it. [ELIZASQL_RESIDENT]
         resident_memory_mb: What the process may hold of them, over all agents, in MiB. [ELIZASQL_RESIDENT_MEMORY_MB]
-        resident_max_vectors: Most vectors of an agent and type that are held. [ELIZASQL_RESIDENT_MAX_VECTORS]
+        resident_max_vectors: Most vectors that a search compares in the process. [ELIZASQL_RESIDENT_MAX_VECTORS]
         application_name: What the server's activity view shows. [ELIZASQL_APPLICATION_NAME]
     """
 

@@ -858,24 +858,50 @@ async def test_vectors_that_only_the_server_can_rank(mind: Mind) -> None:
 # --- limits ----------------------------------------------------------------------------------------------------------
 
 
-async def test_too_many_vectors(mind: Mind, make_db: MakeAdapter) -> None:
+async def test_more_vectors_than_are_compared(mind: Mind, make_db: MakeAdapter) -> None:
+    """What is asked of everything is left to the database, what is asked of a part is answered from what is held."""
     await mind.remember(some_vectors(100))
-    db = await make_db(mind.db.agent_id, resident_max_vectors=99, **RESIDENT)
-    mind.db = db
+    db = mind.db = await make_db(mind.db.agent_id, resident_max_vectors=50, **RESIDENT)
     query = some_vectors(1, seed=8)[0]
     for _ in range(3):
         assert await mind.search(query) == await mind.exact(query)
     assert (db._resident.stats.misses, db._resident.stats.loads) == (3, 0)
     # It is not looked at again with every search.
-    assert mind.tier.not_before > mind.tier.used + 100
+    assert mind.tier.large_until > mind.tier.used + 100
+    await mind.check(query, room_id=mind.rooms[0])
+    await mind.check(query, entity_id=mind.entities[1], unique=True)
+    # Two thirds of the rows: too many as well.
+    assert await mind.search(query, unique=True) == await mind.exact(query, unique=True)
+    assert (db._resident.stats.misses, db._resident.stats.loads) == (4, 1)
+    await mind.remember(some_vectors(30, seed=1))
+    await mind.check(query, world_id=mind.worlds[0])
+    # One that shrinks is searched as a whole.
+    await mind.writer.delete_memories(mind.ids[50:])
+    await mind.check(query, world_id=mind.worlds[1])
     await mind.writer.delete_memories(mind.ids[:10])
-    mind.tier.not_before = 0.0
+    mind.resident._give_up(mind.tier, 0.0)
+    mind.tier.large_until = 0.0
     await mind.check(query)
-    # One that grows beyond is let go.
-    await mind.remember(some_vectors(40, seed=1))
-    await mind.search(query)
-    assert mind.tier.matrix is None
-    assert await mind.search(query) == await mind.exact(query)
+
+
+async def test_a_large_type_is_loaded_for_those_who_ask_of_parts(mind: Mind, make_db: MakeAdapter) -> None:
+    await mind.remember(some_vectors(300))
+    db = mind.db = await make_db(mind.db.agent_id, indexing="manual", resident="auto", resident_max_vectors=250)
+    query = some_vectors(1, seed=8)[0]
+
+    async def ask(times: int, **scope: Any) -> int:
+        for _ in range(times):
+            await mind.search(query, **scope)
+            if mind.tier.loading is not None:
+                await mind.tier.loading
+        return db._resident.stats.loads
+
+    # As a whole it is never loaded, and one question of a part is none of many.
+    assert await ask(3 * _resident._LOAD_AFTER) == 0
+    room = {"room_id": mind.rooms[0]}
+    assert await ask(_resident._LOAD_AFTER - 1, **room) == 0
+    assert await ask(1, **room) == 1
+    assert mind.tier.matrix is not None and mind.tier.matrix.size == 300
 
 
 async def test_more_changes_than_are_read(mind: Mind, monkeypatch: pytest.MonkeyPatch) -> None:
