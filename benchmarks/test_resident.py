@@ -238,7 +238,7 @@ def test_cold(benchmark: Any, run: Run, ten: Database, vectors: data.Data, repor
                 tier = db._resident._find_tier(TABLE, data.WIDTH)
                 db._resident._give_up(tier, 0.0)
                 begun = time.perf_counter()
-                db._resident._begin_load(tier, TABLE, data.WIDTH, scoped=False)
+                db._resident._begin_load(tier, TABLE, data.WIDTH)
                 turn = 0
                 while tier.matrix is None:
                     turn += 1

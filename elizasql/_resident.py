@@ -78,6 +78,14 @@ _FAILED = 30.0
 # Seconds for which nothing is loaded after more was written than can be merged: an import is likely still going on.
 _CALM = 5.0
 
+# What counts the memories of a part, the narrowest first.
+_COUNTS = {
+    "room_id": "count_memories_of_rooms",
+    "entity_id": "count_memories_of_entity",
+    "world_id": "count_memories_of_world",
+}
+Scope = Mapping[str, UUID]
+
 # The columns of a memory come first in a row of fetch_resident.
 _FIELDS = 12
 _SIMILARITY = 11
@@ -277,13 +285,13 @@ class Resident:
             return None
         tier = self._find_tier(params["type"], vector.shape[0])
         now = time.monotonic()
-        scoped = any(params[name] is not None for name in ("room_id", "world_id", "entity_id"))
+        scope = next(({name: params[name]} for name in _COUNTS if params[name] is not None), None)
         large = now < tier.large_until if tier.matrix is None else tier.matrix.size > self._most
         found = None
-        if scoped or not large:
+        if scope is not None or not large:
             tier.used = now
             if tier.matrix is None:
-                await self._consider(tier, params["type"], vector.shape[0], scoped=scoped)
+                await self._consider(tier, params["type"], vector.shape[0], scope)
             if tier.matrix is not None:
                 found = await self._search(tier, executor, vector, params)
         if found is None:
@@ -361,7 +369,7 @@ class Resident:
             tier.dropped += len(gone)
         tier.seen = seen
         if (changed or gone) and tier.outlived:
-            self._begin_load(tier, kind, matrix.dimension, scoped=True)
+            self._begin_load(tier, kind, matrix.dimension)
 
     async def _catch_up(self, tier: Tier, matrix: Matrix, seen: Snapshot, executor: Executor, kind: str) -> None:
         """Read and merge what has changed since `seen`; of several that want it, one does."""
@@ -406,25 +414,25 @@ class Resident:
             self._tiers[kind, dimension] = tier
         return tier
 
-    async def _consider(self, tier: Tier, kind: str, dimension: int, *, scoped: bool) -> None:
+    async def _consider(self, tier: Tier, kind: str, dimension: int, scope: Scope | None) -> None:
         """Begin to load a tier when that pays; "required" waits for it."""
         tier.asked += 1
         required = self._mode == "required"
         if tier.used >= tier.not_before and (required or tier.asked >= _LOAD_AFTER):
-            self._begin_load(tier, kind, dimension, scoped=scoped)
+            self._begin_load(tier, kind, dimension, scope)
         if required and tier.loading is not None:
             left = current_deadline(60.0) - time.monotonic()
             await asyncio.wait({tier.loading}, timeout=max(left, 0.0))
 
-    def _begin_load(self, tier: Tier, kind: str, dimension: int, *, scoped: bool) -> None:
+    def _begin_load(self, tier: Tier, kind: str, dimension: int, scope: Scope | None = None) -> None:
         if tier.loading is None and not self._closed:
-            tier.loading = spawn(self._load(tier, kind, dimension, scoped), "elizasql-resident-load")
+            tier.loading = spawn(self._load(tier, kind, dimension, scope), "elizasql-resident-load")
             self._tasks.add(tier.loading)
             tier.loading.add_done_callback(self._tasks.discard)
 
-    async def _load(self, tier: Tier, kind: str, dimension: int, scoped: bool) -> None:
+    async def _load(self, tier: Tier, kind: str, dimension: int, scope: Scope | None) -> None:
         try:
-            await self._read(tier, kind, dimension, scoped)
+            await self._read(tier, kind, dimension, scope)
         except ElizaSQLError as error:
             # Searches go on in the database; if that cannot be reached, they tell.
             logger.warning("loading vectors of type %s is put off: %s", kind, error)
@@ -434,7 +442,7 @@ class Resident:
         finally:
             tier.loading = None
 
-    async def _read(self, tier: Tier, kind: str, dimension: int, scoped: bool) -> None:
+    async def _read(self, tier: Tier, kind: str, dimension: int, scope: Scope | None) -> None:
         """Read a type page by page, each in a snapshot of its own; what it holds then counts as seen by the first.
 
         A row that is written meanwhile moves to a later page, and is a change for the first search in any case.
@@ -454,7 +462,7 @@ class Resident:
             assert page is not None
             if first is None:
                 first = page
-                if not self._fits(tier, page, dimension, scoped):
+                if not await self._fits(tier, page, kind, dimension, scope):
                     return
                 matrix = Matrix(dimension, page["size"])
             assert matrix is not None
@@ -479,22 +487,33 @@ class Resident:
             _shelves[asyncio.get_running_loop()].filled.add(tier)
         self.stats.loads += 1
 
-    def _fits(self, tier: Tier, page: Mapping[str, Any], dimension: int, scoped: bool) -> bool:
+    async def _fits(self, tier: Tier, page: Mapping[str, Any], kind: str, dimension: int, scope: Scope | None) -> bool:
         """Tell by the first page whether to go on, and make room."""
         needed = Matrix.estimate(dimension, page["size"])
         if not page["numbers_transactions"] or needed > self._budget:
             self._give_up(tier, _TOO_LARGE)
             return False
-        if page["size"] > self._most:
-            # From here on only searches in a scope count, and as many of them must be asked.
+        if page["size"] > self._most and tier.matrix is None:
+            # From here on only searches of a part count; as many of them must be asked, and the last is the sample.
             known, tier.large_until = time.monotonic() < tier.large_until, time.monotonic() + _TOO_LARGE
-            if not scoped or not (known or self._mode == "required"):
+            asked = known or self._mode == "required"
+            if scope is None or not asked or not self._least <= await self._count(kind, scope) <= self._most:
                 tier.asked = 0
                 return False
         if page["size"] < self._least:
             self._give_up(tier, _TOO_SMALL)
             return False
         return self._make_room(tier, needed)
+
+    async def _count(self, kind: str, scope: Scope) -> int:
+        """Count the memories of a part."""
+        [(name, id)] = scope.items()
+        params: dict[str, Any] = {"agent_id": self._agent_id, "type": kind, "only_unique": False}
+        for other in ("world_id", "entity_id", "start_time", "end_time", "metadata", "text_contains"):
+            params[other] = None
+        params |= {"room_ids": [id]} if name == "room_id" else {name: id}
+        number: int = await self._background.fetch_value(SQL[_COUNTS[name]], **params)
+        return number
 
     def _make_room(self, tier: Tier, needed: int) -> bool:
         """Put other tiers out so that this one fits; otherwise it has to wait."""

@@ -884,8 +884,11 @@ async def test_more_vectors_than_are_compared(mind: Mind, make_db: MakeAdapter) 
     await mind.check(query)
 
 
-async def test_a_large_type_is_loaded_for_those_who_ask_of_parts(mind: Mind, make_db: MakeAdapter) -> None:
+async def test_a_large_type_is_loaded_for_those_who_ask_of_parts(
+    mind: Mind, make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await mind.remember(some_vectors(300))
+    monkeypatch.setattr(_resident, "_LEAST", 70)
     db = mind.db = await make_db(mind.db.agent_id, indexing="manual", resident="auto", resident_max_vectors=250)
     query = some_vectors(1, seed=8)[0]
 
@@ -896,12 +899,19 @@ async def test_a_large_type_is_loaded_for_those_who_ask_of_parts(mind: Mind, mak
                 await mind.tier.loading
         return db._resident.stats.loads
 
-    # As a whole it is never loaded, and one question of a part is none of many.
+    # As a whole it is never loaded, nor for parts that are better left to the database.
     assert await ask(3 * _resident._LOAD_AFTER) == 0
-    room = {"room_id": mind.rooms[0]}
-    assert await ask(_resident._LOAD_AFTER - 1, **room) == 0
-    assert await ask(1, **room) == 1
-    assert mind.tier.matrix is not None and mind.tier.matrix.size == 300
+    for scope in ({"room_id": mind.rooms[0]}, {"room_id": uuid4()}, {"world_id": uuid4()}, {"entity_id": uuid4()}):
+        assert await ask(2 * _resident._LOAD_AFTER, **scope) == 0
+    # Of 100 and of 75 memories.
+    for scope in ({"world_id": mind.worlds[0]}, {"entity_id": mind.entities[1]}):
+        assert await ask(_resident._LOAD_AFTER - 1, **scope) == db._resident.stats.loads
+        hits = db._resident.stats.hits
+        assert await ask(1, **scope) > 0
+        await mind.check(query, **scope)
+        assert mind.tier.matrix is not None and mind.tier.matrix.size == 300
+        assert db._resident.stats.hits == hits + 1
+        mind.resident._give_up(mind.tier, 0.0)
 
 
 async def test_more_changes_than_are_read(mind: Mind, monkeypatch: pytest.MonkeyPatch) -> None:
