@@ -193,6 +193,20 @@ async def test_search_of_a_large_dense_scope_goes_through_hnsw(
     assert any("hnsw" in used for used in indexes(nodes)), indexes(nodes)
 
 
+@pytest.mark.parametrize(
+    "name", ["search_memories", *(f"search_memories_of_{each}" for each in ("room", "entity", "world"))]
+)
+async def test_the_size_of_the_graph_is_one_look(
+    session: asyncpg.Connection[Any], loaded: dict[str, DatabaseAdapter], vectors: np.ndarray[Any, Any], name: str
+) -> None:
+    """Of an agent with many rows a bitmap is cheaper to read as a whole, and was made for a single one."""
+    await session.execute("SET random_page_cost = 40")
+    params = search_params(loaded["many"], vectors[-1], room_id=BIG, entity_id=ENTITY, world_id=WORLD)
+    nodes = await plan_of(session, SQL[name], params, execute=True)
+    [look] = {node["Node Type"] for node in nodes if node.get("Alias", "").startswith("one")}
+    assert look == "Index Scan"
+
+
 async def test_search_of_few_reads_no_table_whole(
     session: asyncpg.Connection[Any], loaded: dict[str, DatabaseAdapter], vectors: np.ndarray[Any, Any]
 ) -> None:
