@@ -98,19 +98,24 @@ async def take(source: str, target: str | None, **options: Any) -> tuple[Summary
 
 
 async def rows_of(address: str) -> dict[str, list[str]]:
-    """Give everything of these tests' agents and of messaging, as text."""
-    tables = "worlds rooms entities participants components relationships memories embeddings cache tasks logs"
+    """Give everything of these tests' agents and of their message server, as text; other tests leave rows of theirs."""
+    of_agent = "worlds rooms entities participants components relationships memories embeddings cache tasks logs"
+    conditions = dict.fromkeys(of_agent.split(), "agent_id = ANY($1)")
+    channels = "SELECT id FROM elizasql.channels WHERE message_server_id = ANY($1)"
+    conditions |= {
+        "agents": "id = ANY($1)",
+        "message_servers": "id = ANY($1)",
+        "channels": "message_server_id = ANY($1)",
+        "channel_participants": f"channel_id IN ({channels})",
+        "central_messages": f"channel_id IN ({channels})",
+    }
     found = {}
     async with connected(address) as connection:
-        for table in tables.split():
+        for table, condition in conditions.items():
             rows = await connection.fetch(
-                f"SELECT t::text AS row FROM elizasql.{table} AS t WHERE agent_id = ANY($1) ORDER BY 1", [ADA, BOB]
+                f"SELECT t::text AS row FROM elizasql.{table} AS t WHERE {condition} ORDER BY 1", [ADA, BOB, SERVER]
             )
             found[table] = [row["row"] for row in rows]
-        for table in ("agents", "message_servers", "channels", "channel_participants", "central_messages"):
-            found[table] = [
-                row[0] for row in await connection.fetch(f"SELECT t::text FROM elizasql.{table} AS t ORDER BY 1")
-            ]
     return found
 
 
