@@ -54,6 +54,7 @@ async def _compare(
         await method(db, 0)
         sent = [(await sent_by(db, partial(method, db, number)))[0] for number in range(DIFFERENT)]
         ready = [(each.sql, each.arguments) for each in sent]
+        places = [each.statement.params.index("embedding") for each in sent] if embeddings is not None else []
         connection = (await db._executor.lane.acquire(5))[0]
         db._executor.lane.keep(connection)
         same = connection._con
@@ -63,11 +64,12 @@ async def _compare(
             return await same.fetch(sql, *arguments)
 
         async def raw(number: int) -> Any:
-            sql, arguments = ready[number % DIFFERENT]
-            first, *others = arguments
+            number %= DIFFERENT
             assert embeddings is not None
-            first = Vector(embeddings[number % DIFFERENT]).to_binary()
-            return await same.fetch(sql, first, *others)
+            sql, arguments = ready[number]
+            values = list(arguments)
+            values[places[number]] = Vector(embeddings[number]).to_binary()
+            return await same.fetch(sql, *values)
 
         async def executor(number: int) -> Any:
             each = sent[number % DIFFERENT]
@@ -78,8 +80,6 @@ async def _compare(
 
         bare = {RAW: encoded} if embeddings is None else {RAW: raw, ENCODED: encoded}
         variants = bare | {EXECUTOR: executor, METHOD: public}
-        if embeddings is not None:
-            assert all(each.statement.params[0] == "embedding" for each in sent)
         return await interleave(variants, sized(3000, 2), warmup=sized(300, 1)), sent[0].statement.name
     finally:
         await db.close()
