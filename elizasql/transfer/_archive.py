@@ -171,7 +171,8 @@ class Archive:
             try:
                 self._tar = tarfile.open(path)  # noqa: SIM115
             except (tarfile.TarError, EOFError, zlib.error) as error:
-                raise ArchiveError(f"{path} is no archive of elizasql: {error}") from None
+                what = str(error).partition(":")[0]  # what follows is a list of every compression that was tried
+                raise ArchiveError(f"{path} is no archive of elizasql: {what}") from None
         try:
             self.manifest: dict[str, Any] = self._read_manifest()
             self.parts: list[Part] = [self._read_part(part) for part in self.manifest["parts"]]
