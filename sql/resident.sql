@@ -101,6 +101,8 @@ CROSS JOIN
 -- The nearest memories among those that the process found and those that have changed since `seen`, ranked exactly, all
 -- filters applied to the rows as they are now. The last row tells about the rest: the snapshot of all this, whether the
 -- server lives the same life, how many rows have changed (`most`: so many or more), these rows, and which ids are gone.
+-- Each id is looked up by the whole primary key: `memory_id = ANY(...)` let a generic plan, made where agents are small,
+-- read all rows of the agent instead.
 WITH changed AS MATERIALIZED (
     SELECT
         memory_id,
@@ -136,17 +138,26 @@ WITH changed AS MATERIALIZED (
 
 known AS MATERIALIZED (
     SELECT
-        memory_id,
-        room_id,
-        world_id,
-        entity_id,
-        "unique",
-        dim_384 <=> :embedding AS distance,
-        CASE WHEN :include_embedding THEN dim_384 END AS embedding
-    FROM elizasql.embeddings
+        e.memory_id,
+        e.room_id,
+        e.world_id,
+        e.entity_id,
+        e."unique",
+        e.dim_384 <=> :embedding AS distance,
+        CASE WHEN :include_embedding THEN e.dim_384 END AS embedding
+    FROM
+        unnest(
+            :ids::uuid[]
+            || ARRAY(SELECT changed.memory_id FROM changed WHERE changed.memory_id <> ALL(:ids))
+        ) AS wanted (id)
+    CROSS JOIN
+        LATERAL (
+            SELECT * FROM elizasql.embeddings
+            WHERE agent_id = :agent_id AND memory_id = wanted.id AND dimension = 384
+            LIMIT 1
+        ) AS e
     WHERE
-        agent_id = :agent_id AND memory_id = ANY(:ids::uuid[] || ARRAY(SELECT changed.memory_id FROM changed))
-        AND type = :type AND dimension = 384
+        e.type = :type
         AND (
             SELECT
                 CASE
