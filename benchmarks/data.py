@@ -78,6 +78,8 @@ def generate(rows: int, queries: int = QUERIES, seed: int = 7, width: int = WIDT
     100, 10 and 2 neighbours; the rest is its own. Directions are drawn with variances that fall as those of real ones
     do. Similarity of a question to the 1st, 10th, 100th and 1,000th vector, median: 0.69, 0.54, 0.41, 0.29 for real
     ones of 100,000; 0.68, 0.51, 0.37, 0.28 here. Other widths than 384 get the same structure, spread over more axes.
+    More than 100,000 fill the same groups, so that the first 100,000 of a million are as real ones are; groups of the
+    same sizes, ten times as many, would leave a tenth of each there, and nothing that is near to anything.
     """
     rng = np.random.default_rng(seed)
     axis = np.arange(width) * (WIDTH / width)
@@ -87,6 +89,7 @@ def generate(rows: int, queries: int = QUERIES, seed: int = 7, width: int = WIDT
         return _unit(rng.standard_normal((count, width), dtype=np.float32) * spread)
 
     total = rows + queries
+    growth = max(1.0, total / 101_000)
     weights = rng.lognormal(sigma=1.5, size=45)
     topics = np.sort(rng.choice(45, total, p=weights / weights.sum()))
     group = topics
@@ -98,7 +101,7 @@ def generate(rows: int, queries: int = QUERIES, seed: int = 7, width: int = WIDT
         else:
             if size != 45:
                 # Split each group into groups of about `size`, the first ones smaller.
-                parts = np.ceil(np.bincount(group)[group] / size)
+                parts = np.ceil(np.bincount(group)[group] / (size * growth))
                 part = (rng.random(total) ** 1.5 * parts).astype(np.int64)
                 group = np.unique(group * total + part, return_inverse=True)[1]
             common = directions(int(group.max()) + 1)[group]

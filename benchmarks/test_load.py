@@ -25,19 +25,30 @@ _STEP = 5000
 
 
 @asynccontextmanager
-async def _new_agent(dsn: str) -> AsyncIterator[tuple[DatabaseAdapter, UUID, UUID]]:
-    """Give an agent with a room and an entity, for as long as the block runs."""
-    db = await open_adapter(dsn, uuid4())
+async def _opened(dsn: str, agent: UUID) -> AsyncIterator[DatabaseAdapter]:
+    db = await open_adapter(dsn, agent)
     try:
-        await db.ensure_agent_exists({"name": "loads"})
-        await db.ensure_embedding_dimension(data.WIDTH)
-        room, entity = uuid4(), uuid4()
-        await db.create_room(Room(id=room, source="benchmark", type="GROUP"))
-        await db.create_entity(Entity(id=entity, names=["Entity"]))
-        yield db, room, entity
-        await db.delete_agent(db.agent_id)
+        yield db
     finally:
         await db.close()
+
+
+@asynccontextmanager
+async def _new_agent(dsn: str) -> AsyncIterator[tuple[DatabaseAdapter, UUID, UUID]]:
+    """Give an agent with a room and an entity, for as long as the block runs."""
+    room, entity = uuid4(), uuid4()
+    async with _opened(dsn, uuid4()) as db:
+        await _populate(db, room, entity)
+        yield db, room, entity
+        await db.delete_agent(db.agent_id)
+
+
+async def _populate(db: DatabaseAdapter, room: UUID, entity: UUID) -> None:
+    """Make the agent with its width, a room and an entity."""
+    await db.ensure_agent_exists({"name": "loads"})
+    await db.ensure_embedding_dimension(data.WIDTH)
+    await db.create_room(Room(id=room, source="benchmark", type="GROUP"))
+    await db.create_entity(Entity(id=entity, names=["Entity"]))
 
 
 def _memories(vectors: data.Floats, room: UUID, entity: UUID) -> Iterator[Memory]:
@@ -110,44 +121,67 @@ def test_load_memories(benchmark: Any, run: Run, folder: Path, vectors: data.Dat
 
 
 def test_growth(benchmark: Any, run: Run, folder: Path, report: Report) -> None:
-    """One agent that gets ten times as many memories, and again: the load, and what a search takes and finds then."""
+    """One agent that gets ten times as many memories, and again: the load, and what a search takes and finds then.
+
+    The embedded server starts anew between load and searches: it takes buffers for what it finds stored at its start.
+    """
     largest = int(os.environ.get("ELIZASQL_BENCH_GROWTH") or sized(ROWS, 300))
     sizes = [size for size in (100, 10_000, 100_000, 1_000_000) if sized(10_000, 100) <= size <= largest]
     given = data.load(max(sizes), sized(500, 5))
+    agent, room, entity = uuid4(), uuid4(), uuid4()
+    memories = _memories(given.vectors, room, entity)
     comparisons: dict[int, Comparison] = {}
     rows: list[list[str]] = []
 
-    async def measure(dsn: str) -> None:
-        async with _new_agent(dsn) as (db, room, entity):
-            memories = _memories(given.vectors, room, entity)
-            for before, size in zip([0, *sizes], sizes, strict=False):
-                marks: list[float] = []
-                begun = time.perf_counter()
-                await db.load_memories(
-                    islice(memories, size - before),
-                    TABLE,
-                    progress=lambda *_, marks=marks: marks.append(time.perf_counter()),
-                )
-                taken, stored = time.perf_counter() - begun, marks[-1] - begun
-                found: list[tuple[int, list[Memory]]] = []
+    async def prepare(dsn: str) -> None:
+        async with _opened(dsn, agent) as db:
+            await _populate(db, room, entity)
 
-                async def search(number: int, found: list[tuple[int, list[Memory]]] = found) -> None:
-                    query = number % len(given.queries)
-                    found.append((query, await db.search_memories(embedding=given.queries[query], table_name=TABLE)))
+    async def load(dsn: str, count: int) -> tuple[float, float]:
+        """Give the seconds until all is stored, and until it is indexed, too."""
+        marks: list[float] = []
+        async with _opened(dsn, agent) as db:
+            begun = time.perf_counter()
+            await db.load_memories(
+                islice(memories, count), TABLE, progress=lambda *_: marks.append(time.perf_counter())
+            )
+            return marks[-1] - begun, time.perf_counter() - begun
 
-                comparison = await interleave({"search": search}, sized(500, 2), warmup=sized(100, 1))
-                comparisons[size] = comparison
-                right = [_recall(given.vectors[:size], given.queries[query], hits) for query, hits in found[-100:]]
-                rows.append(
-                    [
-                        f"{size:,}",
-                        *(f"{(size - before) / stored:,.0f}", f"{(size - before) / taken:,.0f}"),
-                        *(f"{np.mean(right):.4f}", micro(comparison.median("search")), micro(comparison.p95("search"))),
-                    ]
-                )
+    async def search(dsn: str, size: int) -> tuple[Comparison, float]:
+        """Give what searches take, and their recall."""
+        found: list[tuple[int, list[Memory]]] = []
+        async with _opened(dsn, agent) as db:
 
-    with served(run, folder / ("pg" if QUICK else "growth")) as dsn:
-        run(measure(dsn))
+            async def one(number: int) -> None:
+                query = number % len(given.queries)
+                found.append((query, await db.search_memories(embedding=given.queries[query], table_name=TABLE)))
+
+            comparison = await interleave({"search": one}, sized(500, 2), warmup=sized(500, 1))
+        right = [_recall(given.vectors[:size], given.queries[query], hits) for query, hits in found[-100:]]
+        return comparison, float(np.mean(right))
+
+    async def clear(dsn: str) -> None:
+        async with _opened(dsn, agent) as db:
+            await db.delete_agent(agent)
+
+    place = folder / ("pg" if QUICK else "growth")
+    for before, size in zip([0, *sizes], sizes, strict=False):
+        with served(run, place) as dsn:
+            if not before:
+                run(prepare(dsn))
+            stored, taken = run(load(dsn, size - before))
+        with served(run, place) as dsn:
+            comparison, right = run(search(dsn, size))
+        comparisons[size] = comparison
+        rows.append(
+            [
+                f"{size:,}",
+                *(f"{(size - before) / stored:,.0f}", f"{(size - before) / taken:,.0f}"),
+                *(f"{right:.4f}", micro(comparison.median("search")), micro(comparison.p95("search"))),
+            ]
+        )
+    with served(run, place) as dsn:
+        run(clear(dsn))
 
     header = ["memories", "rows/s stored", "rows/s, index and all", "recall@10", "p50 us", "p95 us"]
     report.table(f"Growth of one agent by load_memories, {given.source}, 384 dimensions", header, rows)

@@ -670,9 +670,15 @@ def test_doctor_on_rows_that_cannot_be_made_here() -> None:
     vectors = [index(0, method="hnsw") for _ in range(5)]
     large = [*vectors, index(1 << 30, method="hnsw"), index(1 << 28)]
     assert [finding.severity for finding in doctor.check_indexes(large)] == ["note", "note", "ok"]  # type: ignore[arg-type]
-    assert [finding.severity for finding in doctor.check_memory(server, large)] == ["warning", "note"]  # type: ignore[arg-type]
-    middle = [index(1 << 27 | 1, method="hnsw")]
-    assert [finding.severity for finding in doctor.check_memory(server, middle)] == ["note", "note"]  # type: ignore[arg-type]
+    for embedded, remedy in ((False, "raise shared_buffers"), (True, "stop the server once")):
+
+        def memory(indexes: list[dict[str, Any]], embedded: bool = embedded) -> list[doctor.Finding]:
+            return list(doctor.check_memory(server, indexes, embedded))  # type: ignore[arg-type]
+
+        assert [finding.severity for finding in memory(large)] == ["warning", "note"]
+        said = memory([index(1 << 27 | 1, method="hnsw")])
+        assert [finding.severity for finding in said] == ["note", "note"]
+        assert said[0].remedy.startswith(remedy)
 
     table = {"name": "elizasql.t", "live": 10_000, "dead": 20_000, "modified": 5_000, "analyzed_at": None, "bytes": 1,
              "lacking": []}  # fmt: skip

@@ -256,14 +256,16 @@ async def test_settings_are_in_force(stopped: Path) -> None:
     assert {name: setting[name] for name in expected} == expected
     assert int(setting["shared_buffers"]) * 8192 == min(_embedded._memory() // 4 >> 20 << 20, 512 << 20)
     assert (locale["datlocprovider"], locale["datlocale"]) == (b"b", "C.UTF-8")
-    in_file = [line.split("=")[0].strip() for line in _embedded._settings(1 << 30, 2, None).splitlines() if "=" in line]
+    in_file = [
+        line.split("=")[0].strip() for line in _embedded._settings(1 << 30, 2, None, 0).splitlines() if "=" in line
+    ]
     ours = {row["name"] for row in rows if (row["sourcefile"] or "").endswith("elizasql.conf")}
     assert ours == {name for name in in_file if not name.startswith("#")}
     await server.release()
 
 
 def test_settings_follow_the_machine() -> None:
-    large, container = _embedded._settings(64 << 30, 16, 8 << 30), _embedded._settings(1 << 30, 1, 64 << 20)
+    large, container = _embedded._settings(64 << 30, 16, 8 << 30, 0), _embedded._settings(1 << 30, 1, 64 << 20, 0)
     assert "shared_buffers = 512MB" in large
     assert "maintenance_work_mem = 256MB" in large
     assert "dynamic_shared_memory_type = posix" in large
@@ -274,9 +276,39 @@ def test_settings_follow_the_machine() -> None:
     assert "max_parallel_maintenance_workers = 1" in container
 
 
+@pytest.mark.parametrize(
+    ("stored", "memory", "shared"),
+    [
+        (0, 64 << 30, 512),
+        (512 << 20, 64 << 30, 512),
+        ((512 << 20) + 1, 64 << 30, 768),
+        (5 << 30, 64 << 30, 5120),
+        (5 << 30, 8 << 30, 2048),
+        (5 << 30, 64 << 20, 32),
+    ],
+)
+def test_buffers_hold_what_is_stored(stored: int, memory: int, shared: int) -> None:
+    assert f"shared_buffers = {shared}MB" in _embedded._settings(memory, 2, None, stored)
+
+
+async def test_the_next_start_has_buffers_for_what_is_stored(stopped: Path) -> None:
+    database = max((stopped / "data" / "base").iterdir(), key=lambda folder: int(folder.name))
+    before = _embedded._stored(stopped / "data")
+    assert before == sum(path.stat().st_size for path in (stopped / "data" / "base").rglob("*") if path.is_file())
+    with (database / "999999").open("wb") as file:  # a file of no table, as a crash may leave it; and sparse
+        file.truncate(1 << 30)
+    assert _embedded._stored(stopped / "data") == before + (1 << 30)
+    server = await acquire(stopped)
+    async with connected(server) as connection:
+        shared = await connection.fetchval("SELECT setting::int * 8192 FROM pg_settings WHERE name = 'shared_buffers'")
+    await server.release()
+    (database / "999999").unlink()
+    assert shared == min(_embedded._memory() // 4 >> 20 << 20, 5 << 28)
+
+
 async def test_small_shared_memory_still_builds_in_parallel(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = _embedded._settings
-    monkeypatch.setattr(_embedded, "_settings", lambda memory, cpus, _: real(memory, cpus, 64 << 20))
+    monkeypatch.setattr(_embedded, "_settings", lambda memory, cpus, _, stored: real(memory, cpus, 64 << 20, stored))
     server = await acquire(stopped)
     async with connected(server) as connection:
         assert await connection.fetchval("SHOW dynamic_shared_memory_type") == "sysv"

@@ -111,7 +111,7 @@ async def examine(place: Place, connection: asyncpg.Connection[Any]) -> AsyncIte
     yield await check_session(place)
     indexes = await connection.fetch(SQL["list_indexes"].sql)
     tables = await connection.fetch(SQL["list_tables"].sql)
-    for finding in (*check_indexes(indexes), *check_tables(tables), *check_memory(row, indexes)):
+    for finding in (*check_indexes(indexes), *check_tables(tables), *check_memory(row, indexes, place.embedded)):
         yield finding
     for finding in check_tails(await connection.fetch(SQL["list_tails"].sql)):
         yield finding
@@ -354,7 +354,7 @@ def check_tables(rows: Sequence[asyncpg.Record]) -> Iterator[Finding]:
         )
 
 
-def check_memory(row: asyncpg.Record, indexes: Sequence[asyncpg.Record]) -> Iterator[Finding]:
+def check_memory(row: asyncpg.Record, indexes: Sequence[asyncpg.Record], embedded: bool) -> Iterator[Finding]:
     """Compare the server's memory with the size of the vector indexes, which a search walks at random."""
     sizes = [index["bytes"] for index in indexes if index["method"] == "hnsw"]
     total, largest = sum(sizes), max(sizes, default=0)
@@ -370,7 +370,9 @@ def check_memory(row: asyncpg.Record, indexes: Sequence[asyncpg.Record]) -> Iter
             "memory",
             "note",
             f"{said}: part of each search comes from outside",
-            f"raise shared_buffers to {total / _MB:,.0f}MB",
+            "stop the server once: it starts with room for all that is stored, up to a quarter of the memory"
+            if embedded
+            else f"raise shared_buffers to {total / _MB:,.0f}MB",
         )
     else:
         yield Finding("memory", "ok", said)
