@@ -23,9 +23,12 @@ from .errors import ArgumentError, EmbeddingDimensionError, NotFoundError
 from .models import LoadSummary, Memory
 from .types import DIMENSIONS, Embedding, EmbeddingInput
 
-# Seconds for which a scope that was found large and dense is not measured again. Measuring 10,000 rows costs about
-# 1 ms. A scope that shrinks meanwhile still gives every row: HNSW that yields too few is followed by an exact scan.
-_SIZE_TTL = 60.0
+# Seconds for which a scope that was measured is not measured again: 10,000 rows cost 1 ms, 4 where vacuum has not been,
+# up to half of the exact search of them. A scope that shrinks meanwhile still gives every row: HNSW that yields too few
+# is followed by an exact scan. One that grows is scanned for longer, so a small one is looked at sooner.
+_LARGE_TTL, _SMALL_TTL = 60.0, 10.0
+_MOST_MEASURED = 10_000
+_Scope = tuple[Any, ...]
 
 # Candidates that HNSW gives to the exact ranking, for each row asked for: the index orders by half precision.
 _RERANK = 3
@@ -42,8 +45,8 @@ class Memories(Store):
     _dimension: int | None
     _indexer: Indexer
     _resident: Resident
-    # Types whose agent-wide scope was found large and dense, and until when that holds.
-    _large_until: dict[str, float]
+    # Whether HNSW was the way to search a scope when it was measured, and until when that holds.
+    _measured: dict[_Scope, tuple[bool, float]]
 
     # --- the dimension -----------------------------------------------------------------------------------------------
 
@@ -574,7 +577,8 @@ class Memories(Store):
             EmbeddingDimensionError: The agent is locked to another width.
 
         Statement: sql/resident.sql fetch_resident, or sql/embeddings.sql search_memories, search_memories_by_hnsw,
-        search_memories_of_room, _of_entity or _of_world. One round trip; in the process more after many changes.
+        search_memories_of_room, _of_entity, _of_world or _of_several. One round trip; in the process more after many
+        changes.
         Source: searchMemories; differs: uses an index, the threshold 0 means 0.
         """
         vector = _codecs.as_embedding(embedding)
@@ -605,20 +609,25 @@ class Memories(Store):
             raise
 
     async def _search(self, vector: Embedding, params: dict[str, Any]) -> list[Memory]:
-        width, kind = vector.shape[0], params["type"]
+        width = vector.shape[0]
         found = await self._resident.search(self._executor, vector, params)
         if found is not None:
             return found
-        path = _path(params)
-        if path is not None:
-            statement = SQL.at(_BY_SCOPE["search_memories"][path], width)
-            return [Memory(*row) for row in await self._executor.fetch(statement, **params)]
-        if self._large_until.get(kind, 0.0) > time.monotonic():
+        filters = {name: params[name] for name in _FILTERS if params[name] is not None}
+        scope = (params["type"], *filters.items())
+        by_hnsw, until = self._measured.get(scope, (None, 0.0))
+        if until < time.monotonic():
+            by_hnsw = None
+        if by_hnsw and not filters:
             statement = SQL.at("search_memories_by_hnsw", width)
             return [Memory(*row) for row in await self._executor.fetch(statement, **params)]
-        rows = await self._executor.fetch(SQL.at("search_memories", width), **params)
-        if rows and rows[0]["by_hnsw"]:
-            self._large_until[kind] = time.monotonic() + _SIZE_TTL
+        name = _SEARCHES[next(iter(filters), None)] if len(filters) < 2 else "search_memories_of_several"
+        rows = await self._executor.fetch(SQL.at(name, width), by_hnsw=by_hnsw, **params)
+        if rows and by_hnsw is None:
+            if len(self._measured) >= _MOST_MEASURED:
+                self._measured.clear()
+            by_hnsw = rows[0]["by_hnsw"]
+            self._measured[scope] = (by_hnsw, time.monotonic() + (_LARGE_TTL if by_hnsw else _SMALL_TTL))
         return [Memory(*row[:-1]) for row in rows]
 
     async def search_memories_by_embedding(
@@ -877,8 +886,15 @@ _BY_SCOPE: dict[str, dict[str | None, str]] = {
         "entity_id": f"{name}_of_entity",
         "world_id": f"{name}_of_world",
     }
-    for name, rooms in (("get_memories", "room"), ("count_memories", "rooms"), ("search_memories", "room"))
+    for name, rooms in (("get_memories", "room"), ("count_memories", "rooms"))
 }
+_SEARCHES: dict[str | None, str] = {
+    None: "search_memories",
+    "room_id": "search_memories_of_room",
+    "entity_id": "search_memories_of_entity",
+    "world_id": "search_memories_of_world",
+}
+_FILTERS = ("room_id", "entity_id", "world_id")
 _CACHED_BY_FIELD = {"content": "get_cached_embeddings_by_content", "metadata": "get_cached_embeddings_by_metadata"}
 
 
@@ -894,7 +910,7 @@ def _scope(
 
 def _path(scope: Mapping[str, Any]) -> str | None:
     """Give the filter whose index serves: the narrowest one first."""
-    for name in ("room_id", "entity_id", "world_id"):
+    for name in _FILTERS:
         if scope[name] is not None:
             return name
     return None

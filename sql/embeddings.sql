@@ -14,13 +14,14 @@
 -- third of the graph, are scanned exactly through the b-tree. The size of the graph is its partition's, found by the
 -- type's oldest row: without an order the generic plan made a bitmap of all the agent's rows for it, 5 ms for 100,000.
 -- Whatever was chosen, when HNSW yields fewer rows than asked for, the same statement scans the scope exactly: never
--- fewer than min(count, matches) rows.
+-- fewer than min(count, matches) rows. Who measured a moment ago says what was chosen then, by_hnsw: 1.4 ms instead of
+-- 3.0 for a world of 74,000 rows.
 --
 -- While an agent moves to another width there are rows of both. A search reads those of its own, and is refused where
 -- that is not the width in force: one look at the agent's row, in the snapshot of the search. Rows of both are counted,
 -- where only the order of magnitude is asked for.
 
--- name: search_memories(embedding, agent_id, type, only_unique, threshold, count, candidates, include_embedding)
+-- name: search_memories(embedding, agent_id, type, by_hnsw, only_unique, threshold, count, candidates, include_embedding)
 -- The nearest memories of a type, over everything that the agent has; and whether HNSW was the way.
 WITH scope AS MATERIALIZED (
     SELECT count(*) AS size
@@ -32,22 +33,24 @@ WITH scope AS MATERIALIZED (
 ),
 
 choice AS MATERIALIZED (
-    SELECT
-        scope.size > 20000
-        OR (
-            scope.size > 2000
-            AND scope.size >= 0.3 * (
-                SELECT graph.reltuples
-                FROM pg_class AS graph
-                WHERE graph.oid = (
-                    SELECT one.tableoid FROM elizasql.embeddings AS one
-                    WHERE one.agent_id = :agent_id AND one.type = :type
-                    ORDER BY one.xid
-                    LIMIT 1
+    SELECT coalesce(:by_hnsw::boolean, (
+        SELECT
+            scope.size > 20000
+            OR (
+                scope.size > 2000
+                AND scope.size >= 0.3 * (
+                    SELECT graph.reltuples
+                    FROM pg_class AS graph
+                    WHERE graph.oid = (
+                        SELECT one.tableoid FROM elizasql.embeddings AS one
+                        WHERE one.agent_id = :agent_id AND one.type = :type
+                        ORDER BY one.xid
+                        LIMIT 1
+                    )
                 )
             )
-        ) AS by_hnsw
-    FROM scope
+        FROM scope
+    )) AS by_hnsw
 ),
 
 nearest AS MATERIALIZED (
@@ -225,7 +228,7 @@ WHERE
     AND (:threshold::double precision IS NULL OR 1 - best.distance >= :threshold)
 ORDER BY best.distance, m.id;
 
--- name: search_memories_of_room(embedding, agent_id, type, room_id, entity_id, world_id, only_unique, threshold, count, candidates, include_embedding)
+-- name: search_memories_of_room(embedding, agent_id, type, room_id, by_hnsw, only_unique, threshold, count, candidates, include_embedding)
 -- As search_memories, in one room.
 WITH scope AS MATERIALIZED (
     SELECT count(*) AS size
@@ -237,22 +240,24 @@ WITH scope AS MATERIALIZED (
 ),
 
 choice AS MATERIALIZED (
-    SELECT
-        scope.size > 20000
-        OR (
-            scope.size > 2000
-            AND scope.size >= 0.3 * (
-                SELECT graph.reltuples
-                FROM pg_class AS graph
-                WHERE graph.oid = (
-                    SELECT one.tableoid FROM elizasql.embeddings AS one
-                    WHERE one.agent_id = :agent_id AND one.type = :type
-                    ORDER BY one.xid
-                    LIMIT 1
+    SELECT coalesce(:by_hnsw::boolean, (
+        SELECT
+            scope.size > 20000
+            OR (
+                scope.size > 2000
+                AND scope.size >= 0.3 * (
+                    SELECT graph.reltuples
+                    FROM pg_class AS graph
+                    WHERE graph.oid = (
+                        SELECT one.tableoid FROM elizasql.embeddings AS one
+                        WHERE one.agent_id = :agent_id AND one.type = :type
+                        ORDER BY one.xid
+                        LIMIT 1
+                    )
                 )
             )
-        ) AS by_hnsw
-    FROM scope
+        FROM scope
+    )) AS by_hnsw
 ),
 
 nearest AS MATERIALIZED (
@@ -267,8 +272,6 @@ nearest AS MATERIALIZED (
         WHERE
             agent_id = :agent_id AND room_id = :room_id AND type = :type
             AND dimension = 384
-            AND (:entity_id::uuid IS NULL OR entity_id = :entity_id)
-            AND (:world_id::uuid IS NULL OR world_id = :world_id)
             AND ("unique" OR NOT :only_unique)
             AND indexed
             AND (SELECT choice.by_hnsw FROM choice)
@@ -283,8 +286,6 @@ nearest AS MATERIALIZED (
     WHERE
         agent_id = :agent_id AND room_id = :room_id AND type = :type
         AND dimension = 384
-        AND (:entity_id::uuid IS NULL OR entity_id = :entity_id)
-        AND (:world_id::uuid IS NULL OR world_id = :world_id)
         AND ("unique" OR NOT :only_unique)
         AND NOT indexed
         AND (SELECT choice.by_hnsw FROM choice)
@@ -312,8 +313,6 @@ best AS (
         WHERE
             agent_id = :agent_id AND room_id = :room_id AND type = :type
             AND dimension = 384
-            AND (:entity_id::uuid IS NULL OR entity_id = :entity_id)
-            AND (:world_id::uuid IS NULL OR world_id = :world_id)
             AND ("unique" OR NOT :only_unique)
             AND NOT (SELECT enough.yes FROM enough)
     ) AS ranked
@@ -327,7 +326,8 @@ SELECT
         SELECT e.dim_384 FROM elizasql.embeddings AS e
         WHERE e.agent_id = :agent_id AND e.memory_id = m.id AND e.dimension = 384
     ) END AS embedding,
-    1 - best.distance AS similarity
+    1 - best.distance AS similarity,
+    (SELECT choice.by_hnsw FROM choice) AS by_hnsw
 FROM best
 CROSS JOIN
     LATERAL (
@@ -348,7 +348,7 @@ WHERE
     AND (:threshold::double precision IS NULL OR 1 - best.distance >= :threshold)
 ORDER BY best.distance, m.id;
 
--- name: search_memories_of_entity(embedding, agent_id, type, entity_id, world_id, only_unique, threshold, count, candidates, include_embedding)
+-- name: search_memories_of_entity(embedding, agent_id, type, entity_id, by_hnsw, only_unique, threshold, count, candidates, include_embedding)
 -- As search_memories, of one entity.
 WITH scope AS MATERIALIZED (
     SELECT count(*) AS size
@@ -360,22 +360,24 @@ WITH scope AS MATERIALIZED (
 ),
 
 choice AS MATERIALIZED (
-    SELECT
-        scope.size > 20000
-        OR (
-            scope.size > 2000
-            AND scope.size >= 0.3 * (
-                SELECT graph.reltuples
-                FROM pg_class AS graph
-                WHERE graph.oid = (
-                    SELECT one.tableoid FROM elizasql.embeddings AS one
-                    WHERE one.agent_id = :agent_id AND one.type = :type
-                    ORDER BY one.xid
-                    LIMIT 1
+    SELECT coalesce(:by_hnsw::boolean, (
+        SELECT
+            scope.size > 20000
+            OR (
+                scope.size > 2000
+                AND scope.size >= 0.3 * (
+                    SELECT graph.reltuples
+                    FROM pg_class AS graph
+                    WHERE graph.oid = (
+                        SELECT one.tableoid FROM elizasql.embeddings AS one
+                        WHERE one.agent_id = :agent_id AND one.type = :type
+                        ORDER BY one.xid
+                        LIMIT 1
+                    )
                 )
             )
-        ) AS by_hnsw
-    FROM scope
+        FROM scope
+    )) AS by_hnsw
 ),
 
 nearest AS MATERIALIZED (
@@ -390,7 +392,6 @@ nearest AS MATERIALIZED (
         WHERE
             agent_id = :agent_id AND entity_id = :entity_id AND type = :type
             AND dimension = 384
-            AND (:world_id::uuid IS NULL OR world_id = :world_id)
             AND ("unique" OR NOT :only_unique)
             AND indexed
             AND (SELECT choice.by_hnsw FROM choice)
@@ -405,7 +406,6 @@ nearest AS MATERIALIZED (
     WHERE
         agent_id = :agent_id AND entity_id = :entity_id AND type = :type
         AND dimension = 384
-        AND (:world_id::uuid IS NULL OR world_id = :world_id)
         AND ("unique" OR NOT :only_unique)
         AND NOT indexed
         AND (SELECT choice.by_hnsw FROM choice)
@@ -433,7 +433,6 @@ best AS (
         WHERE
             agent_id = :agent_id AND entity_id = :entity_id AND type = :type
             AND dimension = 384
-            AND (:world_id::uuid IS NULL OR world_id = :world_id)
             AND ("unique" OR NOT :only_unique)
             AND NOT (SELECT enough.yes FROM enough)
     ) AS ranked
@@ -447,7 +446,8 @@ SELECT
         SELECT e.dim_384 FROM elizasql.embeddings AS e
         WHERE e.agent_id = :agent_id AND e.memory_id = m.id AND e.dimension = 384
     ) END AS embedding,
-    1 - best.distance AS similarity
+    1 - best.distance AS similarity,
+    (SELECT choice.by_hnsw FROM choice) AS by_hnsw
 FROM best
 CROSS JOIN
     LATERAL (
@@ -468,7 +468,7 @@ WHERE
     AND (:threshold::double precision IS NULL OR 1 - best.distance >= :threshold)
 ORDER BY best.distance, m.id;
 
--- name: search_memories_of_world(embedding, agent_id, type, world_id, only_unique, threshold, count, candidates, include_embedding)
+-- name: search_memories_of_world(embedding, agent_id, type, world_id, by_hnsw, only_unique, threshold, count, candidates, include_embedding)
 -- As search_memories, of one world: the memory's own world_id.
 WITH scope AS MATERIALIZED (
     SELECT count(*) AS size
@@ -480,22 +480,24 @@ WITH scope AS MATERIALIZED (
 ),
 
 choice AS MATERIALIZED (
-    SELECT
-        scope.size > 20000
-        OR (
-            scope.size > 2000
-            AND scope.size >= 0.3 * (
-                SELECT graph.reltuples
-                FROM pg_class AS graph
-                WHERE graph.oid = (
-                    SELECT one.tableoid FROM elizasql.embeddings AS one
-                    WHERE one.agent_id = :agent_id AND one.type = :type
-                    ORDER BY one.xid
-                    LIMIT 1
+    SELECT coalesce(:by_hnsw::boolean, (
+        SELECT
+            scope.size > 20000
+            OR (
+                scope.size > 2000
+                AND scope.size >= 0.3 * (
+                    SELECT graph.reltuples
+                    FROM pg_class AS graph
+                    WHERE graph.oid = (
+                        SELECT one.tableoid FROM elizasql.embeddings AS one
+                        WHERE one.agent_id = :agent_id AND one.type = :type
+                        ORDER BY one.xid
+                        LIMIT 1
+                    )
                 )
             )
-        ) AS by_hnsw
-    FROM scope
+        FROM scope
+    )) AS by_hnsw
 ),
 
 nearest AS MATERIALIZED (
@@ -564,7 +566,198 @@ SELECT
         SELECT e.dim_384 FROM elizasql.embeddings AS e
         WHERE e.agent_id = :agent_id AND e.memory_id = m.id AND e.dimension = 384
     ) END AS embedding,
-    1 - best.distance AS similarity
+    1 - best.distance AS similarity,
+    (SELECT choice.by_hnsw FROM choice) AS by_hnsw
+FROM best
+CROSS JOIN
+    LATERAL (
+        SELECT * FROM elizasql.memories AS of_id
+        WHERE of_id.agent_id = :agent_id AND of_id.id = best.memory_id
+        LIMIT 1
+    ) AS m
+WHERE
+    (
+        SELECT
+            CASE
+                WHEN a.embedding_dimension = 384 THEN TRUE
+                ELSE elizasql.refuse_dimension(a.id, a.embedding_dimension, 384)
+            END
+        FROM elizasql.agents AS a
+        WHERE a.id = :agent_id
+    )
+    AND (:threshold::double precision IS NULL OR 1 - best.distance >= :threshold)
+ORDER BY best.distance, m.id;
+
+-- name: search_memories_of_several(embedding, agent_id, type, room_id, entity_id, world_id, by_hnsw, only_unique, threshold, count, candidates, include_embedding)
+-- As search_memories, for what is in two or three of a room, an entity and a world. Each of them is measured alone, since
+-- no index counts what they share; the smallest decides, and is the one that an exact search goes through.
+WITH sizes AS MATERIALIZED (
+    SELECT
+        CASE WHEN :room_id::uuid IS NOT NULL THEN (
+            SELECT count(*)
+            FROM (
+                SELECT FROM elizasql.embeddings
+                WHERE agent_id = :agent_id AND room_id = :room_id AND type = :type
+                LIMIT 20001
+            ) AS counted
+        ) END AS room,
+        CASE WHEN :entity_id::uuid IS NOT NULL THEN (
+            SELECT count(*)
+            FROM (
+                SELECT FROM elizasql.embeddings
+                WHERE agent_id = :agent_id AND entity_id = :entity_id AND type = :type
+                LIMIT 20001
+            ) AS counted
+        ) END AS entity,
+        CASE WHEN :world_id::uuid IS NOT NULL THEN (
+            SELECT count(*)
+            FROM (
+                SELECT FROM elizasql.embeddings
+                WHERE agent_id = :agent_id AND world_id = :world_id AND type = :type
+                LIMIT 20001
+            ) AS counted
+        ) END AS world
+),
+
+scope AS MATERIALIZED (
+    SELECT least(room, entity, world) AS size FROM sizes
+),
+
+choice AS MATERIALIZED (
+    SELECT coalesce(:by_hnsw::boolean, (
+        SELECT
+            scope.size > 20000
+            OR (
+                scope.size > 2000
+                AND scope.size >= 0.3 * (
+                    SELECT graph.reltuples
+                    FROM pg_class AS graph
+                    WHERE graph.oid = (
+                        SELECT one.tableoid FROM elizasql.embeddings AS one
+                        WHERE one.agent_id = :agent_id AND one.type = :type
+                        ORDER BY one.xid
+                        LIMIT 1
+                    )
+                )
+            )
+        FROM scope
+    )) AS by_hnsw
+),
+
+narrowest AS MATERIALIZED (
+    SELECT
+        CASE scope.size
+            WHEN sizes.room THEN 'room'
+            WHEN sizes.entity THEN 'entity'
+            ELSE 'world'
+        END AS name
+    FROM scope
+    CROSS JOIN sizes
+),
+
+nearest AS MATERIALIZED (
+    SELECT
+        memory_id,
+        dim_384 <=> :embedding AS distance
+    FROM (
+        SELECT
+            memory_id,
+            dim_384
+        FROM elizasql.embeddings
+        WHERE
+            agent_id = :agent_id AND type = :type
+            AND dimension = 384
+            AND (:room_id::uuid IS NULL OR room_id = :room_id)
+            AND (:entity_id::uuid IS NULL OR entity_id = :entity_id)
+            AND (:world_id::uuid IS NULL OR world_id = :world_id)
+            AND ("unique" OR NOT :only_unique)
+            AND indexed
+            AND (SELECT choice.by_hnsw FROM choice)
+        ORDER BY dim_384::halfvec(384) <=> :embedding::vector::halfvec(384)
+        LIMIT :candidates::bigint
+    ) AS by_index
+    UNION ALL
+    SELECT
+        memory_id,
+        dim_384 <=> :embedding AS distance
+    FROM elizasql.embeddings
+    WHERE
+        agent_id = :agent_id AND type = :type
+        AND dimension = 384
+        AND (:room_id::uuid IS NULL OR room_id = :room_id)
+        AND (:entity_id::uuid IS NULL OR entity_id = :entity_id)
+        AND (:world_id::uuid IS NULL OR world_id = :world_id)
+        AND ("unique" OR NOT :only_unique)
+        AND NOT indexed
+        AND (SELECT choice.by_hnsw FROM choice)
+),
+
+enough AS MATERIALIZED (
+    SELECT count(*) >= :count::bigint AS yes FROM nearest
+),
+
+best AS (
+    SELECT
+        memory_id,
+        distance
+    FROM (
+        SELECT
+            memory_id,
+            distance
+        FROM nearest
+        WHERE (SELECT enough.yes FROM enough)
+        UNION ALL
+        SELECT
+            memory_id,
+            dim_384 <=> :embedding AS distance
+        FROM elizasql.embeddings
+        WHERE
+            agent_id = :agent_id AND room_id = :room_id AND type = :type
+            AND dimension = 384
+            AND (:entity_id::uuid IS NULL OR entity_id = :entity_id)
+            AND (:world_id::uuid IS NULL OR world_id = :world_id)
+            AND ("unique" OR NOT :only_unique)
+            AND NOT (SELECT enough.yes FROM enough)
+            AND (SELECT narrowest.name FROM narrowest) = 'room'
+        UNION ALL
+        SELECT
+            memory_id,
+            dim_384 <=> :embedding AS distance
+        FROM elizasql.embeddings
+        WHERE
+            agent_id = :agent_id AND entity_id = :entity_id AND type = :type
+            AND dimension = 384
+            AND (:room_id::uuid IS NULL OR room_id = :room_id)
+            AND (:world_id::uuid IS NULL OR world_id = :world_id)
+            AND ("unique" OR NOT :only_unique)
+            AND NOT (SELECT enough.yes FROM enough)
+            AND (SELECT narrowest.name FROM narrowest) = 'entity'
+        UNION ALL
+        SELECT
+            memory_id,
+            dim_384 <=> :embedding AS distance
+        FROM elizasql.embeddings
+        WHERE
+            agent_id = :agent_id AND world_id = :world_id AND type = :type
+            AND dimension = 384
+            AND (:room_id::uuid IS NULL OR room_id = :room_id)
+            AND (:entity_id::uuid IS NULL OR entity_id = :entity_id)
+            AND ("unique" OR NOT :only_unique)
+            AND NOT (SELECT enough.yes FROM enough)
+            AND (SELECT narrowest.name FROM narrowest) = 'world'
+    ) AS ranked
+    ORDER BY distance, memory_id
+    LIMIT :count::bigint
+)
+
+SELECT
+    m.id, m.entity_id, m.agent_id, m.room_id, m.world_id, m.type, m.content, m.metadata, m."unique", m.created_at,
+    CASE WHEN :include_embedding THEN (
+        SELECT e.dim_384 FROM elizasql.embeddings AS e
+        WHERE e.agent_id = :agent_id AND e.memory_id = m.id AND e.dimension = 384
+    ) END AS embedding,
+    1 - best.distance AS similarity,
+    (SELECT choice.by_hnsw FROM choice) AS by_hnsw
 FROM best
 CROSS JOIN
     LATERAL (

@@ -807,10 +807,10 @@ def test_recall_check_on_an_index_that_is_used(on_server: Run, dsn: str) -> None
         await db.index_memories(rebuild=True)
 
     agent = with_agent(dsn, remember)
-    said = on_server("recall-check", "--agent", agent, "--sample", 20, "--json").json
+    said = on_server("recall-check", "--agent", agent, "--sample", 200, "--json").json
     assert said["by_index"] is True
     recalls = [step["recall"] for step in said["steps"]]
-    assert min(recalls) < 1  # random vectors are hard for a graph
+    assert min(recalls) < 1  # random vectors are hard for a graph: of 2,000 neighbours some thirty are missed
     assert said["recommended"] is None or said["recommended"] >= 20
 
 

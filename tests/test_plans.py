@@ -158,6 +158,8 @@ async def test_search_of_many_goes_through_hnsw(
     [
         ("search_memories_of_room", {"room_id": SMALL}, "agent_id_room_id_type"),
         ("search_memories_of_entity", {"entity_id": RARE}, "agent_id_entity_id_type"),
+        ("search_memories_of_several", {"room_id": BIG, "entity_id": RARE}, "agent_id_entity_id_type"),
+        ("search_memories_of_several", {"room_id": SMALL, "world_id": WORLD}, "agent_id_room_id_type"),
     ],
 )
 async def test_search_of_a_small_scope_is_exact(
@@ -180,6 +182,9 @@ async def test_search_of_a_small_scope_is_exact(
         ("search_memories_of_room", {"room_id": BIG}),
         ("search_memories_of_entity", {"entity_id": ENTITY}),
         ("search_memories_of_world", {"world_id": WORLD}),
+        ("search_memories_of_several", {"room_id": BIG, "entity_id": ENTITY}),
+        ("search_memories_of_several", {"room_id": BIG, "world_id": WORLD}),
+        ("search_memories_of_several", {"entity_id": ENTITY, "world_id": WORLD}),
     ],
 )
 async def test_search_of_a_large_dense_scope_goes_through_hnsw(
@@ -193,8 +198,33 @@ async def test_search_of_a_large_dense_scope_goes_through_hnsw(
     assert any("hnsw" in used for used in indexes(nodes)), indexes(nodes)
 
 
+@pytest.mark.parametrize("by_hnsw", [False, True])
 @pytest.mark.parametrize(
-    "name", ["search_memories", *(f"search_memories_of_{each}" for each in ("room", "entity", "world"))]
+    ("name", "scope"),
+    [
+        ("search_memories", {}),
+        ("search_memories_of_room", {"room_id": BIG}),
+        ("search_memories_of_entity", {"entity_id": ENTITY}),
+        ("search_memories_of_world", {"world_id": WORLD}),
+    ],
+)
+async def test_what_was_measured_is_not_measured_again(
+    session: asyncpg.Connection[Any],
+    loaded: dict[str, DatabaseAdapter],
+    vectors: np.ndarray[Any, Any],
+    name: str,
+    scope: dict[str, UUID],
+    by_hnsw: bool,
+) -> None:
+    params = search_params(loaded["many"], vectors[-1], by_hnsw=by_hnsw, **scope)
+    nodes = await plan_of(session, SQL[name], params, execute=True)
+    assert any("hnsw" in used for used in indexes(nodes)) is by_hnsw
+    counted = [node for node in nodes if node.get("Subplan Name") == "CTE scope"]
+    assert [node["Actual Loops"] for node in counted] == [0]
+
+
+@pytest.mark.parametrize(
+    "name", ["search_memories", *(f"search_memories_of_{each}" for each in ("room", "entity", "world", "several"))]
 )
 async def test_the_size_of_the_graph_is_one_look(
     session: asyncpg.Connection[Any], loaded: dict[str, DatabaseAdapter], vectors: np.ndarray[Any, Any], name: str
@@ -215,6 +245,7 @@ async def test_search_of_few_reads_no_table_whole(
         ("search_memories_of_room", {"room_id": BIG}),
         ("search_memories_of_entity", {"entity_id": ENTITY}),
         ("search_memories_of_world", {"world_id": WORLD}),
+        ("search_memories_of_several", {"room_id": BIG, "entity_id": ENTITY}),
     ):
         nodes = await plan_of(session, SQL[name], search_params(loaded["few"], vectors[-1], **scope), execute=True)
         assert not scans_a_table(nodes), name

@@ -144,11 +144,15 @@ async def test_a_scope_that_shrinks_after_it_was_measured(loaded: Loaded) -> Non
     db = loaded.db
     await db.index_memories(rebuild=True)
     query = loaded.vectors[0]
-    assert len(await db.search_memories(embedding=query, table_name="messages")) == 10
-    assert db._large_until
+    scopes: list[dict[str, Any]] = [{}, {"entity_id": loaded.scene.entity}]
+    left = [set(loaded.ids[:7]), {loaded.ids[i] for i in range(7) if i % 3}]
+    for scope in scopes:
+        assert len(await db.search_memories(embedding=query, table_name="messages", **scope)) == 10
+    assert [by_hnsw for by_hnsw, _ in db._measured.values()] == [True, True]
     await db.delete_memories(loaded.ids[7:])
-    hits = await db.search_memories(embedding=query, table_name="messages")
-    assert {hit.id for hit in hits} == set(loaded.ids[:7])
+    for scope, ids in zip(scopes, left, strict=True):
+        hits = await db.search_memories(embedding=query, table_name="messages", **scope)
+        assert {hit.id for hit in hits} == ids
 
 
 async def test_many_agents_share_partitions_without_mixing(make_db: MakeAdapter) -> None:

@@ -52,7 +52,7 @@ class Sizes:
         warmup: Searches before each turn that are not counted.
         inserts: Single inserts of a peer, in as many turns.
         batch, batches: Rows in a batch, and batches.
-        work: Calls of a mixed run.
+        work: Calls of a mixed run, at most.
         knobs: How many of KNOBS.
         callers: Numbers of callers at once.
         growth: Numbers of rows of a single agent; none: not measured.
@@ -77,7 +77,7 @@ class Sizes:
         if rows >= 20_000:
             largest = int(os.environ.get("ELIZASQL_BENCH_GROWTH") or rows)
             growth = tuple(sorted({rows // 100, rows // 10, rows, largest}))
-            return cls(rows, 10, 20, 15, 5, 200, 1000, 3, 400, growth=growth)
+            return cls(rows, 10, 20, 12, 5, 200, 1000, 3, 400, growth=growth)
         return cls(rows, 10, 10, 5, 3, 30, 300, 1, 120, 2, (1, 16), (rows // 10, rows))
 
     @classmethod
@@ -369,15 +369,19 @@ class Suite:
             self.results["peers"][spec.name]["memory"] = self.processes[spec.name].memory
         return equal
 
+    def _work(self, spec: Spec) -> int:
+        """Give the calls of a mixed run: those that take two seconds one after the other, `work` at most."""
+        alone = self.results["peers"][spec.name]["equal"]["p50"]
+        return min(self.sizes.work, max(20, int(2 / alone)))
+
     def concurrency(self) -> None:
         """Search with 1 to 64 callers at once."""
         specs = [spec for spec in self.alive() if spec.stores or "pglite" in spec.name]
-        most = self.sizes.work
         for callers in self.sizes.callers:
             self._tell(f"search with {callers} callers")
 
             def turn(spec: Spec, number: int, callers: int = callers) -> None:
-                count = most if not spec.exact else max(20, most // 4)
+                count = max(callers, self._work(spec))
                 queries = [(number * count + n) % len(self.task.queries) for n in range(count)]
                 asked = [(query, query % self.sizes.agents) for query in queries]
                 answer = self.processes[spec.name].ask("mixed", asked=asked, rows=[], callers=callers)
@@ -434,8 +438,8 @@ class Suite:
         start = self.task.loaded + 3 * sizes.inserts
 
         def turn(spec: Spec, number: int) -> None:
-            writes = sizes.work // 10
-            first = start + (number + 2 * (spec is RESIDENT)) * writes
+            writes = self._work(spec) // 10
+            first = start + (number + 2 * (spec is RESIDENT)) * (sizes.work // 10)
             queries = [(number * 4 * writes + n) % len(self.task.queries) for n in range(4 * writes)]
             asked = [(query, query % sizes.agents) for query in queries]
             rows = list(range(first, first + writes))
