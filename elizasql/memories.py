@@ -621,7 +621,7 @@ class Memories(Store):
         if by_hnsw and not filters:
             statement = SQL.at("search_memories_by_hnsw", width)
             return [Memory(*row) for row in await self._executor.fetch(statement, **params)]
-        name = _SEARCHES[next(iter(filters), None)] if len(filters) < 2 else "search_memories_of_several"
+        name = _BY_SCOPE["search_memories"][_path(params)] if len(filters) < 2 else "search_memories_of_several"
         rows = await self._executor.fetch(SQL.at(name, width), by_hnsw=by_hnsw, **params)
         if rows and by_hnsw is None:
             if len(self._measured) >= _MOST_MEASURED:
@@ -886,13 +886,7 @@ _BY_SCOPE: dict[str, dict[str | None, str]] = {
         "entity_id": f"{name}_of_entity",
         "world_id": f"{name}_of_world",
     }
-    for name, rooms in (("get_memories", "room"), ("count_memories", "rooms"))
-}
-_SEARCHES: dict[str | None, str] = {
-    None: "search_memories",
-    "room_id": "search_memories_of_room",
-    "entity_id": "search_memories_of_entity",
-    "world_id": "search_memories_of_world",
+    for name, rooms in (("get_memories", "room"), ("count_memories", "rooms"), ("search_memories", "room"))
 }
 _FILTERS = ("room_id", "entity_id", "world_id")
 _CACHED_BY_FIELD = {"content": "get_cached_embeddings_by_content", "metadata": "get_cached_embeddings_by_metadata"}

@@ -105,6 +105,10 @@ async def test_recall_over_every_scope_tail_and_delete(loaded: Loaded) -> None:
         assert await loaded.recall(queries, position % 4 != 0, unique=True) >= least
         assert await loaded.recall(queries, position % 3 != 0, entity_id=scene.entity) >= least
         assert await loaded.recall(queries[:4], position % 2 == 1, world_id=scene.world) >= least
+        # Two filters: large ones together, by HNSW; and one that is small enough to be scanned.
+        for entity, its in ((scene.entity, position % 3 != 0), (scene.other, position % 3 == 0)):
+            both = its & (position % 2 == 1)
+            assert await loaded.recall(queries[:4], both, entity_id=entity, world_id=scene.world) >= least
         assert await loaded.recall(queries[:2], position >= 0, count=300) >= least
         for topic in (0, 1, 5, int(loaded.topics.max())):
             in_room = loaded.topics == topic
