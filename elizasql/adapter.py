@@ -87,7 +87,7 @@ class DatabaseAdapter(
         self._background = Executor(connections, connections.background, config, self._meter)
         self._embedded = embedded
         self._dimension = dimension
-        self._measured: dict[tuple[Any, ...], tuple[bool, float]] = {}
+        self._measured: dict[tuple[Any, ...], tuple[bool, str | None, float]] = {}
         self._resident = Resident(self._background, agent_id, config, address)
         self._listeners: set[Listener] = set()
         self._closing = asyncio.Lock()

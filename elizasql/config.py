@@ -127,7 +127,8 @@ class Config:
         indexing: Who moves new vectors into the HNSW index. [ELIZASQL_INDEXING]
         index_batch_size: Rows that the indexer moves in one transaction. [ELIZASQL_INDEX_BATCH_SIZE]
         index_interval: Seconds between the indexer's looks at the tail. [ELIZASQL_INDEX_INTERVAL]
-        ef_search: Candidates that an HNSW search keeps; more is slower and finds more. [ELIZASQL_EF_SEARCH]
+        ef_search: Candidates that an HNSW search keeps; more is slower and finds more. In an index of more than 100,000
+            vectors more are kept, of a million 1.8 times as many. [ELIZASQL_EF_SEARCH]
         batch_size: Rows in one statement of a batch write, 1 to 5,000. [ELIZASQL_BATCH_SIZE]
         log_lane: Whose connections writing logs takes: "interactive", or "background", so that a flood of logs keeps no
             caller waiting. [ELIZASQL_LOG_LANE]

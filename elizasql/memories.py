@@ -21,7 +21,7 @@ from ._statements import SQL, Statement
 from ._store import Store, as_limit
 from .errors import ArgumentError, EmbeddingDimensionError, NotFoundError
 from .models import LoadSummary, Memory
-from .types import DIMENSIONS, Embedding, EmbeddingInput
+from .types import DIMENSIONS, Embedding, EmbeddingInput, Recall
 
 # Seconds for which a scope that was measured is not measured again: 10,000 rows cost 1 ms, 4 where vacuum has not been,
 # up to half of the exact search of them. A scope that shrinks meanwhile still gives every row: HNSW that yields too few
@@ -45,8 +45,9 @@ class Memories(Store):
     _dimension: int | None
     _indexer: Indexer
     _resident: Resident
-    # Whether HNSW was the way to search a scope when it was measured, and until when that holds.
-    _measured: dict[_Scope, tuple[bool, float]]
+    # By type, candidates asked for and filters: whether HNSW was the way when the scope was measured, how many
+    # candidates it keeps, and until when that holds.
+    _measured: dict[_Scope, tuple[bool, str | None, float]]
 
     # --- the dimension -----------------------------------------------------------------------------------------------
 
@@ -550,6 +551,8 @@ class Memories(Store):
         world_id: UUID | str | None = None,
         entity_id: UUID | str | None = None,
         include_embedding: bool = False,
+        recall: Recall = "balanced",
+        ef_search: int | None = None,
         timeout: float | None = None,
     ) -> list[Memory]:
         """Find the memories nearest in meaning, most similar first; equal ones are ordered by id.
@@ -568,6 +571,10 @@ class Memories(Store):
             query: The text behind the embedding; taken for ElizaOS's sake and not used.
             room_id, world_id, entity_id: Only of these; they combine.
             include_embedding: Fill `embedding`.
+            recall: "balanced": HNSW keeps `config.ef_search` candidates; "fast": half as many; "exact": every memory in
+                the scope is compared, 0.1 ms and more for each hundred. What is held in the process is searched exactly
+                in any case.
+            ef_search: The candidates themselves, 1 to 1,000, in place of what `recall` says.
 
         Returns:
             Memories with `similarity`.
@@ -595,6 +602,7 @@ class Memories(Store):
             "count": number,
             "candidates": min(number * _RERANK, 2**63 - 1),
             "include_embedding": _codecs.as_bool(include_embedding, "include_embedding"),
+            "ef_search": self._candidates(recall, ef_search),
         }
         if number == 0 and self._dimension in (None, width):
             return []
@@ -614,21 +622,36 @@ class Memories(Store):
         if found is not None:
             return found
         filters = {name: params[name] for name in _FILTERS if params[name] is not None}
-        scope = (params["type"], *filters.items())
-        by_hnsw, until = self._measured.get(scope, (None, 0.0))
+        scope = (params["type"], params["ef_search"], *filters.items())
+        by_hnsw, ef, until = self._measured.get(scope, (None, None, 0.0))
         if until < time.monotonic():
             by_hnsw = None
+        if params["ef_search"] is None:
+            by_hnsw = False
         if by_hnsw and not filters:
             statement = SQL.at("search_memories_by_hnsw", width)
-            return [Memory(*row) for row in await self._executor.fetch(statement, **params)]
+            return [Memory(*row) for row in await self._executor.fetch(statement, known_ef=ef, **params)]
         name = _BY_SCOPE["search_memories"][_path(params)] if len(filters) < 2 else "search_memories_of_several"
-        rows = await self._executor.fetch(SQL.at(name, width), by_hnsw=by_hnsw, **params)
+        rows = await self._executor.fetch(SQL.at(name, width), by_hnsw=by_hnsw, known_ef=ef, **params)
         if rows and by_hnsw is None:
             if len(self._measured) >= _MOST_MEASURED:
                 self._measured.clear()
-            by_hnsw = rows[0]["by_hnsw"]
-            self._measured[scope] = (by_hnsw, time.monotonic() + (_LARGE_TTL if by_hnsw else _SMALL_TTL))
-        return [Memory(*row[:-1]) for row in rows]
+            by_hnsw, ef = rows[0]["by_hnsw"], rows[0]["ef"]
+            self._measured[scope] = (by_hnsw, ef, time.monotonic() + (_LARGE_TTL if by_hnsw else _SMALL_TTL))
+        return [Memory(*row[:-2]) for row in rows]
+
+    def _candidates(self, recall: Recall, ef_search: int | None) -> int | None:
+        """Give the candidates that HNSW is to keep, None where it is not to be asked."""
+        if not isinstance(recall, str) or recall not in _SHARES:
+            raise ArgumentError(f"recall must be one of {', '.join(_SHARES)}, not {recall!r:.40}")
+        share = _SHARES[recall]
+        if ef_search is None:
+            return None if share is None else max(1, int(self.config.ef_search * share))
+        if share is None:
+            raise ArgumentError("an exact search keeps no candidates: give recall or ef_search")
+        if _codecs.as_count(ef_search, "ef_search", least=1) > 1000:
+            raise ArgumentError(f"ef_search: pgvector takes at most 1000, not {ef_search}")
+        return int(ef_search)
 
     async def search_memories_by_embedding(
         self,
@@ -643,6 +666,8 @@ class Memories(Store):
         world_id: UUID | str | None = None,
         entity_id: UUID | str | None = None,
         include_embedding: bool = False,
+        recall: Recall = "balanced",
+        ef_search: int | None = None,
         timeout: float | None = None,
     ) -> list[Memory]:
         """Find the memories nearest in meaning: `search_memories` with the embedding in front.
@@ -660,6 +685,8 @@ class Memories(Store):
             world_id=world_id,
             entity_id=entity_id,
             include_embedding=include_embedding,
+            recall=recall,
+            ef_search=ef_search,
         )
 
     async def get_cached_embeddings(
@@ -889,6 +916,8 @@ _BY_SCOPE: dict[str, dict[str | None, str]] = {
     for name, rooms in (("get_memories", "room"), ("count_memories", "rooms"), ("search_memories", "room"))
 }
 _FILTERS = ("room_id", "entity_id", "world_id")
+# The share of `config.ef_search` that HNSW keeps; None: it is not asked.
+_SHARES: dict[str, float | None] = {"fast": 0.5, "balanced": 1.0, "exact": None}
 _CACHED_BY_FIELD = {"content": "get_cached_embeddings_by_content", "metadata": "get_cached_embeddings_by_metadata"}
 
 

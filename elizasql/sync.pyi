@@ -35,7 +35,7 @@ from .models import (
     Task,
     World,
 )
-from .types import JSON, EmbeddingInput, GoalStatus, RunStatus, UserState
+from .types import JSON, EmbeddingInput, GoalStatus, Recall, RunStatus, UserState
 
 __all__ = ["DatabaseAdapter", "connect", "open"]
 T = TypeVar("T")
@@ -421,6 +421,8 @@ class DatabaseAdapter:
         world_id: UUID | str | None = None,
         entity_id: UUID | str | None = None,
         include_embedding: bool = False,
+        recall: Recall = "balanced",
+        ef_search: int | None = None,
         timeout: float | None = None,
     ) -> list[Memory]: ...
     def search_memories_by_embedding(
@@ -436,6 +438,8 @@ class DatabaseAdapter:
         world_id: UUID | str | None = None,
         entity_id: UUID | str | None = None,
         include_embedding: bool = False,
+        recall: Recall = "balanced",
+        ef_search: int | None = None,
         timeout: float | None = None,
     ) -> list[Memory]: ...
     def get_cached_embeddings(

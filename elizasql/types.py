@@ -19,6 +19,7 @@ __all__ = [
     "IdInput",
     "Indexing",
     "Objective",
+    "Recall",
     "RunStatus",
     "UserState",
 ]
@@ -42,6 +43,9 @@ JSON: TypeAlias = "Mapping[str, Any] | Sequence[Any] | str | int | float | bool 
 
 Indexing: TypeAlias = Literal["background", "manual", "inline"]
 """When new vectors enter the HNSW index: by a task of the adapter, on `index_memories()`, or within the write."""
+
+Recall: TypeAlias = Literal["fast", "balanced", "exact"]
+"""How much a search may miss for the sake of time."""
 
 UserState: TypeAlias = Literal["FOLLOWED", "MUTED"]
 """How an agent follows a room."""

@@ -17,11 +17,15 @@
 -- fewer than min(count, matches) rows. Who measured a moment ago says what was chosen then, by_hnsw: 1.4 ms instead of
 -- 3.0 for a world of 74,000 rows.
 --
+-- HNSW keeps as many candidates as the search asks for, ef_search, and more where the graph hides more: times size^0.25
+-- above 100,000 rows, 1.8 times as many for a million. They are set where the choice is made, which is before the index is
+-- opened, and to the transaction's end (2 us); known_ef is what was found when the scope was measured.
+--
 -- While an agent moves to another width there are rows of both. A search reads those of its own, and is refused where
 -- that is not the width in force: one look at the agent's row, in the snapshot of the search. Rows of both are counted,
 -- where only the order of magnitude is asked for.
 
--- name: search_memories(embedding, agent_id, type, by_hnsw, only_unique, threshold, count, candidates, include_embedding)
+-- name: search_memories(embedding, agent_id, type, by_hnsw, known_ef, ef_search, only_unique, threshold, count, candidates, include_embedding)
 -- The nearest memories of a type, over everything that the agent has; and whether HNSW was the way.
 WITH scope AS MATERIALIZED (
     SELECT count(*) AS size
@@ -32,25 +36,31 @@ WITH scope AS MATERIALIZED (
     ) AS counted
 ),
 
+graph AS MATERIALIZED (
+    SELECT reltuples AS size FROM pg_class
+    WHERE oid = (
+        SELECT one.tableoid FROM elizasql.embeddings AS one
+        WHERE one.agent_id = :agent_id AND one.type = :type
+        ORDER BY one.xid
+        LIMIT 1
+    )
+),
+
 choice AS MATERIALIZED (
-    SELECT coalesce(:by_hnsw::boolean, (
-        SELECT
-            scope.size > 20000
-            OR (
-                scope.size > 2000
-                AND scope.size >= 0.3 * (
-                    SELECT graph.reltuples
-                    FROM pg_class AS graph
-                    WHERE graph.oid = (
-                        SELECT one.tableoid FROM elizasql.embeddings AS one
-                        WHERE one.agent_id = :agent_id AND one.type = :type
-                        ORDER BY one.xid
-                        LIMIT 1
-                    )
-                )
+    SELECT
+        coalesce(:by_hnsw::boolean, (
+            SELECT
+                scope.size > 20000
+                OR (scope.size > 2000 AND scope.size >= 0.3 * (SELECT graph.size FROM graph))
+            FROM scope
+        )) AS by_hnsw,
+        CASE
+            WHEN :by_hnsw IS NOT NULL THEN :known_ef::text
+            ELSE (
+                SELECT least(1000, round(:ef_search::int * power(greatest(graph.size / 100000, 1), 0.25)))::text
+                FROM graph
             )
-        FROM scope
-    )) AS by_hnsw
+        END AS ef
 ),
 
 nearest AS MATERIALIZED (
@@ -67,7 +77,7 @@ nearest AS MATERIALIZED (
             AND dimension = 384
             AND ("unique" OR NOT :only_unique)
             AND indexed
-            AND (SELECT choice.by_hnsw FROM choice)
+            AND (SELECT choice.by_hnsw AND set_config('hnsw.ef_search', choice.ef, TRUE) <> '' FROM choice)
         ORDER BY dim_384::halfvec(384) <=> :embedding::vector::halfvec(384)
         LIMIT :candidates::bigint
     ) AS by_index
@@ -120,7 +130,8 @@ SELECT
         WHERE e.agent_id = :agent_id AND e.memory_id = m.id AND e.dimension = 384
     ) END AS embedding,
     1 - best.distance AS similarity,
-    (SELECT choice.by_hnsw FROM choice) AS by_hnsw
+    (SELECT choice.by_hnsw FROM choice) AS by_hnsw,
+    (SELECT choice.ef FROM choice) AS ef
 FROM best
 CROSS JOIN
     LATERAL (
@@ -141,7 +152,7 @@ WHERE
     AND (:threshold::double precision IS NULL OR 1 - best.distance >= :threshold)
 ORDER BY best.distance, m.id;
 
--- name: search_memories_by_hnsw(embedding, agent_id, type, only_unique, threshold, count, candidates, include_embedding)
+-- name: search_memories_by_hnsw(embedding, agent_id, type, known_ef, only_unique, threshold, count, candidates, include_embedding)
 -- As search_memories, for a scope that was found to be large and dense a moment ago: not measured again.
 WITH nearest AS MATERIALIZED (
     SELECT
@@ -157,6 +168,7 @@ WITH nearest AS MATERIALIZED (
             AND dimension = 384
             AND ("unique" OR NOT :only_unique)
             AND indexed
+            AND (SELECT set_config('hnsw.ef_search', :known_ef, TRUE) <> '')
         ORDER BY dim_384::halfvec(384) <=> :embedding::vector::halfvec(384)
         LIMIT :candidates::bigint
     ) AS by_index
@@ -228,7 +240,7 @@ WHERE
     AND (:threshold::double precision IS NULL OR 1 - best.distance >= :threshold)
 ORDER BY best.distance, m.id;
 
--- name: search_memories_of_room(embedding, agent_id, type, room_id, by_hnsw, only_unique, threshold, count, candidates, include_embedding)
+-- name: search_memories_of_room(embedding, agent_id, type, room_id, by_hnsw, known_ef, ef_search, only_unique, threshold, count, candidates, include_embedding)
 -- As search_memories, in one room.
 WITH scope AS MATERIALIZED (
     SELECT count(*) AS size
@@ -239,25 +251,31 @@ WITH scope AS MATERIALIZED (
     ) AS counted
 ),
 
+graph AS MATERIALIZED (
+    SELECT reltuples AS size FROM pg_class
+    WHERE oid = (
+        SELECT one.tableoid FROM elizasql.embeddings AS one
+        WHERE one.agent_id = :agent_id AND one.type = :type
+        ORDER BY one.xid
+        LIMIT 1
+    )
+),
+
 choice AS MATERIALIZED (
-    SELECT coalesce(:by_hnsw::boolean, (
-        SELECT
-            scope.size > 20000
-            OR (
-                scope.size > 2000
-                AND scope.size >= 0.3 * (
-                    SELECT graph.reltuples
-                    FROM pg_class AS graph
-                    WHERE graph.oid = (
-                        SELECT one.tableoid FROM elizasql.embeddings AS one
-                        WHERE one.agent_id = :agent_id AND one.type = :type
-                        ORDER BY one.xid
-                        LIMIT 1
-                    )
-                )
+    SELECT
+        coalesce(:by_hnsw::boolean, (
+            SELECT
+                scope.size > 20000
+                OR (scope.size > 2000 AND scope.size >= 0.3 * (SELECT graph.size FROM graph))
+            FROM scope
+        )) AS by_hnsw,
+        CASE
+            WHEN :by_hnsw IS NOT NULL THEN :known_ef::text
+            ELSE (
+                SELECT least(1000, round(:ef_search::int * power(greatest(graph.size / 100000, 1), 0.25)))::text
+                FROM graph
             )
-        FROM scope
-    )) AS by_hnsw
+        END AS ef
 ),
 
 nearest AS MATERIALIZED (
@@ -274,7 +292,7 @@ nearest AS MATERIALIZED (
             AND dimension = 384
             AND ("unique" OR NOT :only_unique)
             AND indexed
-            AND (SELECT choice.by_hnsw FROM choice)
+            AND (SELECT choice.by_hnsw AND set_config('hnsw.ef_search', choice.ef, TRUE) <> '' FROM choice)
         ORDER BY dim_384::halfvec(384) <=> :embedding::vector::halfvec(384)
         LIMIT :candidates::bigint
     ) AS by_index
@@ -327,7 +345,8 @@ SELECT
         WHERE e.agent_id = :agent_id AND e.memory_id = m.id AND e.dimension = 384
     ) END AS embedding,
     1 - best.distance AS similarity,
-    (SELECT choice.by_hnsw FROM choice) AS by_hnsw
+    (SELECT choice.by_hnsw FROM choice) AS by_hnsw,
+    (SELECT choice.ef FROM choice) AS ef
 FROM best
 CROSS JOIN
     LATERAL (
@@ -348,7 +367,7 @@ WHERE
     AND (:threshold::double precision IS NULL OR 1 - best.distance >= :threshold)
 ORDER BY best.distance, m.id;
 
--- name: search_memories_of_entity(embedding, agent_id, type, entity_id, by_hnsw, only_unique, threshold, count, candidates, include_embedding)
+-- name: search_memories_of_entity(embedding, agent_id, type, entity_id, by_hnsw, known_ef, ef_search, only_unique, threshold, count, candidates, include_embedding)
 -- As search_memories, of one entity.
 WITH scope AS MATERIALIZED (
     SELECT count(*) AS size
@@ -359,25 +378,31 @@ WITH scope AS MATERIALIZED (
     ) AS counted
 ),
 
+graph AS MATERIALIZED (
+    SELECT reltuples AS size FROM pg_class
+    WHERE oid = (
+        SELECT one.tableoid FROM elizasql.embeddings AS one
+        WHERE one.agent_id = :agent_id AND one.type = :type
+        ORDER BY one.xid
+        LIMIT 1
+    )
+),
+
 choice AS MATERIALIZED (
-    SELECT coalesce(:by_hnsw::boolean, (
-        SELECT
-            scope.size > 20000
-            OR (
-                scope.size > 2000
-                AND scope.size >= 0.3 * (
-                    SELECT graph.reltuples
-                    FROM pg_class AS graph
-                    WHERE graph.oid = (
-                        SELECT one.tableoid FROM elizasql.embeddings AS one
-                        WHERE one.agent_id = :agent_id AND one.type = :type
-                        ORDER BY one.xid
-                        LIMIT 1
-                    )
-                )
+    SELECT
+        coalesce(:by_hnsw::boolean, (
+            SELECT
+                scope.size > 20000
+                OR (scope.size > 2000 AND scope.size >= 0.3 * (SELECT graph.size FROM graph))
+            FROM scope
+        )) AS by_hnsw,
+        CASE
+            WHEN :by_hnsw IS NOT NULL THEN :known_ef::text
+            ELSE (
+                SELECT least(1000, round(:ef_search::int * power(greatest(graph.size / 100000, 1), 0.25)))::text
+                FROM graph
             )
-        FROM scope
-    )) AS by_hnsw
+        END AS ef
 ),
 
 nearest AS MATERIALIZED (
@@ -394,7 +419,7 @@ nearest AS MATERIALIZED (
             AND dimension = 384
             AND ("unique" OR NOT :only_unique)
             AND indexed
-            AND (SELECT choice.by_hnsw FROM choice)
+            AND (SELECT choice.by_hnsw AND set_config('hnsw.ef_search', choice.ef, TRUE) <> '' FROM choice)
         ORDER BY dim_384::halfvec(384) <=> :embedding::vector::halfvec(384)
         LIMIT :candidates::bigint
     ) AS by_index
@@ -447,7 +472,8 @@ SELECT
         WHERE e.agent_id = :agent_id AND e.memory_id = m.id AND e.dimension = 384
     ) END AS embedding,
     1 - best.distance AS similarity,
-    (SELECT choice.by_hnsw FROM choice) AS by_hnsw
+    (SELECT choice.by_hnsw FROM choice) AS by_hnsw,
+    (SELECT choice.ef FROM choice) AS ef
 FROM best
 CROSS JOIN
     LATERAL (
@@ -468,7 +494,7 @@ WHERE
     AND (:threshold::double precision IS NULL OR 1 - best.distance >= :threshold)
 ORDER BY best.distance, m.id;
 
--- name: search_memories_of_world(embedding, agent_id, type, world_id, by_hnsw, only_unique, threshold, count, candidates, include_embedding)
+-- name: search_memories_of_world(embedding, agent_id, type, world_id, by_hnsw, known_ef, ef_search, only_unique, threshold, count, candidates, include_embedding)
 -- As search_memories, of one world: the memory's own world_id.
 WITH scope AS MATERIALIZED (
     SELECT count(*) AS size
@@ -479,25 +505,31 @@ WITH scope AS MATERIALIZED (
     ) AS counted
 ),
 
+graph AS MATERIALIZED (
+    SELECT reltuples AS size FROM pg_class
+    WHERE oid = (
+        SELECT one.tableoid FROM elizasql.embeddings AS one
+        WHERE one.agent_id = :agent_id AND one.type = :type
+        ORDER BY one.xid
+        LIMIT 1
+    )
+),
+
 choice AS MATERIALIZED (
-    SELECT coalesce(:by_hnsw::boolean, (
-        SELECT
-            scope.size > 20000
-            OR (
-                scope.size > 2000
-                AND scope.size >= 0.3 * (
-                    SELECT graph.reltuples
-                    FROM pg_class AS graph
-                    WHERE graph.oid = (
-                        SELECT one.tableoid FROM elizasql.embeddings AS one
-                        WHERE one.agent_id = :agent_id AND one.type = :type
-                        ORDER BY one.xid
-                        LIMIT 1
-                    )
-                )
+    SELECT
+        coalesce(:by_hnsw::boolean, (
+            SELECT
+                scope.size > 20000
+                OR (scope.size > 2000 AND scope.size >= 0.3 * (SELECT graph.size FROM graph))
+            FROM scope
+        )) AS by_hnsw,
+        CASE
+            WHEN :by_hnsw IS NOT NULL THEN :known_ef::text
+            ELSE (
+                SELECT least(1000, round(:ef_search::int * power(greatest(graph.size / 100000, 1), 0.25)))::text
+                FROM graph
             )
-        FROM scope
-    )) AS by_hnsw
+        END AS ef
 ),
 
 nearest AS MATERIALIZED (
@@ -514,7 +546,7 @@ nearest AS MATERIALIZED (
             AND dimension = 384
             AND ("unique" OR NOT :only_unique)
             AND indexed
-            AND (SELECT choice.by_hnsw FROM choice)
+            AND (SELECT choice.by_hnsw AND set_config('hnsw.ef_search', choice.ef, TRUE) <> '' FROM choice)
         ORDER BY dim_384::halfvec(384) <=> :embedding::vector::halfvec(384)
         LIMIT :candidates::bigint
     ) AS by_index
@@ -567,7 +599,8 @@ SELECT
         WHERE e.agent_id = :agent_id AND e.memory_id = m.id AND e.dimension = 384
     ) END AS embedding,
     1 - best.distance AS similarity,
-    (SELECT choice.by_hnsw FROM choice) AS by_hnsw
+    (SELECT choice.by_hnsw FROM choice) AS by_hnsw,
+    (SELECT choice.ef FROM choice) AS ef
 FROM best
 CROSS JOIN
     LATERAL (
@@ -588,7 +621,7 @@ WHERE
     AND (:threshold::double precision IS NULL OR 1 - best.distance >= :threshold)
 ORDER BY best.distance, m.id;
 
--- name: search_memories_of_several(embedding, agent_id, type, room_id, entity_id, world_id, by_hnsw, only_unique, threshold, count, candidates, include_embedding)
+-- name: search_memories_of_several(embedding, agent_id, type, room_id, entity_id, world_id, by_hnsw, known_ef, ef_search, only_unique, threshold, count, candidates, include_embedding)
 -- As search_memories, for what is in two or three of a room, an entity and a world. Each of them is measured alone, since
 -- no index counts what they share; the smallest decides, and is the one that an exact search goes through.
 WITH sizes AS MATERIALIZED (
@@ -623,25 +656,31 @@ scope AS MATERIALIZED (
     SELECT least(room, entity, world) AS size FROM sizes
 ),
 
+graph AS MATERIALIZED (
+    SELECT reltuples AS size FROM pg_class
+    WHERE oid = (
+        SELECT one.tableoid FROM elizasql.embeddings AS one
+        WHERE one.agent_id = :agent_id AND one.type = :type
+        ORDER BY one.xid
+        LIMIT 1
+    )
+),
+
 choice AS MATERIALIZED (
-    SELECT coalesce(:by_hnsw::boolean, (
-        SELECT
-            scope.size > 20000
-            OR (
-                scope.size > 2000
-                AND scope.size >= 0.3 * (
-                    SELECT graph.reltuples
-                    FROM pg_class AS graph
-                    WHERE graph.oid = (
-                        SELECT one.tableoid FROM elizasql.embeddings AS one
-                        WHERE one.agent_id = :agent_id AND one.type = :type
-                        ORDER BY one.xid
-                        LIMIT 1
-                    )
-                )
+    SELECT
+        coalesce(:by_hnsw::boolean, (
+            SELECT
+                scope.size > 20000
+                OR (scope.size > 2000 AND scope.size >= 0.3 * (SELECT graph.size FROM graph))
+            FROM scope
+        )) AS by_hnsw,
+        CASE
+            WHEN :by_hnsw IS NOT NULL THEN :known_ef::text
+            ELSE (
+                SELECT least(1000, round(:ef_search::int * power(greatest(graph.size / 100000, 1), 0.25)))::text
+                FROM graph
             )
-        FROM scope
-    )) AS by_hnsw
+        END AS ef
 ),
 
 narrowest AS MATERIALIZED (
@@ -672,7 +711,7 @@ nearest AS MATERIALIZED (
             AND (:world_id::uuid IS NULL OR world_id = :world_id)
             AND ("unique" OR NOT :only_unique)
             AND indexed
-            AND (SELECT choice.by_hnsw FROM choice)
+            AND (SELECT choice.by_hnsw AND set_config('hnsw.ef_search', choice.ef, TRUE) <> '' FROM choice)
         ORDER BY dim_384::halfvec(384) <=> :embedding::vector::halfvec(384)
         LIMIT :candidates::bigint
     ) AS by_index
@@ -757,7 +796,8 @@ SELECT
         WHERE e.agent_id = :agent_id AND e.memory_id = m.id AND e.dimension = 384
     ) END AS embedding,
     1 - best.distance AS similarity,
-    (SELECT choice.by_hnsw FROM choice) AS by_hnsw
+    (SELECT choice.by_hnsw FROM choice) AS by_hnsw,
+    (SELECT choice.ef FROM choice) AS ef
 FROM best
 CROSS JOIN
     LATERAL (

@@ -46,9 +46,8 @@ async def plan_of(
     """Give the nodes of a statement's generic plan, run when asked; parameters that are missing are NULL."""
     await session.execute(f"PREPARE planned AS {statement.sql}")
     arguments = ", ".join(literal(params.get(name)) for name in statement.params)
-    row = await session.fetchval(
-        f"EXPLAIN ({'ANALYZE, ' if execute else ''}FORMAT JSON) EXECUTE planned{f'({arguments})' if arguments else ''}"
-    )
+    options = "ANALYZE, BUFFERS, FORMAT JSON" if execute else "FORMAT JSON"
+    row = await session.fetchval(f"EXPLAIN ({options}) EXECUTE planned{f'({arguments})' if arguments else ''}")
     await session.execute("DEALLOCATE planned")
     nodes: list[dict[str, Any]] = []
 
@@ -235,6 +234,82 @@ async def test_the_size_of_the_graph_is_one_look(
     nodes = await plan_of(session, SQL[name], params, execute=True)
     [look] = {node["Node Type"] for node in nodes if node.get("Alias", "").startswith("one")}
     assert look == "Index Scan"
+
+
+@pytest.mark.parametrize(
+    ("name", "scope"),
+    [
+        ("search_memories", {}),
+        ("search_memories_of_room", {"room_id": BIG}),
+        ("search_memories_of_entity", {"entity_id": ENTITY}),
+        ("search_memories_of_world", {"world_id": WORLD}),
+        ("search_memories_of_several", {"room_id": BIG, "entity_id": ENTITY}),
+    ],
+)
+async def test_larger_graphs_get_more_candidates(
+    session: asyncpg.Connection[Any],
+    loaded: dict[str, DatabaseAdapter],
+    vectors: np.ndarray[Any, Any],
+    name: str,
+    scope: dict[str, UUID],
+) -> None:
+    if session.get_server_version().major < 18:
+        pytest.skip("statistics can be set from PostgreSQL 18 on")
+    db = loaded["many"]
+    params = search_params(db, vectors[-1], by_hnsw=None, known_ef=None, ef_search=100, **scope)
+    part = await session.fetchval("SELECT elizasql.partition_of($1)", db.agent_id)
+
+    async def search(name: str, **changed: Any) -> tuple[list[asyncpg.Record], str]:
+        """Give the rows, and how many candidates the transaction has from then on."""
+        given = params | changed
+        rows = await session.fetch(SQL[name].sql, *[given[param] for param in SQL[name].params])
+        return rows, await session.fetchval("SHOW hnsw.ef_search")
+
+    async def transacted(name: str, **changed: Any) -> tuple[list[asyncpg.Record], str]:
+        async with session.transaction():
+            return await search(name, **changed)
+
+    rows, in_force = await transacted(name)
+    assert (rows[0]["by_hnsw"], rows[0]["ef"], in_force) == (True, "100", "100")
+    for size, ef_search, ef in ((1e6, 100, "178"), (1e6, 60, "107"), (3e5, 100, "132"), (1e9, 400, "1000")):
+        transaction = session.transaction()
+        await transaction.start()
+        await session.execute(
+            f"SELECT pg_restore_relation_stats("
+            f"'schemaname', 'elizasql', 'relname', '{part}', 'reltuples', {size:.0f}::real)"
+        )
+        # 6,000 rows are a small part of such a graph: what is large enough is known, but they are scanned exactly.
+        rows, in_force = await search(name, by_hnsw=None, ef_search=ef_search)
+        assert {row["ef"] for row in rows} == {ef}
+        assert not rows[0]["by_hnsw"] and in_force == "100"
+        rows, in_force = await search(name, by_hnsw=True, known_ef=ef)
+        assert {row["ef"] for row in rows} == {in_force} == {ef}
+        await transaction.rollback()
+    rows, in_force = await transacted(name, by_hnsw=True, known_ef="237")
+    assert (rows[0]["by_hnsw"], rows[0]["ef"], in_force) == (True, "237", "237")
+    rows, in_force = await transacted(name, by_hnsw=False, known_ef=None)
+    assert (rows[0]["by_hnsw"], rows[0]["ef"], in_force) == (False, None, "100")
+    if not scope:
+        assert (await transacted("search_memories_by_hnsw", known_ef="237"))[1] == "237"
+        assert (await transacted("search_memories_by_hnsw"))[1] == "100"
+    assert await session.fetchval("SHOW hnsw.ef_search") == "100"
+
+
+async def test_candidates_are_set_before_the_index_is_opened(
+    session: asyncpg.Connection[Any], loaded: dict[str, DatabaseAdapter], vectors: np.ndarray[Any, Any]
+) -> None:
+    """What it reads tells: pgvector looks at the setting when the scan begins."""
+    for name in ("search_memories", "search_memories_by_hnsw"):
+        read = {}
+        for ef in ("10", "400"):
+            params = search_params(loaded["many"], vectors[-1], by_hnsw=True, known_ef=ef, ef_search=100)
+            nodes = await plan_of(session, SQL[name], params, execute=True)
+            (read[ef],) = [
+                node["Shared Hit Blocks"] + node["Shared Read Blocks"]
+                for node in nodes
+                if "hnsw" in node.get("Index Name", "") and node["Actual Loops"]
+            ]
+        assert read["400"] > 3 * read["10"], (name, read)
 
 
 async def test_search_of_few_reads_no_table_whole(

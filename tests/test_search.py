@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from elizasql import ArgumentError, DatabaseAdapter, EmbeddingDimensionError, Entity, Memory, Room, World
-from elizasql._statements import SQL
+from elizasql._statements import SQL, Statement
 
 from .conftest import MakeAdapter, Scene, make_scene
 
@@ -152,11 +152,49 @@ async def test_a_scope_that_shrinks_after_it_was_measured(loaded: Loaded) -> Non
     left = [set(loaded.ids[:7]), {loaded.ids[i] for i in range(7) if i % 3}]
     for scope in scopes:
         assert len(await db.search_memories(embedding=query, table_name="messages", **scope)) == 10
-    assert [by_hnsw for by_hnsw, _ in db._measured.values()] == [True, True]
+    assert [by_hnsw for by_hnsw, *_ in db._measured.values()] == [True, True]
     await db.delete_memories(loaded.ids[7:])
     for scope, ids in zip(scopes, left, strict=True):
         hits = await db.search_memories(embedding=query, table_name="messages", **scope)
         assert {hit.id for hit in hits} == ids
+
+
+async def test_recall_is_chosen_for_a_search(loaded: Loaded, round_trips: list[str]) -> None:
+    db = loaded.db
+    await db.index_memories(rebuild=True)
+    queries, _ = clustered(40, seed=5)
+    everywhere = np.ones(len(loaded.vectors), bool)
+    found = {}
+    ways: list[dict[str, Any]] = [{"recall": "fast"}, {}, {"ef_search": 1}, {"recall": "exact"}, {"ef_search": 1000}]
+    for way in ways:
+        found[str(way)] = await loaded.recall(queries, everywhere, **way)
+    assert found["{'recall': 'exact'}"] == 1.0
+    assert found["{'ef_search': 1000}"] >= 0.99
+    assert min(found.values()) >= 0.9
+    kept = {key[1]: (by_hnsw, ef) for key, (by_hnsw, ef, _) in db._measured.items()}
+    assert kept == {asked: (True, str(asked)) for asked in (50, 100, 1, 1000)}
+    # What one asks for does not hold for those that follow in its transaction; the exact one asks HNSW for nothing.
+    show = Statement("show", "SHOW hnsw.ef_search", (), "", "")
+    async with db.transaction() as transaction:
+        for way, in_force in zip(ways, ("50", "100", "1", "1", "1000"), strict=True):
+            round_trips.clear()
+            await transaction.search_memories(embedding=queries[0], table_name="messages", **way)
+            assert len(round_trips) == 1
+            assert await transaction._executor.fetch_value(show) == in_force
+
+
+async def test_recall_that_makes_no_sense_is_refused(db: DatabaseAdapter) -> None:
+    query = np.ones(384, np.float32)
+    refused: list[dict[str, Any]] = [
+        {"recall": "best"},
+        {"recall": None},
+        {"recall": []},
+        *({"ef_search": ef_search} for ef_search in (0, 1001, True, 40.0)),
+        {"recall": "exact", "ef_search": 40},
+    ]
+    for wrong in refused:
+        with pytest.raises(ArgumentError):
+            await db.search_memories(embedding=query, table_name="messages", **wrong)
 
 
 async def test_many_agents_share_partitions_without_mixing(make_db: MakeAdapter) -> None:

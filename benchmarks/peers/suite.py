@@ -77,7 +77,7 @@ class Sizes:
         if rows >= 20_000:
             largest = int(os.environ.get("ELIZASQL_BENCH_GROWTH") or rows)
             growth = tuple(sorted({rows // 100, rows // 10, rows, largest}))
-            return cls(rows, 10, 20, 12, 5, 200, 1000, 3, 400, growth=growth)
+            return cls(rows, 10, 20, 10, 5, 200, 1000, 3, 320, growth=growth)
         return cls(rows, 10, 10, 5, 3, 30, 300, 1, 120, 2, (1, 16), (rows // 10, rows))
 
     @classmethod
@@ -370,9 +370,9 @@ class Suite:
         return equal
 
     def _work(self, spec: Spec) -> int:
-        """Give the calls of a mixed run: those that take two seconds one after the other, `work` at most."""
+        """Give the calls of a mixed run: those that take one and a half seconds one by one, `work` at most."""
         alone = self.results["peers"][spec.name]["equal"]["p50"]
-        return min(self.sizes.work, max(20, int(2 / alone)))
+        return min(self.sizes.work, max(20, int(1.5 / alone)))
 
     def concurrency(self) -> None:
         """Search with 1 to 64 callers at once."""

@@ -181,15 +181,19 @@ async def test_migration_is_killed(
                 holder.terminate()
                 break  # nothing was left to be done
             pid = await waiting
+            crashed = asyncio.Event()
             if victim == "the program dbmate":
                 started[-1].send_signal(signal.SIGKILL)
+                crashed.set()
                 count("dbmate by SIGKILL", under_load=False)
             else:
+                trap.admin.add_termination_listener(lambda *_, crashed=crashed: crashed.set())
                 parent = server.postmaster()
                 assert parent is not None and server.kill_child(pid, parent)
                 count("migrations' sessions by SIGKILL", under_load=False)
             with pytest.raises(elizasql.MigrationError):
                 await task
+            await crashed.wait()  # the session's end is seen before the server ends the others
             holder.terminate()
             await server.recovered()
             if trap.admin.is_closed():
