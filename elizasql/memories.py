@@ -602,7 +602,7 @@ class Memories(Store):
             "count": number,
             "candidates": min(number * _RERANK, 2**63 - 1),
             "include_embedding": _codecs.as_bool(include_embedding, "include_embedding"),
-            "ef_search": self._candidates(recall, ef_search),
+            "ef_search": self._as_ef_search(recall, ef_search),
         }
         if number == 0 and self._dimension in (None, width):
             return []
@@ -640,7 +640,7 @@ class Memories(Store):
             self._measured[scope] = (by_hnsw, ef, time.monotonic() + (_LARGE_TTL if by_hnsw else _SMALL_TTL))
         return [Memory(*row[:-2]) for row in rows]
 
-    def _candidates(self, recall: Recall, ef_search: int | None) -> int | None:
+    def _as_ef_search(self, recall: Recall, ef_search: int | None) -> int | None:
         """Give the candidates that HNSW is to keep, None where it is not to be asked."""
         if not isinstance(recall, str) or recall not in _SHARES:
             raise ArgumentError(f"recall must be one of {', '.join(_SHARES)}, not {recall!r:.40}")
