@@ -56,7 +56,7 @@ choice AS MATERIALIZED (
         )) AS by_hnsw,
         CASE
             WHEN :by_hnsw IS NOT NULL THEN :known_ef::text
-            ELSE (
+            WHEN (SELECT scope.size FROM scope) > 2000 THEN (
                 SELECT least(1000, round(:ef_search::int * power(greatest(graph.size / 100000, 1), 0.25)))::text
                 FROM graph
             )
@@ -271,7 +271,7 @@ choice AS MATERIALIZED (
         )) AS by_hnsw,
         CASE
             WHEN :by_hnsw IS NOT NULL THEN :known_ef::text
-            ELSE (
+            WHEN (SELECT scope.size FROM scope) > 2000 THEN (
                 SELECT least(1000, round(:ef_search::int * power(greatest(graph.size / 100000, 1), 0.25)))::text
                 FROM graph
             )
@@ -398,7 +398,7 @@ choice AS MATERIALIZED (
         )) AS by_hnsw,
         CASE
             WHEN :by_hnsw IS NOT NULL THEN :known_ef::text
-            ELSE (
+            WHEN (SELECT scope.size FROM scope) > 2000 THEN (
                 SELECT least(1000, round(:ef_search::int * power(greatest(graph.size / 100000, 1), 0.25)))::text
                 FROM graph
             )
@@ -525,7 +525,7 @@ choice AS MATERIALIZED (
         )) AS by_hnsw,
         CASE
             WHEN :by_hnsw IS NOT NULL THEN :known_ef::text
-            ELSE (
+            WHEN (SELECT scope.size FROM scope) > 2000 THEN (
                 SELECT least(1000, round(:ef_search::int * power(greatest(graph.size / 100000, 1), 0.25)))::text
                 FROM graph
             )
@@ -676,7 +676,7 @@ choice AS MATERIALIZED (
         )) AS by_hnsw,
         CASE
             WHEN :by_hnsw IS NOT NULL THEN :known_ef::text
-            ELSE (
+            WHEN (SELECT scope.size FROM scope) > 2000 THEN (
                 SELECT least(1000, round(:ef_search::int * power(greatest(graph.size / 100000, 1), 0.25)))::text
                 FROM graph
             )

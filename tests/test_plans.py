@@ -86,6 +86,18 @@ def agents() -> dict[str, UUID]:
 
 
 WORLD, BIG, SMALL, ENTITY, RARE = (uuid4() for _ in range(5))
+# Searches of scopes that are large and dense: one filter at most, and several.
+LARGE: list[tuple[str, dict[str, UUID]]] = [
+    ("search_memories", {}),
+    ("search_memories_of_room", {"room_id": BIG}),
+    ("search_memories_of_entity", {"entity_id": ENTITY}),
+    ("search_memories_of_world", {"world_id": WORLD}),
+]
+LARGE_TOGETHER: list[tuple[str, dict[str, UUID]]] = [
+    ("search_memories_of_several", {"room_id": BIG, "entity_id": ENTITY}),
+    ("search_memories_of_several", {"room_id": BIG, "world_id": WORLD}),
+    ("search_memories_of_several", {"entity_id": ENTITY, "world_id": WORLD}),
+]
 # A generic plan is made for the average room: with two rooms in all, the index of the type is as good as the room's.
 WORLDS, ROOMS, ENTITIES = ([uuid4() for _ in range(60)] for _ in range(3))
 
@@ -173,18 +185,13 @@ async def test_search_of_a_small_scope_is_exact(
     assert any(index in used for used in indexes(nodes))
     assert not any("hnsw" in used for used in indexes(nodes))
     assert not scans_a_table(nodes)
+    # How large the graph is makes no difference here, so nobody looks.
+    assert {node["Actual Loops"] for node in nodes if node.get("Subplan Name") == "CTE graph"} == {0}
 
 
 @pytest.mark.parametrize(
     ("name", "scope"),
-    [
-        ("search_memories_of_room", {"room_id": BIG}),
-        ("search_memories_of_entity", {"entity_id": ENTITY}),
-        ("search_memories_of_world", {"world_id": WORLD}),
-        ("search_memories_of_several", {"room_id": BIG, "entity_id": ENTITY}),
-        ("search_memories_of_several", {"room_id": BIG, "world_id": WORLD}),
-        ("search_memories_of_several", {"entity_id": ENTITY, "world_id": WORLD}),
-    ],
+    [*LARGE, *LARGE_TOGETHER],
 )
 async def test_search_of_a_large_dense_scope_goes_through_hnsw(
     session: asyncpg.Connection[Any],
@@ -200,12 +207,7 @@ async def test_search_of_a_large_dense_scope_goes_through_hnsw(
 @pytest.mark.parametrize("by_hnsw", [False, True])
 @pytest.mark.parametrize(
     ("name", "scope"),
-    [
-        ("search_memories", {}),
-        ("search_memories_of_room", {"room_id": BIG}),
-        ("search_memories_of_entity", {"entity_id": ENTITY}),
-        ("search_memories_of_world", {"world_id": WORLD}),
-    ],
+    LARGE,
 )
 async def test_what_was_measured_is_not_measured_again(
     session: asyncpg.Connection[Any],
@@ -238,13 +240,7 @@ async def test_the_size_of_the_graph_is_one_look(
 
 @pytest.mark.parametrize(
     ("name", "scope"),
-    [
-        ("search_memories", {}),
-        ("search_memories_of_room", {"room_id": BIG}),
-        ("search_memories_of_entity", {"entity_id": ENTITY}),
-        ("search_memories_of_world", {"world_id": WORLD}),
-        ("search_memories_of_several", {"room_id": BIG, "entity_id": ENTITY}),
-    ],
+    [*LARGE, *LARGE_TOGETHER],
 )
 async def test_larger_graphs_get_more_candidates(
     session: asyncpg.Connection[Any],
@@ -315,13 +311,7 @@ async def test_candidates_are_set_before_the_index_is_opened(
 async def test_search_of_few_reads_no_table_whole(
     session: asyncpg.Connection[Any], loaded: dict[str, DatabaseAdapter], vectors: np.ndarray[Any, Any]
 ) -> None:
-    for name, scope in (
-        ("search_memories", {}),
-        ("search_memories_of_room", {"room_id": BIG}),
-        ("search_memories_of_entity", {"entity_id": ENTITY}),
-        ("search_memories_of_world", {"world_id": WORLD}),
-        ("search_memories_of_several", {"room_id": BIG, "entity_id": ENTITY}),
-    ):
+    for name, scope in (*LARGE, *LARGE_TOGETHER):
         nodes = await plan_of(session, SQL[name], search_params(loaded["few"], vectors[-1], **scope), execute=True)
         assert not scans_a_table(nodes), name
         assert not any("hnsw" in used for used in indexes(nodes)), name
