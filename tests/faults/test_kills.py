@@ -75,6 +75,22 @@ def slow(seconds: float, *, rounds: float) -> Any:
 # --- sessions --------------------------------------------------------------------------------------------------------
 
 
+async def test_end_of_a_session_that_is_seen_late(make_db: MakeAdapter) -> None:
+    """The pool says goodbye to a session that is gone already; no error of that is left for nobody (`no_leaks`)."""
+    db = await make_db(pool_max_size=1)
+    lane = db._executor.lane
+    connection, _ = await lane.acquire(5)
+    pid = connection.get_server_pid()
+    lane.give_back(connection)
+    await lane.let_go()
+    os.kill(pid, signal.SIGTERM)
+    count("sessions by SIGTERM", under_load=False)
+    while Path(f"/proc/{pid}").exists():
+        time.sleep(0.001)  # the loop must not see the end before
+    await lane.replace()
+    assert await db.get_memory_by_id(uuid4()) is None
+
+
 @pytest.mark.parametrize("seconds", [6, slow(300, rounds=60)])
 async def test_sessions_are_killed_under_load(
     make_db: MakeAdapter, server: FaultServer, seed: int, seconds: float
