@@ -11,10 +11,12 @@ from typing import Any
 from uuid import UUID
 
 import numpy as np
+import simsimd
 from asyncpg.pgproto import pgproto
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 Levels = NDArray[np.int8]
 Places = NDArray[np.intp]
 
@@ -25,26 +27,17 @@ _MOST_EQUAL = 1000
 # run: with one core busy 10,000 x 384 took 8 ms at the 95th percentile. As a stack of small products it never does.
 _BLAS_SINGLE = 9215
 
-# Rows whose sketches are not looked at: scoring them takes no longer.
-_SKETCH_LEAST = 512
-# Rows from which a matrix gets a sketch, rows to find the axes by, and the numbers of axes that are tried.
-SKETCH_FROM = 2000
-_SKETCH_SAMPLE = 2000
-_SKETCH_AXES = (64, 96, 128, 160, 192, 224, 256)
-# A coordinate is kept in so many steps, either side of zero: a byte, and a bound that lies higher by less than 0.01.
-_SKETCH_LEVELS = 127
-# What reading costs, in components of rows that lie one after the other: a coordinate of a sketch, a component of rows
-# that lie apart. A search by the sketch must cost less than this share of one by the rows.
-_COST_OF_LEVEL, _COST_OF_GATHERED, _COST_LIMIT = 0.7, 3.0, 0.7
-# By so much the rounding raises the bound, about.
-_COST_ROUNDING = 0.008
+# Fewer rows than this are scored at once: their bytes first would take as long.
+_QUANTIZED_FROM = 1000
+# A component is kept in so many steps, either side of zero: a byte.
+_LEVELS = 127
 
 # Components of the rows that are gathered at once: they stay in the core's own cache until they are multiplied.
 _GATHERED = 96 << 10
 
 _of_thread = threading.local()
 
-# Bytes of a row beside its vector and its sketch: id, scope, norms, and its part of the dictionary from ids to places.
+# Bytes of a row beside its components: id, scope, scale, error, and its part of the dictionary from ids to places.
 _ROW_OVERHEAD = 208
 
 
@@ -72,11 +65,10 @@ class Matrix:
     in an order of its own, and the bound holds for any order. So whatever lies within twice that of the last one asked
     for is a candidate, and the server, which ranks the candidates, has every row that its own search would give.
 
-    Most of a search is reading the vectors from main memory. A sketch of each row, its coordinates on half of the axes
-    in a byte each, bounds the score from above by reading an eighth of the bytes (Cauchy-Schwarz for what it leaves
-    out: the norm of the rest, and of the rounding, stand beside it); only rows whose bound reaches the best scores are
-    read in full. Axes are those along which the agent's vectors differ most; new rows get their sketch on the same
-    ones. The bound holds for any axes, and for rounding, too.
+    Most of a search is reading the vectors from main memory. So each also stands here in a byte a component, in steps
+    of its own scale, and products of these are exact in whole numbers. What the rounding leaves out has a norm that is
+    kept beside them, and by it they bound the score from above (Cauchy-Schwarz); only rows whose bound reaches the best
+    scores are read in full.
     """
 
     def __init__(self, dimension: int, size: int = 0) -> None:
@@ -97,22 +89,19 @@ class Matrix:
         self._places: dict[bytes, int] = {}
         # Of rooms, worlds and entities alike; 0 stands for none.
         self._codes: dict[bytes, int] = {}
-        self._axes: Floats | None = None
-        self._steps: Floats = np.zeros(0, np.float32)
         self._allocate(_with_spare(size))
 
     # --- memory ------------------------------------------------------------------------------------------------------
 
     @staticmethod
     def estimate(dimension: int, size: int) -> int:
-        """Give the bytes that so many rows are going to take, about: the sketch is not known yet."""
-        sketch = dimension // 2 if size >= SKETCH_FROM else 0
-        return _with_spare(size) * (4 * dimension + sketch + _ROW_OVERHEAD)
+        """Give the bytes that so many rows are going to take."""
+        return _with_spare(size) * (5 * dimension + _ROW_OVERHEAD)
 
     @property
     def footprint(self) -> int:
         """Bytes that all of this takes."""
-        return self._vectors.nbytes + self._sketches.nbytes + _ROW_OVERHEAD * (self.capacity + len(self._codes))
+        return self._vectors.nbytes + self._levels.nbytes + _ROW_OVERHEAD * (self.capacity + len(self._codes))
 
     @property
     def capacity(self) -> int:
@@ -124,10 +113,10 @@ class Matrix:
         self._ids: NDArray[np.uint8] = np.zeros((capacity, 16), np.uint8)
         self._scopes: NDArray[np.int32] = np.zeros((3, capacity), np.int32)
         self._unique: NDArray[np.bool_] = np.zeros(capacity, np.bool_)
-        sketched = capacity if self._axes is not None else 0
-        self._sketches: Levels = np.zeros((sketched, len(self._steps)), np.int8)
-        # Norms of what the sketch leaves out: of the rest, and of the rounding.
-        self._omitted: Floats = np.zeros((2, sketched), np.float32)
+        self._levels: Levels = np.zeros((capacity, self.dimension), np.int8)
+        # What one level is, and the norm of what rounding to levels leaves out, never too small.
+        self._scales: Floats = np.zeros(capacity, np.float32)
+        self._errors: Floats = np.zeros(capacity, np.float32)
         self._scores_of_all: Floats = np.zeros(capacity, np.float32)
 
     def _reserve(self, size: int) -> None:
@@ -140,8 +129,15 @@ class Matrix:
 
     def _columns(self) -> tuple[NDArray[Any], ...]:
         """Give all that is kept of the rows, a row first."""
-        sketch = () if self._axes is None else (self._sketches, self._omitted.T)
-        return (self._vectors, self._ids, self._unique, self._scopes.T, *sketch)
+        return (
+            self._vectors,
+            self._levels,
+            self._scales,
+            self._errors,
+            self._ids,
+            self._unique,
+            self._scopes.T,
+        )
 
     # --- change ------------------------------------------------------------------------------------------------------
 
@@ -191,8 +187,7 @@ class Matrix:
         self._ids[at] = np.frombuffer(rows["id"].tobytes(), np.uint8).reshape(-1, 16)
         self._scopes[:, at] = scopes.T
         self._unique[at] = flags & 1
-        if self._axes is not None:
-            self._sketches[at], self._omitted[:, at] = self._sketch_of(self._coordinates(vectors))
+        self._levels[at], self._scales[at], self._errors[at] = _quantize(vectors)
 
     def drop(self, ids: Iterable[UUID]) -> None:
         """Take rows out, where they are; the last rows come in their places."""
@@ -268,14 +263,14 @@ class Matrix:
     ) -> tuple[Places | None, Floats, float]:
         """Give places and scores of all rows that reach a score, and this score: `floor`, or what the best exceed."""
         matching = self.size if at is None else len(at)
-        if self._axes is None or matching < max(_SKETCH_LEAST, 8 * count):
+        if matching < max(_QUANTIZED_FROM, 8 * count):
             return at, self._score(query, at), floor
         bounds = self._bound(query, at)
         # The scores of those that look best show what it takes.
         best = np.flatnonzero(bounds >= _nth_largest_or_less(bounds, 2 * count))
         scores = self._score(query, best if at is None else at[best])
         needed = max(floor, float(_nth_largest(scores, count)) - 2 * self._slack)
-        left = np.flatnonzero(bounds >= needed - self._sketch_slack)
+        left = np.flatnonzero(bounds >= needed)
         if len(left) > matching // 3:
             return at, self._score(query, at), floor
         at = left if at is None else at[left]
@@ -288,90 +283,20 @@ class Matrix:
             return scores if at is None else scores[at]
         return _gather(self._vectors, at, query)
 
-    def _bound(self, query: Floats, at: Places | None) -> Floats:
-        """Give an upper bound of the rows' scores, up to `_sketch_slack`."""
-        coordinates = self._coordinates(query[None])[0]
-        length = np.dot(coordinates, coordinates)
-        rest, rounding = _rest_above(length, self._least_rest), _norm_above(length)
+    def _bound(self, query: Floats, at: Places | None) -> Doubles:
+        """Give an upper bound of the rows' scores."""
+        levels, [scale], [error] = _quantize(query[None])
         everywhere = at is None or len(at) > self.size // 2
-        which = range(self.size) if at is None or everywhere else at
-        bounds = _gather(self._sketches, which, coordinates * self._steps)
-        omitted = self._omitted[:, : self.size] if everywhere else self._omitted[:, at]
-        bounds += omitted[0] * rest
-        bounds += omitted[1] * rounding
+        which: Any = slice(self.size) if everywhere else at
+        bounds: Doubles = np.asarray(simsimd.cdist(levels, self._levels[which], metric="dot"))[0]
+        bounds *= self._scales[which] * scale
+        bounds += self._errors[which] * (1 + error) + (error + self._slack)
         return bounds[at] if at is not None and everywhere else bounds
 
     def _ids_at(self, at: Places) -> list[UUID]:
         content = self._ids[at].tobytes()
         # asyncpg's own class, as in the rows that it gives: made in a fifth of the time.
         return [pgproto.UUID(content[begin : begin + 16]) for begin in range(0, len(content), 16)]
-
-    # --- the sketch --------------------------------------------------------------------------------------------------
-
-    @property
-    def _least_rest(self) -> float:
-        # 1 minus a sum of squares in float32, of coordinates that are sums in float32 themselves.
-        return (2 * math.sqrt(len(self._steps)) + 2) * self._gamma
-
-    @property
-    def _sketch_slack(self) -> float:
-        # Each coordinate is a sum in float32, of the rows' and of the query's alike; and so is the bound.
-        return (2 * math.sqrt(len(self._steps)) + 12) * self._gamma
-
-    def _coordinates(self, vectors: Floats) -> Floats:
-        """Give the coordinates on the axes."""
-        axes = self._axes
-        assert axes is not None
-        block = _block(self.dimension)
-        coordinates = np.empty((len(vectors), len(axes)), np.float32)
-        stacked = axes.reshape(-1, block, self.dimension)
-        for number, vector in enumerate(vectors):
-            np.matmul(stacked, vector, out=coordinates[number].reshape(-1, block))
-        return coordinates
-
-    def _sketch_of(self, coordinates: Floats) -> tuple[Levels, Floats]:
-        """Give the coordinates in steps, and the norms of what these leave out, never too small."""
-        levels = np.clip(np.rint(coordinates / self._steps), -_SKETCH_LEVELS, _SKETCH_LEVELS).astype(np.int8)
-        rounding = coordinates - levels * self._steps
-        rest = _rest_above(np.einsum("ij,ij->i", coordinates, coordinates), self._least_rest)
-        return levels, np.stack([rest, _norm_above(np.einsum("ij,ij->i", rounding, rounding))])
-
-    def make_sketch(self) -> None:
-        """Find the axes and sketch every row, when that pays; some 0.1 s, in which nothing else may use the matrix."""
-        if self.size < SKETCH_FROM:
-            return
-        random = np.random.default_rng(self.size)
-        vectors = self._vectors[: self.size]
-        sample = vectors[random.choice(self.size, min(self.size, _SKETCH_SAMPLE), replace=False)]
-        axes = _main_axes(sample, max(_SKETCH_AXES), random)
-        number = self._find_number(sample, axes)
-        if not number:
-            return
-        self._axes = np.ascontiguousarray(axes[:number])
-        # New rows may lie further out: then their rounding is large, and the bound as high as it has to be.
-        furthest = np.abs(sample @ self._axes.T).max(axis=0)
-        self._steps = np.maximum(furthest / _SKETCH_LEVELS, np.float32(1e-12)).astype(np.float32)
-        self._sketches = np.zeros((self.capacity, number), np.int8)
-        self._omitted = np.zeros((2, self.capacity), np.float32)
-        for begin in range(0, self.size, _SKETCH_SAMPLE):
-            some = slice(begin, min(begin + _SKETCH_SAMPLE, self.size))
-            self._sketches[some], self._omitted[:, some] = self._sketch_of(vectors[some] @ self._axes.T)
-
-    def _find_number(self, sample: Floats, axes: Floats) -> int:
-        """Find how many axes make a search cheapest, tried with some rows as queries on the sample; 0: none do."""
-        queries = sample[:32]
-        best = np.partition(self._vectors[: self.size] @ queries.T, -11, axis=0)[-11]  # the query itself is the first
-        coordinates, of_queries = sample @ axes.T, queries @ axes.T
-        cheapest, chosen = _COST_LIMIT * self.dimension, 0
-        for number in _SKETCH_AXES:
-            part, part_of_queries = coordinates[:, :number], of_queries[:, :number]
-            rest = np.sqrt(np.maximum(1 - np.einsum("ij,ij->i", part, part), 0))
-            rest_of_queries = np.sqrt(np.maximum(1 - np.einsum("ij,ij->i", part_of_queries, part_of_queries), 0))
-            left = (part @ part_of_queries.T + np.outer(rest, rest_of_queries) + _COST_ROUNDING >= best).mean()
-            cost = _COST_OF_LEVEL * number + _COST_OF_GATHERED * float(left) * self.dimension
-            if cost < cheapest:
-                cheapest, chosen = cost, number
-        return chosen
 
 
 def _with_spare(size: int) -> int:
@@ -392,14 +317,8 @@ def _multiply(matrix: Floats, vector: Floats, block: int, size: int, out: Floats
     return out[:size]
 
 
-def _gather(matrix: NDArray[Any], at: Places | range, vector: Floats) -> Floats:
-    """Multiply some rows with a vector, through a scratch that stays in the core's own cache.
-
-    Args:
-        matrix: Rows, of any type of numbers.
-        at: Which; a range begins at 0.
-        vector: Of the width of the rows.
-    """
+def _gather(matrix: Floats, at: Places, vector: Floats) -> Floats:
+    """Multiply some rows with a vector, through a scratch that stays in the core's own cache."""
     width = len(vector)
     block = _block(width)
     step = _GATHERED // width // block * block
@@ -409,24 +328,19 @@ def _gather(matrix: NDArray[Any], at: Places | range, vector: Floats) -> Floats:
     scores = np.empty(-(-len(at) // block) * block, np.float32)
     for begin in range(0, len(at), step):
         end = min(begin + step, len(at))
-        if isinstance(at, range):
-            rows[: end - begin] = matrix[begin:end]
-        elif matrix.dtype == rows.dtype:
-            # "clip", since "raise" makes a copy first; every place is there.
-            np.take(matrix, at[begin:end], axis=0, out=rows[: end - begin], mode="clip")
-        else:
-            rows[: end - begin] = matrix[at[begin:end]]
+        # "clip", since "raise" makes a copy first; every place is there.
+        np.take(matrix, at[begin:end], axis=0, out=rows[: end - begin], mode="clip")
         blocks = -(-(end - begin) // block)
         out = scores[begin : begin + blocks * block].reshape(blocks, block)
         np.matmul(rows[: blocks * block].reshape(blocks, block, width), vector, out=out)
     return scores[: len(at)]
 
 
-def _nth_largest(scores: Floats, count: int) -> np.float32:
-    return np.partition(scores, len(scores) - count)[len(scores) - count]  # type: ignore[no-any-return]
+def _nth_largest(scores: NDArray[Any], count: int) -> Any:
+    return np.partition(scores, len(scores) - count)[len(scores) - count]
 
 
-def _nth_largest_or_less(scores: Floats, count: int) -> np.float32:
+def _nth_largest_or_less(scores: NDArray[Any], count: int) -> Any:
     """Give a number that at least `count` scores reach, and not many more: a fifth of the time of the exact one."""
     columns = len(scores) // 64
     if columns < 4 * count:
@@ -434,23 +348,11 @@ def _nth_largest_or_less(scores: Floats, count: int) -> np.float32:
     return _nth_largest(scores[: 64 * columns].reshape(64, columns).max(axis=0), count)
 
 
-def _main_axes(sample: Floats, number: int, random: np.random.Generator) -> Floats:
-    """Give orthonormal axes as rows, those of the greatest share first: nearly the principal ones."""
-    axes = random.standard_normal((sample.shape[1], min(number, *sample.shape))).astype(np.float32)
-    for _ in range(2):
-        axes = sample.T @ (sample @ axes)
-        axes /= np.sqrt(np.einsum("ij,ij->j", axes, axes))
-    base = np.linalg.qr(axes.astype(np.float64))[0]
-    coordinates = sample @ base
-    _, turn = np.linalg.eigh(coordinates.T @ coordinates)
-    return np.ascontiguousarray((base @ turn[:, ::-1]).T, dtype=np.float32)
-
-
-def _rest_above(squares: Any, least: float) -> Any:
-    """Give the norm of what coordinates leave of a unit vector, by the sum of their squares, never too small."""
-    return np.sqrt(np.maximum(1 - squares, 0) + np.float32(least))
-
-
-def _norm_above(squares: Any) -> Any:
-    """Give a norm by the sum of squares, never too small."""
-    return np.sqrt(squares) * np.float32(1.0001) + np.float32(1e-6)
+def _quantize(vectors: Floats) -> tuple[Levels, Floats, Floats]:
+    """Round rows to levels; give these, what one level is in each row, and the norm of what is left out, or more."""
+    scales = np.abs(vectors).max(axis=1) / np.float32(_LEVELS)
+    # What is not a number here would have been refused before; the quotient rounds to 127 at most.
+    levels = np.rint(vectors / scales[:, None])
+    rounding = vectors - levels * scales[:, None]
+    errors = np.sqrt(np.einsum("ij,ij->i", rounding, rounding)) * np.float32(1.0001) + np.float32(1e-6)
+    return levels.astype(np.int8), scales, errors

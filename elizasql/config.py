@@ -136,7 +136,8 @@ class Config:
         resident: Whether vectors are held in the process and searched there: "off"; "auto": where that pays, loaded in
             the background; "required": from the first search on, which waits for it. [ELIZASQL_RESIDENT]
         resident_memory_mb: What the process may hold of them, over all agents, in MiB. [ELIZASQL_RESIDENT_MEMORY_MB]
-        resident_max_vectors: Most vectors that a search compares in the process. [ELIZASQL_RESIDENT_MAX_VECTORS]
+        resident_max_vectors: Most vectors that a search compares in the process; None: 40,000 of 384 dimensions, and
+            fewer of more: 10,000 of 1536. [ELIZASQL_RESIDENT_MAX_VECTORS]
         application_name: What the server's activity view shows. [ELIZASQL_APPLICATION_NAME]
     """
 
@@ -170,7 +171,7 @@ class Config:
     memory_types: frozenset[str] | None = _setting(None, "ELIZASQL_MEMORY_TYPES", _names)
     resident: str = _setting("auto", "ELIZASQL_RESIDENT", _one_of("auto", "off", "required"))
     resident_memory_mb: int = _setting(256, "ELIZASQL_RESIDENT_MEMORY_MB", _number(int, 0))
-    resident_max_vectors: int = _setting(25_000, "ELIZASQL_RESIDENT_MAX_VECTORS", _number(int, 0))
+    resident_max_vectors: int | None = _setting(None, "ELIZASQL_RESIDENT_MAX_VECTORS", _number(int, 0))
     application_name: str = _setting("elizasql", "ELIZASQL_APPLICATION_NAME", _label)
 
     @classmethod

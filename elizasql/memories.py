@@ -29,6 +29,7 @@ from .types import DIMENSIONS, Embedding, EmbeddingInput, Recall
 _LARGE_TTL, _SMALL_TTL = 60.0, 10.0
 _MOST_MEASURED = 10_000
 _Scope = tuple[Any, ...]
+_UNFILTERED = (None, None, None)
 
 # Candidates that HNSW gives to the exact ranking, for each row asked for: the index orders by half precision.
 _RERANK = 3
@@ -618,20 +619,21 @@ class Memories(Store):
 
     async def _search(self, vector: Embedding, params: dict[str, Any]) -> list[Memory]:
         width = vector.shape[0]
-        found = await self._resident.search(self._executor, vector, params)
-        if found is not None:
-            return found
-        filters = {name: params[name] for name in _FILTERS if params[name] is not None}
-        scope = (params["type"], params["ef_search"], *filters.items())
+        if not self._resident.off:
+            found = await self._resident.search(self._executor, vector, params)
+            if found is not None:
+                return found
+        filters = (params["room_id"], params["entity_id"], params["world_id"])
+        scope = (params["type"], params["ef_search"], filters)
         by_hnsw, ef, until = self._measured.get(scope, (None, None, 0.0))
         if until < time.monotonic():
             by_hnsw = None
         if params["ef_search"] is None:
             by_hnsw = False
-        if by_hnsw and not filters:
+        if by_hnsw and filters == _UNFILTERED:
             statement = SQL.at("search_memories_by_hnsw", width)
             return [Memory(*row) for row in await self._executor.fetch(statement, known_ef=ef, **params)]
-        name = _BY_SCOPE["search_memories"][_path(params)] if len(filters) < 2 else "search_memories_of_several"
+        name = _BY_SCOPE["search_memories"][_path(params)] if filters.count(None) > 1 else "search_memories_of_several"
         rows = await self._executor.fetch(SQL.at(name, width), by_hnsw=by_hnsw, known_ef=ef, **params)
         if rows and by_hnsw is None:
             if len(self._measured) >= _MOST_MEASURED:

@@ -94,7 +94,7 @@ async def check_search(db: DatabaseAdapter, raw: Raw, width: int = NEW, **scope:
 
         nearest = sorted(found, key=distance)[:5]
         for until in (0.0, float("inf")):
-            db._measured["messages", 100] = (True, "100", until)
+            db._measured["messages", 100, (None, None, None)] = (True, "100", until)
             hits = await db.search_memories(embedding=query, table_name="messages", count=5, include_embedding=True)
             assert [hit.id for hit in hits] == nearest
             assert all(hit.embedding is not None and hit.embedding.shape == (width,) for hit in hits)
@@ -550,7 +550,7 @@ async def test_an_adapter_that_missed_the_switch_learns_by_its_next_vector(
         if way == "asks":  # what has the new width is taken by those who do not know it, too
             continue
         if way == "hnsw":
-            adapter._measured["messages", 100] = (True, "100", float("inf"))
+            adapter._measured["messages", 100, (None, None, None)] = (True, "100", float("inf"))
         round_trips.clear()
         with pytest.raises(EmbeddingDimensionError, match="Cannot change") as caught:
             if way == "bound":

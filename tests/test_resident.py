@@ -234,8 +234,6 @@ class Model:
 @pytest.mark.parametrize(("dimension", "size"), [(384, 2500), (768, 700), (1536, 2100), (3072, 300)])
 def test_the_matrix_gives_all_candidates(dimension: int, size: int) -> None:
     model = Model(dimension, dimension, size)
-    model.matrix.make_sketch()
-    assert (model.matrix._axes is not None) == (size >= 2000)
     for turn in range(4 if dimension == 384 else 2):
         for number in range(6):
             query = some_vectors(1, seed=1000 + 10 * turn + number, dimension=dimension)[0]
@@ -260,11 +258,9 @@ def test_the_matrix_gives_all_candidates(dimension: int, size: int) -> None:
 def test_the_matrix_over_random_changes(seed: int, size: int, data: st.DataObject) -> None:
     model = Model(seed, 384, size)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_matrix, "SKETCH_FROM", 40)
-        patch.setattr(_matrix, "_SKETCH_LEAST", 16)
-        patch.setattr(_matrix, "_SKETCH_AXES", (16, 32))
+        patch.setattr(_matrix, "_QUANTIZED_FROM", 16)
         for _ in range(data.draw(st.integers(1, 4))):
-            change = data.draw(st.sampled_from(["new", "again", "drop", "sketch"]))
+            change = data.draw(st.sampled_from(["new", "again", "drop"]))
             ids = data.draw(st.permutations(list(model.rows)))[: data.draw(st.integers(0, 20))]
             if change == "new":
                 model.put(some_vectors(data.draw(st.integers(1, 30)), seed=seed + 1))
@@ -272,8 +268,6 @@ def test_the_matrix_over_random_changes(seed: int, size: int, data: st.DataObjec
                 model.put(some_vectors(len(ids), seed=seed + 2), ids)
             elif change == "drop":
                 model.drop(ids)
-            elif model.matrix._axes is None:
-                model.matrix.make_sketch()
             query = some_vectors(3, seed=data.draw(st.integers(0, 100)))[0]
             scope = {name: data.draw(st.sampled_from(model.rooms)) for name in ("room_id", "world_id", "entity_id")}
             model.check(
@@ -309,7 +303,6 @@ def test_the_matrix_refuses_what_has_no_direction() -> None:
 def test_the_footprint_is_about_the_estimate() -> None:
     for dimension, size in ((384, 3000), (1536, 500)):
         model = Model(1, dimension, size)
-        model.matrix.make_sketch()
         assert 0.7 < model.matrix.footprint / Matrix.estimate(dimension, size) < 1.5
 
 
@@ -977,7 +970,7 @@ async def test_growth_beyond_the_budget(mind: Mind, make_db: MakeAdapter) -> Non
     mind.db = await make_db(mind.db.agent_id, resident_memory_mb=1, **RESIDENT)
     with _resident._lock:
         _resident._shelves.clear()
-    await mind.remember(some_vectors(300))
+    await mind.remember(some_vectors(200))
     query = some_vectors(1, seed=8)[0]
     await mind.check(query)
     for number in range(1, 10):
@@ -1000,7 +993,7 @@ async def test_off_costs_nothing(make_db: MakeAdapter, options: dict[str, Any]) 
 
 def test_settings() -> None:
     config = Config.load(environ={})
-    assert (config.resident, config.resident_memory_mb, config.resident_max_vectors) == ("auto", 256, 25_000)
+    assert (config.resident, config.resident_memory_mb, config.resident_max_vectors) == ("auto", 256, None)
     environ = {"ELIZASQL_RESIDENT": "off", "ELIZASQL_RESIDENT_MEMORY_MB": "64", "ELIZASQL_RESIDENT_MAX_VECTORS": "100"}
     config = Config.load(environ=environ)
     assert (config.resident, config.resident_memory_mb, config.resident_max_vectors) == ("off", 64, 100)
