@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 COUNT = 10
 POOL = 20  # connections, the original's number
+LOADED = 10_000  # rows that are stored at once where a peer is loaded through its own methods
 _FILLER = "what was said here is of no account, only that it is about as long as what people say to each other. " * 2
 
 
@@ -133,7 +134,16 @@ class Peer:
 
     def load(self, rows: range) -> Any:
         """Store many at the beginning. Maybe a coroutine function."""
-        return self.insert_many(rows)
+        parts = [rows[start : start + LOADED] for start in range(0, len(rows), LOADED)]
+        if self.asynchronous:
+            return self._load(parts)
+        for part in parts:
+            self.insert_many(self.prepare_many(part))
+        return None
+
+    async def _load(self, parts: Sequence[range]) -> None:
+        for part in parts:
+            await self.insert_many(self.prepare_many(part))
 
     def index(self) -> Any:
         """Build the vector index, where the peer does it after loading. Maybe a coroutine function."""
@@ -174,7 +184,11 @@ class Peer:
         """Make ready what `insert_one` takes."""
         raise NotImplementedError
 
-    def insert_many(self, rows: range) -> Any:
+    def prepare_many(self, rows: range) -> Any:
+        """Make ready what `insert_many` takes."""
+        return [self.prepare(row) for row in rows]
+
+    def insert_many(self, prepared: Any) -> Any:
         """Store memories of one agent, as one call where the peer has one. Maybe a coroutine function."""
         raise NotImplementedError
 

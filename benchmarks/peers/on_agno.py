@@ -115,10 +115,9 @@ class OnAgno(Peer):
         for document in documents:
             self.embedder.known[document.content] = document.embedding
 
-    def insert_many(self, rows: range) -> None:
+    def insert_many(self, prepared: list[Any]) -> None:
         by_agent: dict[str, list[Any]] = {}
-        for row in rows:
-            documents, agent = self.prepare(row)
+        for documents, agent in prepared:
             by_agent.setdefault(agent, []).extend(documents)
         self.embedder.known.clear()
         for agent, documents in by_agent.items():

@@ -53,13 +53,6 @@ class OnAsyncpg(Peer):
     async def close(self) -> None:
         await self.pool.close()
 
-    async def load(self, rows: range) -> None:
-        records = [self.prepare(row) for row in rows]
-        async with self.pool.acquire() as connection:
-            await connection.copy_records_to_table(
-                "memories", records=records, columns=["id", "agent_id", "content", "embedding"]
-            )
-
     async def index(self) -> None:
         async with self.pool.acquire() as connection:
             if self.option != "partitions":
@@ -83,7 +76,11 @@ class OnAsyncpg(Peer):
     async def insert_one(self, prepared: tuple[Any, ...]) -> None:
         await self.pool.execute(_INSERT, *prepared)
 
-    insert_many = load
+    async def insert_many(self, prepared: list[tuple[Any, ...]]) -> None:
+        async with self.pool.acquire() as connection:
+            await connection.copy_records_to_table(
+                "memories", records=prepared, columns=["id", "agent_id", "content", "embedding"]
+            )
 
 
 async def _register(connection: Any) -> None:

@@ -85,13 +85,16 @@ class OnElizaSQL(Peer):
         db, memory = prepared
         await db.create_memory(memory, _TABLE)
 
-    async def insert_many(self, rows: range) -> None:
-        by_agent: dict[int, list[Memory]] = {}
+    def prepare_many(self, rows: range) -> Any:
+        by_agent: dict[DatabaseAdapter, list[Memory]] = {}
         for row in rows:
-            by_agent.setdefault(int(self.rows.agents[row]), []).append(self.prepare(row)[1])
-        for agent, memories in by_agent.items():
-            for start in range(0, len(memories), 10_000):
-                await self.adapters[agent].create_memories(memories[start : start + 10_000], _TABLE)
+            db, memory = self.prepare(row)
+            by_agent.setdefault(db, []).append(memory)
+        return by_agent
+
+    async def insert_many(self, prepared: Any) -> None:
+        for db, memories in prepared.items():
+            await db.create_memories(memories, _TABLE)
 
 
 def _room(agent: UUID) -> UUID:

@@ -67,6 +67,9 @@ class OnLangChain(Peer):
     def prepare(self, row: int) -> Any:
         return self._columns(range(row, row + 1))
 
+    def prepare_many(self, rows: range) -> Any:
+        return [self._columns(rows[start : start + 1000]) for start in range(0, len(rows), 1000)]
+
     def _columns(self, rows: range) -> dict[str, Any]:
         return {
             "texts": [self.rows.content(row) for row in rows],
@@ -78,9 +81,9 @@ class OnLangChain(Peer):
     async def insert_one(self, prepared: Any) -> None:
         await self.store.aadd_embeddings(**prepared)
 
-    async def insert_many(self, rows: range) -> None:
-        for start in range(rows.start, rows.stop, 1000):
-            await self.store.aadd_embeddings(**self._columns(range(start, min(start + 1000, rows.stop))))
+    async def insert_many(self, prepared: list[dict[str, Any]]) -> None:
+        for columns in prepared:
+            await self.store.aadd_embeddings(**columns)
 
 
 async def _each(parts: Iterable[bytes]) -> AsyncIterator[bytes]:

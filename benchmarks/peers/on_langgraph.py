@@ -67,7 +67,10 @@ class OnLangGraph(Peer):
     async def insert_one(self, prepared: Any) -> None:
         await self.store.aput(prepared.namespace, prepared.key, prepared.value)
 
-    async def insert_many(self, rows: range) -> None:
-        for start in range(rows.start, rows.stop, 1000):
-            self.known.clear()
-            await self.store.abatch([self.prepare(row) for row in range(start, min(start + 1000, rows.stop))])
+    def prepare_many(self, rows: range) -> Any:
+        self.known.clear()
+        return super().prepare_many(rows)
+
+    async def insert_many(self, prepared: list[Any]) -> None:
+        for start in range(0, len(prepared), 1000):
+            await self.store.abatch(prepared[start : start + 1000])

@@ -86,6 +86,6 @@ class OnLlamaIndex(Peer):
     async def insert_one(self, prepared: Any) -> None:
         await self.store.async_add([prepared])
 
-    async def insert_many(self, rows: range) -> None:
-        for start in range(rows.start, rows.stop, 1000):
-            await self.store.async_add([self.prepare(row) for row in range(start, min(start + 1000, rows.stop))])
+    async def insert_many(self, prepared: list[Any]) -> None:
+        for start in range(0, len(prepared), 1000):
+            await self.store.async_add(prepared[start : start + 1000])

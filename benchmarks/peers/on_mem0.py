@@ -40,7 +40,7 @@ class OnMem0(Peer):
 
     def load(self, rows: range) -> None:
         # The first row goes through the store, which makes its table then.
-        self.insert_many(rows[:1])
+        self.insert_many(self.prepare_many(rows[:1]))
         lines = ([str(row_id(row)), self.text_of(row), json.dumps(self._payload(row))] for row in rows[1:])
         command = "COPY memories (id, vector, payload) FROM STDIN"
         with (
@@ -64,6 +64,9 @@ class OnMem0(Peer):
     def prepare(self, row: int) -> Any:
         return self._columns(range(row, row + 1))
 
+    def prepare_many(self, rows: range) -> Any:
+        return [self._columns(rows[start : start + 1000]) for start in range(0, len(rows), 1000)]
+
     def _columns(self, rows: range) -> dict[str, Any]:
         return {
             "vectors": [self.vector(self.rows.vectors[row]) for row in rows],
@@ -74,6 +77,6 @@ class OnMem0(Peer):
     def insert_one(self, prepared: Any) -> None:
         self.store.insert(**prepared)
 
-    def insert_many(self, rows: range) -> None:
-        for start in range(rows.start, rows.stop, 1000):
-            self.store.insert(**self._columns(range(start, min(start + 1000, rows.stop))))
+    def insert_many(self, prepared: list[dict[str, Any]]) -> None:
+        for columns in prepared:
+            self.store.insert(**columns)

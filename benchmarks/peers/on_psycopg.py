@@ -39,13 +39,11 @@ class OnPsycopg(Peer):
     async def close(self) -> None:
         await self.pool.close()
 
-    async def load(self, rows: range) -> None:
+    async def insert_many(self, prepared: list[tuple[Any, ...]]) -> None:
         async with self.pool.connection() as connection, connection.cursor() as cursor, cursor.copy(_COPY) as copy:
             copy.set_types(["uuid", "uuid", "jsonb", "vector"])
-            for row in rows:
-                await copy.write_row(self.prepare(row))
-
-    insert_many = load
+            for record in prepared:
+                await copy.write_row(record)
 
     async def index(self) -> None:
         async with self.pool.connection() as connection:

@@ -69,11 +69,10 @@ class OnSQLAlchemy(Peer):
             session.add(self.table(**prepared))
             await session.commit()
 
-    async def insert_many(self, rows: range) -> None:
+    async def insert_many(self, prepared: list[Any]) -> None:
         async with self.session() as session:
-            for start in range(rows.start, rows.stop, 1000):
-                part = range(start, min(start + 1000, rows.stop))
-                await session.execute(insert(self.table), [self.prepare(row) for row in part])
+            for start in range(0, len(prepared), 1000):
+                await session.execute(insert(self.table), prepared[start : start + 1000])
             await session.commit()
 
 

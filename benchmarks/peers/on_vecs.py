@@ -62,5 +62,5 @@ class OnVecs(Peer):
     def insert_one(self, prepared: Any) -> None:
         self.collection.upsert(records=[prepared])
 
-    def insert_many(self, rows: range) -> None:
-        self.collection.upsert(records=[self.prepare(row) for row in rows])
+    def insert_many(self, prepared: list[Any]) -> None:
+        self.collection.upsert(records=prepared)

