@@ -267,11 +267,7 @@ class Sent:
 
     statement: Statement
     params: dict[str, Any]
-
-    @property
-    def sql(self) -> str:
-        """The text."""
-        return self.statement.sql
+    sql: str
 
     @property
     def arguments(self) -> list[Any]:
@@ -290,11 +286,11 @@ class _Recorder:
         return getattr(self._real, name)
 
     async def fetch(self, statement: Statement, **params: Any) -> list[Any]:
-        self.sent.append(Sent(statement, params))
+        self._keep(statement, params)
         return []
 
     async def fetch_row(self, statement: Statement, **params: Any) -> None:
-        self.sent.append(Sent(statement, params))
+        self._keep(statement, params)
 
     fetch_value = fetch_row
     execute = fetch_row
@@ -302,8 +298,12 @@ class _Recorder:
     async def fetch_chunks(
         self, statement: Statement, chunks: Iterable[dict[str, Any]], *, settle: bool = False
     ) -> list[Any]:
-        self.sent += [Sent(statement, params) for params in chunks]
+        for params in chunks:
+            self._keep(statement, params)
         return []
+
+    def _keep(self, statement: Statement, params: dict[str, Any]) -> None:
+        self.sent.append(Sent(statement, params, self._real.text(statement, params)))
 
 
 async def sent_by(db: DatabaseAdapter, call: Callable[[], Awaitable[Any]]) -> list[Sent]:

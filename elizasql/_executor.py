@@ -11,9 +11,11 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
+from uuid import UUID
 
 import asyncpg
 
@@ -48,6 +50,19 @@ _UNDO_TIME = 0.5
 _SETTLE_PAUSE = 0.05
 
 
+@dataclass(frozen=True, slots=True)
+class Home:
+    """Where the rows of an agent are.
+
+    Attributes:
+        agent_id: The agent.
+        partition: What the names of its partitions end in, such as "_p07".
+    """
+
+    agent_id: UUID
+    partition: str
+
+
 class _Failed(Exception):  # noqa: N818 - never leaves this module
     """A try that failed: the driver's error, and what it means."""
 
@@ -65,14 +80,18 @@ class Executor:
     Attributes:
         in_flight: Calls that are running or waiting for a connection.
         in_transaction: Whether all of them run in one transaction.
+        home: Where the rows of the adapter's agent are; None: statements go through the partitioned tables.
     """
 
     in_transaction = False
 
-    def __init__(self, connections: Connections, lane: Lane, config: Config, meter: Meter) -> None:
+    def __init__(
+        self, connections: Connections, lane: Lane, config: Config, meter: Meter, home: Home | None = None
+    ) -> None:
         self.connections = connections
         self.lane = lane
         self.meter = meter
+        self.home = home
         self._config = config
         self._breaker = connections.breaker
         self._policy = retry_policy(config)
@@ -111,12 +130,12 @@ class Executor:
         """
         if len(chunks) == 1 and not settle:
             return await self.fetch(statement, **chunks[0])
-        arguments = [_order(statement, chunk) for chunk in chunks]
+        sql, arguments = self.text(statement, chunks[0]), [_order(statement, chunk) for chunk in chunks]
 
         async def work(connection: Any, deadline: float) -> list[asyncpg.Record]:
             rows: list[asyncpg.Record] = []
             for each in arguments:
-                rows += await connection.fetch(statement.sql, *each, timeout=_left(deadline))
+                rows += await connection.fetch(sql, *each, timeout=_left(deadline))
             return rows
 
         # What broke before the end of the transaction was not done; its end is settled by `_commit_on`.
@@ -145,8 +164,15 @@ class Executor:
 
     # --- tries -------------------------------------------------------------------------------------------------------
 
+    def text(self, statement: Statement, params: Mapping[str, Any]) -> str:
+        """Give what the server gets: of what concerns this agent alone, the text that names its partitions."""
+        home = self.home
+        if home is None or not statement.of_one_agent or params["agent_id"] != home.agent_id:
+            return statement.sql
+        return statement.within(home.partition)
+
     def _run(self, statement: Statement, method: str, params: dict[str, Any]) -> Coroutine[Any, Any, Any]:
-        sql, arguments = statement.sql, _order(statement, params)
+        sql, arguments = self.text(statement, params), _order(statement, params)
 
         def work(connection: Any, deadline: float) -> Any:
             return getattr(connection, method)(sql, *arguments, timeout=_left(deadline))
@@ -472,7 +498,7 @@ class _TransactionExecutor(Executor):
     in_transaction = True
 
     def __init__(self, outer: Executor, connection: Any) -> None:
-        super().__init__(outer.connections, outer.lane, outer._config, outer.meter)
+        super().__init__(outer.connections, outer.lane, outer._config, outer.meter, outer.home)
         self._connection = connection
         self._turn = asyncio.Lock()
         self._nested = False

@@ -15,7 +15,7 @@ import asyncpg
 from . import _codecs, _embedded, _migrate, _pool, _registry, _shutdown, _telemetry
 from ._calls import Meter, lasting, unbounded
 from ._embedded import EmbeddedServer
-from ._executor import Executor
+from ._executor import Executor, Home
 from ._indexer import Indexer
 from ._listener import Listener
 from ._registry import Connections
@@ -77,14 +77,15 @@ class DatabaseAdapter(
         connections: Connections,
         embedded: EmbeddedServer | None,
         dimension: int | None,
+        home: Home | None,
     ) -> None:
         self.agent_id = agent_id
         self.config = config
         self._address = address
         self._connections = connections
         self._meter = Meter(config.slow_call, _telemetry.observer(address) if config.telemetry else None)
-        self._executor = Executor(connections, connections.interactive, config, self._meter)
-        self._background = Executor(connections, connections.background, config, self._meter)
+        self._executor = Executor(connections, connections.interactive, config, self._meter, home)
+        self._background = Executor(connections, connections.background, config, self._meter, home)
         self._embedded = embedded
         self._dimension = dimension
         self._measured: dict[tuple[Any, ...], tuple[bool, str | None, float]] = {}
@@ -280,7 +281,8 @@ async def open(  # noqa: A001
             executor = Executor(connections, connections.interactive, config, Meter(config.slow_call, None))
             rows = await executor.fetch(SQL["get_settings"], names=list(_pool.session_settings(config)))
             _pool.check_settings(rows, config)
-            dimension = await executor.fetch_value(SQL["get_embedding_dimension"], agent_id=id)
+            agent = await executor.fetch_row(SQL["look_at_agent"], agent_id=id)
+            assert agent is not None
         except BaseException:
             connections.abandon()
             raise
@@ -288,7 +290,8 @@ async def open(  # noqa: A001
         if embedded is not None:
             await embedded.release()
         raise
-    adapter = DatabaseAdapter(id, config, address, connections, embedded, dimension)
+    home = None if agent["partition"] is None else Home(id, agent["partition"])
+    adapter = DatabaseAdapter(id, config, address, connections, embedded, agent["dimension"], home)
     _opened.add(adapter)
     if config.handle_signals:
         _shutdown.install()

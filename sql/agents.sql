@@ -7,6 +7,30 @@ SELECT
 FROM elizasql.agents
 WHERE id = ANY(:ids::uuid[]);
 
+-- name: look_at_agent(agent_id)^
+-- What an adapter needs to know of its agent, there or not yet: the width that it is locked to, and what the names of the
+-- partitions with its rows end in. Null where these must not be named: rows are guarded by policies, which hold for the
+-- partitioned tables alone, or the role may not use every partition.
+SELECT
+    (SELECT embedding_dimension FROM elizasql.agents WHERE id = :agent_id) AS dimension,
+    (
+        SELECT part.name
+        FROM (SELECT substring(elizasql.partition_of(:agent_id), '_p[0-9]+$') AS name) AS part
+        WHERE
+            NOT EXISTS (
+                SELECT FROM pg_class
+                WHERE oid IN ('elizasql.memories'::regclass, 'elizasql.embeddings'::regclass) AND relrowsecurity
+            )
+            AND (
+                SELECT
+                    bool_and(coalesce(has_table_privilege(
+                        to_regclass(format('elizasql.%s%s', partitioned.name, part.name)), needed.privilege
+                    ), FALSE))
+                FROM (VALUES ('memories'), ('embeddings')) AS partitioned (name)
+                CROSS JOIN (VALUES ('SELECT'), ('INSERT'), ('UPDATE'), ('DELETE')) AS needed (privilege)
+            )
+    ) AS partition;
+
 -- name: get_agents(count, skipped)
 -- All agents, oldest first.
 SELECT

@@ -20,7 +20,7 @@ SELECT
     ) AS connections,
     current_setting('max_connections')::integer AS max_connections;
 
--- name: count_rows_of_agents(agent_id)
+-- name: count_rows_of_agents(only_agent)
 -- What each agent has, or one of them; the agents in the order of their creation.
 SELECT
     a.id,
@@ -37,7 +37,7 @@ SELECT
     (SELECT count(*) FROM elizasql.tasks AS t WHERE t.agent_id = a.id) AS tasks,
     (SELECT count(*) FROM elizasql.logs AS l WHERE l.agent_id = a.id) AS logs
 FROM elizasql.agents AS a
-WHERE :agent_id::uuid IS NULL OR a.id = :agent_id
+WHERE :only_agent::uuid IS NULL OR a.id = :only_agent
 ORDER BY a.created_at, a.id;
 
 -- name: count_memories_by_type(agent_id)

@@ -12,6 +12,7 @@ from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 from uuid import uuid4
 
 import asyncpg
+import numpy as np
 import pytest
 
 import elizasql
@@ -280,6 +281,50 @@ async def test_role_without_rights(dsn: str, server_dir: Path) -> None:
         await assert_hidden(elizasql.PermissionDeniedError, dsn.replace("//elizasql@", f"//nobody_special:{SECRET}@"))
     finally:
         await admin.execute("DROP ROLE nobody_special")
+        await admin.close()
+
+
+async def test_partitions_are_named_where_that_changes_nothing(dsn: str, server_dir: Path) -> None:
+    if str(server_dir) not in dsn:
+        pytest.skip("the embedded server is not used")
+    admin = await asyncpg.connect(dsn.replace("//elizasql@", "//postgres@"))
+    agent_id, vector = uuid4(), np.ones(384, np.float32)
+
+    async def use(*, named: bool) -> None:
+        address = dsn.replace("//elizasql@", "//tenant@")
+        async with elizasql.connect(agent_id=agent_id, dsn=address, pool_min_size=0, indexing="manual") as db:
+            await db.ensure_agent_exists({"name": "tenant"})
+            await db.ensure_embedding_dimension(384)
+            assert (db._executor.home is not None) is named
+            async with db.transaction() as tx:
+                id = await tx.create_memory(Memory(content={"a": 1}, embedding=vector), "messages")
+            assert id in [hit.id for hit in await db.search_memories(embedding=vector, table_name="messages", count=50)]
+            assert await db.update_memory({"id": id, "content": {"b": 2}})
+            found = await db.get_memory_by_id(id)
+            assert found is not None and found.content == {"b": 2}
+
+    try:
+        await admin.execute("CREATE ROLE tenant LOGIN")
+        await admin.execute("GRANT USAGE ON SCHEMA elizasql TO tenant")
+        await admin.execute("GRANT ALL ON ALL TABLES IN SCHEMA elizasql TO tenant")
+        await use(named=True)
+        # Whoever may use the partitioned tables alone need not have rights on each partition.
+        part = await admin.fetchval("SELECT right(elizasql.partition_of($1), 4)", agent_id)
+        await admin.execute(f"REVOKE UPDATE ON elizasql.memories{part} FROM tenant")
+        await use(named=False)
+        await admin.execute(f"GRANT UPDATE ON elizasql.memories{part} TO tenant")
+        # Policies hold for the table that a statement names: for the partitioned one, not for its partitions.
+        await admin.execute("ALTER TABLE elizasql.memories ENABLE ROW LEVEL SECURITY")
+        await admin.execute(f"CREATE POLICY own ON elizasql.memories TO tenant USING (agent_id = '{agent_id}')")
+        await use(named=False)
+        await admin.execute("DROP POLICY own ON elizasql.memories")
+        async with elizasql.connect(agent_id=agent_id, dsn=dsn.replace("//elizasql@", "//tenant@")) as db:
+            assert await db.get_memories(table_name="messages") == []
+    finally:
+        await admin.execute("DROP POLICY IF EXISTS own ON elizasql.memories")
+        await admin.execute("ALTER TABLE elizasql.memories DISABLE ROW LEVEL SECURITY")
+        await admin.execute("DROP OWNED BY tenant")
+        await admin.execute("DROP ROLE tenant")
         await admin.close()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from collections.abc import AsyncIterator
 from datetime import datetime, timezone
 from typing import Any
@@ -40,11 +42,22 @@ def literal(value: Any) -> str:
     return "'" + str(value).replace("'", "''") + "'"
 
 
+async def partition_of(session: asyncpg.Connection[Any], agent_id: UUID) -> str:
+    """Give what the names of an agent's partitions end in."""
+    return str(await session.fetchval("SELECT right(elizasql.partition_of($1), 4)", agent_id))
+
+
 async def plan_of(
     session: asyncpg.Connection[Any], statement: Statement, params: dict[str, Any], *, execute: bool = False
 ) -> list[dict[str, Any]]:
-    """Give the nodes of a statement's generic plan, run when asked; parameters that are missing are NULL."""
-    await session.execute(f"PREPARE planned AS {statement.sql}")
+    """Give the nodes of a statement's generic plan, run when asked; parameters that are missing are NULL.
+
+    The text is the one that an adapter of `agent_id` sends: it names the agent's partitions.
+    """
+    text = statement.sql
+    if statement.of_one_agent and "agent_id" in params:
+        text = statement.within(await partition_of(session, params["agent_id"]))
+    await session.execute(f"PREPARE planned AS {text}")
     arguments = ", ".join(literal(params.get(name)) for name in statement.params)
     options = "ANALYZE, BUFFERS, FORMAT JSON" if execute else "FORMAT JSON"
     row = await session.fetchval(f"EXPLAIN ({options}) EXECUTE planned{f'({arguments})' if arguments else ''}")
@@ -161,7 +174,13 @@ async def test_search_of_many_goes_through_hnsw(
         # The exact scan of the whole scope is there for the case that HNSW gives too few; it did not run.
         gates = [node for node in nodes if node.get("One-Time Filter", "").startswith("(NOT")]
         assert gates, name
-        assert all(child["Actual Loops"] == 0 for gate in gates for child in gate["Plans"]), name
+        scans = [
+            child
+            for gate in gates
+            for child in gate["Plans"]
+            if child["Parent Relationship"] not in ("InitPlan", "SubPlan")
+        ]
+        assert scans and all(scan["Actual Loops"] == 0 for scan in scans), name
 
 
 @pytest.mark.parametrize(
@@ -258,7 +277,7 @@ async def test_larger_graphs_get_more_candidates(
     async def search(name: str, **changed: Any) -> tuple[list[asyncpg.Record], str]:
         """Give the rows, and how many candidates the transaction has from then on."""
         given = params | changed
-        rows = await session.fetch(SQL[name].sql, *[given[param] for param in SQL[name].params])
+        rows = await session.fetch(SQL[name].within(f"_{part[-3:]}"), *[given[param] for param in SQL[name].params])
         return rows, await session.fetchval("SHOW hnsw.ef_search")
 
     async def transacted(name: str, **changed: Any) -> tuple[list[asyncpg.Record], str]:
@@ -426,9 +445,33 @@ async def test_no_statement_reads_a_whole_table(
     session: asyncpg.Connection[Any], loaded: dict[str, DatabaseAdapter], statement: Statement
 ) -> None:
     """With sequential scans switched off, the planner still takes one where no index serves: none may be left."""
-    nodes = await plan_of(session, statement, {})
-    tables = {node["Relation Name"] for node in nodes if node["Node Type"] == "Seq Scan"}
-    assert tables <= {"pg_class", "pg_extension", "pg_index", "pg_namespace"}, tables
+    for params in ({}, {"agent_id": loaded["many"].agent_id}):
+        nodes = await plan_of(session, statement, params)
+        tables = {node["Relation Name"] for node in nodes if node["Node Type"] == "Seq Scan"}
+        assert tables <= {"pg_class", "pg_extension", "pg_index", "pg_namespace"}, tables
+
+
+OF_ONE_AGENT = {name: statement for name, statement in PLANNED.items() if statement.of_one_agent}
+
+
+@pytest.mark.parametrize("statement", list(OF_ONE_AGENT.values()), ids=list(OF_ONE_AGENT))
+async def test_a_statement_of_one_agent_needs_its_partitions_alone(
+    session: asyncpg.Connection[Any], loaded: dict[str, DatabaseAdapter], statement: Statement
+) -> None:
+    """What names the agent's partitions does what the text through the partitioned tables does: there, too, the server
+    leaves out all others."""
+    agent_id = loaded["many"].agent_id
+    mine = await partition_of(session, agent_id)
+    through_all = dataclasses.replace(statement)
+    object.__setattr__(through_all, "of_one_agent", False)
+    read = {}
+    for text in (through_all, statement):
+        nodes = await plan_of(session, text, {"agent_id": agent_id})
+        tables = {node.get("Relation Name", "") for node in nodes}
+        read[text.of_one_agent] = {table for table in tables if re.fullmatch("(memories|embeddings)_p[0-9]+", table)}
+    assert all(table.endswith(mine) for tables in read.values() for table in tables), read
+    assert set(re.findall("(?:memories|embeddings)_p[0-9]+", statement.within(mine))) >= read[False]
+    assert not re.search(r"elizasql\.(memories|embeddings)\b", statement.within(mine))
 
 
 def test_epoch_is_a_time() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 from uuid import uuid4
@@ -84,6 +85,8 @@ async def test_one_round_trip(db: DatabaseAdapter, agent_world: Scene, round_tri
     round_trips.clear()
     await CALLS[name](db, agent_world)
     assert len(round_trips) == 1, round_trips
+    # A plan through the partitioned tables has a part for each partition.
+    assert not re.search(r"elizasql\.(memories|embeddings)\b", round_trips[0])
 
 
 async def test_a_batch_takes_one_round_trip_a_chunk_and_one_transaction(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 from uuid import UUID, uuid4
 
+import asyncpg
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -86,8 +87,15 @@ class Loaded:
 
 
 @pytest.fixture
-async def loaded(make_db: MakeAdapter) -> Loaded:
-    db = await make_db()
+async def loaded(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> Loaded:
+    """Give an agent in the emptiest partition: whether a scope is a large part of the graph hangs on its neighbours."""
+    emptiest = await raw.fetchval(
+        "SELECT relname::text FROM pg_class WHERE relname ~ '^embeddings_p[0-9]+$' ORDER BY reltuples, relname LIMIT 1"
+    )
+    agent_id = uuid4()
+    while await raw.fetchval("SELECT elizasql.partition_of($1)", agent_id) != emptiest:
+        agent_id = uuid4()
+    db = await make_db(agent_id)
     vectors, topics = clustered(6000)
     loaded = Loaded(db, await make_scene(db), vectors, topics)
     await loaded.fill()
