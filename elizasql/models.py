@@ -87,13 +87,14 @@ class Model:
     @classmethod
     def read(cls, value: object) -> dict[str, Any]:
         """Give the fields that a model or mapping sets, checked: of a mapping its keys, of a model what is not None."""
-        if isinstance(value, cls):
-            given = {name: item for name in _fields(cls) if (item := getattr(value, name)) is not None}
-        elif isinstance(value, Mapping):
-            given = cls._by_field(value)
-        else:
-            raise ArgumentError(f"expected {cls.__name__} or a mapping, not {type(value).__name__}")
         readers = _fields(cls)
+        if isinstance(value, cls):
+            return {
+                name: read(item, name) for name, read in readers.items() if (item := getattr(value, name)) is not None
+            }
+        if not isinstance(value, Mapping):
+            raise ArgumentError(f"expected {cls.__name__} or a mapping, not {type(value).__name__}")
+        given = cls._by_field(value)
         return {name: None if item is None else readers[name](item, name) for name, item in given.items()}
 
     @classmethod
