@@ -527,7 +527,8 @@ class Suite:
                     variables[f"v{number}_{place}"] = (
                         str(value).lower() if isinstance(value, (bool, UUID)) else str(value)
                     )
-                    text = re.sub(rf"\${place}\b", f":v{number}_{place}", text)
+                    # Every place of a variable is a parameter of its own there, and needs its type.
+                    text = re.sub(rf"\${place}\b", f":v{number}_{place}::{types[place - 1]}", text)
                 scripts.append((text.rstrip().rstrip(";") + ";", variables))
         finally:
             for db in opened.values():
