@@ -1,4 +1,4 @@
-"""An agent's vectors in the process, searched exactly by numpy: the part of the resident tier that knows no server."""
+"""An agent's vectors in the process, searched exactly: the part of the resident tier that knows no server."""
 
 from __future__ import annotations
 
@@ -74,7 +74,6 @@ class Matrix:
         self.size = 0
         self.dimension = dimension
         gamma = dimension * 2.0**-24 / (1 - dimension * 2.0**-24)
-        self._gamma = gamma
         self._slack = 4.1 * gamma
         self._row = np.dtype(
             [

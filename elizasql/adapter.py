@@ -171,12 +171,15 @@ class DatabaseAdapter(
         Statement: sql/embeddings.sql index_embeddings, one round trip a batch; or drop_index and build_index.
         """
         self._refuse_in_transaction("index_memories")
-        if rebuild:
+        try:
+            if not rebuild:
+                return await self._indexer.drain(progress)
             moved = await self._indexer.rebuild()
             if progress is not None:
                 progress(moved, moved)
             return moved
-        return await self._indexer.drain(progress)
+        finally:
+            self._measure_anew()
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[DatabaseAdapter]:

@@ -233,7 +233,10 @@ class Memories(Store):
             build=_codecs.as_bool(build_index, "build_index"),
             progress=progress,
         )
-        return await loader.run(memories)
+        try:
+            return await loader.run(memories)
+        finally:
+            self._measure_anew()
 
     async def upsert_memories(
         self,
@@ -641,6 +644,11 @@ class Memories(Store):
             by_hnsw, ef = rows[0]["by_hnsw"], rows[0]["ef"]
             self._measured[scope] = (by_hnsw, ef, time.monotonic() + (_LARGE_TTL if by_hnsw else _SMALL_TTL))
         return [Memory(*row[:-2]) for row in rows]
+
+    def _measure_anew(self) -> None:
+        """Look again at scopes that were small, which may have grown by much."""
+        for scope in [scope for scope, (by_hnsw, *_) in self._measured.items() if not by_hnsw]:
+            del self._measured[scope]
 
     def _as_ef_search(self, recall: Recall, ef_search: int | None) -> int | None:
         """Give the candidates that HNSW is to keep, None where it is not to be asked."""

@@ -87,7 +87,7 @@ class Loaded:
 
 
 @pytest.fixture
-async def loaded(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> Loaded:
+async def alone(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> DatabaseAdapter:
     """Give an agent in the emptiest partition: whether a scope is a large part of the graph hangs on its neighbours."""
     emptiest = await raw.fetchval(
         "SELECT relname::text FROM pg_class WHERE relname ~ '^embeddings_p[0-9]+$' ORDER BY reltuples, relname LIMIT 1"
@@ -95,9 +95,13 @@ async def loaded(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> Loaded:
     agent_id = uuid4()
     while await raw.fetchval("SELECT elizasql.partition_of($1)", agent_id) != emptiest:
         agent_id = uuid4()
-    db = await make_db(agent_id)
+    return await make_db(agent_id)
+
+
+@pytest.fixture
+async def loaded(alone: DatabaseAdapter) -> Loaded:
     vectors, topics = clustered(6000)
-    loaded = Loaded(db, await make_scene(db), vectors, topics)
+    loaded = Loaded(alone, await make_scene(alone), vectors, topics)
     await loaded.fill()
     return loaded
 
@@ -165,6 +169,25 @@ async def test_a_scope_that_shrinks_after_it_was_measured(loaded: Loaded) -> Non
     for scope, ids in zip(scopes, left, strict=True):
         hits = await db.search_memories(embedding=query, table_name="messages", **scope)
         assert {hit.id for hit in hits} == ids
+
+
+@pytest.mark.parametrize("way", ["index_memories", "load_memories"])
+async def test_a_scope_that_grows_is_measured_anew(alone: DatabaseAdapter, round_trips: list[str], way: str) -> None:
+    """What was small may be large once it is indexed: nobody waits ten seconds for that."""
+    db = alone
+    vectors, _ = clustered(2500, seed=3)
+    memories = [Memory(content={}, embedding=vector, unique=True) for vector in vectors]
+    await db.create_memories(memories[:500], "facts")
+    await db.search_memories(embedding=vectors[0], table_name="facts")
+    if way == "index_memories":
+        await db.create_memories(memories[500:], "facts")
+        await db.index_memories(rebuild=True)
+    else:
+        await db.load_memories(memories[500:], "facts")
+    for name in ("search_memories", "search_memories_by_hnsw"):
+        round_trips.clear()
+        assert len(await db.search_memories(embedding=vectors[0], table_name="facts")) == 10
+        assert round_trips == [db._executor.text(SQL.at(name, 384), {"agent_id": db.agent_id})]
 
 
 async def test_recall_is_chosen_for_a_search(loaded: Loaded, round_trips: list[str]) -> None:
