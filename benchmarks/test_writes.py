@@ -166,7 +166,7 @@ def test_create_memories(benchmark: Any, run: Run, ten: Database, source: Source
 
     async def measure() -> Comparison:
         ready = [
-            [(each.sql.replace("INTO elizasql.", "INTO elizasql_floor."), each.arguments) for each in sent]
+            [(each.statement.sql.replace("INTO elizasql.", "INTO elizasql_floor."), each.arguments) for each in sent]
             for sent in [await python_alone(number) for number in range(repeats)]
         ]
         async with _floor(ten, agent) as floor:

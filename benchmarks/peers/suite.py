@@ -39,6 +39,8 @@ KNOBS = (Knob(100, "relaxed_order"), Knob(400, "relaxed_order"), Knob(40, "relax
 # Ours, for the curve alone.
 OUR_KNOBS = (Knob(40), Knob(200), Knob(60), Knob(400))
 CALLERS = (1, 4, 16, 64)
+# Batches that a quick peer stores in a turn, at most.
+AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ class Suite:
     def open(self) -> None:
         """Start the server, and load every peer that can be installed and started."""
         self.server = self._run(self._start())
-        extra = 2 * max(self.sizes.inserts * 3 + self.sizes.work, self.sizes.batch * self.sizes.batches)
+        sizes = self.sizes
+        extra = 2 * max(sizes.inserts * 3 + sizes.work, sizes.batch * sizes.batches * AT_ONCE)
         queries = max(100, self.sizes.block * self.sizes.rounds + self.sizes.warmup)
         self.task = driver.make_task(
             self.folder / "task", self.sizes.rows, extra, self.sizes.agents, min(queries, 1000)
@@ -415,19 +418,27 @@ class Suite:
         self._tell("batches")
         half = start + (len(self.task.vectors) - start) // 2
 
+        stored = 0
+
         def many(spec: Spec, number: int) -> None:
-            first = half + number * sizes.batch
-            answer = self.processes[spec.name].ask("insert_many", first=first, last=first + sizes.batch)
-            self.results["peers"][spec.name].setdefault("insert_many", []).append(sizes.batch / answer["seconds"])
+            nonlocal stored
+            taken = 0.0
+            for which in range(AT_ONCE):
+                # One that takes 0.1 s may meet a checkpoint: whoever is that quick stores several.
+                if taken > 0.3:
+                    break
+                first = half + (number * AT_ONCE + which) * sizes.batch
+                answer = self.processes[spec.name].ask("insert_many", first=first, last=first + sizes.batch)
+                taken += answer["seconds"]
+                stored += sizes.batch * (spec is OURS)
+                self.results["peers"][spec.name].setdefault("insert_many", []).append(sizes.batch / answer["seconds"])
 
         self.turns([spec for spec in specs if not spec.like], sizes.batches, many)
         self._tell("what was written goes into the index")
         if OURS.name in self.processes:
             # What the background indexer would have done meanwhile.
             answer = self.processes[OURS.name].ask("index")
-            moved = (
-                sizes.inserts * sum(spec.name.startswith("elizasql") for spec in specs) + sizes.batch * sizes.batches
-            )
+            moved = sizes.inserts * sum(spec.name.startswith("elizasql") for spec in specs) + stored
             self.results["peers"][OURS.name]["indexing"] = moved / answer["seconds"]
 
     def mixed(self) -> None:
@@ -482,7 +493,7 @@ class Suite:
             singles.append((statistics.median(mine), statistics.median(theirs[0])))
             answer = ours.ask("mixed", asked=asked * max(1, self.sizes.work * 2 // len(asked)), rows=[], callers=16)
             rate = len(answer["searches"]) / answer["total"]
-            many.append((rate, self._pgbench(program, script[:5], 16, 2 * seconds)[1]))
+            many.append((rate, self._pgbench(program, script, 16, 2 * seconds)[1]))
         self.results["limits"]["pgbench"] = {
             "p50": [theirs for _, theirs in singles],
             "ours_p50": [mine for mine, _ in singles],
