@@ -165,7 +165,7 @@ class Executor:
     # --- tries -------------------------------------------------------------------------------------------------------
 
     def text(self, statement: Statement, params: Mapping[str, Any]) -> str:
-        """Give what the server gets: of what concerns this agent alone, the text that names its partitions."""
+        """Give what the server gets: of what reads this agent's rows alone, the text that names its partitions."""
         home = self.home
         if home is None or not statement.of_one_agent or params["agent_id"] != home.agent_id:
             return statement.sql
@@ -498,7 +498,9 @@ class _TransactionExecutor(Executor):
     in_transaction = True
 
     def __init__(self, outer: Executor, connection: Any) -> None:
-        super().__init__(outer.connections, outer.lane, outer._config, outer.meter, outer.home)
+        # No partitions are named: their locks would be held while a write needs that of the partitioned table, and an
+        # ALTER TABLE takes the two in the other order.
+        super().__init__(outer.connections, outer.lane, outer._config, outer.meter)
         self._connection = connection
         self._turn = asyncio.Lock()
         self._nested = False

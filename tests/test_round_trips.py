@@ -86,7 +86,13 @@ async def test_one_round_trip(db: DatabaseAdapter, agent_world: Scene, round_tri
     await CALLS[name](db, agent_world)
     assert len(round_trips) == 1, round_trips
     # A plan through the partitioned tables has a part for each partition.
-    assert not re.search(r"elizasql\.(memories|embeddings)\b", round_trips[0])
+    if not re.search("INSERT|UPDATE|DELETE", round_trips[0]):
+        assert not re.search(r"elizasql\.(memories|embeddings)\b", round_trips[0])
+        # In a transaction a write may follow, and the locks have an order.
+        round_trips.clear()
+        async with db.transaction() as tx:
+            await CALLS[name](tx, agent_world)
+        assert not re.search("_p[0-9]{2}", " ".join(round_trips))
 
 
 async def test_a_batch_takes_one_round_trip_a_chunk_and_one_transaction(
