@@ -130,12 +130,12 @@ class Executor:
         """
         if len(chunks) == 1 and not settle:
             return await self.fetch(statement, **chunks[0])
-        sql, arguments = self.text(statement, chunks[0]), [_order(statement, chunk) for chunk in chunks]
+        arguments = [_order(statement, chunk) for chunk in chunks]
 
         async def work(connection: Any, deadline: float) -> list[asyncpg.Record]:
             rows: list[asyncpg.Record] = []
             for each in arguments:
-                rows += await connection.fetch(sql, *each, timeout=_left(deadline))
+                rows += await connection.fetch(statement.sql, *each, timeout=_left(deadline))
             return rows
 
         # What broke before the end of the transaction was not done; its end is settled by `_commit_on`.

@@ -232,7 +232,8 @@ class Model:
 
 
 @pytest.mark.parametrize(("dimension", "size"), [(384, 2500), (768, 700), (1536, 2100), (3072, 300)])
-def test_the_matrix_gives_all_candidates(dimension: int, size: int) -> None:
+def test_the_matrix_gives_all_candidates(dimension: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_matrix, "_QUANTIZED_FROM", 100)
     model = Model(dimension, dimension, size)
     for turn in range(4 if dimension == 384 else 2):
         for number in range(6):
