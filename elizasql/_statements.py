@@ -4,15 +4,16 @@ aiosql parses and numbers the parameters; it is not on the call path, where it w
 Each file is loaded alone: from a folder, a name that stands in two files silently takes the last one's text.
 
 A statement that mentions `dim_384` alone is written for that dimension, as SQL that psql and the linter accept; the
-texts for the other five are derived from it here, once. So are, at first use, the texts that name an agent's partitions
-in place of the partitioned tables. Nothing is formatted at call time.
+texts for the other five are derived from it here, once. So are those for an entity and a world, from one for a room
+whose comment says "Also for: entity, world."; and, at first use, the texts that name an agent's partitions in place of
+the partitioned tables. Nothing is formatted at call time.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import aiosql
@@ -22,6 +23,9 @@ from .errors import ConfigurationError
 from .types import DIMENSIONS, Dimension
 
 _WIDTH = re.compile(r"(?<![0-9])384(?![0-9])")
+# A column that is compared; m.room_id is one that is returned.
+_ROOM_ID = re.compile(r"(?<![.\w])room_id\b")
+_ALSO_FOR = re.compile(r"Also for: ([\w, ]+)\.")
 _PARTITIONED = re.compile(r"\belizasql\.(?:memories|embeddings)\b")
 _WRITES = re.compile(r"\b(?:INSERT|UPDATE|DELETE)\b")
 
@@ -79,7 +83,7 @@ class Statements(Mapping[str, Statement]):
     def __init__(self, statements: Mapping[str, Statement]) -> None:
         self._statements = dict(statements)
         self._by_dimension: dict[tuple[str, int], Statement] = {
-            (name, dimension): _derive(statement, dimension)
+            (name, dimension): _derive_width(statement, dimension)
             for name, statement in self._statements.items()
             if statement.dimension is not None
             for dimension in DIMENSIONS
@@ -125,9 +129,7 @@ def load(folder: Path) -> Statements:
             if name.endswith("_cursor") and name.removesuffix("_cursor") in queries.available_queries:
                 continue  # aiosql makes one beside every select
             query = getattr(queries, name)
-            if name in found:
-                raise ConfigurationError(f"statement {name} stands in {found[name].file} and in {path.name}")
-            found[name] = Statement(
+            written = Statement(
                 name=name,
                 sql=query.sql,
                 params=tuple(adapter.var_sorted[name]),
@@ -135,6 +137,12 @@ def load(folder: Path) -> Statements:
                 file=path.name,
                 dimension=384 if _is_for_one_width(query.sql) else None,
             )
+            for statement in (written, *_derive_scopes(written)):
+                if statement.name in found:
+                    raise ConfigurationError(
+                        f"statement {statement.name} stands in {found[statement.name].file} and in {path.name}"
+                    )
+                found[statement.name] = statement
     return Statements(found)
 
 
@@ -143,15 +151,20 @@ def _is_for_one_width(sql: str) -> bool:
     return ("dim_384" in sql and "dim_512" not in sql) or "_384(" in sql
 
 
-def _derive(statement: Statement, dimension: Dimension) -> Statement:
-    return Statement(
-        name=statement.name,
-        sql=_WIDTH.sub(str(dimension), statement.sql),
-        params=statement.params,
-        doc=statement.doc,
-        file=statement.file,
-        dimension=dimension,
-    )
+def _derive_scopes(statement: Statement) -> Iterator[Statement]:
+    """Give the statements of other scopes, for whose sake one of a room says "Also for"."""
+    also = _ALSO_FOR.search(statement.doc)
+    for scope in also[1].split(", ") if also else ():
+        yield replace(
+            statement,
+            name=statement.name.replace("room", scope),
+            sql=_ROOM_ID.sub(f"{scope}_id", statement.sql),
+            params=tuple(name.replace("room_id", f"{scope}_id") for name in statement.params),
+        )
+
+
+def _derive_width(statement: Statement, dimension: Dimension) -> Statement:
+    return replace(statement, sql=_WIDTH.sub(str(dimension), statement.sql), dimension=dimension)
 
 
 SQL = load(find_folder("sql"))

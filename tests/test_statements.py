@@ -73,6 +73,16 @@ def test_dimension_texts_differ_in_nothing_but_the_number() -> None:
     assert len({text.sql for text in SQL.texts()}) == len(list(SQL.texts()))
 
 
+def test_scope_texts_differ_in_nothing_but_the_column() -> None:
+    room = SQL["search_memories_of_room"]
+    for scope in ("entity", "world"):
+        other = SQL[f"search_memories_of_{scope}"]
+        assert other.params == tuple(name.replace("room_id", f"{scope}_id") for name in room.params)
+        returned = "m.id, m.entity_id, m.agent_id, m.room_id, m.world_id"
+        assert returned in other.sql
+        assert other.sql.replace(returned, "").replace(f"{scope}_id", "room_id") == room.sql.replace(returned, "")
+
+
 def test_statements_fit_into_the_cache_of_a_connection() -> None:
     source = (PACKAGE / "_pool.py").read_text()
     size = int(re.search(r"statement_cache_size=(\d{3,}) if[^\n]*\n\s*server_settings=session_settings", source)[1])  # type: ignore[index]
