@@ -231,6 +231,16 @@ def test_import_stays_light(tmp_path: Path, module: str) -> None:
     assert not [name for name in found if "dbmate" in name]
 
 
+def test_import_leaves_the_statements_for_later(tmp_path: Path) -> None:
+    code = (
+        "import elizasql; from elizasql._statements import SQL;"
+        "assert {each.file for each in SQL._statements.values()} <= {'server.sql'};"
+        "SQL['get_goals']; assert {each.file for each in SQL._statements.values()} <= {'server.sql', 'goals.sql'}"
+    )
+    run = python("-W", "error", "-c", code, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+
+
 def test_import_touches_nothing(tmp_path: Path) -> None:
     """No event loop, no thread, no process, no file, no change of the environment."""
     code = (

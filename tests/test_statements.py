@@ -58,7 +58,7 @@ def test_a_name_in_two_files_is_refused(tmp_path: Path) -> None:
     for name in ("a.sql", "b.sql"):
         (tmp_path / name).write_text("-- name: get_one()\nSELECT 1;\n")
     with pytest.raises(elizasql.ConfigurationError, match=r"a\.sql and in b\.sql"):
-        _statements.load(tmp_path)
+        _statements.Statements(tmp_path)
 
 
 def test_dimension_texts_differ_in_nothing_but_the_number() -> None:

@@ -19,7 +19,7 @@ import asyncpg
 import orjson
 
 from elizasql import DatabaseAdapter, _codecs
-from elizasql._statements import SQL, Statement, Statements, find_folder, load
+from elizasql._statements import SQL, Statement, Statements, find_folder
 from elizasql.config import Config
 from elizasql.errors import ConfigurationError, EmbeddingError, PermissionDeniedError
 from elizasql.types import DIMENSIONS
@@ -68,7 +68,7 @@ _COPIES = {
 @functools.cache
 def reads() -> Statements:
     """Give the statements for the original's tables; they cannot be prepared on ours, and are loaded when needed."""
-    return load(find_folder("sql") / "elizaos")
+    return Statements(find_folder("sql") / "elizaos")
 
 
 # Told of a row: the table, its JSON, what is the matter.
