@@ -2421,13 +2421,9 @@ CREATE INDEX embeddings_room_idx ON ONLY elizasql.embeddings USING btree (agent_
 
 CREATE INDEX embeddings_p00_agent_id_room_id_type_idx ON elizasql.embeddings_p00 USING btree (agent_id, room_id, type);
 
-CREATE INDEX embeddings_type_idx ON ONLY elizasql.embeddings USING btree (agent_id, type);
-
-CREATE INDEX embeddings_p00_agent_id_type_idx ON elizasql.embeddings_p00 USING btree (agent_id, type);
-
 CREATE INDEX embeddings_tail_idx ON ONLY elizasql.embeddings USING btree (agent_id, type) WHERE (NOT indexed);
 
-CREATE INDEX embeddings_p00_agent_id_type_idx1 ON elizasql.embeddings_p00 USING btree (agent_id, type) WHERE (NOT indexed);
+CREATE INDEX embeddings_p00_agent_id_type_idx ON elizasql.embeddings_p00 USING btree (agent_id, type) WHERE (NOT indexed);
 
 CREATE INDEX embeddings_xid_idx ON ONLY elizasql.embeddings USING btree (agent_id, type, xid);
 
@@ -2453,9 +2449,7 @@ CREATE INDEX embeddings_p01_agent_id_entity_id_type_idx ON elizasql.embeddings_p
 
 CREATE INDEX embeddings_p01_agent_id_room_id_type_idx ON elizasql.embeddings_p01 USING btree (agent_id, room_id, type);
 
-CREATE INDEX embeddings_p01_agent_id_type_idx ON elizasql.embeddings_p01 USING btree (agent_id, type);
-
-CREATE INDEX embeddings_p01_agent_id_type_idx1 ON elizasql.embeddings_p01 USING btree (agent_id, type) WHERE (NOT indexed);
+CREATE INDEX embeddings_p01_agent_id_type_idx ON elizasql.embeddings_p01 USING btree (agent_id, type) WHERE (NOT indexed);
 
 CREATE INDEX embeddings_p01_agent_id_type_xid_idx ON elizasql.embeddings_p01 USING btree (agent_id, type, xid);
 
@@ -2477,9 +2471,7 @@ CREATE INDEX embeddings_p02_agent_id_entity_id_type_idx ON elizasql.embeddings_p
 
 CREATE INDEX embeddings_p02_agent_id_room_id_type_idx ON elizasql.embeddings_p02 USING btree (agent_id, room_id, type);
 
-CREATE INDEX embeddings_p02_agent_id_type_idx ON elizasql.embeddings_p02 USING btree (agent_id, type);
-
-CREATE INDEX embeddings_p02_agent_id_type_idx1 ON elizasql.embeddings_p02 USING btree (agent_id, type) WHERE (NOT indexed);
+CREATE INDEX embeddings_p02_agent_id_type_idx ON elizasql.embeddings_p02 USING btree (agent_id, type) WHERE (NOT indexed);
 
 CREATE INDEX embeddings_p02_agent_id_type_xid_idx ON elizasql.embeddings_p02 USING btree (agent_id, type, xid);
 
@@ -2501,9 +2493,7 @@ CREATE INDEX embeddings_p03_agent_id_entity_id_type_idx ON elizasql.embeddings_p
 
 CREATE INDEX embeddings_p03_agent_id_room_id_type_idx ON elizasql.embeddings_p03 USING btree (agent_id, room_id, type);
 
-CREATE INDEX embeddings_p03_agent_id_type_idx ON elizasql.embeddings_p03 USING btree (agent_id, type);
-
-CREATE INDEX embeddings_p03_agent_id_type_idx1 ON elizasql.embeddings_p03 USING btree (agent_id, type) WHERE (NOT indexed);
+CREATE INDEX embeddings_p03_agent_id_type_idx ON elizasql.embeddings_p03 USING btree (agent_id, type) WHERE (NOT indexed);
 
 CREATE INDEX embeddings_p03_agent_id_type_xid_idx ON elizasql.embeddings_p03 USING btree (agent_id, type, xid);
 
@@ -2525,9 +2515,7 @@ CREATE INDEX embeddings_p04_agent_id_entity_id_type_idx ON elizasql.embeddings_p
 
 CREATE INDEX embeddings_p04_agent_id_room_id_type_idx ON elizasql.embeddings_p04 USING btree (agent_id, room_id, type);
 
-CREATE INDEX embeddings_p04_agent_id_type_idx ON elizasql.embeddings_p04 USING btree (agent_id, type);
-
-CREATE INDEX embeddings_p04_agent_id_type_idx1 ON elizasql.embeddings_p04 USING btree (agent_id, type) WHERE (NOT indexed);
+CREATE INDEX embeddings_p04_agent_id_type_idx ON elizasql.embeddings_p04 USING btree (agent_id, type) WHERE (NOT indexed);
 
 CREATE INDEX embeddings_p04_agent_id_type_xid_idx ON elizasql.embeddings_p04 USING btree (agent_id, type, xid);
 
@@ -2549,9 +2537,7 @@ CREATE INDEX embeddings_p05_agent_id_entity_id_type_idx ON elizasql.embeddings_p
 
 CREATE INDEX embeddings_p05_agent_id_room_id_type_idx ON elizasql.embeddings_p05 USING btree (agent_id, room_id, type);
 
-CREATE INDEX embeddings_p05_agent_id_type_idx ON elizasql.embeddings_p05 USING btree (agent_id, type);
-
-CREATE INDEX embeddings_p05_agent_id_type_idx1 ON elizasql.embeddings_p05 USING btree (agent_id, type) WHERE (NOT indexed);
+CREATE INDEX embeddings_p05_agent_id_type_idx ON elizasql.embeddings_p05 USING btree (agent_id, type) WHERE (NOT indexed);
 
 CREATE INDEX embeddings_p05_agent_id_type_xid_idx ON elizasql.embeddings_p05 USING btree (agent_id, type, xid);
 
@@ -2573,9 +2559,7 @@ CREATE INDEX embeddings_p06_agent_id_entity_id_type_idx ON elizasql.embeddings_p
 
 CREATE INDEX embeddings_p06_agent_id_room_id_type_idx ON elizasql.embeddings_p06 USING btree (agent_id, room_id, type);
 
-CREATE INDEX embeddings_p06_agent_id_type_idx ON elizasql.embeddings_p06 USING btree (agent_id, type);
-
-CREATE INDEX embeddings_p06_agent_id_type_idx1 ON elizasql.embeddings_p06 USING btree (agent_id, type) WHERE (NOT indexed);
+CREATE INDEX embeddings_p06_agent_id_type_idx ON elizasql.embeddings_p06 USING btree (agent_id, type) WHERE (NOT indexed);
 
 CREATE INDEX embeddings_p06_agent_id_type_xid_idx ON elizasql.embeddings_p06 USING btree (agent_id, type, xid);
 
@@ -2597,9 +2581,7 @@ CREATE INDEX embeddings_p07_agent_id_entity_id_type_idx ON elizasql.embeddings_p
 
 CREATE INDEX embeddings_p07_agent_id_room_id_type_idx ON elizasql.embeddings_p07 USING btree (agent_id, room_id, type);
 
-CREATE INDEX embeddings_p07_agent_id_type_idx ON elizasql.embeddings_p07 USING btree (agent_id, type);
-
-CREATE INDEX embeddings_p07_agent_id_type_idx1 ON elizasql.embeddings_p07 USING btree (agent_id, type) WHERE (NOT indexed);
+CREATE INDEX embeddings_p07_agent_id_type_idx ON elizasql.embeddings_p07 USING btree (agent_id, type) WHERE (NOT indexed);
 
 CREATE INDEX embeddings_p07_agent_id_type_xid_idx ON elizasql.embeddings_p07 USING btree (agent_id, type, xid);
 
@@ -2621,9 +2603,7 @@ CREATE INDEX embeddings_p08_agent_id_entity_id_type_idx ON elizasql.embeddings_p
 
 CREATE INDEX embeddings_p08_agent_id_room_id_type_idx ON elizasql.embeddings_p08 USING btree (agent_id, room_id, type);
 
-CREATE INDEX embeddings_p08_agent_id_type_idx ON elizasql.embeddings_p08 USING btree (agent_id, type);
-
-CREATE INDEX embeddings_p08_agent_id_type_idx1 ON elizasql.embeddings_p08 USING btree (agent_id, type) WHERE (NOT indexed);
+CREATE INDEX embeddings_p08_agent_id_type_idx ON elizasql.embeddings_p08 USING btree (agent_id, type) WHERE (NOT indexed);
 
 CREATE INDEX embeddings_p08_agent_id_type_xid_idx ON elizasql.embeddings_p08 USING btree (agent_id, type, xid);
 
@@ -2645,9 +2625,7 @@ CREATE INDEX embeddings_p09_agent_id_entity_id_type_idx ON elizasql.embeddings_p
 
 CREATE INDEX embeddings_p09_agent_id_room_id_type_idx ON elizasql.embeddings_p09 USING btree (agent_id, room_id, type);
 
-CREATE INDEX embeddings_p09_agent_id_type_idx ON elizasql.embeddings_p09 USING btree (agent_id, type);
-
-CREATE INDEX embeddings_p09_agent_id_type_idx1 ON elizasql.embeddings_p09 USING btree (agent_id, type) WHERE (NOT indexed);
+CREATE INDEX embeddings_p09_agent_id_type_idx ON elizasql.embeddings_p09 USING btree (agent_id, type) WHERE (NOT indexed);
 
 CREATE INDEX embeddings_p09_agent_id_type_xid_idx ON elizasql.embeddings_p09 USING btree (agent_id, type, xid);
 
@@ -2669,9 +2647,7 @@ CREATE INDEX embeddings_p10_agent_id_entity_id_type_idx ON elizasql.embeddings_p
 
 CREATE INDEX embeddings_p10_agent_id_room_id_type_idx ON elizasql.embeddings_p10 USING btree (agent_id, room_id, type);
 
-CREATE INDEX embeddings_p10_agent_id_type_idx ON elizasql.embeddings_p10 USING btree (agent_id, type);
-
-CREATE INDEX embeddings_p10_agent_id_type_idx1 ON elizasql.embeddings_p10 USING btree (agent_id, type) WHERE (NOT indexed);
+CREATE INDEX embeddings_p10_agent_id_type_idx ON elizasql.embeddings_p10 USING btree (agent_id, type) WHERE (NOT indexed);
 
 CREATE INDEX embeddings_p10_agent_id_type_xid_idx ON elizasql.embeddings_p10 USING btree (agent_id, type, xid);
 
@@ -2693,9 +2669,7 @@ CREATE INDEX embeddings_p11_agent_id_entity_id_type_idx ON elizasql.embeddings_p
 
 CREATE INDEX embeddings_p11_agent_id_room_id_type_idx ON elizasql.embeddings_p11 USING btree (agent_id, room_id, type);
 
-CREATE INDEX embeddings_p11_agent_id_type_idx ON elizasql.embeddings_p11 USING btree (agent_id, type);
-
-CREATE INDEX embeddings_p11_agent_id_type_idx1 ON elizasql.embeddings_p11 USING btree (agent_id, type) WHERE (NOT indexed);
+CREATE INDEX embeddings_p11_agent_id_type_idx ON elizasql.embeddings_p11 USING btree (agent_id, type) WHERE (NOT indexed);
 
 CREATE INDEX embeddings_p11_agent_id_type_xid_idx ON elizasql.embeddings_p11 USING btree (agent_id, type, xid);
 
@@ -2717,9 +2691,7 @@ CREATE INDEX embeddings_p12_agent_id_entity_id_type_idx ON elizasql.embeddings_p
 
 CREATE INDEX embeddings_p12_agent_id_room_id_type_idx ON elizasql.embeddings_p12 USING btree (agent_id, room_id, type);
 
-CREATE INDEX embeddings_p12_agent_id_type_idx ON elizasql.embeddings_p12 USING btree (agent_id, type);
-
-CREATE INDEX embeddings_p12_agent_id_type_idx1 ON elizasql.embeddings_p12 USING btree (agent_id, type) WHERE (NOT indexed);
+CREATE INDEX embeddings_p12_agent_id_type_idx ON elizasql.embeddings_p12 USING btree (agent_id, type) WHERE (NOT indexed);
 
 CREATE INDEX embeddings_p12_agent_id_type_xid_idx ON elizasql.embeddings_p12 USING btree (agent_id, type, xid);
 
@@ -2741,9 +2713,7 @@ CREATE INDEX embeddings_p13_agent_id_entity_id_type_idx ON elizasql.embeddings_p
 
 CREATE INDEX embeddings_p13_agent_id_room_id_type_idx ON elizasql.embeddings_p13 USING btree (agent_id, room_id, type);
 
-CREATE INDEX embeddings_p13_agent_id_type_idx ON elizasql.embeddings_p13 USING btree (agent_id, type);
-
-CREATE INDEX embeddings_p13_agent_id_type_idx1 ON elizasql.embeddings_p13 USING btree (agent_id, type) WHERE (NOT indexed);
+CREATE INDEX embeddings_p13_agent_id_type_idx ON elizasql.embeddings_p13 USING btree (agent_id, type) WHERE (NOT indexed);
 
 CREATE INDEX embeddings_p13_agent_id_type_xid_idx ON elizasql.embeddings_p13 USING btree (agent_id, type, xid);
 
@@ -2765,9 +2735,7 @@ CREATE INDEX embeddings_p14_agent_id_entity_id_type_idx ON elizasql.embeddings_p
 
 CREATE INDEX embeddings_p14_agent_id_room_id_type_idx ON elizasql.embeddings_p14 USING btree (agent_id, room_id, type);
 
-CREATE INDEX embeddings_p14_agent_id_type_idx ON elizasql.embeddings_p14 USING btree (agent_id, type);
-
-CREATE INDEX embeddings_p14_agent_id_type_idx1 ON elizasql.embeddings_p14 USING btree (agent_id, type) WHERE (NOT indexed);
+CREATE INDEX embeddings_p14_agent_id_type_idx ON elizasql.embeddings_p14 USING btree (agent_id, type) WHERE (NOT indexed);
 
 CREATE INDEX embeddings_p14_agent_id_type_xid_idx ON elizasql.embeddings_p14 USING btree (agent_id, type, xid);
 
@@ -2789,9 +2757,7 @@ CREATE INDEX embeddings_p15_agent_id_entity_id_type_idx ON elizasql.embeddings_p
 
 CREATE INDEX embeddings_p15_agent_id_room_id_type_idx ON elizasql.embeddings_p15 USING btree (agent_id, room_id, type);
 
-CREATE INDEX embeddings_p15_agent_id_type_idx ON elizasql.embeddings_p15 USING btree (agent_id, type);
-
-CREATE INDEX embeddings_p15_agent_id_type_idx1 ON elizasql.embeddings_p15 USING btree (agent_id, type) WHERE (NOT indexed);
+CREATE INDEX embeddings_p15_agent_id_type_idx ON elizasql.embeddings_p15 USING btree (agent_id, type) WHERE (NOT indexed);
 
 CREATE INDEX embeddings_p15_agent_id_type_xid_idx ON elizasql.embeddings_p15 USING btree (agent_id, type, xid);
 
@@ -3077,9 +3043,7 @@ ALTER INDEX elizasql.embeddings_entity_idx ATTACH PARTITION elizasql.embeddings_
 
 ALTER INDEX elizasql.embeddings_room_idx ATTACH PARTITION elizasql.embeddings_p00_agent_id_room_id_type_idx;
 
-ALTER INDEX elizasql.embeddings_type_idx ATTACH PARTITION elizasql.embeddings_p00_agent_id_type_idx;
-
-ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p00_agent_id_type_idx1;
+ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p00_agent_id_type_idx;
 
 ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p00_agent_id_type_xid_idx;
 
@@ -3091,9 +3055,7 @@ ALTER INDEX elizasql.embeddings_entity_idx ATTACH PARTITION elizasql.embeddings_
 
 ALTER INDEX elizasql.embeddings_room_idx ATTACH PARTITION elizasql.embeddings_p01_agent_id_room_id_type_idx;
 
-ALTER INDEX elizasql.embeddings_type_idx ATTACH PARTITION elizasql.embeddings_p01_agent_id_type_idx;
-
-ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p01_agent_id_type_idx1;
+ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p01_agent_id_type_idx;
 
 ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p01_agent_id_type_xid_idx;
 
@@ -3105,9 +3067,7 @@ ALTER INDEX elizasql.embeddings_entity_idx ATTACH PARTITION elizasql.embeddings_
 
 ALTER INDEX elizasql.embeddings_room_idx ATTACH PARTITION elizasql.embeddings_p02_agent_id_room_id_type_idx;
 
-ALTER INDEX elizasql.embeddings_type_idx ATTACH PARTITION elizasql.embeddings_p02_agent_id_type_idx;
-
-ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p02_agent_id_type_idx1;
+ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p02_agent_id_type_idx;
 
 ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p02_agent_id_type_xid_idx;
 
@@ -3119,9 +3079,7 @@ ALTER INDEX elizasql.embeddings_entity_idx ATTACH PARTITION elizasql.embeddings_
 
 ALTER INDEX elizasql.embeddings_room_idx ATTACH PARTITION elizasql.embeddings_p03_agent_id_room_id_type_idx;
 
-ALTER INDEX elizasql.embeddings_type_idx ATTACH PARTITION elizasql.embeddings_p03_agent_id_type_idx;
-
-ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p03_agent_id_type_idx1;
+ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p03_agent_id_type_idx;
 
 ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p03_agent_id_type_xid_idx;
 
@@ -3133,9 +3091,7 @@ ALTER INDEX elizasql.embeddings_entity_idx ATTACH PARTITION elizasql.embeddings_
 
 ALTER INDEX elizasql.embeddings_room_idx ATTACH PARTITION elizasql.embeddings_p04_agent_id_room_id_type_idx;
 
-ALTER INDEX elizasql.embeddings_type_idx ATTACH PARTITION elizasql.embeddings_p04_agent_id_type_idx;
-
-ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p04_agent_id_type_idx1;
+ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p04_agent_id_type_idx;
 
 ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p04_agent_id_type_xid_idx;
 
@@ -3147,9 +3103,7 @@ ALTER INDEX elizasql.embeddings_entity_idx ATTACH PARTITION elizasql.embeddings_
 
 ALTER INDEX elizasql.embeddings_room_idx ATTACH PARTITION elizasql.embeddings_p05_agent_id_room_id_type_idx;
 
-ALTER INDEX elizasql.embeddings_type_idx ATTACH PARTITION elizasql.embeddings_p05_agent_id_type_idx;
-
-ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p05_agent_id_type_idx1;
+ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p05_agent_id_type_idx;
 
 ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p05_agent_id_type_xid_idx;
 
@@ -3161,9 +3115,7 @@ ALTER INDEX elizasql.embeddings_entity_idx ATTACH PARTITION elizasql.embeddings_
 
 ALTER INDEX elizasql.embeddings_room_idx ATTACH PARTITION elizasql.embeddings_p06_agent_id_room_id_type_idx;
 
-ALTER INDEX elizasql.embeddings_type_idx ATTACH PARTITION elizasql.embeddings_p06_agent_id_type_idx;
-
-ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p06_agent_id_type_idx1;
+ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p06_agent_id_type_idx;
 
 ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p06_agent_id_type_xid_idx;
 
@@ -3175,9 +3127,7 @@ ALTER INDEX elizasql.embeddings_entity_idx ATTACH PARTITION elizasql.embeddings_
 
 ALTER INDEX elizasql.embeddings_room_idx ATTACH PARTITION elizasql.embeddings_p07_agent_id_room_id_type_idx;
 
-ALTER INDEX elizasql.embeddings_type_idx ATTACH PARTITION elizasql.embeddings_p07_agent_id_type_idx;
-
-ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p07_agent_id_type_idx1;
+ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p07_agent_id_type_idx;
 
 ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p07_agent_id_type_xid_idx;
 
@@ -3189,9 +3139,7 @@ ALTER INDEX elizasql.embeddings_entity_idx ATTACH PARTITION elizasql.embeddings_
 
 ALTER INDEX elizasql.embeddings_room_idx ATTACH PARTITION elizasql.embeddings_p08_agent_id_room_id_type_idx;
 
-ALTER INDEX elizasql.embeddings_type_idx ATTACH PARTITION elizasql.embeddings_p08_agent_id_type_idx;
-
-ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p08_agent_id_type_idx1;
+ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p08_agent_id_type_idx;
 
 ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p08_agent_id_type_xid_idx;
 
@@ -3203,9 +3151,7 @@ ALTER INDEX elizasql.embeddings_entity_idx ATTACH PARTITION elizasql.embeddings_
 
 ALTER INDEX elizasql.embeddings_room_idx ATTACH PARTITION elizasql.embeddings_p09_agent_id_room_id_type_idx;
 
-ALTER INDEX elizasql.embeddings_type_idx ATTACH PARTITION elizasql.embeddings_p09_agent_id_type_idx;
-
-ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p09_agent_id_type_idx1;
+ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p09_agent_id_type_idx;
 
 ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p09_agent_id_type_xid_idx;
 
@@ -3217,9 +3163,7 @@ ALTER INDEX elizasql.embeddings_entity_idx ATTACH PARTITION elizasql.embeddings_
 
 ALTER INDEX elizasql.embeddings_room_idx ATTACH PARTITION elizasql.embeddings_p10_agent_id_room_id_type_idx;
 
-ALTER INDEX elizasql.embeddings_type_idx ATTACH PARTITION elizasql.embeddings_p10_agent_id_type_idx;
-
-ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p10_agent_id_type_idx1;
+ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p10_agent_id_type_idx;
 
 ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p10_agent_id_type_xid_idx;
 
@@ -3231,9 +3175,7 @@ ALTER INDEX elizasql.embeddings_entity_idx ATTACH PARTITION elizasql.embeddings_
 
 ALTER INDEX elizasql.embeddings_room_idx ATTACH PARTITION elizasql.embeddings_p11_agent_id_room_id_type_idx;
 
-ALTER INDEX elizasql.embeddings_type_idx ATTACH PARTITION elizasql.embeddings_p11_agent_id_type_idx;
-
-ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p11_agent_id_type_idx1;
+ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p11_agent_id_type_idx;
 
 ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p11_agent_id_type_xid_idx;
 
@@ -3245,9 +3187,7 @@ ALTER INDEX elizasql.embeddings_entity_idx ATTACH PARTITION elizasql.embeddings_
 
 ALTER INDEX elizasql.embeddings_room_idx ATTACH PARTITION elizasql.embeddings_p12_agent_id_room_id_type_idx;
 
-ALTER INDEX elizasql.embeddings_type_idx ATTACH PARTITION elizasql.embeddings_p12_agent_id_type_idx;
-
-ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p12_agent_id_type_idx1;
+ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p12_agent_id_type_idx;
 
 ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p12_agent_id_type_xid_idx;
 
@@ -3259,9 +3199,7 @@ ALTER INDEX elizasql.embeddings_entity_idx ATTACH PARTITION elizasql.embeddings_
 
 ALTER INDEX elizasql.embeddings_room_idx ATTACH PARTITION elizasql.embeddings_p13_agent_id_room_id_type_idx;
 
-ALTER INDEX elizasql.embeddings_type_idx ATTACH PARTITION elizasql.embeddings_p13_agent_id_type_idx;
-
-ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p13_agent_id_type_idx1;
+ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p13_agent_id_type_idx;
 
 ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p13_agent_id_type_xid_idx;
 
@@ -3273,9 +3211,7 @@ ALTER INDEX elizasql.embeddings_entity_idx ATTACH PARTITION elizasql.embeddings_
 
 ALTER INDEX elizasql.embeddings_room_idx ATTACH PARTITION elizasql.embeddings_p14_agent_id_room_id_type_idx;
 
-ALTER INDEX elizasql.embeddings_type_idx ATTACH PARTITION elizasql.embeddings_p14_agent_id_type_idx;
-
-ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p14_agent_id_type_idx1;
+ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p14_agent_id_type_idx;
 
 ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p14_agent_id_type_xid_idx;
 
@@ -3287,9 +3223,7 @@ ALTER INDEX elizasql.embeddings_entity_idx ATTACH PARTITION elizasql.embeddings_
 
 ALTER INDEX elizasql.embeddings_room_idx ATTACH PARTITION elizasql.embeddings_p15_agent_id_room_id_type_idx;
 
-ALTER INDEX elizasql.embeddings_type_idx ATTACH PARTITION elizasql.embeddings_p15_agent_id_type_idx;
-
-ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p15_agent_id_type_idx1;
+ALTER INDEX elizasql.embeddings_tail_idx ATTACH PARTITION elizasql.embeddings_p15_agent_id_type_idx;
 
 ALTER INDEX elizasql.embeddings_xid_idx ATTACH PARTITION elizasql.embeddings_p15_agent_id_type_xid_idx;
 
