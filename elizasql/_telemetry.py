@@ -32,13 +32,16 @@ def observer(address: str) -> Observe | None:
         "db.client.operation.duration", unit="s", description="Duration of database client operations."
     )
     common = _attributes(address)
+    known: dict[str, dict[str, Any]] = {}
     look_again = 0.0
 
     def observe(name: str, started: float, seconds: float, error: BaseException | None) -> None:
         nonlocal look_again
-        attributes = common | {"db.operation.name": name}
+        attributes = known.get(name)
+        if attributes is None:
+            attributes = known[name] = common | {"db.operation.name": name}
         if error is not None:
-            attributes["error.type"] = type(error).__name__
+            attributes = attributes | {"error.type": type(error).__name__}
             if sqlstate := getattr(error, "sqlstate", None):
                 attributes["db.response.status_code"] = sqlstate
         durations.record(seconds, attributes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import functools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -89,6 +90,8 @@ class DatabaseAdapter(
         self._embedded = embedded
         self._dimension = dimension
         self._measured: dict[tuple[Any, ...], tuple[bool, str | None, float]] = {}
+        # By type, too: 1 is no answer where True is asked for.
+        self._asked = functools.lru_cache(maxsize=256, typed=True)(self._check_search)
         self._resident = Resident(self._background, agent_id, config, address)
         self._listeners: set[Listener] = set()
         self._closing = asyncio.Lock()

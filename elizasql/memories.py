@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -29,12 +30,26 @@ from .types import DIMENSIONS, Embedding, EmbeddingInput, Recall
 _LARGE_TTL, _SMALL_TTL = 60.0, 10.0
 _MOST_MEASURED = 10_000
 _Scope = tuple[Any, ...]
-_UNFILTERED = (None, None, None)
 
 # Candidates that HNSW gives to the exact ranking, for each row asked for: the index orders by half precision.
 _RERANK = 3
 
 _CREATE_COLUMNS = ("id", "type", "created_at", "content", "entity_id", "room_id", "world_id", "unique", "metadata")
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What a search was asked beside the vector, checked.
+
+    Attributes:
+        params: Of the statements, without the vector. Searches that ask the same share it.
+        scope: The key in `_measured`.
+        name: Of the statement, where HNSW is not known to be the way.
+    """
+
+    params: dict[str, Any]
+    scope: _Scope
+    name: str
 
 
 class Memories(Store):
@@ -49,6 +64,9 @@ class Memories(Store):
     # By type, candidates asked for and filters: whether HNSW was the way when the scope was measured, how many
     # candidates it keeps, and until when that holds.
     _measured: dict[_Scope, tuple[bool, str | None, float]]
+    # `_check_search`, which remembers what it was asked: its dozen of small steps take 3 us in a row, and 30 when the
+    # processor's caches hold something else, as they do when the server has worked meanwhile.
+    _asked: Callable[..., _Asked]
 
     # --- the dimension -----------------------------------------------------------------------------------------------
 
@@ -594,10 +612,44 @@ class Memories(Store):
         """
         vector = _codecs.as_embedding(embedding)
         width = vector.shape[0]
+        rest = (
+            *(table_name, match_threshold, count, limit, unique, room_id, world_id, entity_id),
+            *(include_embedding, recall, ef_search),
+        )
+        try:
+            asked = self._asked(*rest)
+        except TypeError:  # one that has no hash: to be refused by name
+            asked = self._check_search(*rest)
+        number = asked.params["count"]
+        if number == 0 and self._dimension in (None, width):
+            return []
+        if width != self._dimension and (locked := await self.get_embedding_dimension()) != width:
+            if locked is None:
+                return []
+            raise EmbeddingDimensionError(self.agent_id, locked=locked, given=width)
+        try:
+            return await self._search(vector, asked) if number else []
+        except EmbeddingDimensionError as error:
+            self._learn(error.locked)
+            raise
+
+    def _check_search(
+        self,
+        table_name: str,
+        match_threshold: float | None,
+        count: int | None,
+        limit: int | None,
+        unique: bool,
+        room_id: UUID | str | None,
+        world_id: UUID | str | None,
+        entity_id: UUID | str | None,
+        include_embedding: bool,
+        recall: Recall,
+        ef_search: int | None,
+    ) -> _Asked:
         number = as_limit(count, limit)
         number = 10 if number is None else number
         params = {
-            "embedding": _codecs.encode_vector(vector),
             "agent_id": self.agent_id,
             "type": self._type(table_name),
             **_scope(room_id, entity_id, world_id),
@@ -608,41 +660,31 @@ class Memories(Store):
             "include_embedding": _codecs.as_bool(include_embedding, "include_embedding"),
             "ef_search": self._as_ef_search(recall, ef_search),
         }
-        if number == 0 and self._dimension in (None, width):
-            return []
-        if width != self._dimension and (locked := await self.get_embedding_dimension()) != width:
-            if locked is None:
-                return []
-            raise EmbeddingDimensionError(self.agent_id, locked=locked, given=width)
-        try:
-            return await self._search(vector, params) if number else []
-        except EmbeddingDimensionError as error:
-            self._learn(error.locked)
-            raise
+        filters = (params["room_id"], params["entity_id"], params["world_id"])
+        name = _BY_SCOPE["search_memories"][_path(params)] if filters.count(None) > 1 else "search_memories_of_several"
+        return _Asked(params, (params["type"], params["ef_search"], filters), name)
 
-    async def _search(self, vector: Embedding, params: dict[str, Any]) -> list[Memory]:
+    async def _search(self, vector: Embedding, asked: _Asked) -> list[Memory]:
         width = vector.shape[0]
+        params = {"embedding": _codecs.encode_vector(vector), **asked.params}
         if not self._resident.off:
             found = await self._resident.search(self._executor, vector, params)
             if found is not None:
                 return found
-        filters = (params["room_id"], params["entity_id"], params["world_id"])
-        scope = (params["type"], params["ef_search"], filters)
-        by_hnsw, ef, until = self._measured.get(scope, (None, None, 0.0))
+        by_hnsw, ef, until = self._measured.get(asked.scope, (None, None, 0.0))
         if until < time.monotonic():
             by_hnsw = None
         if params["ef_search"] is None:
             by_hnsw = False
-        if by_hnsw and filters == _UNFILTERED:
+        if by_hnsw and asked.name == "search_memories":
             statement = SQL.at("search_memories_by_hnsw", width)
             return [Memory(*row) for row in await self._executor.fetch(statement, known_ef=ef, **params)]
-        name = _BY_SCOPE["search_memories"][_path(params)] if filters.count(None) > 1 else "search_memories_of_several"
-        rows = await self._executor.fetch(SQL.at(name, width), by_hnsw=by_hnsw, known_ef=ef, **params)
+        rows = await self._executor.fetch(SQL.at(asked.name, width), by_hnsw=by_hnsw, known_ef=ef, **params)
         if rows and by_hnsw is None:
             if len(self._measured) >= _MOST_MEASURED:
                 self._measured.clear()
             by_hnsw, ef = rows[0]["by_hnsw"], rows[0]["ef"]
-            self._measured[scope] = (by_hnsw, ef, time.monotonic() + (_LARGE_TTL if by_hnsw else _SMALL_TTL))
+            self._measured[asked.scope] = (by_hnsw, ef, time.monotonic() + (_LARGE_TTL if by_hnsw else _SMALL_TTL))
         return [Memory(*row[:-2]) for row in rows]
 
     def _measure_anew(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import functools
 import math
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -549,6 +550,31 @@ async def test_a_threshold_lies_between_minus_one_and_one(
         await db.search_memories(embedding=ones(), table_name="messages", match_threshold=value)
     with refused(ArgumentError, round_trips, repr(value), "match_threshold"):
         await db.search_memories_by_embedding(ones(), table_name="messages", match_threshold=value)
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("unique", True, 1),
+        ("unique", False, 0.0),
+        ("include_embedding", True, 1.0),
+        ("count", 1, True),
+        ("limit", 1, 1.0),
+        ("match_threshold", 1, True),
+        ("ef_search", 1, True),
+        ("table_name", "messages", ["messages"]),
+        ("room_id", ID, {ID}),
+    ],
+)
+async def test_what_equals_a_good_argument_is_refused_all_the_same(
+    db: DatabaseAdapter, round_trips: list[str], name: str, good: Any, bad: Any
+) -> None:
+    """A search remembers which arguments it has checked."""
+    search = functools.partial(db.search_memories, embedding=ones())
+    for _ in range(2):
+        assert await search(**{"table_name": "messages"} | {name: good}) == []
+        with refused(ArgumentError, round_trips, f"{name}: {bad!r}", "count" if name == "limit" else name):
+            await search(**{"table_name": "messages"} | {name: bad})
 
 
 class Nowhere(tzinfo):
