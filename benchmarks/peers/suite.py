@@ -626,7 +626,12 @@ class Suite:
             for size in sizes:
                 point: dict[str, Any] = {"rows": size, "peers": {}}
                 for spec in grown:
-                    if spec.name in processes and not spec.like:
+                    if spec.name not in processes:
+                        continue
+                    if spec.like:
+                        # Opened anew: after so much that another process has stored, the tier waits before it loads.
+                        processes[spec.name].ask("knob", ef_search=None, iterative=None)
+                    else:
                         self._grow(spec, processes[spec.name], loaded, size)
                 self._search_grown(grown, processes, task, size, point)
                 self.results["growth"].append(point)
