@@ -629,8 +629,9 @@ class Suite:
                     if spec.name not in processes:
                         continue
                     if spec.like:
-                        # Opened anew: after so much that another process has stored, the tier waits before it loads.
-                        processes[spec.name].ask("knob", ef_search=None, iterative=None)
+                        # Begun anew: after so much that another process has stored, the tier waits before it loads.
+                        processes.pop(spec.name).end()
+                        processes[spec.name] = self.start(spec, task)
                     else:
                         self._grow(spec, processes[spec.name], loaded, size)
                 self._search_grown(grown, processes, task, size, point)
