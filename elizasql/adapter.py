@@ -31,7 +31,7 @@ from .entities import Entities
 from .errors import ConfigurationError, ElizaSQLError, MigrationError, translate
 from .goals import Goals
 from .logs import Logs
-from .memories import Memories
+from .memories import Memories, check_search
 from .messaging import Messaging
 from .pairing import Pairing
 from .participants import Participants
@@ -91,7 +91,7 @@ class DatabaseAdapter(
         self._dimension = dimension
         self._measured: dict[tuple[Any, ...], tuple[bool, str | None, float]] = {}
         # By type, too: 1 is no answer where True is asked for.
-        self._asked = functools.lru_cache(maxsize=256, typed=True)(self._check_search)
+        self._asked = functools.lru_cache(maxsize=256, typed=True)(functools.partial(check_search, agent_id, config))
         self._resident = Resident(self._background, agent_id, config, address)
         self._listeners: set[Listener] = set()
         self._closing = asyncio.Lock()

@@ -20,6 +20,7 @@ from ._loader import Loader
 from ._resident import Resident
 from ._statements import SQL, Statement
 from ._store import Store, as_limit
+from .config import Config
 from .errors import ArgumentError, EmbeddingDimensionError, NotFoundError
 from .models import LoadSummary, Memory
 from .types import DIMENSIONS, Embedding, EmbeddingInput, Recall
@@ -64,8 +65,8 @@ class Memories(Store):
     # By type, candidates asked for and filters: whether HNSW was the way when the scope was measured, how many
     # candidates it keeps, and until when that holds.
     _measured: dict[_Scope, tuple[bool, str | None, float]]
-    # `_check_search`, which remembers what it was asked: its dozen of small steps take 3 us in a row, and 30 when the
-    # processor's caches hold something else, as they do when the server has worked meanwhile.
+    # `check_search` for this agent, remembering what it was asked: its dozen of small steps take 3 us in a row, and 25
+    # when the processor's caches hold something else, as they do when the server has worked meanwhile.
     _asked: Callable[..., _Asked]
 
     # --- the dimension -----------------------------------------------------------------------------------------------
@@ -619,7 +620,7 @@ class Memories(Store):
         try:
             asked = self._asked(*rest)
         except TypeError:  # one that has no hash: to be refused by name
-            asked = self._check_search(*rest)
+            asked = check_search(self.agent_id, self.config, *rest)
         number = asked.params["count"]
         if number == 0 and self._dimension in (None, width):
             return []
@@ -632,37 +633,6 @@ class Memories(Store):
         except EmbeddingDimensionError as error:
             self._learn(error.locked)
             raise
-
-    def _check_search(
-        self,
-        table_name: str,
-        match_threshold: float | None,
-        count: int | None,
-        limit: int | None,
-        unique: bool,
-        room_id: UUID | str | None,
-        world_id: UUID | str | None,
-        entity_id: UUID | str | None,
-        include_embedding: bool,
-        recall: Recall,
-        ef_search: int | None,
-    ) -> _Asked:
-        number = as_limit(count, limit)
-        number = 10 if number is None else number
-        params = {
-            "agent_id": self.agent_id,
-            "type": self._type(table_name),
-            **_scope(room_id, entity_id, world_id),
-            "only_unique": _codecs.as_bool(unique, "unique"),
-            "threshold": _threshold(match_threshold),
-            "count": number,
-            "candidates": min(number * _RERANK, 2**63 - 1),
-            "include_embedding": _codecs.as_bool(include_embedding, "include_embedding"),
-            "ef_search": self._as_ef_search(recall, ef_search),
-        }
-        filters = (params["room_id"], params["entity_id"], params["world_id"])
-        name = _BY_SCOPE["search_memories"][_path(params)] if filters.count(None) > 1 else "search_memories_of_several"
-        return _Asked(params, (params["type"], params["ef_search"], filters), name)
 
     async def _search(self, vector: Embedding, asked: _Asked) -> list[Memory]:
         width = vector.shape[0]
@@ -691,19 +661,6 @@ class Memories(Store):
         """Look again at scopes that were small, which may have grown by much."""
         for scope in [scope for scope, (by_hnsw, *_) in self._measured.items() if not by_hnsw]:
             del self._measured[scope]
-
-    def _as_ef_search(self, recall: Recall, ef_search: int | None) -> int | None:
-        """Give the candidates that HNSW is to keep, None where it is not to be asked."""
-        if not isinstance(recall, str) or recall not in _SHARES:
-            raise ArgumentError(f"recall must be one of {', '.join(_SHARES)}, not {recall!r:.40}")
-        share = _SHARES[recall]
-        if ef_search is None:
-            return None if share is None else max(1, int(self.config.ef_search * share))
-        if share is None:
-            raise ArgumentError("an exact search keeps no candidates: give recall or ef_search")
-        if _codecs.as_count(ef_search, "ef_search", least=1) > 1000:
-            raise ArgumentError(f"ef_search: pgvector takes at most 1000, not {ef_search}")
-        return int(ef_search)
 
     async def search_memories_by_embedding(
         self,
@@ -817,13 +774,7 @@ class Memories(Store):
         return self.config.indexing == "inline"
 
     def _type(self, table_name: object) -> str:
-        kind = _codecs.as_text(table_name, "table_name", empty=False)
-        known = self.config.memory_types
-        if known is not None and kind not in known:
-            raise ArgumentError(f"table_name {kind!r:.80} is not one of memory_types: {', '.join(sorted(known))}")
-        if len(kind) > 255:
-            raise ArgumentError("table_name must have at most 255 characters")
-        return kind
+        return _as_type(table_name, self.config)
 
     def _read_memories(
         self,
@@ -971,6 +922,64 @@ _FILTERS = ("room_id", "entity_id", "world_id")
 # The share of `config.ef_search` that HNSW keeps; None: it is not asked.
 _SHARES: dict[str, float | None] = {"fast": 0.5, "balanced": 1.0, "exact": None}
 _CACHED_BY_FIELD = {"content": "get_cached_embeddings_by_content", "metadata": "get_cached_embeddings_by_metadata"}
+
+
+def check_search(
+    agent_id: UUID,
+    config: Config,
+    table_name: str,
+    match_threshold: float | None,
+    count: int | None,
+    limit: int | None,
+    unique: bool,
+    room_id: UUID | str | None,
+    world_id: UUID | str | None,
+    entity_id: UUID | str | None,
+    include_embedding: bool,
+    recall: Recall,
+    ef_search: int | None,
+) -> _Asked:
+    """Check what `search_memories` was asked beside the vector."""
+    number = as_limit(count, limit)
+    number = 10 if number is None else number
+    params = {
+        "agent_id": agent_id,
+        "type": _as_type(table_name, config),
+        **_scope(room_id, entity_id, world_id),
+        "only_unique": _codecs.as_bool(unique, "unique"),
+        "threshold": _threshold(match_threshold),
+        "count": number,
+        "candidates": min(number * _RERANK, 2**63 - 1),
+        "include_embedding": _codecs.as_bool(include_embedding, "include_embedding"),
+        "ef_search": _as_ef_search(recall, ef_search, config),
+    }
+    filters = (params["room_id"], params["entity_id"], params["world_id"])
+    name = _BY_SCOPE["search_memories"][_path(params)] if filters.count(None) > 1 else "search_memories_of_several"
+    return _Asked(params, (params["type"], params["ef_search"], filters), name)
+
+
+def _as_type(table_name: object, config: Config) -> str:
+    kind = _codecs.as_text(table_name, "table_name", empty=False)
+    known = config.memory_types
+    if known is not None and kind not in known:
+        raise ArgumentError(f"table_name {kind!r:.80} is not one of memory_types: {', '.join(sorted(known))}")
+    if len(kind) > 255:
+        raise ArgumentError("table_name must have at most 255 characters")
+    return kind
+
+
+def _as_ef_search(recall: Recall, ef_search: int | None, config: Config) -> int | None:
+    """Give the candidates that HNSW is to keep, None where it is not to be asked."""
+    if not isinstance(recall, str) or recall not in _SHARES:
+        raise ArgumentError(f"recall must be one of {', '.join(_SHARES)}, not {recall!r:.40}")
+    share = _SHARES[recall]
+    if ef_search is None:
+        return None if share is None else max(1, int(config.ef_search * share))
+    if share is None:
+        raise ArgumentError("an exact search keeps no candidates: give recall or ef_search")
+    if _codecs.as_count(ef_search, "ef_search", least=1) > 1000:
+        raise ArgumentError(f"ef_search: pgvector takes at most 1000, not {ef_search}")
+    return int(ef_search)
 
 
 def _scope(

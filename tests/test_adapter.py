@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import traceback
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -71,6 +73,22 @@ async def test_open_and_close(dsn: str, raw: asyncpg.Connection[Any]) -> None:
         await db.close()
         await assert_gone(raw, name)
         assert not await db.is_ready()
+
+
+async def test_a_closed_adapter_leaves_the_memory_at_once(dsn: str) -> None:
+    """Not only when the collector finds it: whoever opens an adapter for each request would pile them up."""
+    db = await elizasql.open(agent_id=uuid4(), dsn=dsn, indexing="manual")
+    assert await db.search_memories(embedding=np.ones(384, np.float32), table_name="messages") == []
+    await db.close()
+    await asyncio.sleep(0)
+    gc.collect()  # what the driver has left of opening
+    left = weakref.ref(db)
+    gc.disable()
+    try:
+        del db
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 async def test_connect_closes_whatever_happens(dsn: str) -> None:
