@@ -70,6 +70,8 @@ class _Failed(Exception):  # noqa: N818 - never leaves this module
         super().__init__(error)
         self.error = error
         self.outcome = outcome
+        # Under which the breaker knows the try; None: it does not.
+        self.permit: int | None = None
         # A connection that was used before: when it is gone, that may say nothing about the server any more.
         self.stale = used and outcome is not Outcome.PERMANENT and not is_open(connection)
 
@@ -224,9 +226,10 @@ class Executor:
         try:
             failures = 0
             spared = False
+            permit: int | None = None
             while True:
                 try:
-                    return await self._attempt(name, work, deadline, hold)
+                    return await self._attempt(name, work, deadline, hold, permit)
                 except _Failed as failed:
                     error, outcome = failed.error, failed.outcome
                     made = self._explain(error, name)
@@ -240,9 +243,11 @@ class Executor:
                         ) from error
                     if failed.stale and not spared:
                         # It broke while nobody used it, perhaps long ago. So may the others have: none is trusted.
-                        spared, pause = True, 0.0
+                        # The try that follows at once is about the same event, and counts with this one.
+                        spared, pause, permit = True, 0.0, failed.permit
                         await self.lane.replace()
                     else:
+                        permit = None
                         failures += 1
                         pause = self._policy.delay(failures, error, random.random)
                     if not self._again(made, outcome, failures, deadline - pause):
@@ -265,9 +270,11 @@ class Executor:
             return made.sqlstate == OUT_OF_MEMORY and failures <= 1
         return outcome is Outcome.NOT_APPLIED
 
-    async def _attempt(self, name: str, work: Work, deadline: float, hold: bool) -> Any:
+    async def _attempt(self, name: str, work: Work, deadline: float, hold: bool, earlier: int | None) -> Any:
         try:
             permit = self._breaker.enter()
+            if earlier is not None and self._breaker.state == "closed":
+                permit = earlier
         except CircuitOpenError as error:
             error.statement = name
             raise
@@ -347,6 +354,7 @@ class Executor:
         return failed
 
     def _judge(self, permit: int, failed: _Failed) -> None:
+        failed.permit = permit
         if isinstance(failed.error, UnknownOutcomeError):
             self._breaker.leave(permit)  # the tries to settle it have spoken
         elif is_answer(failed.error, failed.outcome):
