@@ -530,6 +530,31 @@ async def test_result_is_given_even_if_the_connection_breaks_on_its_way_back(
 # --- close -----------------------------------------------------------------------------------------------------------
 
 
+async def test_a_lost_connection_and_the_try_that_follows_count_once(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a crash: first the connection goes, then the server is in recovery for whoever comes at once."""
+    db = await make_db(pool_max_size=1, base_delay=0.01, max_delay=0.01, jitter_max=0.0)
+    id = await db.create_memory(Memory(content={"text": "x"}, unique=True), "messages")
+    breaker, acquire = db._connections.breaker, db._executor.lane.acquire
+    counted: list[int] = []
+
+    async def in_recovery_once(*args: Any) -> Any:
+        counted.append(breaker.failures)
+        if len(counted) == 1:
+            raise asyncpg.CannotConnectNowError("the database system is in recovery mode")
+        return await acquire(*args)
+
+    async with locked(raw, id):
+        task = asyncio.create_task(db.update_memory({"id": id, "content": {"text": "y"}}))
+        pid = await blocked_pid(raw, task)
+        monkeypatch.setattr(db._executor.lane, "acquire", in_recovery_once)
+        assert await raw.fetchval("SELECT pg_terminate_backend($1, 10000)", pid)
+    assert await task
+    assert counted == [1, 1]
+    assert breaker.failures == 0
+
+
 async def test_use_after_close(make_db: MakeAdapter) -> None:
     db = await make_db()
     await db.close()
