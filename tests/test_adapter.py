@@ -509,27 +509,6 @@ async def test_killed_connection_is_replaced(make_db: MakeAdapter, raw: asyncpg.
     assert db._meter.retries == 1
 
 
-async def test_result_is_given_even_if_the_connection_breaks_on_its_way_back(
-    db: DatabaseAdapter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = asyncpg.pool.PoolConnectionHolder.release
-
-    async def broken(self: Any, timeout: float | None) -> None:
-        await real(self, timeout)
-        raise asyncio.TimeoutError
-
-    monkeypatch.setattr(asyncpg.pool.PoolConnectionHolder, "release", broken)
-    id = await db.create_memory(memory("kept"), "messages")
-    found = await db.get_memory_by_id(id)
-    assert found is not None
-    with pytest.raises(elizasql.ForeignKeyError):
-        await db.create_memory(memory(room_id=uuid4()), "messages")
-    assert db._executor.in_flight == 0
-
-
-# --- close -----------------------------------------------------------------------------------------------------------
-
-
 async def test_a_lost_connection_and_the_try_that_follows_count_once(
     make_db: MakeAdapter, raw: asyncpg.Connection[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -553,6 +532,27 @@ async def test_a_lost_connection_and_the_try_that_follows_count_once(
     assert await task
     assert counted == [1, 1]
     assert breaker.failures == 0
+
+
+async def test_result_is_given_even_if_the_connection_breaks_on_its_way_back(
+    db: DatabaseAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = asyncpg.pool.PoolConnectionHolder.release
+
+    async def broken(self: Any, timeout: float | None) -> None:
+        await real(self, timeout)
+        raise asyncio.TimeoutError
+
+    monkeypatch.setattr(asyncpg.pool.PoolConnectionHolder, "release", broken)
+    id = await db.create_memory(memory("kept"), "messages")
+    found = await db.get_memory_by_id(id)
+    assert found is not None
+    with pytest.raises(elizasql.ForeignKeyError):
+        await db.create_memory(memory(room_id=uuid4()), "messages")
+    assert db._executor.in_flight == 0
+
+
+# --- close -----------------------------------------------------------------------------------------------------------
 
 
 async def test_use_after_close(make_db: MakeAdapter) -> None:
