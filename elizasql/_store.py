@@ -6,11 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 from uuid import UUID
 
+import asyncpg
+
 from . import _codecs
 from ._calls import Meter, bound_methods
 from ._executor import Executor
+from ._statements import SQL
 from .config import Config
-from .errors import ArgumentError
+from .errors import ArgumentError, UniqueViolationError
 from .models import Model
 
 T = TypeVar("T")
@@ -148,6 +151,19 @@ class Store:
         """Cut a batch into the pieces that one statement takes."""
         for start in range(0, len(rows), self.config.batch_size):
             yield rows[start : start + self.config.batch_size]
+
+    async def _write_under_two_keys(self, name: str, chunks: Sequence[dict[str, Any]]) -> list[asyncpg.Record]:
+        """Run a batch write whose rows have two unique keys, of which ON CONFLICT heeds one.
+
+        A concurrent call with the same rows may hold the other one. By the time that this one is refused, that call has
+        ended, and a second run finds its rows under the key that is heeded; a true conflict is refused again.
+        """
+        try:
+            return await self._executor.fetch_chunks(SQL[name], chunks)
+        except UniqueViolationError:
+            if self._executor.in_transaction:  # which has ended with it
+                raise
+            return await self._executor.fetch_chunks(SQL[name], chunks)
 
     def _encode_chunks(self, kind: type[Model], rows: Sequence[Mapping[str, Any]], ids: Sequence[UUID]) -> list[bytes]:
         """Encode a batch as jsonb arrays, one for each chunk; the error of a value that is not JSON names its position.

@@ -106,7 +106,9 @@ class Agents(Store):
         Statement: sql/agents.sql ensure_agent. Source: ensureAgentExists; differs: one upsert, no race.
         """
         given = Agent.read(agent if agent is not None else {})
-        if given.setdefault("id", self.agent_id) != self.agent_id:
+        if given.get("id") is None:
+            given["id"] = self.agent_id
+        if given["id"] != self.agent_id:
             raise ArgumentError(f"id is {given['id']}, but this adapter belongs to agent {self.agent_id}")
         if given.get("name") is None:
             given["name"] = "Unknown Agent"
@@ -145,7 +147,8 @@ class Agents(Store):
         Args:
             agent_id: The agent.
             agent: The fields to change: of a mapping its keys, of an `Agent` what is not None. In a mapping None clears
-                `username`, `system` and `server_id`, and empties a list or `style`. `updated_at` is set in any case.
+                `username`, `system` and `server_id`, and empties a list or `style`. `updated_at` becomes the present
+                time, also where another one is given.
 
         Raises:
             ArgumentError: The agent has another id; or `name`, `settings`, `enabled` or `created_at` is None.

@@ -115,9 +115,7 @@ class Components(Store):
             {"agent_id": self.agent_id, "components": _codecs.encode_json(chunk, "components")}
             for chunk in self._chunks(list(rows.values()))
         ]
-        stored = {
-            _natural_key(row): row["id"] for row in await self._executor.fetch_chunks(SQL["upsert_components"], chunks)
-        }
+        stored = {_natural_key(row): row["id"] for row in await self._write_under_two_keys("upsert_components", chunks)}
         return [stored[key] for key in keys]
 
     async def update_component(self, component: Component | Mapping[str, Any], *, timeout: float | None = None) -> bool:
@@ -384,7 +382,7 @@ def _read_op(op: Any, number: int) -> dict[str, Any]:
     if not isinstance(op, Mapping):
         raise ArgumentError(f"operation {number} must be a mapping, not {type(op).__name__}")
     kind, path = op.get("op"), op.get("path")
-    if kind not in {"set", "push", "remove", "increment"}:
+    if not isinstance(kind, str) or kind not in {"set", "push", "remove", "increment"}:
         raise ArgumentError(f"operation {number}: op must be set, push, remove or increment, not {kind!r:.40}")
     if not isinstance(path, str) or not _PATH.fullmatch(path):
         raise ArgumentError(f"operation {number}: path must be names and indexes joined by dots, not {path!r:.80}")

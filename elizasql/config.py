@@ -184,10 +184,17 @@ class Config:
             **given: Settings by name; None counts as not given.
 
         Raises:
-            ConfigurationError: An unknown setting, or a value that does not fit; names the setting and its origin.
+            ConfigurationError: An unknown setting, or a value that does not fit; names the setting and its origin. Or
+                ENABLE_DATA_ISOLATION is true, ElizaOS's row isolation between servers, which does not exist here.
         """
         if environ is None:
             environ = {**_read_env_file(), **os.environ}
+        if environ.get("ENABLE_DATA_ISOLATION", "").strip().lower() == "true":
+            # In the original it turns on row security between deployments: to go on without would be to lie.
+            raise ConfigurationError(
+                "ENABLE_DATA_ISOLATION: there is no row isolation between servers here; give each its own database, "
+                "and set it to false"
+            )
         known = {f.name: f for f in fields(cls)}
         unknown = sorted(set(given) - set(known))
         if unknown:

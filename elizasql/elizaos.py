@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 from uuid import UUID
 
 from .adapter import DatabaseAdapter, open
+from .config import Config
 from .errors import ArgumentError, ConfigurationError
 
 __all__ = ["Plugin", "Runtime", "create_database_adapter", "plugin"]
 
-_SETTINGS = {
+# Names that a configuration may use besides those of `Config` itself: ElizaOS's, and the environment variables'.
+_SETTINGS = {setting.metadata["variable"]: setting.name for setting in fields(Config)} | {
     "postgresUrl": "dsn",
     "postgres_url": "dsn",
-    "dsn": "dsn",
     "dataDir": "data_dir",
-    "data_dir": "data_dir",
 }
+
+
+def _read_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {_SETTINGS.get(key, key): value for key, value in config.items() if value not in (None, "")}
 
 
 class Runtime(Protocol):
@@ -41,7 +45,8 @@ async def create_database_adapter(config: Mapping[str, Any], agent_id: UUID | st
     """Open an adapter from a configuration in ElizaOS's form; `await adapter.close()` when done.
 
     Args:
-        config: `postgresUrl` or `dataDir`, neither for the environment's; and any field of `elizasql.Config`.
+        config: `postgresUrl` or `dataDir`, neither for the environment's; and any field of `elizasql.Config`, also by
+            the name of its environment variable. None and "" count as not given.
         agent_id: The agent.
 
     Raises:
@@ -50,7 +55,7 @@ async def create_database_adapter(config: Mapping[str, Any], agent_id: UUID | st
 
     Source: createDatabaseAdapter; differs: gives an adapter that is connected and migrated.
     """
-    settings = {_SETTINGS.get(key, key): value for key, value in config.items() if value is not None}
+    settings = _read_settings(config)
     if "dsn" in settings and "data_dir" in settings:
         raise ArgumentError("postgresUrl and dataDir exclude each other")
     return await open(agent_id=agent_id, **settings)
@@ -76,8 +81,8 @@ class Plugin:
         """
         if runtime.adapter is not None:
             return
-        settings = {key: value for key, value in dict(config or {}).items() if value is not None}
-        if not {_SETTINGS.get(key) for key in settings} & {"dsn", "data_dir"}:
+        settings = _read_settings(config or {})
+        if not settings.keys() & {"dsn", "data_dir"}:
             address = runtime.get_setting("POSTGRES_URL")
             settings |= {"dsn": address} if address else {"data_dir": runtime.get_setting("PGLITE_DATA_DIR")}
         adapter = await create_database_adapter(settings, runtime.agent_id)

@@ -155,10 +155,9 @@ class Messaging(Store):
         participants = _codecs.as_ids(participant_ids, "participant_ids")
         _, rows = self._read_all(Channel, [channel])
         self._need(rows, Channel, "message_server_id", "name", "type")
-        row = await self._executor.fetch_row(
-            SQL["create_channel"], channel=_codecs.encode_json(rows[0], "channel"), participant_ids=participants
-        )
-        return Channel(*row)  # type: ignore[misc]
+        chunk = {"channel": _codecs.encode_json(rows[0], "channel"), "participant_ids": participants}
+        [row] = await self._write_under_two_keys("create_channel", [chunk])
+        return Channel(*row)
 
     async def find_or_create_dm_channel(
         self, user1_id: UUID | str, user2_id: UUID | str, server_id: UUID | str, *, timeout: float | None = None

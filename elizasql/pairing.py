@@ -75,7 +75,7 @@ class Pairing(Store):
                 {"agent_id": self.agent_id, "requests": chunk}
                 for chunk in self._encode_chunks(PairingRequest, rows, ids)
             ]
-            await self._executor.fetch_chunks(SQL["create_pairing_requests"], chunks)
+            await self._write_under_two_keys("create_pairing_requests", chunks)
         return ids
 
     async def update_pairing_request(
@@ -203,9 +203,7 @@ class Pairing(Store):
             {"agent_id": self.agent_id, "entries": chunk}
             for chunk in self._encode_chunks(PairingAllowlistEntry, rows, ids)
         ]
-        listed: dict[UUID, UUID] = dict(
-            await self._executor.fetch_chunks(SQL["create_pairing_allowlist_entries"], chunks)
-        )
+        listed: dict[UUID, UUID] = dict(await self._write_under_two_keys("create_pairing_allowlist_entries", chunks))
         return [listed[id] for id in ids]
 
     async def update_pairing_allowlist_entry(

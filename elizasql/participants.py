@@ -366,19 +366,27 @@ def _as_pair(value: Any) -> dict[str, Any]:
 
 
 def _as_state_change(value: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping) or "state" not in value:
-        raise ArgumentError("expected a mapping with roomId, entityId and state")
-    return _as_pair({**{key: item for key, item in value.items() if key != "state"}, "room_state": value["state"]})
+    return _as_key(value, "state") | {"room_state": value["state"]}
 
 
 def _as_change(value: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping) or "updates" not in value:
-        raise ArgumentError("expected a mapping with entityId, roomId and updates")
+    key = _as_key(value, "updates")
     updates = Participant.read(value["updates"])
     refused = updates.keys() - {"room_state", "metadata"}
     if refused:
         raise ArgumentError(f"{', '.join(sorted(refused))} cannot be updated")
-    return _as_pair({key: item for key, item in value.items() if key != "updates"}) | updates
+    return key | updates
+
+
+def _as_key(value: Any, change: str) -> dict[str, Any]:
+    """Read which membership is to change: what stands beside `change` names it, and changes nothing."""
+    if not isinstance(value, Mapping) or change not in value:
+        raise ArgumentError(f"expected a mapping with entityId, roomId and {change}")
+    key = Participant.read({name: item for name, item in value.items() if name != change})
+    refused = key.keys() - {"agent_id", "entity_id", "room_id"}
+    if refused:
+        raise ArgumentError(f"{', '.join(sorted(refused))} beside {change}: give entityId and roomId alone")
+    return key
 
 
 def _columns_of(pairs: list[tuple[UUID, UUID]]) -> dict[str, list[UUID]]:

@@ -25,6 +25,12 @@ BEGIN
 END
 $$;
 
+-- What becomes of a stored time when another one is given. ElizaOS's JSON cuts times to milliseconds: what was read as
+-- such and comes back unchanged must not move a row before those of the same millisecond.
+CREATE FUNCTION elizasql.changed_time(stored timestamptz, given timestamptz) RETURNS timestamptz
+LANGUAGE sql STABLE
+RETURN CASE WHEN given = date_trunc('milliseconds', stored) THEN stored ELSE coalesce(given, stored) END;
+
 -- Servers are deployments of agents (row isolation), not message servers.
 CREATE TABLE elizasql.servers (
     id uuid NOT NULL,
@@ -193,5 +199,6 @@ DROP TABLE elizasql.worlds;
 DROP TABLE elizasql.agents;
 DROP FUNCTION elizasql.refuse_dimension_change();
 DROP TABLE elizasql.servers;
+DROP FUNCTION elizasql.changed_time(timestamptz, timestamptz);
 DROP FUNCTION elizasql.refuse_present(text, uuid[]);
 DROP FUNCTION elizasql.refuse_missing(text, uuid[]);

@@ -113,6 +113,7 @@ DECLARE
     op text;
     path text[];
     place jsonb;
+    total numeric;
     problem text;
 BEGIN
     FOR step IN SELECT * FROM jsonb_array_elements(ops) WITH ORDINALITY AS given (op, number) LOOP
@@ -140,6 +141,14 @@ BEGIN
                 data := jsonb_set(data, path[1:i], place);
             END IF;
         END LOOP;
+        total := NULL;
+        IF problem IS NULL AND op = 'increment' AND jsonb_typeof(place) = 'number' THEN
+            total := (place #>> '{}')::numeric + (step.op ->> 'value')::numeric;
+            -- No reader would take it: JSON's numbers are read as double.
+            IF abs(total) > 1.7976931348623157e308 THEN
+                problem := 'the sum is beyond the range of a double';
+            END IF;
+        END IF;
         IF op = 'remove' THEN
             IF problem IS NULL AND place IS NOT NULL THEN
                 data := data #- path;
@@ -148,8 +157,8 @@ BEGIN
             data := jsonb_set(data, path, step.op -> 'value');
         ELSIF problem IS NULL AND op = 'push' AND jsonb_typeof(place) = 'array' THEN
             data := jsonb_set(data, path, place || jsonb_build_array(step.op -> 'value'));
-        ELSIF problem IS NULL AND op = 'increment' AND jsonb_typeof(place) = 'number' THEN
-            data := jsonb_set(data, path, to_jsonb((place #>> '{}')::numeric + (step.op ->> 'value')::numeric));
+        ELSIF problem IS NULL AND op = 'increment' AND total IS NOT NULL THEN
+            data := jsonb_set(data, path, to_jsonb(total));
         ELSE
             RAISE EXCEPTION 'component %, operation % (% "%"): %', component, step.number, op, step.op ->> 'path',
                 coalesce(

@@ -44,6 +44,10 @@ BEGIN
 END
 $_$;
 
+CREATE FUNCTION elizasql.changed_time(stored timestamp with time zone, given timestamp with time zone) RETURNS timestamp with time zone
+    LANGUAGE sql STABLE
+    RETURN CASE WHEN (given = date_trunc('milliseconds'::text, stored)) THEN stored ELSE COALESCE(given, stored) END;
+
 CREATE FUNCTION elizasql.check_dimension() RETURNS trigger
     LANGUAGE plpgsql
     AS $$
@@ -914,6 +918,7 @@ DECLARE
     op text;
     path text[];
     place jsonb;
+    total numeric;
     problem text;
 BEGIN
     FOR step IN SELECT * FROM jsonb_array_elements(ops) WITH ORDINALITY AS given (op, number) LOOP
@@ -941,6 +946,14 @@ BEGIN
                 data := jsonb_set(data, path[1:i], place);
             END IF;
         END LOOP;
+        total := NULL;
+        IF problem IS NULL AND op = 'increment' AND jsonb_typeof(place) = 'number' THEN
+            total := (place #>> '{}')::numeric + (step.op ->> 'value')::numeric;
+            -- No reader would take it: JSON's numbers are read as double.
+            IF abs(total) > 1.7976931348623157e308 THEN
+                problem := 'the sum is beyond the range of a double';
+            END IF;
+        END IF;
         IF op = 'remove' THEN
             IF problem IS NULL AND place IS NOT NULL THEN
                 data := data #- path;
@@ -949,8 +962,8 @@ BEGIN
             data := jsonb_set(data, path, step.op -> 'value');
         ELSIF problem IS NULL AND op = 'push' AND jsonb_typeof(place) = 'array' THEN
             data := jsonb_set(data, path, place || jsonb_build_array(step.op -> 'value'));
-        ELSIF problem IS NULL AND op = 'increment' AND jsonb_typeof(place) = 'number' THEN
-            data := jsonb_set(data, path, to_jsonb((place #>> '{}')::numeric + (step.op ->> 'value')::numeric));
+        ELSIF problem IS NULL AND op = 'increment' AND total IS NOT NULL THEN
+            data := jsonb_set(data, path, to_jsonb(total));
         ELSE
             RAISE EXCEPTION 'component %, operation % (% "%"): %', component, step.number, op, step.op ->> 'path',
                 coalesce(

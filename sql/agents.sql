@@ -116,8 +116,8 @@ ON CONFLICT (id) DO UPDATE
                 coalesce(n.post_examples, '[]'), coalesce(n.topics, '[]'), coalesce(n.adjectives, '[]'),
                 coalesce(n.knowledge, '[]'), coalesce(n.plugins, '[]'),
                 coalesce(elizasql.merge_settings(a.settings, coalesce(g.agent -> 'settings', '{}')), '{}'),
-                coalesce(n.style, '{}'), n.enabled, n.server_id, n.created_at,
-                coalesce((g.agent ->> 'updated_at')::timestamptz, now())
+                coalesce(n.style, '{}'), n.enabled, n.server_id, elizasql.changed_time(a.created_at, n.created_at),
+                now()
             FROM (SELECT :agents::jsonb -> excluded.id::text AS agent) AS g
             CROSS JOIN LATERAL jsonb_populate_record(a, g.agent) AS n
         );
@@ -143,8 +143,8 @@ updated AS (
                 coalesce(n.post_examples, '[]'), coalesce(n.topics, '[]'), coalesce(n.adjectives, '[]'),
                 coalesce(n.knowledge, '[]'), coalesce(n.plugins, '[]'),
                 coalesce(elizasql.merge_settings(a.settings, coalesce(g.agent -> 'settings', '{}')), '{}'),
-                coalesce(n.style, '{}'), n.enabled, n.server_id, n.created_at,
-                coalesce((g.agent ->> 'updated_at')::timestamptz, now())
+                coalesce(n.style, '{}'), n.enabled, n.server_id, elizasql.changed_time(a.created_at, n.created_at),
+                now()
             FROM jsonb_populate_record(a, g.agent) AS n
         )
     FROM given AS g

@@ -413,7 +413,7 @@ updated AS (
     SET
         names = CASE WHEN g.entity ? 'names' THEN coalesce(g.names, '{}') ELSE e.names END,
         metadata = CASE WHEN g.entity ? 'metadata' THEN coalesce(g.metadata, '{}') ELSE e.metadata END,
-        created_at = coalesce(g.created_at, e.created_at)
+        created_at = elizasql.changed_time(e.created_at, g.created_at)
     FROM given AS g
     WHERE e.agent_id = g.agent AND e.id = g.id
     RETURNING e.id

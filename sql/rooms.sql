@@ -122,7 +122,7 @@ updated AS (
         = CASE WHEN g.room ? 'message_server_id' THEN g.message_server_id ELSE r.message_server_id END,
         world_id = CASE WHEN g.room ? 'world_id' THEN g.world_id ELSE r.world_id END,
         metadata = CASE WHEN g.room ? 'metadata' THEN coalesce(g.metadata, '{}') ELSE r.metadata END,
-        created_at = coalesce(g.created_at, r.created_at)
+        created_at = elizasql.changed_time(r.created_at, g.created_at)
     FROM locked AS g
     WHERE r.agent_id = g.agent AND r.id = g.id
     RETURNING r.id

@@ -84,7 +84,7 @@ updated AS (
         message_server_id
         = CASE WHEN g.world ? 'message_server_id' THEN g.message_server_id ELSE w.message_server_id END,
         metadata = CASE WHEN g.world ? 'metadata' THEN coalesce(g.metadata, '{}') ELSE w.metadata END,
-        created_at = coalesce(g.created_at, w.created_at)
+        created_at = elizasql.changed_time(w.created_at, g.created_at)
     FROM locked AS g
     WHERE w.agent_id = g.agent AND w.id = g.id
     RETURNING w.id

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 import asyncpg
+
+T = TypeVar("T")
+# A statement and its arguments.
+Change = tuple[Any, ...]
 
 
 @asynccontextmanager
@@ -18,6 +22,16 @@ async def locked(raw: asyncpg.Connection[Any], memory_id: UUID) -> AsyncIterator
         question = "SELECT id FROM elizasql.memories WHERE id = $1 FOR UPDATE"
         assert await raw.fetchval(question, memory_id) == memory_id
         yield
+
+
+async def overtaken(raw: asyncpg.Connection[Any], call: Coroutine[Any, Any, T], first: Change, then: Change) -> T:
+    """Let `raw` do `first`, the call wait for it, and `raw` do `then` before it commits; give what the call gives."""
+    async with raw.transaction():
+        await raw.execute(*first)
+        waiting = asyncio.ensure_future(call)
+        await blocked_pid(raw, waiting)
+        await raw.execute(*then)
+    return await waiting
 
 
 async def blocked_pid(raw: asyncpg.Connection[Any], waiting: asyncio.Task[Any]) -> int:

@@ -180,11 +180,25 @@ async def test_update_of_an_unknown_agent_is_false(db: DatabaseAdapter) -> None:
     assert await db.get_agent(id) is None
 
 
-async def test_update_of_nothing_touches_the_time(db: DatabaseAdapter) -> None:
-    await db.update_agent(db.agent_id, {"updatedAt": 86_400_000})
-    assert (await found(db, db.agent_id)).updated_at == datetime(1970, 1, 2, tzinfo=timezone.utc)
-    assert await db.update_agent(db.agent_id, {}) is True
-    assert (await found(db, db.agent_id)).updated_at > LONG_AGO  # type: ignore[operator]
+@pytest.mark.parametrize("written_back", [False, True])
+async def test_every_update_touches_the_time(db: DatabaseAdapter, written_back: bool) -> None:
+    """Also that of an agent as it was read, whose old time would let `cleanup_agents` delete it."""
+    by_update, by_upsert = await db.create_agents([{"name": "n", "updated_at": LONG_AGO}] * 2)
+    old = [await found(db, id) for id in (by_update, by_upsert)]
+    assert [agent.updated_at for agent in old] == [LONG_AGO] * 2
+    assert await db.update_agent(by_update, old[0] if written_back else {}) is True
+    await db.upsert_agents([old[1] if written_back else {"id": by_upsert, "name": "n"}])
+    for id in (by_update, by_upsert):
+        assert (await found(db, id)).updated_at > LONG_AGO  # type: ignore[operator]
+
+
+async def test_a_time_of_creation_that_comes_back_in_milliseconds_stays(db: DatabaseAdapter) -> None:
+    exact = LONG_AGO + timedelta(microseconds=1234)
+    (id,) = await db.create_agents([{"name": "n", "created_at": exact}])
+    given = (await found(db, id)).to_dict()
+    await db.update_agent(id, given)
+    await db.upsert_agents([given])
+    assert (await found(db, id)).created_at == exact
 
 
 async def test_update_refuses_another_id_and_bad_values(db: DatabaseAdapter, round_trips: list[str]) -> None:
@@ -386,7 +400,7 @@ async def test_ids_that_the_server_gave_are_taken(db: DatabaseAdapter) -> None:
 async def test_concurrent_ensures_make_one_agent(make_db: MakeAdapter) -> None:
     db = await make_db()
     await db.delete_agent(db.agent_id)
-    agents = await asyncio.gather(*(db.ensure_agent_exists({"name": f"{i}"}) for i in range(10)))
+    agents = await asyncio.gather(*(db.ensure_agent_exists({"id": None, "name": f"{i}"}) for i in range(10)))
     assert len({agent.name for agent in agents}) == 1
     assert agents[0].bio == ["An AI agent"]
 
@@ -477,11 +491,13 @@ async def test_delete_many_gives_the_number(db: DatabaseAdapter) -> None:
     assert [agent.id for agent in await db.get_agents_by_ids(ids)] == [ids[2]]
 
 
-async def test_cleanup_deletes_what_is_old_and_never_its_own(make_db: MakeAdapter) -> None:
+async def test_cleanup_deletes_what_is_old_and_never_its_own(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any]
+) -> None:
     db = await make_db()
     old = await db.create_agents([{"name": "old", "updated_at": LONG_AGO} for _ in range(3)])
     (recent,) = await db.create_agents([{"name": "new", "updated_at": datetime.now(timezone.utc) - timedelta(days=90)}])
-    await db.update_agent(db.agent_id, {"updated_at": LONG_AGO})
+    await raw.execute("UPDATE elizasql.agents SET updated_at = $2 WHERE id = $1", db.agent_id, LONG_AGO)
     deleted = await db.cleanup_agents(timedelta(days=365 * 20))
     # Agents of other tests may be as old.
     assert deleted >= 3

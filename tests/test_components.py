@@ -28,6 +28,7 @@ from elizasql import (
 from elizasql._statements import SQL
 
 from .conftest import MakeAdapter, Scene, make_scene
+from .locking import overtaken
 from .skew import ENOUGH, Skew
 from .test_entities import crowd, of, read_rows  # noqa: F401 - `crowd` is a fixture
 
@@ -216,6 +217,26 @@ async def test_concurrent_upserts_make_one(db: DatabaseAdapter, agent_world: Sce
     assert len({tuple(ids if n % 2 else ids[::-1]) for n, ids in enumerate(answers)}) == 1
 
 
+async def test_upsert_of_what_is_created_meanwhile_changes_it(
+    db: DatabaseAdapter, agent_world: Scene, raw: asyncpg.Connection[Any]
+) -> None:
+    """The server refuses it by the id, which is not the key that the upsert looks at."""
+    s, id = agent_world, uuid4()
+    columns = "(agent_id, id, entity_id, room_id, type, data)"
+    upsert = db.upsert_components([of_scene(s, id=id, data={"a": 2})])
+    stored_ids = await overtaken(
+        raw,
+        upsert,
+        (
+            f"INSERT INTO elizasql.components {columns} VALUES ($1, $2, $3, $4, 'not yet', '{{}}')",
+            *(db.agent_id, id, s.entity, s.room),
+        ),
+        ("UPDATE elizasql.components SET type = 't' WHERE agent_id = $1 AND id = $2", db.agent_id, id),
+    )
+    assert stored_ids == [id]
+    assert (await stored(db, id)).data == {"a": 2}
+
+
 # --- update and delete -----------------------------------------------------------------------------------------------
 
 
@@ -332,12 +353,14 @@ async def test_patch(db: DatabaseAdapter, agent_world: Scene, data: Any, ops: Op
         (op("set", "l.99999999999999999999", 1), "the array has 2 elements"),
         (op("set", "new.1", 1), "the array has 0 elements"),
         (op("increment", "l.2", 1), "a number is needed, and nothing is there"),
+        (op("increment", "huge", 1e308), "the sum is beyond the range of a double"),
+        (op("increment", "low", -1e308), "the sum is beyond the range of a double"),
     ],
 )
 async def test_a_patch_that_does_not_fit_changes_nothing(
     db: DatabaseAdapter, agent_world: Scene, bad: dict[str, Any], problem: str
 ) -> None:
-    data = {"n": 1, "s": "text", "nil": None, "o": {}, "l": [1, 2]}
+    data = {"n": 1, "s": "text", "nil": None, "o": {}, "l": [1, 2], "huge": 1.7e308, "low": -1.7e308}
     ids = await db.create_components([of_scene(agent_world, type=f"{n}", data=data) for n in range(2)])
     with pytest.raises(DataError) as caught:
         await db.patch_components(
@@ -381,6 +404,7 @@ async def test_bad_patches_are_refused_before_anything_is_sent(db: DatabaseAdapt
         *(op("increment", "a", value) for value in ("1", None, True, float("nan"), float("inf"), [1])),
         op("SET", "a", 1),
         op("merge", "a", 1),
+        {"op": [], "path": "a", "value": 1},
         {"path": "a", "value": 1},
         op("set", "a", object()),
         "set",

@@ -190,6 +190,13 @@ def test_unknown_setting() -> None:
     assert SECRET not in str(caught.value)
 
 
+@pytest.mark.parametrize("value", ["true", "TRUE", " true "])
+def test_row_isolation_of_the_original_is_refused(value: str) -> None:
+    with pytest.raises(ConfigurationError, match="ENABLE_DATA_ISOLATION"):
+        Config.load(environ={"ENABLE_DATA_ISOLATION": value})
+    assert Config.load(environ={"ENABLE_DATA_ISOLATION": "false"}) == Config()
+
+
 def test_configuration_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config.load().dsn = "postgres://x/y"  # type: ignore[misc]

@@ -116,6 +116,15 @@ async def test_further_settings(dsn: str) -> None:
         await db.close()
 
 
+async def test_settings_by_their_variables(dsn: str) -> None:
+    config = {"POSTGRES_URL": dsn, "PGLITE_DATA_DIR": "", "POSTGRES_POOL_MAX": "3", "ELIZASQL_INDEXING": ""}
+    db = await create_database_adapter(config, uuid4())
+    try:
+        assert (db.config.dsn, db.config.pool_max_size, db.config.indexing) == (dsn, 3, "background")
+    finally:
+        await db.close()
+
+
 @pytest.mark.parametrize("config", [{"postgresURL": NOWHERE}, {"poolSize": 3}, {"pool_size": 3}])
 async def test_unknown_key(config: dict[str, Any]) -> None:
     with pytest.raises(elizasql.ConfigurationError, match=next(iter(config))):
@@ -161,6 +170,12 @@ async def test_config_wins_over_the_runtime(dsn: str, opened: list[DatabaseAdapt
     await plugin.init({"postgresUrl": dsn, "indexing": "manual"}, runtime)
     assert runtime.asked == []
     assert opened[0].config.indexing == "manual"
+    await opened[0].close()
+
+
+async def test_an_empty_setting_is_none(dsn: str, opened: list[DatabaseAdapter]) -> None:
+    await plugin.init({"POSTGRES_URL": "", "indexing": "manual"}, Runtime({"POSTGRES_URL": dsn}))
+    assert (opened[0].config.dsn, opened[0].config.indexing) == (dsn, "manual")
     await opened[0].close()
 
 

@@ -154,6 +154,15 @@ async def test_update_changes_only_what_is_given(db: DatabaseAdapter) -> None:
     assert await found(db, id) == Entity(id, db.agent_id, [], {}, T0 + timedelta(1))
 
 
+async def test_a_time_of_creation_that_comes_back_in_milliseconds_stays(db: DatabaseAdapter) -> None:
+    given = Entity(id=uuid4(), names=["old"], created_at=T0 + timedelta(microseconds=1234))
+    assert given.id is not None
+    await db.create_entity(given)
+    await db.update_entity({**given.to_dict(), "names": ["new"]})
+    stored = await found(db, given.id)
+    assert (stored.names, stored.created_at) == (["new"], given.created_at)
+
+
 async def test_update_of_what_is_not_there(make_db: MakeAdapter) -> None:
     db = await make_db(batch_size=2)
     ids = await named(db, ["a"], ["b"], ["c"])

@@ -25,6 +25,7 @@ from elizasql import (
 from elizasql._statements import SQL
 
 from .conftest import MakeAdapter
+from .locking import overtaken
 from .skew import Skew, load
 
 T0 = datetime(2026, 1, 1, tzinfo=timezone.utc)
@@ -252,6 +253,18 @@ async def test_an_entry_that_waits_for_another_one_gives_its_id(
         assert not call.done(), "it did not wait"
     await transaction.commit()
     assert await call == id
+
+
+async def test_a_sender_that_is_listed_meanwhile_under_the_same_id(
+    db: DatabaseAdapter, raw: asyncpg.Connection[Any]
+) -> None:
+    """The server refuses it by the id, which is not the key that the statement looks at."""
+    given = entry("c", senderId="s")
+    insert = "INSERT INTO elizasql.pairing_allowlist (agent_id, id, channel, sender_id) VALUES ($1, $2, 'c', 'other')"
+    update = "UPDATE elizasql.pairing_allowlist SET sender_id = 's' WHERE agent_id = $1 AND id = $2"
+    about = db.agent_id, given["id"]
+    call = db.create_pairing_allowlist_entry(given)
+    assert await overtaken(raw, call, (insert, *about), (update, *about)) == given["id"]
 
 
 async def test_only_the_metadata_of_an_entry_change(db: DatabaseAdapter) -> None:

@@ -397,12 +397,14 @@ async def test_wrong_updates_are_named_before_anything_is_sent(
         {**pair, "updates": {"metadata": {"a": object()}}},
         {"entityId": agent_world.entity, "updates": {}},
         {**pair, "agentId": uuid4(), "updates": {}},
+        {**pair, "metadata": {"b": 1}, "updates": {}},
+        {**pair, "roomState": "MUTED", "updates": {"metadata": {}}},
         (agent_world.entity, agent_world.room),
     ]
     for bad in wrong:
         with pytest.raises(ArgumentError, match="pair at position 1"):
             await db.update_participants([good, bad])
-    wrong = [pair, {**pair, "state": "MUTED", "x": 1}, None]
+    wrong = [pair, {**pair, "state": "MUTED", "x": 1}, {**pair, "state": "MUTED", "metadata": {}}, None]
     for bad in wrong:
         with pytest.raises(ArgumentError, match="pair at position 0"):
             await db.update_participant_user_states([bad])

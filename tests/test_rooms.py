@@ -262,6 +262,18 @@ async def test_only_what_is_given_changes(db: DatabaseAdapter, full: Room) -> No
     assert await db.get_room(full.id) == wanted
 
 
+async def test_a_time_of_creation_that_comes_back_in_milliseconds_stays(db: DatabaseAdapter) -> None:
+    """Cut to milliseconds it would put the room before those of the same millisecond."""
+    exact = T0 + timedelta(microseconds=1234)
+    (id,) = await db.create_rooms([room(created_at=exact)])
+    stored = await db.get_room(id)
+    assert stored is not None
+    await db.update_room({**stored.to_dict(), "name": "new"})
+    stored.name = "new"
+    assert await db.get_room(id) == stored
+    assert stored.created_at == exact
+
+
 async def test_a_room_that_is_missing(db: DatabaseAdapter, full: Room) -> None:
     assert full.id is not None
     missing = uuid4()

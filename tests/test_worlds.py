@@ -158,6 +158,16 @@ async def test_only_what_is_given_changes(db: DatabaseAdapter, full: World) -> N
     assert await get(db, full.id) == wanted
 
 
+async def test_a_time_of_creation_that_comes_back_in_milliseconds_stays(db: DatabaseAdapter) -> None:
+    given = World(id=uuid4(), name="old", created_at=T0 + timedelta(microseconds=1234))
+    assert given.id is not None
+    await db.create_world(given)
+    await db.update_world({**given.to_dict(), "name": "new"})
+    stored = await db.get_world(given.id)
+    assert stored is not None
+    assert (stored.name, stored.created_at) == ("new", given.created_at)
+
+
 async def test_a_world_that_is_missing(make_db: MakeAdapter) -> None:
     db = await make_db(batch_size=2)
     ids = await db.create_worlds([World(name="old") for _ in range(5)])
