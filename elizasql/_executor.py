@@ -235,7 +235,9 @@ class Executor:
                     made = self._explain(error, name)
                     if outcome is Outcome.UNKNOWN:
                         outcome = lost
-                    if outcome is Outcome.UNKNOWN and not isinstance(made, (DeadlineError, ClosedError)):
+                    if outcome is Outcome.UNKNOWN and isinstance(made, (DeadlineError, ClosedError)):
+                        made.retryable = False  # it may have been done, and a second time would be once too often
+                    elif outcome is Outcome.UNKNOWN:
                         raise UnknownOutcomeError(
                             f"{made}; the statement was sent, and is done as a whole or not at all",
                             statement=name,
@@ -310,12 +312,12 @@ class Executor:
             if permit is not None and not is_answer(error, classify(error, sent=False, lost=True)):
                 self._breaker.fail(permit)
 
-        left = _left(deadline)
+        began = time.monotonic()
         try:
-            return await self.lane.acquire(left, late)
+            return await self.lane.acquire(_left(deadline), late)
         except PoolTimeoutError as error:
             raise PoolTimeoutError(
-                f"{name}: waited {min(left, self._config.connection_timeout):.3g} s for a connection; "
+                f"{name}: waited {time.monotonic() - began:.3g} s for a connection; "
                 f"all {self.lane.max_size} are in use",
                 statement=name,
             ) from error

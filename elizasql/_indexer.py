@@ -62,8 +62,9 @@ class Indexer:
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+            await asyncio.wait({task})  # a cancellation of the caller is the caller's
+            if not task.cancelled():
+                task.result()
 
     async def drain(self, progress: Callable[[int, int], None] | None = None) -> int:
         """Move everything that is in the tail now; give how many vectors moved.

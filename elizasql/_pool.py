@@ -40,6 +40,8 @@ Late = Callable[[Exception], None] | None
 def session_settings(config: Config) -> dict[str, str]:
     """Give the settings of every pooled connection.
 
+    `default_transaction_isolation`: the check for near-duplicates has to see what was committed while it waited, and a
+    database may have been given another default.
     `hnsw.iterative_scan`: without it a filtered search returns fewer rows than asked for. `relaxed_order`: the exact
     ranking behind it puts the rows in order, and `strict_order` drops rows that come late (recall 0.91 instead of 0.97
     for the 300 nearest of 6,000). `scan_mem_multiplier`: with work_mem alone the scan may stop early.
@@ -48,6 +50,7 @@ def session_settings(config: Config) -> dict[str, str]:
     """
     return {
         "application_name": config.application_name,
+        "default_transaction_isolation": "read committed",
         "enable_seqscan": "off",
         "enable_sort": "off",
         "hnsw.ef_search": str(config.ef_search),
@@ -176,11 +179,14 @@ class Lane:
         max_size: Most connections.
     """
 
-    def __init__(self, dsn: str, config: Config, vector_schema: str, *, max_size: int, min_size: int) -> None:
+    def __init__(
+        self, dsn: str, config: Config, vector_schema: str, *, max_size: int, min_size: int, patient: bool = False
+    ) -> None:
         self._dsn = dsn
         self._config = config
         self._vector_schema = vector_schema
         self._min_size = min_size
+        self._patient = patient
         self._out = 0  # taken from asyncpg's pool: in use, kept, or on their way back
         self._kept: list[Any] = []
         self._waiters: deque[asyncio.Future[Any]] = deque()
@@ -257,7 +263,9 @@ class Lane:
         """Give a connection, and whether it was used before.
 
         Args:
-            timeout: Seconds to wait for one to become free, or to be made.
+            timeout: Seconds to wait for one to become free, or to be made. Nobody waits for the server longer than
+                `connection_timeout`, and in a lane that is not patient nobody waits for other calls longer either. A
+                call that builds an index has its connection for minutes: who has the time waits for it.
             late: Called with what asyncpg raised when it connected, where nobody waits for that any more.
 
         Raises:
@@ -265,12 +273,13 @@ class Lane:
             TimeoutError: None was made in that time.
             Exception: What asyncpg raised when it connected.
         """
-        until = time.monotonic() + min(timeout, self._config.connection_timeout)
+        at_most = self._config.connection_timeout
+        until = time.monotonic() + (timeout if self._patient else min(timeout, at_most))
         while True:
             if (connection := self.take()) is not None:
                 return connection, True
             if self._out < self.max_size:
-                return await self._take(until, late)
+                return await self._take(min(until, time.monotonic() + at_most), late)
             connection = await self._wait(until)
             if connection is not None:
                 return connection, True

@@ -84,7 +84,7 @@ class Connections:
             ).open()
             try:
                 self.background = await Lane(
-                    address, config, schema, max_size=config.background_pool_size, min_size=0
+                    address, config, schema, max_size=config.background_pool_size, min_size=0, patient=True
                 ).open()
             except BaseException:
                 self.interactive.terminate()

@@ -29,6 +29,7 @@ import time
 import weakref
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -111,7 +112,7 @@ class Tier:
         not_before: When it may be loaded, by `time.monotonic`.
         large_until: Until when it counts as one that has more rows than are searched as a whole, while there is no
             matrix, by `time.monotonic`.
-        catching_up: Held by whoever reads many changes.
+        catching_up: Done when whoever reads many changes has ended.
         loaded_size: Rows that the load found.
         dropped: Rows that were found to be gone since.
     """
@@ -140,7 +141,8 @@ class Tier:
         self.loading: asyncio.Task[None] | None = None
         self.not_before = 0.0
         self.large_until = 0.0
-        self.catching_up = asyncio.Lock()
+        # Not a lock: one that was waited for holds its event loop, which holds the tier.
+        self.catching_up: asyncio.Future[None] | None = None
         self.loaded_size = 0
         self.dropped = 0
 
@@ -268,6 +270,8 @@ class Resident:
     def forget(self) -> None:
         """Let go of what is held: the agent has moved to another width."""
         for tier in self._tiers.values():
+            if tier.loading is not None:
+                tier.loading.cancel()
             self._give_up(tier, 0.0)
         self._tiers.clear()
 
@@ -381,9 +385,13 @@ class Resident:
 
     async def _catch_up(self, tier: Tier, matrix: Matrix, seen: Snapshot, executor: Executor, kind: str) -> None:
         """Read and merge what has changed since `seen`; of several that want it, one does."""
-        async with tier.catching_up:
-            if tier.matrix is not matrix or tier.seen is not seen:
-                return
+        if tier.catching_up is not None:
+            await asyncio.wait({tier.catching_up})
+            return
+        if tier.matrix is not matrix or tier.seen is not seen:
+            return
+        tier.catching_up = asyncio.get_running_loop().create_future()
+        try:
             most = _CHANGES_BYTES // (4 * matrix.dimension)
             row = await executor.fetch_row(
                 SQL.at("read_resident_changes", matrix.dimension),
@@ -399,6 +407,9 @@ class Resident:
                 self._merge(tier, kind, row["seen"], row["content"])
             else:
                 self._give_up(tier, _CALM)
+        finally:
+            tier.catching_up.set_result(None)
+            tier.catching_up = None
 
     def _give_up(self, tier: Tier, seconds: float) -> None:
         """Let go of what a tier holds, and leave it at that for a while."""
@@ -436,7 +447,12 @@ class Resident:
         if tier.loading is None and not self._closed:
             tier.loading = spawn(self._load(tier, kind, dimension, scope), "elizasql-resident-load")
             self._tasks.add(tier.loading)
-            tier.loading.add_done_callback(self._tasks.discard)
+            tier.loading.add_done_callback(partial(self._end_load, tier))
+
+    def _end_load(self, tier: Tier, task: asyncio.Task[None]) -> None:
+        """Take note that a load has ended, also one that was cancelled before it began to run."""
+        self._tasks.discard(task)
+        tier.loading = None
 
     async def _load(self, tier: Tier, kind: str, dimension: int, scope: Scope | None) -> None:
         try:
@@ -447,33 +463,25 @@ class Resident:
             tier.not_before = time.monotonic() + _FAILED
         except IncomparableError:
             tier.not_before = time.monotonic() + _TOO_LARGE
-        finally:
-            tier.loading = None
 
     async def _read(self, tier: Tier, kind: str, dimension: int, scope: Scope | None) -> None:
-        """Read a type page by page, each in a snapshot of its own; what it holds then counts as seen by the first.
+        """Measure a type, then read it page by page, each in a snapshot of its own; all counts as seen by the first.
 
         A row that is written meanwhile moves to a later page, and is a change for the first search in any case.
         """
+        about = {"agent_id": self._agent_id, "type": kind}
+        first = await self._background.fetch_row(
+            SQL["measure_resident"], most=self._budget // (4 * dimension) + 1, **about
+        )
+        assert first is not None
+        if not await self._fits(tier, first, kind, dimension, scope):
+            return
         statement = SQL.at("load_resident", dimension)
         page_size = _PAGE_BYTES // (4 * dimension)
-        after, matrix, first = 0, None, None
+        after, matrix = 0, Matrix(dimension, first["size"])
         while True:
-            page = await self._background.fetch_row(
-                statement,
-                agent_id=self._agent_id,
-                type=kind,
-                after=after,
-                page_size=page_size,
-                most=self._budget // (4 * dimension) + 1 if first is None else 0,
-            )
+            page = await self._background.fetch_row(statement, after=after, page_size=page_size, **about)
             assert page is not None
-            if first is None:
-                first = page
-                if not await self._fits(tier, page, kind, dimension, scope):
-                    return
-                matrix = Matrix(dimension, page["size"])
-            assert matrix is not None
             if page["life"] != first["life"]:
                 tier.not_before = time.monotonic() + 1.0
                 return
@@ -494,21 +502,21 @@ class Resident:
             _shelves[asyncio.get_running_loop()].filled.add(tier)
         self.stats.loads += 1
 
-    async def _fits(self, tier: Tier, page: Mapping[str, Any], kind: str, dimension: int, scope: Scope | None) -> bool:
-        """Tell by the first page whether to go on, and make room."""
-        needed = Matrix.estimate(dimension, page["size"])
-        if not page["numbers_transactions"] or needed > self._budget:
+    async def _fits(self, tier: Tier, found: Mapping[str, Any], kind: str, dimension: int, scope: Scope | None) -> bool:
+        """Tell by what `measure_resident` found whether to go on, and make room."""
+        needed = Matrix.estimate(dimension, found["size"])
+        if not found["numbers_transactions"] or needed > self._budget:
             self._give_up(tier, _TOO_LARGE)
             return False
         most = self._most(dimension)
-        if page["size"] > most and tier.matrix is None:
+        if found["size"] > most and tier.matrix is None:
             # From here on only searches of a part count; as many of them must be asked, and the last is the sample.
             known, tier.large_until = time.monotonic() < tier.large_until, time.monotonic() + _TOO_LARGE
             asked = known or self._mode == "required"
             if scope is None or not asked or not self._least <= await self._count(kind, scope) <= most:
                 tier.asked = 0
                 return False
-        if page["size"] < self._least:
+        if found["size"] < self._least:
             self._give_up(tier, _TOO_SMALL)
             return False
         return self._make_room(tier, needed)

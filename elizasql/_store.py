@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from uuid import UUID
 
 import asyncpg
@@ -49,7 +49,7 @@ class Store:
         values: Iterable[object],
         *,
         new_ids: bool = True,
-        first_wins: bool = True,
+        twice: Literal["first", "last", "together"] = "first",
         read: Callable[[Any], dict[str, Any]] | None = None,
     ) -> tuple[list[UUID], list[dict[str, Any]]]:
         """Check a batch before any I/O.
@@ -58,7 +58,7 @@ class Store:
             kind: The model.
             values: Models or mappings.
             new_ids: Make an id for whatever has none; otherwise that is an error.
-            first_wins: Of two rows with one id, which one counts.
+            twice: Of two rows with one id, which one counts; "together": what the later one sets, over the earlier.
             read: How a value is read; None: as the model does.
 
         Returns:
@@ -83,8 +83,10 @@ class Store:
                     raise ArgumentError(f"{kind.__name__} at position {position}: id is missing")
                 row["id"] = _codecs.new_id()
             ids.append(row["id"])
-            if first_wins:
+            if twice == "first":
                 rows.setdefault(row["id"], row)
+            elif twice == "together" and row["id"] in rows:
+                rows[row["id"]] |= {name: field for name, field in row.items() if field is not None}
             else:
                 rows[row["id"]] = row
         return ids, list(rows.values())

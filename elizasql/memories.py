@@ -6,7 +6,8 @@ import time
 from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from numbers import Real
+from typing import Any, Literal
 from uuid import UUID
 
 from rapidfuzz import process
@@ -274,7 +275,7 @@ class Memories(Store):
 
         Statement: sql/memories.sql upsert_memories. One round trip a chunk. Source: upsertMemories.
         """
-        ids, rows = self._read_memories(memories, table_name, None, first_wins=False)
+        ids, rows = self._read_memories(memories, table_name, None, twice="last")
         if not rows:
             return []
         given = await self._width_of(rows)
@@ -308,7 +309,7 @@ class Memories(Store):
     async def update_memories(
         self, memories: Iterable[Memory | Mapping[str, Any]], *, timeout: float | None = None
     ) -> None:
-        """Change memories as `update_memory` does, all or none.
+        """Change memories as `update_memory` does, all or none; changes of one memory are put together.
 
         Raises:
             NotFoundError: A memory does not exist; names it. Nothing was changed.
@@ -318,7 +319,7 @@ class Memories(Store):
         await self._update(memories, required=True)
 
     async def _update(self, memories: Iterable[Memory | Mapping[str, Any]], *, required: bool) -> list[Any]:
-        _, rows = self._read_all(Memory, memories, new_ids=False, first_wins=False, read=self._reader(Memory.read))
+        _, rows = self._read_all(Memory, memories, new_ids=False, twice="together", read=self._reader(Memory.read))
         if not rows:
             return []
         rows.sort(key=lambda row: row["id"].int)
@@ -782,9 +783,9 @@ class Memories(Store):
         table_name: str | None,
         unique: bool | None,
         *,
-        first_wins: bool = True,
+        twice: Literal["first", "last"] = "first",
     ) -> tuple[list[UUID], list[dict[str, Any]]]:
-        return self._read_all(Memory, memories, first_wins=first_wins, read=self._memory_reader(table_name, unique))
+        return self._read_all(Memory, memories, twice=twice, read=self._memory_reader(table_name, unique))
 
     def _memory_reader(self, table_name: str | None, unique: bool | None) -> Callable[[Any], dict[str, Any]]:
         """Give what reads one memory that is to be created."""
@@ -1003,9 +1004,11 @@ def _path(scope: Mapping[str, Any]) -> str | None:
 def _threshold(value: float | None) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1 <= value <= 1:
+    # Any: a scalar of numpy is a real number, too, and no float to a type checker.
+    number: Any = value
+    if isinstance(number, bool) or not isinstance(number, Real) or not -1 <= float(number) <= 1:
         raise ArgumentError(f"match_threshold must be between -1 and 1, not {value!r:.40}")
-    return float(value)
+    return float(number)
 
 
 def _cursor(cursor: Memory | Mapping[str, Any] | tuple[datetime, UUID] | None) -> tuple[datetime | None, UUID | None]:

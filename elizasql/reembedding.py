@@ -114,7 +114,8 @@ class Reembedding(Store):
             EmbeddingDimensionError: The agent has no width yet.
             EmbeddingError: `embed` gave another shape, or a vector that cannot be stored. What it raises itself comes
                 as it is. What was stored before stays for the next run.
-            ReembeddingError: A move to another width or by another model is under way (`abandon_reembedding` ends it),
+            ReembeddingError: A move to another width or by another model is under way (`abandon_reembedding` ends it);
+                another run of this move was begun meanwhile with another `skip_missing`;
                 or memories have a vector and no text: `missing` lists them.
             NotFoundError: The agent does not exist.
 
@@ -130,7 +131,7 @@ class Reembedding(Store):
         size = _codecs.as_count(batch_size, "batch_size", least=1)
         skips = _codecs.as_bool(skip_missing, "skip_missing")
         began = time.monotonic()
-        locked, source, coming = await self._look_at_move()
+        locked, source, coming, _ = await self._look_at_move()
         embedded, dropped, skipped = 0, 0, list[UUID]()
         if source is not None and coming is None:  # the end of a move that was broken off
             dropped, skipped = await self._drop_leaving(source)
@@ -170,15 +171,15 @@ class Reembedding(Store):
         """
         self._refuse_in_transaction("abandon_reembedding")
         await self._background.execute(SQL["abandon_reembedding"], agent_id=self.agent_id)
-        _, source, _ = await self._look_at_move()
+        _, source, _, _ = await self._look_at_move()
         return 0 if source is None else (await self._drop_leaving(source))[0]
 
-    async def _look_at_move(self) -> tuple[int | None, int | None, int | None]:
-        """Give the width in force, and of the move under way the width that goes and the one that comes."""
+    async def _look_at_move(self) -> tuple[int | None, int | None, int | None, bool | None]:
+        """Give the width in force, and of the move under way the width that goes, the one that comes, and its skips."""
         row = await self._background.fetch_row(SQL["get_reembedding"], agent_id=self.agent_id)
         if row is None:
             raise NotFoundError(f"no such agent: {self.agent_id}; call ensure_agent_exists() first")
-        return row["locked"], row["source"], row["target"]
+        return row["locked"], row["source"], row["target"], row["skip_missing"]
 
     async def _drop_leaving(self, source: int) -> tuple[int, list[UUID]]:
         """Drop the vectors that are not in force; give how many there were, and whose memories have none now."""
@@ -186,13 +187,14 @@ class Reembedding(Store):
         bare = await self._background.fetch(SQL["get_left_behind"], source=source, **about)
         dropped, first = 0, _FIRST
         while True:
-            rows = await self._background.fetch(
+            row = await self._background.fetch_row(
                 SQL["drop_leaving_embeddings"], first=first, batch_size=_DROPPED_AT_ONCE, **about
             )
-            dropped += len(rows)
-            if len(rows) < _DROPPED_AT_ONCE:
+            assert row is not None
+            dropped += row["dropped"]
+            if row["last"] is None:
                 break
-            first = _after(rows[-1]["memory_id"])
+            first = _after(row["last"])
         await self._background.execute(SQL["end_reembedding"], **about)
         await self._background.execute(SQL["refresh_statistics"], **about)
         return dropped, [row["memory_id"] for row in bare]
@@ -242,12 +244,17 @@ class _Move:
 
     async def _goes_on(self) -> bool:
         """Tell whether the switch is still to come."""
-        locked, _, coming = await self._store._look_at_move()
+        locked, _, coming, skips = await self._store._look_at_move()
         if self._target not in (locked, coming):
             raise ReembeddingError(
                 f"the move of agent {self._store.agent_id} to {self._target} dimensions was abandoned"
                 if coming is None
                 else f"agent {self._store.agent_id} is on its way from {locked} to {coming} dimensions"
+            )
+        if locked != self._target and skips != self._skip_missing:
+            # The server goes by what was said last, and might refuse this run's switch for ever.
+            raise ReembeddingError(
+                f"another run of the move of agent {self._store.agent_id} was begun with skip_missing={skips}"
             )
         return locked != self._target
 

@@ -10,7 +10,8 @@
 SELECT
     a.embedding_dimension AS locked,
     r.source,
-    r.target
+    r.target,
+    r.skip_missing
 FROM elizasql.agents AS a
 LEFT JOIN elizasql.reembeddings AS r ON a.id = r.agent_id
 WHERE a.id = :agent_id;
@@ -201,9 +202,10 @@ WHERE
     )
 ORDER BY leaving.memory_id;
 
--- name: drop_leaving_embeddings(agent_id, first, batch_size)
--- Drops the next vectors of the width that goes, in the order of their memories' ids, and gives these.
--- Not repeatable: a second run drops the ones behind them.
+-- name: drop_leaving_embeddings(agent_id, first, batch_size)^
+-- Drops the next vectors of the width that goes, in the order of their memories' ids; gives how many, and the last id that
+-- was looked at, NULL behind the end: one that somebody else deletes meanwhile is not among those that were dropped.
+-- Not repeatable: a second run does not count them.
 WITH leaving AS (
     SELECT
         r.source
@@ -228,8 +230,9 @@ dropped AS (
     RETURNING memory_id
 )
 
-SELECT memory_id FROM dropped
-ORDER BY memory_id;
+SELECT
+    (SELECT count(*) FROM dropped) AS dropped,
+    (SELECT memory_id FROM batch ORDER BY memory_id DESC LIMIT 1) AS last;
 
 -- name: end_reembedding(agent_id)!
 DELETE FROM elizasql.reembeddings AS r

@@ -12,9 +12,8 @@
 -- A row travels as id, room, world, entity (nil for none), flags (1: unique, 2, 4, 8: has a room, a world, an entity) and
 -- the vector. `life` names the server's life: after a crash, a failover or a restore transactions are numbered anew.
 
--- name: load_resident(agent_id, type, after, page_size, most)
--- A page of the rows of a type, in the order in which they were written: those after the transaction `after`, and all
--- that the last transaction on the page wrote. `size`: how many there are, `most` at most.
+-- name: measure_resident(agent_id, type, most)^
+-- What a load begins with: `size`, how many rows there are, `most` at most, so that what is too large is not even read.
 SELECT
     pg_current_snapshot() AS seen,
     concat_ws(
@@ -30,7 +29,16 @@ SELECT
             WHERE agent_id = :agent_id AND type = :type
             LIMIT :most::bigint
         ) AS counted
-    ) AS size,
+    ) AS size;
+
+-- name: load_resident(agent_id, type, after, page_size)^
+-- A page of the rows of a type, in the order in which they were written: those after the transaction `after`, and all
+-- that the last transaction on the page wrote.
+SELECT
+    concat_ws(
+        ' ', pg_postmaster_start_time(), pg_stat_get_bgwriter_stat_reset_time(),
+        pg_relation_filepath('elizasql.agents')
+    ) AS life,
     count(*) AS number,
     max(xid) AS last,
     string_agg(
