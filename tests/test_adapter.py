@@ -433,7 +433,12 @@ async def test_setting_that_is_not_in_force(dsn: str, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(_pool, "session_settings", dropped)
     # Where the server's own default is what we want.
-    other = {"TimeZone": "Asia/Tokyo", "jit": "on", "idle_in_transaction_session_timeout": "30s"}
+    other = {
+        "TimeZone": "Asia/Tokyo",
+        "jit": "on",
+        "idle_in_transaction_session_timeout": "30s",
+        "default_transaction_isolation": "serializable",
+    }
     address = with_query(dsn, **{name: other[name]}) if name in other else dsn
     with nothing_left(), pytest.raises(elizasql.ConfigurationError, match=rf"does not apply {name}:"):
         await elizasql.open(agent_id=uuid4(), dsn=address, pool_min_size=0)

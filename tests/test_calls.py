@@ -90,6 +90,32 @@ async def test_limit_bounds_the_wait_for_a_connection(make_db: MakeAdapter) -> N
     assert await db.get_memory_by_id(uuid4(), timeout=5) is None
 
 
+async def test_background_work_waits_for_other_background_work(make_db: MakeAdapter) -> None:
+    """Who builds an index has a connection for longer than a caller would wait for one."""
+    db = await make_db(pool_max_size=1, background_pool_size=1, connection_timeout=0.1)
+    ours, theirs = (await db._background.lane.acquire(5))[0], (await db._executor.lane.acquire(5))[0]
+    patient = asyncio.ensure_future(db.index_memories())
+    with pytest.raises(elizasql.PoolTimeoutError):
+        await db.get_memory_by_id(uuid4())
+    db._executor.lane.keep(theirs)
+    assert not patient.done()
+    db._background.lane.keep(ours)
+    assert await patient == 0
+
+
+async def test_a_write_that_ran_into_its_limit_says_whether_it_may_be_repeated(
+    db: DatabaseAdapter, raw: asyncpg.Connection[Any]
+) -> None:
+    id = await db.create_memory(memory(), "messages")
+    async with locked(raw, id):
+        with pytest.raises(elizasql.DeadlineError) as caught:
+            await db.update_memory(memory("y", id=id), timeout=0.2)
+        assert caught.value.retryable
+        with pytest.raises(elizasql.DeadlineError) as caught:
+            await db.delete_memory(id, timeout=0.2)
+        assert not caught.value.retryable, "a second time would give another number"
+
+
 async def test_limit_bounds_the_tries(make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wait that would reach beyond it is not begun: the caller gets the error that there is."""
     db = await make_db()

@@ -144,6 +144,15 @@ async def test_close_ends_the_task_in_the_middle_of_its_work(
     assert await other.index_memories() == left
 
 
+async def test_stopping_leaves_a_cancellation_to_its_caller(make_db: MakeAdapter) -> None:
+    db = await make_db(indexing="background")
+    stopping = asyncio.ensure_future(db._indexer.stop())
+    await asyncio.sleep(0)  # it waits for the task now
+    stopping.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await stopping
+
+
 async def test_trouble_is_logged_and_the_next_look_goes_on(
     make_db: MakeAdapter,
     raw: asyncpg.Connection[Any],

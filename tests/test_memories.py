@@ -467,6 +467,22 @@ async def test_update_replaces_and_adds_vectors(db: DatabaseAdapter, agent_world
     assert (await db.search_memories(embedding=vector(1), table_name="messages", count=1))[0].similarity < 0.9  # type: ignore[operator]
 
 
+async def test_changes_of_one_memory_in_several_places_are_put_together(
+    db: DatabaseAdapter, agent_world: Scene
+) -> None:
+    id = await db.create_memory(memory(agent_world, "a"), "messages")
+    await db.update_memories(
+        [
+            {"id": id, "content": {"text": "first"}, "unique": False},
+            {"id": id, "metadata": {"b": 1}, "content": None},
+            {"id": id, "metadata": {"c": 2}},
+        ]
+    )
+    stored = await db.get_memory_by_id(id)
+    assert stored is not None
+    assert (stored.content, stored.metadata, stored.unique) == ({"text": "first"}, {"c": 2}, False)
+
+
 async def test_updates_of_unknown_memories(db: DatabaseAdapter, agent_world: Scene) -> None:
     id = await db.create_memory(memory(agent_world, "a"), "messages")
     unknown = uuid4()

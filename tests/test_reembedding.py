@@ -26,11 +26,11 @@ from elizasql import (
     EmbeddingError,
     NotFoundError,
     ReembeddingError,
-    TransactionError,
 )
 from elizasql import reembedding as module
 
 from .conftest import MakeAdapter, Scene, make_scene
+from .locking import blocked_pid
 from .reembed_worker import embedder, vector_of
 from .test_dimension_lock import until_waiting
 
@@ -683,6 +683,50 @@ async def test_cleaning_up_that_was_broken_off_is_finished_by_the_next_run(
 # --- raw SQL ---------------------------------------------------------------------------------------------------------
 
 
+async def test_what_is_deleted_meanwhile_does_not_end_the_cleaning_up(
+    db: DatabaseAdapter, raw: Raw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch gives one less than it looked at."""
+    monkeypatch.setattr(module, "_DROPPED_AT_ONCE", 10)
+    ids = sorted(await remember(db, 25))
+    fetch_row, transaction = db._background.fetch_row, raw.transaction()
+
+    async def overtaken(statement: Any, **params: Any) -> Any:
+        call = asyncio.ensure_future(fetch_row(statement, **params))
+        if statement.name == "drop_leaving_embeddings" and params["first"] == UUID(int=0):
+            await blocked_pid(raw, call)
+            await transaction.commit()
+        return await call
+
+    drop_leaving = db._drop_leaving
+
+    async def begin_to_delete(source: int) -> Any:
+        await transaction.start()
+        await raw.execute("DELETE FROM elizasql.memories WHERE agent_id = $1 AND id = $2", db.agent_id, ids[3])
+        return await drop_leaving(source)
+
+    monkeypatch.setattr(db._background, "fetch_row", overtaken)
+    monkeypatch.setattr(db, "_drop_leaving", begin_to_delete)
+    done = await db.reembed(NEW, embedder(NEW))
+    assert (done.dimension, done.dropped) == (NEW, 24)
+    assert [set(found) for found in (await vectors(raw, db.agent_id)).values()] == [{NEW}] * 24
+    assert await raw.fetchval("SELECT count(*) FROM elizasql.reembeddings WHERE agent_id = $1", db.agent_id) == 0
+
+
+async def test_another_run_that_says_otherwise_about_what_has_no_text(db: DatabaseAdapter, raw: Raw) -> None:
+    """The server goes by the later one: this one's switch could be refused for ever."""
+    await remember(db, 3)
+    await db.create_memory(memory(None), "messages")
+
+    async def embed(texts: list[str]) -> Any:
+        await raw.execute("UPDATE elizasql.reembeddings SET skip_missing = FALSE WHERE agent_id = $1", db.agent_id)
+        return embedder(NEW)(texts)
+
+    with pytest.raises(ReembeddingError, match="skip_missing=False"):
+        await db.reembed(NEW, embed, skip_missing=True)
+    assert await db.get_embedding_dimension() == OLD
+
+
 async def test_raw_sql_cannot_switch_too_early_nor_write_what_is_not_in_force(db: DatabaseAdapter, raw: Raw) -> None:
     ids = sorted(await remember(db, 6))
     await broken_off(db, NEW, 2)
@@ -724,16 +768,15 @@ async def test_raw_sql_cannot_switch_too_early_nor_write_what_is_not_in_force(db
     assert await check_end(raw, db.agent_id) == 6
 
 
-async def test_a_server_with_another_isolation_level_says_so(
-    db: DatabaseAdapter, make_db: MakeAdapter, dsn: str
-) -> None:
+async def test_the_isolation_level_is_ours(db: DatabaseAdapter, make_db: MakeAdapter, dsn: str) -> None:
+    """Under another one the checks for near-duplicates and of the switch would miss what was committed meanwhile."""
     await remember(db, 3)
     setting = "default_transaction_isolation=repeatable%20read"
-    strict = await make_db(db.agent_id, dsn=f"{dsn}{'&' if '?' in dsn else '?'}{setting}")
-    with pytest.raises(TransactionError, match="read committed"):
-        await strict.reembed(NEW, embedder(NEW))
-    assert await db.get_embedding_dimension() == OLD
-    assert (await db.reembed(NEW, embedder(NEW))).dropped == 3
+    strict = await make_db(db.agent_id, dsn=f"{dsn}{'&' if '?' in dsn else '?'}{setting}", pool_max_size=6)
+    alike = [memory("the same", unique=None) for _ in range(6)]
+    await asyncio.gather(*(strict.create_memory(each, "thoughts") for each in alike))
+    assert [each.unique for each in await db.get_memories(table_name="thoughts")].count(True) == 1
+    assert (await strict.reembed(NEW, embedder(NEW))).dropped == 9
 
 
 async def test_raw_sql_may_switch_what_is_complete(db: DatabaseAdapter, raw: Raw, monkeypatch: Any) -> None:
@@ -745,7 +788,11 @@ async def test_raw_sql_may_switch_what_is_complete(db: DatabaseAdapter, raw: Raw
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
         patch.setattr(module._Move, "_switch", end)
         await db.reembed(NEW, embedder(NEW))
-    await raw.execute("UPDATE elizasql.agents SET embedding_dimension = $1 WHERE id = $2", NEW, db.agent_id)
+    switch = "UPDATE elizasql.agents SET embedding_dimension = $1 WHERE id = $2", NEW, db.agent_id
+    with pytest.raises(asyncpg.PostgresError, match="read committed"):
+        async with raw.transaction(isolation="repeatable_read"):
+            await raw.execute(*switch)
+    await raw.execute(*switch)
     assert (await db.reembed(NEW, embedder(NEW))).dropped == 4
     await check_end(raw, db.agent_id)
 

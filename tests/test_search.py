@@ -273,7 +273,7 @@ async def test_threshold_count_and_ties(db: DatabaseAdapter, agent_world: Scene)
     assert await ids(count=5) == sorted(same)[:5]
     assert await ids(limit=5) == sorted(same)[:5]
     assert await ids() == [*sorted(same), across, opposite]
-    assert await ids(match_threshold=0.5) == sorted(same)
+    assert await ids(match_threshold=0.5) == await ids(match_threshold=np.float32(0.5)) == sorted(same)
     # 0 is a threshold, None is none.
     assert await ids(match_threshold=0) == [*sorted(same), across]
     assert await ids(match_threshold=-1) == [*sorted(same), across, opposite]
