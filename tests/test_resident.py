@@ -759,8 +759,9 @@ async def test_tiers_go_with_their_loop(dsn: str) -> None:
                 assert db._resident.snapshot()["bytes"] > before
                 # Some searches wait for the one that reads what has changed.
                 changes = [Memory(content={}, embedding=vector, unique=True) for vector in some_vectors(100)]
-                await db.create_memories(changes, TABLE)
-                await asyncio.gather(*(db.search_memories(embedding=vector, table_name=TABLE) for _ in range(5)))
+                for written in ([], changes):  # the first time for the connections
+                    await db.create_memories(written, TABLE)
+                    await asyncio.gather(*(db.search_memories(embedding=vector, table_name=TABLE) for _ in range(5)))
                 assert db._resident.stats.deltas == 1
 
         asyncio.run(main())
