@@ -63,8 +63,8 @@ _ROUNDS = 6
 # so that a script which asks a few times does not pay for it; whoever asks that often goes on asking.
 _LOAD_AFTER = 16
 
-# So many components a search compares here, in half a millisecond: measured, 25,000 vectors of 384 dimensions took 0.64
-# times what they take in the database, 50,000 0.72 times, 100,000 as long; of 1536 dimensions 10,000 as long.
+# So many components a search compares here, in a millisecond at most: measured, 25,000 vectors of 384 dimensions took
+# 0.64 times what they take in the database, 50,000 0.72 times, 100,000 as long; of 1536 dimensions 10,000 as long.
 _MOST_COMPONENTS = 40_000 * 384
 
 # In "auto" fewer rows than this, of a type or in the scope of a search, are left to the database, which compares them
