@@ -1,4 +1,4 @@
-"""The fastest and most trustworthy way to give an AI agent its memory on PostgreSQL.
+"""The memory of an AI agent on PostgreSQL: raw SQL, performance first.
 
 import elizasql
 

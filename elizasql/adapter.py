@@ -101,7 +101,7 @@ class DatabaseAdapter(
         self._indexer.wake()
 
     async def is_ready(self, *, timeout: float | None = None) -> bool:
-        """Tell whether the server answers, by one try.
+        """Tell whether the server answers, by one try; False, too, in another event loop and after `close`.
 
         Statement: sql/server.sql ping. Source: isReady.
         """
@@ -170,6 +170,9 @@ class DatabaseAdapter(
                 agents in the same partition scan exactly what is theirs, and their writes of vectors wait. 100,000
                 vectors take about a minute.
             timeout: Seconds for the whole of it; None: an hour.
+
+        Raises:
+            PermissionDeniedError: `rebuild` is True, and the role does not own the tables.
 
         Statement: sql/embeddings.sql index_embeddings, one round trip a batch; or drop_index and build_index.
         """
@@ -308,7 +311,7 @@ async def open(  # noqa: A001
 async def connect(
     *, agent_id: UUID | str, dsn: str | None = None, data_dir: Any = None, **settings: Any
 ) -> AsyncIterator[DatabaseAdapter]:
-    """Open an agent's memory for the time of a `async with` block. Takes and raises what `open` does."""
+    """Open an agent's memory for the time of an `async with` block. Takes and raises what `open` does."""
     adapter = await open(agent_id=agent_id, dsn=dsn, data_dir=data_dir, **settings)
     try:
         yield adapter

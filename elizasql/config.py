@@ -25,7 +25,7 @@ def _number(kind: type[int] | type[float], least: float) -> Callable[[Any], Any]
         if isinstance(value, float) and number != value:
             raise ValueError("must be a whole number")
         if not least <= number < 1e9:
-            raise ValueError(f"must be at least {least:g} and below a thousand million")
+            raise ValueError(f"must be at least {least:g} and below 1,000,000,000")
         return number
 
     return parse
@@ -103,7 +103,9 @@ class Config:
         migrate: Apply pending migrations at open. [ELIZASQL_MIGRATE]
         migration_dsn: Direct connection for migrations and notifications when `dsn` goes through a pooler.
             [ELIZASQL_MIGRATION_URL]
-        pool_max_size: Most connections of this process. [POSTGRES_POOL_MAX]
+        pool_max_size: Most connections for calls, of the adapters of one event loop with the same address and settings
+            of the connection. Each adapter of `elizasql.sync` has a loop of its own; each `wait_for_tasks` takes one
+            more. [POSTGRES_POOL_MAX]
         pool_min_size: Connections kept open when idle. [POSTGRES_POOL_MIN]
         pool_idle_timeout: Seconds after which an idle connection is closed. [ELIZASQL_POOL_IDLE_TIMEOUT]
         background_pool_size: Connections besides, for the indexer and other work that nobody waits for.
@@ -111,7 +113,7 @@ class Config:
         prepared_statements: False behind a pooler that cannot keep them apart, such as PgBouncer before 1.21 in
             transaction mode. [ELIZASQL_PREPARED_STATEMENTS]
         connection_timeout: Seconds to wait for a new or a pooled connection. [ELIZASQL_CONNECTION_TIMEOUT]
-        timeout: Seconds that a call may take altogether, waits and retries included; every method takes its own.
+        timeout: Seconds that a call may take altogether, waits and retries included; most methods take their own.
             [ELIZASQL_TIMEOUT]
         max_retries: Tries of a call in all, the first included; 1: none is made again. [ELIZASQL_MAX_RETRIES]
         base_delay: Seconds before the second try; doubles with every further one. [ELIZASQL_BASE_DELAY]
@@ -124,11 +126,12 @@ class Config:
         slow_call: Seconds from which a call is logged as slow. [ELIZASQL_SLOW_CALL]
         telemetry: Spans and durations through OpenTelemetry, where it is installed. [ELIZASQL_TELEMETRY]
         handle_signals: Shut down in order at SIGTERM when the application does not handle it. [ELIZASQL_HANDLE_SIGNALS]
-        indexing: Who moves new vectors into the HNSW index. [ELIZASQL_INDEXING]
+        indexing: Who moves new vectors into the HNSW index: "background": a task of the adapter; "manual": nobody but
+            `index_memories`; "inline": each write itself. [ELIZASQL_INDEXING]
         index_batch_size: Rows that the indexer moves in one transaction. [ELIZASQL_INDEX_BATCH_SIZE]
         index_interval: Seconds between the indexer's looks at the tail. [ELIZASQL_INDEX_INTERVAL]
-        ef_search: Candidates that an HNSW search keeps; more is slower and finds more. In an index of more than 100,000
-            vectors more are kept, of a million 1.8 times as many. [ELIZASQL_EF_SEARCH]
+        ef_search: Candidates that an HNSW search keeps, 1 to 1,000; more is slower and finds more. In an index of more
+            than 100,000 vectors more are kept, of a million 1.8 times as many. [ELIZASQL_EF_SEARCH]
         batch_size: Rows in one statement of a batch write, 1 to 5,000. [ELIZASQL_BATCH_SIZE]
         log_lane: Whose connections writing logs takes: "interactive", or "background", so that a flood of logs keeps no
             caller waiting. [ELIZASQL_LOG_LANE]

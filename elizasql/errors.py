@@ -7,17 +7,17 @@
     ├── ClosedError                   the adapter is closed or closing
     │   └── WrongLoopError            the adapter was opened in another event loop, or before a fork
     ├── ArgumentError (ValueError)    found before any I/O; nothing was written
-    │   ├── EmbeddingError            not a finite, non-zero vector that the index can hold
+    │   ├── EmbeddingError            no finite, non-zero vector of a supported width that the index can hold
     │   └── EmbeddingDimensionError   another width than the agent is locked to: `locked`, `given`
     ├── NotFoundError                 P0002: the row that the call is about does not exist
     ├── ReembeddingError              the agent cannot move to another width of embeddings now: `missing`
-    ├── UnavailableError              no answer from the server; a later try may succeed
+    ├── UnavailableError              no answer from the server; a later try may succeed, except UnknownOutcomeError
     │   ├── ConnectionLostError       08*, 25P03, 57P01, 57P02, 57P03, a refused or broken connection
     │   ├── PoolTimeoutError          no pooled connection became free in time
     │   ├── CircuitOpenError          the server failed too often; refused without asking it: `retry_after`
     │   ├── UnknownOutcomeError       the connection was lost after a write was sent that cannot be repeated
     │   └── ServerBusyError           53*, 58*: connections, memory or disk exhausted
-    ├── DeadlineError                 the call's own time limit passed (57014, or no answer in time)
+    ├── DeadlineError                 the call's own time limit passed (57014, or no answer in time); writes may be done
     ├── ConflictError                 40*: another transaction was in the way; a later try may succeed
     │   ├── SerializationError        40001
     │   ├── DeadlockError             40P01
@@ -89,7 +89,10 @@ class ElizaSQLError(Exception):
     """Base of every error that this library raises."""
 
     retryable = False
-    """True when the same call may succeed later without any change to it."""
+    """True when the same call may be made again as it is, and may succeed later.
+
+    False on a `DeadlineError` that ended a write which must not be repeated blindly.
+    """
 
     kept: int | None = None
     """Of `load_memories`: how many memories, from the first on, are stored in spite of the error."""
@@ -125,7 +128,7 @@ class ArgumentError(ElizaSQLError, ValueError):
 
 
 class EmbeddingError(ArgumentError):
-    """The embedding is not a finite, non-zero vector of real numbers that the index can hold."""
+    """The embedding is no finite, non-zero vector of real numbers, of a supported width, that the index can hold."""
 
 
 class EmbeddingDimensionError(ArgumentError):
@@ -216,7 +219,11 @@ class ServerBusyError(UnavailableError):
 
 
 class DeadlineError(ElizaSQLError):
-    """The call did not finish within its time limit."""
+    """The call did not finish within its time limit.
+
+    A write that ran into it is done as a whole or not at all, and may be done. Look at the rows before you repeat a
+    claim, a compare-and-set, an increment or a delete that counts: `retryable` is False on the errors of these.
+    """
 
     retryable = True
 

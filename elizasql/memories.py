@@ -57,7 +57,8 @@ class _Asked:
 class Memories(Store):
     """Remember, recall, change and forget.
 
-    Every method takes `table_name`, the type of memory, such as "messages", "facts" or "documents".
+    Methods that create, list, count or search take `table_name`, the type of memory, such as "messages", "facts" or
+    "documents".
     """
 
     _dimension: int | None
@@ -131,7 +132,7 @@ class Memories(Store):
             ArgumentError, EmbeddingError: Something does not fit; nothing was sent.
             EmbeddingDimensionError: The agent is locked to another width, or to none yet.
             ForeignKeyError: Room, entity, world or agent does not exist.
-            CheckError: Metadata of a document or fragment lacks its keys.
+            CheckError: Metadata of type "document" lack `timestamp`, or of type "fragment" `documentId` or `position`.
 
         Statement: sql/memories.sql create_memory, create_memory_with_embedding, or
         create_memories_marking_duplicates. One round trip. Source: createMemory.
@@ -601,7 +602,7 @@ class Memories(Store):
             ef_search: The candidates themselves, 1 to 1,000, in place of what `recall` says.
 
         Returns:
-            Memories with `similarity`.
+            Memories with `similarity`; [] for an agent that has no width yet, or that does not exist.
 
         Raises:
             EmbeddingError: Not a vector that can be compared; nothing was sent.

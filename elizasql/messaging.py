@@ -400,7 +400,7 @@ class Messaging(Store):
 
         Page with `cursor`: no message is left out or comes twice, whatever the times. To catch up with a channel, give
         the last message seen as `cursor` and `oldest_first=True`. A message whose transaction commits after a newer one
-        was read is behind the cursor then.
+        was read is missed by that cursor.
 
         Args:
             channel_id: The channel.

@@ -1,8 +1,9 @@
 """What goes in and comes out: one slots dataclass per kind of row.
 
 Fields stand in the order of the columns that the statements select, so that a row becomes an object by `Model(*row)`.
-Every field has a default; what a method needs, it checks. Ids are UUIDs (text is accepted), times are aware datetimes,
-embeddings are float32 arrays.
+Every field has a default; what a method needs, it checks. Ids are UUIDs, times aware datetimes, embeddings float32
+arrays: as such they come out, and a type checker asks for them. At run time methods take more: an id or a time as
+text, a time as milliseconds since 1970, as an embedding whatever converts to float32.
 
 `from_dict` and `to_dict` speak ElizaOS's JSON: camelCase keys, times as milliseconds since 1970. Every method takes
 such a mapping wherever it takes a model; snake_case keys are understood, too. A key that no field has is an error, so
@@ -129,7 +130,18 @@ class Model:
 
 @dataclass(slots=True)
 class Agent(Model):
-    """An agent: its character and settings. `name` is needed to create one."""
+    """An agent: its character and settings. `name` is needed to create one.
+
+    What is not said below is ElizaOS's character, stored as it is given.
+
+    Attributes:
+        id: Made when missing.
+        bio: A text alone is stored as a list of one.
+        settings: JSON object; updates are merged into it, key by key.
+        enabled: True when missing; kept, and nothing here asks for it.
+        server_id: The deployment that it belongs to, by which ElizaOS isolates rows; kept, and isolates nothing here.
+        created_at, updated_at: Made by the server when missing; every change sets `updated_at`.
+    """
 
     id: UUID | None = None
     name: str | None = None
@@ -154,7 +166,16 @@ class Agent(Model):
 
 @dataclass(slots=True)
 class World(Model):
-    """A world: a server, a guild, a workspace; rooms are in it."""
+    """A world: a server, a guild, a workspace; rooms are in it.
+
+    Attributes:
+        id: Made when missing.
+        agent_id: The adapter's agent.
+        name: Text; "" when missing.
+        message_server_id: Of the messaging platform's server; it need not exist. ElizaOS's older key is `serverId`.
+        metadata: JSON object.
+        created_at: Made by the server when missing.
+    """
 
     id: UUID | None = None
     agent_id: UUID | None = None
@@ -168,7 +189,20 @@ class World(Model):
 
 @dataclass(slots=True)
 class Room(Model):
-    """A room: a channel, a thread, a direct conversation. `source` and `type` are needed to create one."""
+    """A room: a channel, a thread, a direct conversation. `source` and `type` are needed to create one.
+
+    Attributes:
+        id: Made when missing.
+        agent_id: The adapter's agent.
+        name: Text.
+        source: The platform, such as "discord" or "cli".
+        type: The kind of room, such as "DM" or "GROUP".
+        channel_id: Its name on the platform, any text.
+        message_server_id: Of the messaging platform's server; it need not exist. ElizaOS's older key is `serverId`.
+        world_id: The world that it is in; a world that is deleted leaves None.
+        metadata: JSON object.
+        created_at: Made by the server when missing.
+    """
 
     id: UUID | None = None
     agent_id: UUID | None = None
@@ -188,7 +222,13 @@ class Room(Model):
 class Entity(Model):
     """Somebody or something that the agent knows. `id` is needed to create one.
 
-    `components` is filled by reads that are asked for it, and not written: components have methods of their own.
+    Attributes:
+        id: Given by the caller.
+        agent_id: The adapter's agent.
+        names: What it is called; searches by name look at all of them.
+        metadata: JSON object.
+        created_at: Made by the server when missing.
+        components: Filled by reads that are asked for it, and not written: components have methods of their own.
     """
 
     id: UUID | None = None
@@ -204,6 +244,17 @@ class Component(Model):
     """What is known of an entity, by type. `entity_id`, `room_id` and `type` are needed to create one.
 
     Entity, type, world and source entity are its natural key: there is one component for each, None counts as a value.
+
+    Attributes:
+        id: Made when missing.
+        agent_id: The adapter's agent.
+        entity_id: Whom it is about.
+        room_id: Where it was learned.
+        world_id: In which world it holds.
+        source_entity_id: Who said so.
+        type: A name of the caller's choice, such as "profile".
+        data: JSON object.
+        created_at: Made by the server when missing.
     """
 
     id: UUID | None = None
@@ -219,7 +270,16 @@ class Component(Model):
 
 @dataclass(slots=True)
 class Relationship(Model):
-    """How one entity stands to another, in this direction. Both are needed to create one."""
+    """How one entity stands to another, in this direction. Both are needed to create one.
+
+    Attributes:
+        id: Made when missing.
+        agent_id: The adapter's agent.
+        source_entity_id, target_entity_id: From whom, to whom; there is one relationship for each such pair.
+        tags: Texts.
+        metadata: JSON object.
+        created_at: Made by the server when missing.
+    """
 
     id: UUID | None = None
     agent_id: UUID | None = None
@@ -266,7 +326,7 @@ class Memory(Model):
         room_id: Where.
         world_id: In which world.
         type: The `table_name`, such as "messages".
-        content: JSON object; `content["text"]` is what text search and the embedding cache read.
+        content: JSON object; its "text" is what `text_contains`, `get_cached_embeddings` and `reembed` read.
         metadata: JSON object.
         unique: False marks a near-duplicate. None on creation: decided by the store.
         created_at: When; made by the server when missing.
@@ -317,7 +377,16 @@ class LoadSummary:
 
 @dataclass(slots=True)
 class MessageServer(Model):
-    """A server that messages pass through: a guild, a workspace. `name` and `source_type` are needed to create one."""
+    """A server that messages pass through: a guild, a workspace. `name` and `source_type` are needed to create one.
+
+    Attributes:
+        id: Made when missing.
+        name: Text.
+        source_type: The platform, such as "discord".
+        source_id: Its name there.
+        metadata: JSON object.
+        created_at, updated_at: Made by the server when missing.
+    """
 
     id: UUID | None = None
     name: str | None = None
@@ -330,7 +399,18 @@ class MessageServer(Model):
 
 @dataclass(slots=True)
 class Channel(Model):
-    """A channel of a message server. `message_server_id`, `name` and `type` are needed to create one."""
+    """A channel of a message server. `message_server_id`, `name` and `type` are needed to create one.
+
+    Attributes:
+        id: Made when missing.
+        message_server_id: The server; the channel is deleted with it. ElizaOS's older key is `serverId`.
+        name: Text.
+        type: The kind of channel, such as "DM" or "GROUP".
+        source_type, source_id: The platform, and the channel's name there.
+        topic: Text.
+        metadata: JSON object.
+        created_at, updated_at: Made by the server when missing.
+    """
 
     id: UUID | None = None
     message_server_id: UUID | None = None
@@ -351,6 +431,17 @@ class ChannelMessage(Model):
     """A message in a channel, not to be confused with a memory of type "messages", which is one agent's view of it.
 
     `channel_id`, `author_id` and `content` are needed to create one.
+
+    Attributes:
+        id: Made when missing. ElizaOS's other key is `messageId`.
+        channel_id: The channel; the message is deleted with it.
+        author_id: A user of the platform, who need not be an entity of any agent.
+        content: The text.
+        raw_message: The message as the platform gave it, any JSON.
+        in_reply_to_root_message_id: The message that it answers; one that is deleted leaves None.
+        source_type, source_id: The platform, and the message's name there.
+        metadata: JSON object.
+        created_at, updated_at: Made by the server when missing.
     """
 
     id: UUID | None = None
@@ -370,7 +461,17 @@ class ChannelMessage(Model):
 
 @dataclass(slots=True)
 class PairingRequest(Model):
-    """Somebody's wish to write to the agent. `channel`, `sender_id` and `code` are needed to create one."""
+    """Somebody's wish to write to the agent. `channel`, `sender_id` and `code` are needed to create one.
+
+    Attributes:
+        id: Made when missing.
+        agent_id: The adapter's agent.
+        channel: The platform, such as "telegram"; no `Channel`.
+        sender_id: Who asks, by the platform's name for them; once in a channel.
+        code: What the sender shows to the agent's owner; once in a channel.
+        metadata: JSON object.
+        created_at, last_seen_at: Made by the server when missing.
+    """
 
     id: UUID | None = None
     agent_id: UUID | None = None
@@ -384,7 +485,15 @@ class PairingRequest(Model):
 
 @dataclass(slots=True)
 class PairingAllowlistEntry(Model):
-    """Somebody who may write to the agent. `channel` and `sender_id` are needed to create one."""
+    """Somebody who may write to the agent. `channel` and `sender_id` are needed to create one.
+
+    Attributes:
+        id: Made when missing.
+        agent_id: The adapter's agent.
+        channel, sender_id: As in a `PairingRequest`; a sender is once in a channel.
+        metadata: JSON object.
+        created_at: Made by the server when missing.
+    """
 
     id: UUID | None = None
     agent_id: UUID | None = None
@@ -398,8 +507,8 @@ class PairingAllowlistEntry(Model):
 class Task(Model):
     """Something to do later. `name` is needed to create one.
 
-    Workers take the tasks that are tagged "queue". What stands from `ready_at` on, but `max_attempts`, is kept by the
-    claims and is not written by `create_task` or `update_task`.
+    Workers take the tasks that are tagged "queue". The fields from `ready_at` on, except `max_attempts`, are kept by
+    the claims; `create_task` and `update_task` do not write them.
 
     Attributes:
         id: Made when missing.

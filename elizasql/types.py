@@ -48,7 +48,7 @@ Recall: TypeAlias = Literal["fast", "balanced", "exact"]
 """How much a search may miss for the sake of time."""
 
 UserState: TypeAlias = Literal["FOLLOWED", "MUTED"]
-"""How an agent follows a room."""
+"""How an agent follows an entity in a room."""
 
 GoalStatus: TypeAlias = Literal["IN_PROGRESS", "DONE", "FAILED"]
 """How far a goal is."""
