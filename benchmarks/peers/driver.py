@@ -63,14 +63,18 @@ class Spec:
 _B_TREE = "b-tree on the agent, HNSW (m 16, ef_construction 64), as pgvector's README"
 
 OURS = Spec(
-    "elizasql", "elizasql", "on_elizasql:OnElizaSQL", option="off", how='resident="off", otherwise its defaults'
+    "elizasql",
+    "elizasql",
+    "on_elizasql:OnElizaSQL",
+    option="off",
+    how='resident="off", indexing="manual", inserts with unique=True, otherwise its defaults',
 )
 RESIDENT = Spec(
     "elizasql-resident",
     "elizasql, resident tier",
     "on_elizasql:OnElizaSQL",
     option="required",
-    how="its defaults, the tier loaded",
+    how='resident="required", the tier loaded; indexing="manual", inserts with unique=True',
     like="elizasql",
 )
 CHECKED = Spec(
@@ -78,7 +82,7 @@ CHECKED = Spec(
     "elizasql, near-duplicate check",
     "on_elizasql:OnElizaSQL",
     option="check",
-    how="as the original does by default",
+    how="inserts without unique, its default and the original's",
     like="elizasql",
 )
 ASYNCPG = Spec(
@@ -160,7 +164,7 @@ PEERS = (
         "@elizaos/plugin-sql",
         "on_elizaos.mjs",
         ("@elizaos/plugin-sql@1.7.2",),
-        how="the same PostgreSQL; has no index to tune; rows loaded into its tables",
+        how="the same PostgreSQL; has no index to tune; rows loaded into its tables; inserts with unique",
         exact=True,
     ),
     Spec(
@@ -169,7 +173,7 @@ PEERS = (
         "on_elizaos.mjs",
         ("@elizaos/plugin-sql@1.7.2",),
         "pglite",
-        "its embedded default; has no index to tune",
+        "its embedded default; has no index to tune; inserts with unique",
         exact=True,
         stores=False,
     ),
@@ -180,7 +184,7 @@ ELIZAOS_CHECKED = Spec(
     "on_elizaos.mjs",
     ("@elizaos/plugin-sql@1.7.2",),
     "check",
-    "as it does by default",
+    "inserts without unique, its default",
     exact=True,
     like="elizaos",
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import statistics
@@ -109,6 +110,7 @@ class Suite:
         self._run = run
         self._say = say
         self._begun = perf_counter()
+        self._order = random.Random(0)
         self.folder = Path(tempfile.mkdtemp(prefix="esql-"))
         self.processes: dict[str, Process] = {}
         self._embedded: Any = None
@@ -259,11 +261,9 @@ class Suite:
         return [spec for spec in specs if all_kinds or not spec.name.endswith("-check") or not stores]
 
     def turns(self, specs: Sequence[Spec], rounds: int, turn: Callable[[Spec, int], None]) -> None:
-        """Give every peer a turn in every round, in another order each time."""
-        specs = list(specs)
+        """Give every peer a turn in every round; the order is drawn anew each time, from a seed that never changes."""
         for number in range(rounds):
-            first = number % max(1, len(specs))
-            for spec in specs[first:] + specs[:first]:
+            for spec in self._order.sample(list(specs), len(specs)):
                 if spec.name in self.processes:
                     self._guard(spec, lambda spec=spec, number=number: turn(spec, number))  # type: ignore[misc]
 
