@@ -221,6 +221,10 @@ class Tasks(Store):
 
         Of concurrent callers whose change takes the tag away, exactly one gets True: it has the task.
 
+        Raises:
+            As `update_task`.
+            UnknownOutcomeError: The connection was lost before the answer came: look at the task.
+
         Statement: sql/tasks.sql update_pending_task. One round trip. Source: updatePendingTask.
         """
         id = _codecs.as_id(task_id, "task_id")

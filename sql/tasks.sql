@@ -177,6 +177,7 @@ HAVING count(*) > 0;
 -- name: update_pending_task(agent_id, id, task)$
 -- As update_tasks, only while the task is tagged 'queue' and no worker has it. Of callers that take the tag away one wins:
 -- the others wait for its row and find it changed.
+-- Not repeatable: a second run finds the tag taken away.
 UPDATE elizasql.tasks AS t
 SET
     name = CASE WHEN g.given ? 'name' THEN p.name ELSE t.name END,
