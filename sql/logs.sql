@@ -16,14 +16,21 @@ ORDER BY id
 ON CONFLICT (agent_id, id) DO NOTHING;
 
 -- name: get_logs(agent_id, cursor_time, cursor_id, skip, count)
--- All, newest first. The cursor is the last row of the page before.
+-- All, newest first. The cursor is the last row of the page before, whose exact time is read by its id: ElizaOS's JSON
+-- carries milliseconds only.
 SELECT
     id, agent_id, entity_id, room_id, type, body, created_at
 FROM elizasql.logs
 WHERE
     agent_id = :agent_id
     AND (created_at, id) < (
-        coalesce(:cursor_time::timestamptz, 'infinity'),
+        coalesce(
+            (
+                SELECT exact.created_at FROM elizasql.logs AS exact
+                WHERE exact.agent_id = :agent_id AND exact.id = :cursor_id
+            ),
+            :cursor_time::timestamptz, 'infinity'
+        ),
         coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
     )
 ORDER BY created_at DESC, id DESC
@@ -39,7 +46,13 @@ FROM elizasql.logs
 WHERE
     agent_id = :agent_id AND type = :type
     AND (created_at, id) < (
-        coalesce(:cursor_time::timestamptz, 'infinity'),
+        coalesce(
+            (
+                SELECT exact.created_at FROM elizasql.logs AS exact
+                WHERE exact.agent_id = :agent_id AND exact.id = :cursor_id
+            ),
+            :cursor_time::timestamptz, 'infinity'
+        ),
         coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
     )
 ORDER BY created_at DESC, id DESC
@@ -56,7 +69,13 @@ WHERE
     agent_id = :agent_id AND room_id = :room_id
     AND (:type::text IS NULL OR type = :type)
     AND (created_at, id) < (
-        coalesce(:cursor_time::timestamptz, 'infinity'),
+        coalesce(
+            (
+                SELECT exact.created_at FROM elizasql.logs AS exact
+                WHERE exact.agent_id = :agent_id AND exact.id = :cursor_id
+            ),
+            :cursor_time::timestamptz, 'infinity'
+        ),
         coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
     )
 ORDER BY created_at DESC, id DESC
@@ -74,7 +93,13 @@ WHERE
     AND (:room_id::uuid IS NULL OR room_id = :room_id)
     AND (:type::text IS NULL OR type = :type)
     AND (created_at, id) < (
-        coalesce(:cursor_time::timestamptz, 'infinity'),
+        coalesce(
+            (
+                SELECT exact.created_at FROM elizasql.logs AS exact
+                WHERE exact.agent_id = :agent_id AND exact.id = :cursor_id
+            ),
+            :cursor_time::timestamptz, 'infinity'
+        ),
         coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
     )
 ORDER BY created_at DESC, id DESC

@@ -258,6 +258,16 @@ async def test_filters_combine_and_pages_are_whole(
                 assert ids(paged) == expected
 
 
+async def test_pages_by_a_cursor_in_json_form_are_whole(db: DatabaseAdapter, agent_world: Scene) -> None:
+    """A batch's times are a microsecond apart, and ElizaOS's JSON cuts them to milliseconds."""
+    made = await db.create_logs([log(agent_world, body={"n": n}) for n in range(10)])
+    for scope in ({}, {"type": "action"}, {"room_id": agent_world.room}, {"entity_id": agent_world.entity}):
+        found: list[Log] = []
+        while page := await db.get_logs(count=3, cursor=found[-1].to_dict() if found else None, **scope):  # type: ignore[arg-type]
+            found += page
+        assert ids(found) == made[::-1], scope
+
+
 async def test_list_arguments(db: DatabaseAdapter, agent_world: Scene, round_trips: list[str]) -> None:
     first, second, third = await db.create_logs([log(agent_world, created_at=START) for _ in range(3)])
     newest = max(first, second, third, key=lambda id: id.int)
