@@ -340,18 +340,14 @@ def _encode_body(body: dict[str, Any], name: str) -> bytes:
 
 
 def _tame(value: Any, name: str, around: tuple[int, ...]) -> Any:
-    """Write what JSON's encoder refuses in another form.
+    """Write what JSON's encoder refuses in another form; of a key that is no text and no number it says so itself.
 
     Args:
         value: A part of the body.
         name: What an error calls the body.
         around: Identities of the containers that the value is in.
     """
-    if isinstance(value, int) and not -(2**63) <= value < 2**64:
-        try:
-            return str(value)
-        except ValueError as error:
-            raise ArgumentError(f"{name} holds a number that cannot be written: {error}") from None
+    value = _tame_number(value, name)
     if not isinstance(value, (Mapping, list, tuple)):
         return value
     if id(value) in around:
@@ -360,5 +356,14 @@ def _tame(value: Any, name: str, around: tuple[int, ...]) -> Any:
         raise ArgumentError(f"{name} is nested deeper than {_MAX_DEPTH} levels")
     around = (*around, id(value))
     if isinstance(value, Mapping):
-        return {_tame(key, name, around): _tame(item, name, around) for key, item in value.items()}
+        return {_tame_number(key, name): _tame(item, name, around) for key, item in value.items()}
     return [_tame(item, name, around) for item in value]
+
+
+def _tame_number(value: Any, name: str) -> Any:
+    if not isinstance(value, int) or -(2**63) <= value < 2**64:
+        return value
+    try:
+        return str(value)
+    except ValueError as error:
+        raise ArgumentError(f"{name} holds a number that cannot be written: {error}") from None

@@ -95,6 +95,8 @@ async def test_batch_keeps_its_order(db: DatabaseAdapter, agent_world: Scene, ro
         {"body": {"x": {1, 2}}},
         {"body": {"x": print}},
         {"body": {"x": b"bytes"}},
+        {"body": {(1, 2): 3}},
+        {"body": {"x": {(2**70,): 2**70}}},
         {"created_at": datetime(2026, 1, 1)},  # noqa: DTZ001
     ],
 )
