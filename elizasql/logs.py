@@ -259,7 +259,8 @@ class Logs(Store):
             room_id, entity_id: Only runs with an event there, of this entity.
             status: Only runs of this status; "all" and None: of any.
             from_time, to_time: Only runs with an event in this time, both ends included: aware datetimes or
-                milliseconds since 1970. With `room_id` and `entity_id`, one event must fit all.
+                milliseconds since 1970. A `to_time` of whole milliseconds means to the end of the last one. With
+                `room_id` and `entity_id`, one event must fit all.
 
         Returns:
             `runs`, the `total` that match, and whether some come after the page.
@@ -279,7 +280,7 @@ class Logs(Store):
             "room_id": _codecs.as_optional_id(room_id, "room_id"),
             "entity_id": _codecs.as_optional_id(entity_id, "entity_id"),
             "from_time": _codecs.as_optional_time(from_time, "from_time"),
-            "to_time": _codecs.as_optional_time(to_time, "to_time"),
+            "to_time": _codecs.as_optional_end(to_time, "to_time"),
         }
         rows = await self._executor.fetch(
             SQL["get_agent_run_summaries"],

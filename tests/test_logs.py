@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta, timezone
 from typing import Any
 from uuid import UUID, uuid4
@@ -682,6 +682,14 @@ async def test_a_chosen_run_is_told_as_a_whole(db: DatabaseAdapter, agent_world:
     assert await chosen(entity_id=agent_world.other, from_time=at(40)) == []
     assert await chosen(room_id=other.room, status="completed") == []
     assert await chosen(room_id=other.room, status="error") == [b]
+
+
+async def test_end_in_milliseconds_is_the_end_of_the_last_one(db: DatabaseAdapter, agent_world: Scene) -> None:
+    time = at(10) + timedelta(microseconds=123_456)
+    await db.create_logs([replace(event(agent_world, "a", "started", 10), created_at=time)])
+    (found,) = await db.get_logs()
+    assert len(await runs(db, from_time=found.to_dict()["createdAt"], to_time=found.to_dict()["createdAt"])) == 1
+    assert await runs(db, to_time=time - timedelta(microseconds=1)) == []
 
 
 @dataclass
