@@ -174,7 +174,8 @@ class Tasks(Store):
             task_id: The task.
             task: Of a mapping its keys, of a model what is not None: name, description, room_id, world_id, entity_id,
                 tags, metadata (replaced as a whole), due_at, max_attempts. None clears what can be empty. A new
-                `due_at` counts from the end of a claim on. Whatever else is in it is left as it is.
+                `due_at` counts from the end of a claim on, and ends the pause after a failure; the one that is there,
+                also cut to milliseconds, changes nothing. Whatever else is in it is left as it is.
 
         Raises:
             ArgumentError: `name` or `max_attempts` is None, or a value does not fit.
@@ -356,8 +357,8 @@ class Tasks(Store):
         """End a claim with an error; False when the claim is lost.
 
         The task is ready again after `base_delay * 2 ** (attempts - 1)` seconds, at most `max_delay`, and up to a
-        quarter more. After `max_attempts` claims it is dead: it stays with its error, and a greater `max_attempts`
-        revives it.
+        quarter more, and not before it is due. After `max_attempts` claims it is dead: it stays with its error, and a
+        greater `max_attempts` revives it.
 
         Args:
             task: As `claim_tasks` gave it.

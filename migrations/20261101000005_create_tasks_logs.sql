@@ -40,6 +40,9 @@ CREATE INDEX tasks_ready_idx ON elizasql.tasks (agent_id, ready_at, id)
 WHERE tags @> '{queue}' AND attempts < max_attempts;
 CREATE INDEX tasks_ready_name_idx ON elizasql.tasks (agent_id, name, ready_at, id)
 WHERE tags @> '{queue}' AND attempts < max_attempts;
+-- The few that got a due time after the end of the lease of their claim: which of them is next.
+CREATE INDEX tasks_due_idx ON elizasql.tasks (agent_id, due_at, id)
+WHERE tags @> '{queue}' AND attempts < max_attempts AND due_at > ready_at;
 
 -- The tags of an agent's task as numbers that are the agent's own. A GIN index cannot begin with agent_id, and one on
 -- the bare tags would walk through every agent's tasks that are tagged 'queue'; tags may be of any length.

@@ -3023,6 +3023,8 @@ CREATE INDEX rooms_world_idx ON elizasql.rooms USING btree (agent_id, world_id, 
 
 CREATE INDEX tasks_created_at_idx ON elizasql.tasks USING btree (agent_id, created_at, id);
 
+CREATE INDEX tasks_due_idx ON elizasql.tasks USING btree (agent_id, due_at, id) WHERE ((tags @> '{queue}'::text[]) AND (attempts < max_attempts) AND (due_at > ready_at));
+
 CREATE INDEX tasks_entity_idx ON elizasql.tasks USING btree (agent_id, entity_id, created_at, id) WHERE (entity_id IS NOT NULL);
 
 CREATE INDEX tasks_name_idx ON elizasql.tasks USING btree (agent_id, name, created_at, id);

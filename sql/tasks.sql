@@ -134,7 +134,8 @@ LIMIT
 
 -- name: update_tasks(agent_id, tasks, required)
 -- Changes the keys that are given; gives the ids that were there. required: one that is not there undoes the whole.
--- A new due time reaches ready_at unless a worker has the task: then that is the end of its lease.
+-- A new due time reaches ready_at unless a worker has the task: then that is the end of its lease. The due time that is
+-- there is not a new one, also cut to milliseconds, as ElizaOS's JSON gives it back: the pause after a failure goes on.
 -- agent_id comes through the join and not as a filter, which keeps it a lookup for each id.
 WITH given AS MATERIALIZED (
     SELECT
@@ -156,12 +157,23 @@ updated AS (
         tags = CASE WHEN g.given ? 'tags' THEN coalesce(g.tags, '{}') ELSE t.tags END,
         metadata = CASE WHEN g.given ? 'metadata' THEN coalesce(g.metadata, '{}') ELSE t.metadata END,
         max_attempts = CASE WHEN g.given ? 'max_attempts' THEN g.max_attempts ELSE t.max_attempts END,
-        due_at = CASE WHEN g.given ? 'due_at' THEN g.due_at ELSE t.due_at END,
-        ready_at = CASE
-            WHEN NOT g.given ? 'due_at' OR (t.claim_token IS NOT NULL AND t.ready_at > now()) THEN t.ready_at
-            ELSE coalesce(g.due_at, now())
-        END,
-        updated_at = now()
+        (due_at, ready_at) = (
+            SELECT
+                CASE WHEN change.comes THEN g.due_at ELSE t.due_at END,
+                CASE
+                    WHEN change.comes AND (t.claim_token IS NULL OR t.ready_at <= statement_timestamp())
+                        THEN coalesce(g.due_at, statement_timestamp())
+                    ELSE t.ready_at
+                END
+            FROM (
+                SELECT
+                    (
+                        g.given ? 'due_at' AND g.due_at IS DISTINCT FROM t.due_at
+                        AND g.due_at IS DISTINCT FROM date_trunc('milliseconds', t.due_at)
+                    ) AS comes
+            ) AS change
+        ),
+        updated_at = statement_timestamp()
     FROM given AS g
     WHERE t.agent_id = g.agent AND t.id = g.id
     RETURNING t.id
@@ -188,12 +200,19 @@ SET
     tags = CASE WHEN g.given ? 'tags' THEN coalesce(p.tags, '{}') ELSE t.tags END,
     metadata = CASE WHEN g.given ? 'metadata' THEN coalesce(p.metadata, '{}') ELSE t.metadata END,
     max_attempts = CASE WHEN g.given ? 'max_attempts' THEN p.max_attempts ELSE t.max_attempts END,
-    due_at = CASE WHEN g.given ? 'due_at' THEN p.due_at ELSE t.due_at END,
-    ready_at = CASE
-        WHEN NOT g.given ? 'due_at' OR (t.claim_token IS NOT NULL AND t.ready_at > now()) THEN t.ready_at
-        ELSE coalesce(p.due_at, now())
-    END,
-    updated_at = now()
+    (due_at, ready_at) = (
+        SELECT
+            CASE WHEN change.comes THEN p.due_at ELSE t.due_at END,
+            CASE WHEN change.comes THEN coalesce(p.due_at, statement_timestamp()) ELSE t.ready_at END
+        FROM (
+            SELECT
+                (
+                    g.given ? 'due_at' AND p.due_at IS DISTINCT FROM t.due_at
+                    AND p.due_at IS DISTINCT FROM date_trunc('milliseconds', t.due_at)
+                ) AS comes
+        ) AS change
+    ),
+    updated_at = statement_timestamp()
 FROM (SELECT :task::jsonb AS given) AS g
 CROSS JOIN LATERAL jsonb_populate_record(NULL::elizasql.tasks, g.given) AS p
 WHERE
@@ -222,7 +241,8 @@ SELECT count(*) FROM deleted;
 
 -- name: claim_tasks(agent_id, tags, worker, lease, count)
 -- Takes tasks that are tagged 'queue' and ready, those first that have been for longest. Locked rows are stepped over:
--- no two workers get the same task, and none waits for another.
+-- no two workers get the same task, and none waits for another. ready_at alone does not tell after a lease has ended: a
+-- due time that was set during the claim may be later.
 -- Not repeatable: a second run takes other tasks, and nobody works on the first ones.
 WITH ready AS MATERIALIZED (
     SELECT
@@ -231,7 +251,8 @@ WITH ready AS MATERIALIZED (
         ready_at
     FROM elizasql.tasks
     WHERE
-        agent_id = :agent_id AND tags @> '{queue}' AND attempts < max_attempts AND ready_at <= now()
+        agent_id = :agent_id AND tags @> '{queue}' AND attempts < max_attempts AND ready_at <= statement_timestamp()
+        AND (due_at IS NULL OR due_at <= statement_timestamp())
         AND (:tags::text[] IS NULL OR tags @> :tags)
     ORDER BY ready_at, id
     LIMIT :count::bigint
@@ -241,7 +262,7 @@ WITH ready AS MATERIALIZED (
 claimed AS (
     UPDATE elizasql.tasks AS t
     SET
-        ready_at = now() + make_interval(secs => :lease),
+        ready_at = statement_timestamp() + make_interval(secs => :lease),
         attempts = t.attempts + 1,
         claim_token = gen_random_uuid(),
         claimed_by = :worker
@@ -276,7 +297,8 @@ WITH candidates AS MATERIALIZED (
             FROM elizasql.tasks AS t
             WHERE
                 t.agent_id = :agent_id AND t.name = wanted.name AND t.tags @> '{queue}' AND t.attempts < t.max_attempts
-                AND t.ready_at <= now() AND (:tags::text[] IS NULL OR t.tags @> :tags)
+                AND t.ready_at <= statement_timestamp() AND (t.due_at IS NULL OR t.due_at <= statement_timestamp())
+                AND (:tags::text[] IS NULL OR t.tags @> :tags)
             ORDER BY t.ready_at, t.id
             LIMIT :count::bigint + 100
         ) AS found
@@ -298,7 +320,8 @@ ready AS MATERIALIZED (
             FROM elizasql.tasks AS t
             WHERE
                 t.agent_id = :agent_id AND t.id = candidates.id AND t.name = ANY(:names)
-                AND t.tags @> '{queue}' AND t.attempts < t.max_attempts AND t.ready_at <= now()
+                AND t.tags @> '{queue}' AND t.attempts < t.max_attempts AND t.ready_at <= statement_timestamp()
+                AND (t.due_at IS NULL OR t.due_at <= statement_timestamp())
                 AND (:tags::text[] IS NULL OR t.tags @> :tags)
             LIMIT 1
             FOR NO KEY UPDATE SKIP LOCKED
@@ -309,7 +332,7 @@ ready AS MATERIALIZED (
 claimed AS (
     UPDATE elizasql.tasks AS t
     SET
-        ready_at = now() + make_interval(secs => :lease),
+        ready_at = statement_timestamp() + make_interval(secs => :lease),
         attempts = t.attempts + 1,
         claim_token = gen_random_uuid(),
         claimed_by = :worker
@@ -330,15 +353,34 @@ ORDER BY was_ready_at, id;
 -- name: get_seconds_to_next_task(agent_id, names, tags)$
 -- Until the next task becomes ready, by the server's clock; NULL when none will. What became ready a moment ago counts, too:
 -- it may have been between two statements. What has been ready for longer is locked, and whoever locks it takes it.
-SELECT extract(EPOCH FROM (ready_at - now()))::double precision AS seconds
-FROM elizasql.tasks
-WHERE
-    agent_id = :agent_id AND tags @> '{queue}' AND attempts < max_attempts
-    AND ready_at > now() - interval '1 second'
-    AND (:names::text[] IS NULL OR name = ANY(:names))
-    AND (:tags::text[] IS NULL OR tags @> :tags)
-ORDER BY ready_at, id
-LIMIT 1;
+-- Tasks that are due later than the lease of their claim ends have an index of their own: they become ready when due.
+SELECT extract(EPOCH FROM (min(next.at) - statement_timestamp()))::double precision AS seconds
+FROM (
+    (
+        SELECT ready_at AS at
+        FROM elizasql.tasks
+        WHERE
+            agent_id = :agent_id AND tags @> '{queue}' AND attempts < max_attempts
+            AND ready_at > statement_timestamp() - interval '1 second'
+            AND (due_at IS NULL OR due_at <= ready_at)
+            AND (:names::text[] IS NULL OR name = ANY(:names))
+            AND (:tags::text[] IS NULL OR tags @> :tags)
+        ORDER BY ready_at, id
+        LIMIT 1
+    )
+    UNION ALL
+    (
+        SELECT due_at AS at
+        FROM elizasql.tasks
+        WHERE
+            agent_id = :agent_id AND tags @> '{queue}' AND attempts < max_attempts AND due_at > ready_at
+            AND due_at > statement_timestamp() - interval '1 second'
+            AND (:names::text[] IS NULL OR name = ANY(:names))
+            AND (:tags::text[] IS NULL OR tags @> :tags)
+        ORDER BY due_at, id
+        LIMIT 1
+    )
+) AS next;
 
 -- name: heartbeat_task(agent_id, id, claim_token, lease)$
 UPDATE elizasql.tasks
@@ -379,13 +421,14 @@ RETURNING TRUE AS done;
 
 -- name: fail_task(agent_id, id, claim_token, error, retry, base_delay, max_delay)$
 -- Ends a claim with an error. The pause doubles with every attempt, and is up to a quarter longer by chance, so that what
--- failed together is not tried together again. Without retry the attempts are used up at once.
+-- failed together is not tried together again; and it lasts until the task is due, where that is later. Without retry the
+-- attempts are used up at once.
 -- Not repeatable: a second run finds the claim ended.
 UPDATE elizasql.tasks
 SET
-    ready_at = now() + make_interval(
+    ready_at = greatest(due_at, statement_timestamp() + make_interval(
         secs => least(:max_delay, :base_delay * power(2, least(attempts - 1, 60))) * (1 + random() / 4)
-    ),
+    )),
     attempts = CASE WHEN :retry THEN attempts ELSE greatest(attempts, max_attempts) END,
     claim_token = NULL,
     error = :error
