@@ -70,8 +70,9 @@ class Logs(Store):
                 "types": [row["type"] for row in chunk],
                 "bodies": [bodies[row["id"]] for row in chunk],
                 "created_ats": [row.get("created_at") for row in chunk],
+                "first": number * self.config.batch_size,
             }
-            for chunk in self._chunks(rows)
+            for number, chunk in enumerate(self._chunks(rows))
         ]
         executor = self._aside if self.config.log_lane == "background" else self._executor
         await executor.fetch_chunks(SQL["create_logs"], chunks)

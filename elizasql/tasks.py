@@ -11,7 +11,7 @@ from uuid import UUID
 from . import _codecs
 from ._listener import Listener
 from ._statements import SQL
-from ._store import Store, as_limit, unwrap
+from ._store import Store, as_limit, order_by_id, unwrap
 from .errors import ArgumentError, ElizaSQLError
 from .models import Task
 
@@ -67,6 +67,8 @@ class Tasks(Store):
     ) -> list[UUID]:
         """Create tasks, all or none, and give their ids in the order given. What only claims change is not written.
 
+        Tasks without a time keep the order given.
+
         Raises:
             As `create_task`; an ArgumentError names the position of the task.
 
@@ -75,8 +77,13 @@ class Tasks(Store):
         ids, rows = self._read_all(Task, tasks)
         self._need(rows, Task, "name")
         _check_attempts(rows, ids)
+        positions = order_by_id(rows)
         if rows:
-            chunks = [{"agent_id": self.agent_id, "tasks": encoded} for encoded in self._encode_chunks(Task, rows, ids)]
+            encoded = zip(self._encode_chunks(Task, rows, ids), self._chunks(positions), strict=True)
+            chunks = [
+                {"agent_id": self.agent_id, "tasks": chunk, "positions": where, "begins": number == 0}
+                for number, (chunk, where) in enumerate(encoded)
+            ]
             await self._executor.fetch_chunks(SQL["create_tasks"], chunks)
         return ids
 

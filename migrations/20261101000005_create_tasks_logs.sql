@@ -2,6 +2,19 @@
 
 -- migrate:up
 
+-- The time of a batch, the same in all its chunks: that of the chunk which begins it, kept to the transaction's end. The
+-- chunks go by ids, so that two batches cannot wait for each other, and the times of their rows by the order given; with
+-- a time for each chunk, what was given first and has a great id would come last.
+CREATE FUNCTION elizasql.batch_time(begins boolean) RETURNS timestamptz
+LANGUAGE sql
+RETURN to_timestamp((
+    CASE
+        WHEN begins
+            THEN set_config('elizasql.batch_time', extract(EPOCH FROM statement_timestamp())::text, TRUE)
+        ELSE current_setting('elizasql.batch_time')
+    END
+)::double precision);
+
 -- A task points at no room, world or entity by foreign key: ElizaOS makes tasks for rooms that are not stored yet, and
 -- a task outlives them.
 CREATE TABLE elizasql.tasks (
@@ -146,4 +159,5 @@ DROP TABLE elizasql.logs;
 DROP TABLE elizasql.goals;
 DROP TABLE elizasql.tasks;
 DROP FUNCTION elizasql.notify_task();
+DROP FUNCTION elizasql.batch_time(boolean);
 DROP FUNCTION elizasql.tag_keys(uuid, text[]);

@@ -2,6 +2,10 @@
 
 CREATE SCHEMA elizasql;
 
+CREATE FUNCTION elizasql.batch_time(begins boolean) RETURNS timestamp with time zone
+    LANGUAGE sql
+    RETURN to_timestamp((CASE WHEN begins THEN set_config('elizasql.batch_time'::text, (EXTRACT(epoch FROM statement_timestamp()))::text, true) ELSE current_setting('elizasql.batch_time'::text) END)::double precision);
+
 CREATE FUNCTION elizasql.build_index(given_agent uuid) RETURNS bigint
     LANGUAGE plpgsql
     AS $_$
@@ -91,9 +95,9 @@ BEGIN
             agent_id, id, entity_id, room_id, world_id, source_entity_id, type, data, created_at
         )
         SELECT agent, id, entity_id, room_id, world_id, source_entity_id, type, coalesce(data, '{}'),
-            coalesce(created_at, now())
+            coalesce(created_at, statement_timestamp())
         FROM jsonb_populate_recordset(NULL::elizasql.components, given) WITH ORDINALITY AS g
-        ORDER BY entity_id, type, world_id, source_entity_id, g.ordinality
+        ORDER BY entity_id, type COLLATE "C", world_id, source_entity_id, g.ordinality
         ON CONFLICT DO NOTHING
         RETURNING id
     )
@@ -130,7 +134,7 @@ BEGIN
             agent_id, id, source_entity_id, target_entity_id, tags, metadata, created_at
         )
         SELECT agent, id, source_entity_id, target_entity_id, coalesce(tags, '{}'), coalesce(metadata, '{}'),
-            coalesce(created_at, now())
+            coalesce(created_at, statement_timestamp())
         FROM jsonb_populate_recordset(NULL::elizasql.relationships, given) WITH ORDINALITY AS g
         ORDER BY source_entity_id, target_entity_id, g.ordinality
         ON CONFLICT DO NOTHING

@@ -2,20 +2,28 @@
 -- id, agent_id, name, description, room_id, world_id, entity_id, tags, metadata, created_at, updated_at, due_at, ready_at,
 -- attempts, max_attempts, claim_token, claimed_by, error.
 -- tags @> '{queue}' AND attempts < max_attempts is what the indexes for workers hold; it must stand there as it is.
+-- Times are the statement's, not the transaction's: tasks of one transaction stay in the order of their making.
 
--- name: create_tasks(agent_id, tasks)!
--- A task that is there already stays as it is. Tasks without a time get the transaction's, a microsecond apart, so that
--- their order stays the input's.
+-- name: create_tasks(agent_id, tasks, positions, begins)!
+-- A task that is there already stays as it is. Tasks without a time get the batch's, as many microseconds later as their
+-- position in the batch says: their order stays the input's. begins: this is the first chunk of the batch.
+WITH given AS (
+    SELECT
+        *,
+        (SELECT elizasql.batch_time(:begins))
+        + (:positions::bigint[])[ordinality] * interval '1 microsecond' AS made_at
+    FROM jsonb_populate_recordset(NULL::elizasql.tasks, :tasks::jsonb) WITH ORDINALITY
+)
+
 INSERT INTO elizasql.tasks (
     agent_id, id, name, description, room_id, world_id, entity_id, tags, metadata, created_at, updated_at, due_at,
     ready_at, max_attempts
 )
 SELECT
     :agent_id, id, name, coalesce(description, ''), room_id, world_id, entity_id, coalesce(tags, '{}'),
-    coalesce(metadata, '{}'), coalesce(created_at, now() + (ordinality - 1) * interval '1 microsecond'),
-    coalesce(updated_at, created_at, now() + (ordinality - 1) * interval '1 microsecond'), due_at,
-    coalesce(due_at, now() + (ordinality - 1) * interval '1 microsecond'), coalesce(max_attempts, 5)
-FROM jsonb_populate_recordset(NULL::elizasql.tasks, :tasks::jsonb) WITH ORDINALITY
+    coalesce(metadata, '{}'), coalesce(created_at, made_at), coalesce(updated_at, created_at, made_at), due_at,
+    coalesce(due_at, made_at), coalesce(max_attempts, 5)
+FROM given
 ORDER BY id
 ON CONFLICT (agent_id, id) DO NOTHING;
 
@@ -217,7 +225,7 @@ FROM (SELECT :task::jsonb AS given) AS g
 CROSS JOIN LATERAL jsonb_populate_record(NULL::elizasql.tasks, g.given) AS p
 WHERE
     t.agent_id = :agent_id AND t.id = :id AND t.tags @> '{queue}'
-    AND (t.claim_token IS NULL OR t.ready_at <= now())
+    AND (t.claim_token IS NULL OR t.ready_at <= statement_timestamp())
 RETURNING TRUE AS done;
 
 -- name: delete_tasks(agent_id, ids)$
@@ -384,7 +392,7 @@ FROM (
 
 -- name: heartbeat_task(agent_id, id, claim_token, lease)$
 UPDATE elizasql.tasks
-SET ready_at = now() + make_interval(secs => :lease)
+SET ready_at = statement_timestamp() + make_interval(secs => :lease)
 WHERE agent_id = :agent_id AND id = :id AND claim_token = :claim_token
 RETURNING TRUE AS done;
 
@@ -399,12 +407,12 @@ RETURNING TRUE AS done;
 -- Not repeatable: a second run finds the claim ended.
 UPDATE elizasql.tasks
 SET
-    due_at = now() + make_interval(secs => :delay),
-    ready_at = now() + make_interval(secs => :delay),
+    due_at = statement_timestamp() + make_interval(secs => :delay),
+    ready_at = statement_timestamp() + make_interval(secs => :delay),
     attempts = 0,
     claim_token = NULL,
     error = NULL,
-    updated_at = now()
+    updated_at = statement_timestamp()
 WHERE agent_id = :agent_id AND id = :id AND claim_token = :claim_token
 RETURNING TRUE AS done;
 
@@ -413,7 +421,7 @@ RETURNING TRUE AS done;
 -- Not repeatable: a second run finds the claim ended.
 UPDATE elizasql.tasks
 SET
-    ready_at = greatest(due_at, now() + make_interval(secs => :delay)),
+    ready_at = greatest(due_at, statement_timestamp() + make_interval(secs => :delay)),
     attempts = attempts - 1,
     claim_token = NULL
 WHERE agent_id = :agent_id AND id = :id AND claim_token = :claim_token

@@ -124,6 +124,17 @@ async def test_batch(db: DatabaseAdapter, agent_world: Scene, round_trips: list[
     assert round_trips == []
 
 
+async def test_batch_of_several_chunks_keeps_its_order(make_db: MakeAdapter) -> None:
+    """Whatever the ids: the chunks go by them, the times do not."""
+    db = await make_db(batch_size=5)
+    batch = [Goal(id=uuid4(), name=f"{i}") for i in range(23)]
+    later = [Goal(id=uuid4(), name=f"{i}") for i in range(23, 40)]
+    async with db.transaction() as tx:
+        assert await tx.create_goals(batch) == [goal.id for goal in batch]
+        assert await tx.create_goals(later) == [goal.id for goal in later]
+    assert names(await db.get_goals()) == [f"{i}" for i in range(40)]
+
+
 async def test_broken_reference_writes_nothing(db: DatabaseAdapter, agent_world: Scene) -> None:
     for bad in ({"room_id": uuid4()}, {"entity_id": uuid4()}):
         with pytest.raises(ForeignKeyError):

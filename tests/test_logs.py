@@ -81,6 +81,13 @@ async def test_batch_keeps_its_order(db: DatabaseAdapter, agent_world: Scene, ro
     assert round_trips == []
 
 
+async def test_batch_of_several_chunks_keeps_its_order(make_db: MakeAdapter) -> None:
+    db = await make_db(batch_size=5)
+    scene = await make_scene(db)
+    made = await db.create_logs([log(scene, id=uuid4()) for _ in range(23)])
+    assert ids(await db.get_logs(count=100)) == made[::-1]
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -131,6 +131,19 @@ async def test_batch_keeps_its_order_and_takes_one_round_trip(db: DatabaseAdapte
     assert len(round_trips) == 3
 
 
+async def test_batch_of_several_chunks_keeps_its_order(make_db: MakeAdapter) -> None:
+    """Whatever the ids: the chunks go by them, the times do not."""
+    db = await make_db(batch_size=5)
+    batch = [Task(id=uuid4(), name=f"{i}", tags=["queue"]) for i in range(23)]
+    later = [Task(id=uuid4(), name=f"{i}", tags=["queue"]) for i in range(23, 40)]
+    async with db.transaction() as tx:
+        assert await tx.create_tasks(batch) == [task.id for task in batch]
+        assert await tx.create_tasks(later) == [task.id for task in later]
+    wanted = [f"{i}" for i in range(40)]
+    assert names(await db.get_tasks()) == wanted
+    assert names(await db.claim_tasks(50)) == wanted
+
+
 async def test_empty_input_costs_nothing(db: DatabaseAdapter, round_trips: list[str]) -> None:
     assert await db.create_tasks([]) == await db.get_tasks_by_ids([]) == []
     assert await db.delete_tasks([]) == 0
