@@ -103,14 +103,17 @@ class Goals(Store):
             statement = SQL["get_goals_of_room"]
         else:
             statement = SQL["get_goals" if entity is None else "get_goals_of_entity"]
+        number = as_limit(count, limit)
+        skip = _codecs.as_optional_count(offset, "offset")
         rows = await self._executor.fetch(
             statement,
             agent_id=self.agent_id,
             room_id=room,
             entity_id=entity,
             statuses=["IN_PROGRESS"] if only else list(get_args(GoalStatus)),
-            count=as_limit(count, limit),
-            skip=_codecs.as_optional_count(offset, "offset"),
+            reach=None if number is None else min(number + (skip or 0), 2**63 - 1),
+            count=number,
+            skip=skip,
         )
         return [Goal(*row) for row in rows]
 

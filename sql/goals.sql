@@ -36,8 +36,8 @@ CROSS JOIN
     ) AS g
 ORDER BY given.position;
 
--- name: get_goals(agent_id, statuses, skip, count)
--- Oldest first, as every list of goals.
+-- name: get_goals(agent_id, statuses, reach, skip, count)
+-- Oldest first, as every list of goals. reach = count + skip: no status need give more.
 SELECT
     found.id, found.agent_id, found.room_id, found.entity_id, found.name, found.status, found.objectives,
     found.created_at, found.updated_at
@@ -48,14 +48,14 @@ CROSS JOIN
         FROM elizasql.goals AS g
         WHERE g.agent_id = :agent_id AND g.status = wanted.status
         ORDER BY g.created_at, g.id
-        LIMIT :count::bigint + coalesce(:skip::bigint, 0)
+        LIMIT :reach::bigint
     ) AS found
 ORDER BY found.created_at, found.id
 LIMIT
     :count::bigint
     OFFSET :skip::bigint;
 
--- name: get_goals_of_room(agent_id, room_id, entity_id, statuses, skip, count)
+-- name: get_goals_of_room(agent_id, room_id, entity_id, statuses, reach, skip, count)
 SELECT
     found.id, found.agent_id, found.room_id, found.entity_id, found.name, found.status, found.objectives,
     found.created_at, found.updated_at
@@ -68,14 +68,14 @@ CROSS JOIN
             g.agent_id = :agent_id AND g.room_id = :room_id AND g.status = wanted.status
             AND (:entity_id::uuid IS NULL OR g.entity_id = :entity_id)
         ORDER BY g.created_at, g.id
-        LIMIT :count::bigint + coalesce(:skip::bigint, 0)
+        LIMIT :reach::bigint
     ) AS found
 ORDER BY found.created_at, found.id
 LIMIT
     :count::bigint
     OFFSET :skip::bigint;
 
--- name: get_goals_of_entity(agent_id, entity_id, statuses, skip, count)
+-- name: get_goals_of_entity(agent_id, entity_id, statuses, reach, skip, count)
 SELECT
     found.id, found.agent_id, found.room_id, found.entity_id, found.name, found.status, found.objectives,
     found.created_at, found.updated_at
@@ -86,7 +86,7 @@ CROSS JOIN
         FROM elizasql.goals AS g
         WHERE g.agent_id = :agent_id AND g.entity_id = :entity_id AND g.status = wanted.status
         ORDER BY g.created_at, g.id
-        LIMIT :count::bigint + coalesce(:skip::bigint, 0)
+        LIMIT :reach::bigint
     ) AS found
 ORDER BY found.created_at, found.id
 LIMIT
