@@ -12,7 +12,7 @@ from . import _codecs
 from ._listener import Listener
 from ._statements import SQL
 from ._store import Store, as_limit, order_by_id, unwrap
-from .errors import ArgumentError, ElizaSQLError
+from .errors import ArgumentError, ElizaSQLError, UnknownOutcomeError
 from .models import Task
 
 logger: logging.Logger = logging.getLogger("elizasql")
@@ -436,7 +436,8 @@ class Tasks(Store):
                     if not claimed:
                         pause = await self._until_next(longest, wanted)
                 except ElizaSQLError as error:
-                    if not error.retryable:
+                    # A claim that was done after all comes back when its lease ends.
+                    if not (error.retryable or isinstance(error, UnknownOutcomeError)):
                         raise
                     logger.warning("waiting for tasks is interrupted: %s", error)
                     claimed = []

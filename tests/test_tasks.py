@@ -24,6 +24,7 @@ from elizasql import (
     DataError,
     NotFoundError,
     Task,
+    UnknownOutcomeError,
     _pool,
 )
 from elizasql._listener import Listener
@@ -1017,7 +1018,11 @@ async def test_waiting_goes_on_while_the_server_does_not_answer(
 ) -> None:
     await queue(db, "a")
     real = db.claim_tasks
-    failures = [ConnectionLostError("gone"), ConnectionLostError("still gone")]
+    failures = [
+        ConnectionLostError("gone"),
+        UnknownOutcomeError("it may have been claimed"),
+        ConnectionLostError("still gone"),
+    ]
 
     async def claim(*args: Any, **kwargs: Any) -> list[Task]:
         if failures:
