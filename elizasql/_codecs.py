@@ -222,6 +222,16 @@ def as_optional_time(value: object, name: str) -> datetime | None:
     return None if value is None else as_time(value, name)
 
 
+def as_optional_end(value: object, name: str) -> datetime | None:
+    """Check the end of a time range that includes it, a time or None.
+
+    Whole milliseconds mean to the end of the last one: ElizaOS's JSON cuts times to them, and the row that a time comes
+    from is in the range.
+    """
+    time = as_optional_time(value, name)
+    return time if time is None or time.microsecond % 1000 else time + timedelta(microseconds=999)
+
+
 def as_bool(value: object, name: str) -> bool:
     """Check that an argument is a boolean."""
     if not isinstance(value, (bool, np.bool_)):

@@ -190,6 +190,17 @@ class Store:
                     raise ArgumentError(f"{kind.__name__} at position {position}: {name} is missing")
 
 
+def order_by_id(rows: list[dict[str, Any]]) -> list[int]:
+    """Order a batch by id, over all its chunks, so that two batches cannot wait for each other.
+
+    Returns:
+        Where each row stood before, for those whose times keep the order given.
+    """
+    positions = sorted(range(len(rows)), key=lambda position: rows[position]["id"].int)
+    rows[:] = [rows[position] for position in positions]
+    return positions
+
+
 def unwrap(kind: type[Model], values: Any, key: str) -> Any:
     """Take the batch contract's form of updates, {id, key: fields}, for mappings of these fields and the id.
 

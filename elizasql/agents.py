@@ -9,7 +9,7 @@ from uuid import UUID
 
 from . import _codecs
 from ._statements import SQL
-from ._store import Store
+from ._store import Store, order_by_id
 from .errors import ArgumentError
 from .models import Agent, Model
 
@@ -239,6 +239,7 @@ class Agents(Store):
     def _read_agents(self, agents: Iterable[Agent | Mapping[str, Any]]) -> tuple[list[UUID], list[dict[str, Any]]]:
         ids, rows = self._read_all(Agent, agents)
         self._need(rows, Agent, "name")
+        order_by_id(rows)
         return ids, rows
 
 

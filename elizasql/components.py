@@ -38,8 +38,8 @@ class Components(Store):
         Statement: sql/components.sql create_components. Source: createComponent; differs: the natural key is unique,
         and `created_at` is taken as given.
         """
-        _, created = await self._create_components([component])
-        return created[0]
+        [(_, created)] = await self._create_components([component])
+        return created
 
     async def create_components(
         self, components: Iterable[Component | Mapping[str, Any]], *, timeout: float | None = None
@@ -56,27 +56,24 @@ class Components(Store):
 
         Statement: sql/components.sql create_components. One round trip a chunk. Source: createComponents.
         """
-        ids, _ = await self._create_components(components)
-        return ids
+        return [id for id, _ in await self._create_components(components)]
 
-    async def _create_components(
-        self, components: Iterable[Component | Mapping[str, Any]]
-    ) -> tuple[list[UUID], list[bool]]:
+    async def _create_components(self, components: Iterable[Component | Mapping[str, Any]]) -> list[tuple[UUID, bool]]:
+        """Give for each component the id that is stored, and whether it is new."""
         asked, rows = self._read_all(Component, components)
         self._need(rows, Component, *_NEEDED)
+        rows.sort(key=_lock_order)
         if not rows:
-            return [], []
+            return []
         chunks = [
             {"agent_id": self.agent_id, "components": _codecs.encode_json(chunk, "components")}
             for chunk in self._chunks(rows)
         ]
-        stored: dict[UUID, UUID] = {}
-        created: list[bool] = []
+        stored: dict[UUID, tuple[UUID, bool]] = {}
         answers = await self._executor.fetch_chunks(SQL["create_components"], chunks)
-        for chunk, (ids, new) in zip(self._chunks(rows), answers, strict=True):
-            stored |= zip((row["id"] for row in chunk), ids, strict=True)
-            created += new
-        return [stored[id] for id in asked], created
+        for chunk, (ids, created) in zip(self._chunks(rows), answers, strict=True):
+            stored |= zip((row["id"] for row in chunk), zip(ids, created, strict=True), strict=True)
+        return [stored[id] for id in asked]
 
     async def upsert_components(
         self, components: Iterable[Component | Mapping[str, Any]], *, timeout: float | None = None
@@ -113,7 +110,7 @@ class Components(Store):
             return []
         chunks = [
             {"agent_id": self.agent_id, "components": _codecs.encode_json(chunk, "components")}
-            for chunk in self._chunks(list(rows.values()))
+            for chunk in self._chunks(sorted(rows.values(), key=_lock_order))
         ]
         stored = {_natural_key(row): row["id"] for row in await self._write_under_two_keys("upsert_components", chunks)}
         return [stored[key] for key in keys]
@@ -366,6 +363,15 @@ def _need(row: Mapping[str, Any], *names: str) -> None:
 
 def _natural_key(row: Any) -> NaturalKey:
     return row["entity_id"], row["type"], row.get("world_id"), row.get("source_entity_id")
+
+
+def _lock_order(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Give what a batch is ordered by, over all its chunks, so that two batches cannot wait for each other.
+
+    That is the natural key, as the statements order each chunk: None comes last.
+    """
+    entity, kind, *others = _natural_key(row)
+    return entity.int, kind, *((other is None, other and other.int) for other in others)
 
 
 def _read_patch(patch: Any) -> tuple[UUID, list[dict[str, Any]]]:

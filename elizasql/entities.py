@@ -8,7 +8,7 @@ from uuid import UUID
 
 from . import _codecs
 from ._statements import SQL
-from ._store import Store
+from ._store import Store, order_by_id
 from .errors import ArgumentError
 from .models import Component, Entity
 
@@ -48,6 +48,7 @@ class Entities(Store):
         ids, as its successor does, and does not give up a batch because of one that is there.
         """
         ids, rows = self._read_all(Entity, entities, new_ids=False)
+        order_by_id(rows)
         if rows:
             chunks = [
                 {"agent_id": self.agent_id, "entities": _codecs.encode_json(_own(chunk), "entities")}

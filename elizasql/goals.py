@@ -8,7 +8,7 @@ from uuid import UUID
 
 from . import _codecs
 from ._statements import SQL
-from ._store import Store, as_limit
+from ._store import Store, as_limit, order_by_id
 from .models import Goal
 from .types import GoalStatus
 
@@ -35,7 +35,7 @@ class Goals(Store):
     async def create_goals(
         self, goals: Iterable[Goal | Mapping[str, Any]], *, timeout: float | None = None
     ) -> list[UUID]:
-        """Create goals, all or none, and give their ids in the order given.
+        """Create goals, all or none, and give their ids in the order given. Goals without a time keep it.
 
         Raises:
             As `create_goal`; an ArgumentError names the position of the goal.
@@ -44,8 +44,13 @@ class Goals(Store):
         """
         ids, rows = self._read_all(Goal, goals)
         self._need(rows, Goal, "name")
+        positions = order_by_id(rows)
         if rows:
-            chunks = [{"agent_id": self.agent_id, "goals": encoded} for encoded in self._encode_chunks(Goal, rows, ids)]
+            encoded = zip(self._encode_chunks(Goal, rows, ids), self._chunks(positions), strict=True)
+            chunks = [
+                {"agent_id": self.agent_id, "goals": chunk, "positions": where, "begins": number == 0}
+                for number, (chunk, where) in enumerate(encoded)
+            ]
             await self._executor.fetch_chunks(SQL["create_goals"], chunks)
         return ids
 
@@ -98,14 +103,17 @@ class Goals(Store):
             statement = SQL["get_goals_of_room"]
         else:
             statement = SQL["get_goals" if entity is None else "get_goals_of_entity"]
+        number = as_limit(count, limit)
+        skip = _codecs.as_optional_count(offset, "offset")
         rows = await self._executor.fetch(
             statement,
             agent_id=self.agent_id,
             room_id=room,
             entity_id=entity,
             statuses=["IN_PROGRESS"] if only else list(get_args(GoalStatus)),
-            count=as_limit(count, limit),
-            skip=_codecs.as_optional_count(offset, "offset"),
+            reach=None if number is None else min(number + (skip or 0), 2**63 - 1),
+            count=number,
+            skip=skip,
         )
         return [Goal(*row) for row in rows]
 

@@ -70,8 +70,9 @@ class Logs(Store):
                 "types": [row["type"] for row in chunk],
                 "bodies": [bodies[row["id"]] for row in chunk],
                 "created_ats": [row.get("created_at") for row in chunk],
+                "first": number * self.config.batch_size,
             }
-            for chunk in self._chunks(rows)
+            for number, chunk in enumerate(self._chunks(rows))
         ]
         executor = self._aside if self.config.log_lane == "background" else self._executor
         await executor.fetch_chunks(SQL["create_logs"], chunks)
@@ -259,7 +260,8 @@ class Logs(Store):
             room_id, entity_id: Only runs with an event there, of this entity.
             status: Only runs of this status; "all" and None: of any.
             from_time, to_time: Only runs with an event in this time, both ends included: aware datetimes or
-                milliseconds since 1970. With `room_id` and `entity_id`, one event must fit all.
+                milliseconds since 1970. A `to_time` of whole milliseconds means to the end of the last one. With
+                `room_id` and `entity_id`, one event must fit all.
 
         Returns:
             `runs`, the `total` that match, and whether some come after the page.
@@ -279,7 +281,7 @@ class Logs(Store):
             "room_id": _codecs.as_optional_id(room_id, "room_id"),
             "entity_id": _codecs.as_optional_id(entity_id, "entity_id"),
             "from_time": _codecs.as_optional_time(from_time, "from_time"),
-            "to_time": _codecs.as_optional_time(to_time, "to_time"),
+            "to_time": _codecs.as_optional_end(to_time, "to_time"),
         }
         rows = await self._executor.fetch(
             SQL["get_agent_run_summaries"],
@@ -340,18 +342,14 @@ def _encode_body(body: dict[str, Any], name: str) -> bytes:
 
 
 def _tame(value: Any, name: str, around: tuple[int, ...]) -> Any:
-    """Write what JSON's encoder refuses in another form.
+    """Write what JSON's encoder refuses in another form; of a key that is no text and no number it says so itself.
 
     Args:
         value: A part of the body.
         name: What an error calls the body.
         around: Identities of the containers that the value is in.
     """
-    if isinstance(value, int) and not -(2**63) <= value < 2**64:
-        try:
-            return str(value)
-        except ValueError as error:
-            raise ArgumentError(f"{name} holds a number that cannot be written: {error}") from None
+    value = _tame_number(value, name)
     if not isinstance(value, (Mapping, list, tuple)):
         return value
     if id(value) in around:
@@ -360,5 +358,14 @@ def _tame(value: Any, name: str, around: tuple[int, ...]) -> Any:
         raise ArgumentError(f"{name} is nested deeper than {_MAX_DEPTH} levels")
     around = (*around, id(value))
     if isinstance(value, Mapping):
-        return {_tame(key, name, around): _tame(item, name, around) for key, item in value.items()}
+        return {_tame_number(key, name): _tame(item, name, around) for key, item in value.items()}
     return [_tame(item, name, around) for item in value]
+
+
+def _tame_number(value: Any, name: str) -> Any:
+    if not isinstance(value, int) or -(2**63) <= value < 2**64:
+        return value
+    try:
+        return str(value)
+    except ValueError as error:
+        raise ArgumentError(f"{name} holds a number that cannot be written: {error}") from None

@@ -414,7 +414,7 @@ class Memories(Store):
             offset: Leave out so many of the newest; for deep pages `cursor` is faster.
             cursor: Only what comes after this memory, exclusive: the last one of the page before, or its time and id.
             start: Not older, inclusive: an aware datetime or milliseconds since 1970; 0 is a time.
-            end: Not newer, inclusive.
+            end: Not newer, inclusive; whole milliseconds mean to the end of the last one.
             unique: True: leave near-duplicates out.
             metadata: Only where the metadata contain this object (jsonb containment).
             text_contains: Only where `content["text"]` contains this, whatever the case; no index serves it.
@@ -902,7 +902,7 @@ class Memories(Store):
             "type": self._type(table_name),
             "only_unique": _codecs.as_bool(unique, "unique"),
             "start_time": _codecs.as_optional_time(start, "start"),
-            "end_time": _codecs.as_optional_time(end, "end"),
+            "end_time": _codecs.as_optional_end(end, "end"),
             "metadata": None if metadata is None else _codecs.encode_object(metadata, "metadata"),
             "text_contains": _codecs.as_optional_text(text_contains, "text_contains"),
         }

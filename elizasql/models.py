@@ -521,6 +521,7 @@ class Task(Model):
         created_at, updated_at: Made by the server when missing. A claim does not count as an update.
         due_at: Not before this time; None: at once.
         ready_at: From when on a worker may take it: it is due, the lease of a claim or the pause after a failure ends.
+            A `due_at` that was set during the claim, and is later than the end of its lease, counts as well.
         attempts: Claims so far.
         max_attempts: With so many the task is dead: it stays, and no worker takes it any more.
         claim_token: Of the newest claim, until it is ended.

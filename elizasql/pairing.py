@@ -8,7 +8,7 @@ from uuid import UUID
 
 from . import _codecs
 from ._statements import SQL
-from ._store import Store
+from ._store import Store, order_by_id
 from .errors import ArgumentError
 from .models import PairingAllowlistEntry, PairingRequest
 
@@ -69,7 +69,7 @@ class Pairing(Store):
         """
         ids, rows = self._read_all(PairingRequest, requests)
         self._need(rows, PairingRequest, "channel", "sender_id", "code")
-        rows.sort(key=lambda row: row["id"].int)  # over all chunks, so that two batches cannot wait for each other
+        order_by_id(rows)
         if rows:
             chunks = [
                 {"agent_id": self.agent_id, "requests": chunk}

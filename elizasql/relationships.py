@@ -35,8 +35,8 @@ class Relationships(Store):
         Statement: sql/relationships.sql create_relationships. Source: createRelationship; differs: an unknown entity
         is an error, never False.
         """
-        _, created = await self._create_relationships([relationship])
-        return created[0]
+        [(_, created)] = await self._create_relationships([relationship])
+        return created
 
     async def create_relationships(
         self, relationships: Iterable[Relationship | Mapping[str, Any]], *, timeout: float | None = None
@@ -54,27 +54,27 @@ class Relationships(Store):
         Statement: sql/relationships.sql create_relationships. One round trip a chunk. Source: createRelationships;
         differs: the ids are those that are stored.
         """
-        ids, _ = await self._create_relationships(relationships)
-        return ids
+        return [id for id, _ in await self._create_relationships(relationships)]
 
     async def _create_relationships(
         self, relationships: Iterable[Relationship | Mapping[str, Any]]
-    ) -> tuple[list[UUID], list[bool]]:
+    ) -> list[tuple[UUID, bool]]:
+        """Give for each relationship the id that is stored, and whether it is new."""
         asked, rows = self._read_all(Relationship, relationships)
         self._need(rows, Relationship, *_NEEDED)
+        # By pair, as the statement orders each chunk, over all of them: so two batches cannot wait for each other.
+        rows.sort(key=lambda row: tuple(row[name].int for name in _NEEDED))
         if not rows:
-            return [], []
+            return []
         chunks = [
             {"agent_id": self.agent_id, "relationships": _codecs.encode_json(chunk, "relationships")}
             for chunk in self._chunks(rows)
         ]
-        stored: dict[UUID, UUID] = {}
-        created: list[bool] = []
+        stored: dict[UUID, tuple[UUID, bool]] = {}
         answers = await self._executor.fetch_chunks(SQL["create_relationships"], chunks)
-        for chunk, (ids, new) in zip(self._chunks(rows), answers, strict=True):
-            stored |= zip((row["id"] for row in chunk), ids, strict=True)
-            created += new
-        return [stored[id] for id in asked], created
+        for chunk, (ids, created) in zip(self._chunks(rows), answers, strict=True):
+            stored |= zip((row["id"] for row in chunk), zip(ids, created, strict=True), strict=True)
+        return [stored[id] for id in asked]
 
     async def update_relationship(
         self, relationship: Relationship | Mapping[str, Any], *, timeout: float | None = None

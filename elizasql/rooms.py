@@ -8,7 +8,7 @@ from uuid import UUID
 
 from . import _codecs
 from ._statements import SQL
-from ._store import Store
+from ._store import Store, order_by_id
 from .models import Room
 
 
@@ -39,7 +39,7 @@ class Rooms(Store):
         """
         ids, rows = self._read_all(Room, rooms)
         self._need(rows, Room, "source", "type")
-        rows.sort(key=lambda row: row["id"].int)  # over all chunks, so that two batches cannot wait for each other
+        order_by_id(rows)
         if rows:
             chunks = [{"agent_id": self.agent_id, "rooms": chunk} for chunk in self._encode_chunks(Room, rows, ids)]
             await self._executor.fetch_chunks(SQL["create_rooms"], chunks)

@@ -11,8 +11,8 @@ from uuid import UUID
 from . import _codecs
 from ._listener import Listener
 from ._statements import SQL
-from ._store import Store, as_limit, unwrap
-from .errors import ArgumentError, ElizaSQLError
+from ._store import Store, as_limit, order_by_id, unwrap
+from .errors import ArgumentError, ElizaSQLError, UnknownOutcomeError
 from .models import Task
 
 logger: logging.Logger = logging.getLogger("elizasql")
@@ -67,6 +67,8 @@ class Tasks(Store):
     ) -> list[UUID]:
         """Create tasks, all or none, and give their ids in the order given. What only claims change is not written.
 
+        Tasks without a time keep the order given.
+
         Raises:
             As `create_task`; an ArgumentError names the position of the task.
 
@@ -75,8 +77,13 @@ class Tasks(Store):
         ids, rows = self._read_all(Task, tasks)
         self._need(rows, Task, "name")
         _check_attempts(rows, ids)
+        positions = order_by_id(rows)
         if rows:
-            chunks = [{"agent_id": self.agent_id, "tasks": encoded} for encoded in self._encode_chunks(Task, rows, ids)]
+            encoded = zip(self._encode_chunks(Task, rows, ids), self._chunks(positions), strict=True)
+            chunks = [
+                {"agent_id": self.agent_id, "tasks": chunk, "positions": where, "begins": number == 0}
+                for number, (chunk, where) in enumerate(encoded)
+            ]
             await self._executor.fetch_chunks(SQL["create_tasks"], chunks)
         return ids
 
@@ -174,7 +181,8 @@ class Tasks(Store):
             task_id: The task.
             task: Of a mapping its keys, of a model what is not None: name, description, room_id, world_id, entity_id,
                 tags, metadata (replaced as a whole), due_at, max_attempts. None clears what can be empty. A new
-                `due_at` counts from the end of a claim on. Whatever else is in it is left as it is.
+                `due_at` counts from the end of a claim on, and ends the pause after a failure; the one that is there,
+                also cut to milliseconds, changes nothing. Whatever else is in it is left as it is.
 
         Raises:
             ArgumentError: `name` or `max_attempts` is None, or a value does not fit.
@@ -220,6 +228,10 @@ class Tasks(Store):
         """Change a task as `update_task` does, only while it is tagged "queue" and no worker has it; False otherwise.
 
         Of concurrent callers whose change takes the tag away, exactly one gets True: it has the task.
+
+        Raises:
+            As `update_task`.
+            UnknownOutcomeError: The connection was lost before the answer came: look at the task.
 
         Statement: sql/tasks.sql update_pending_task. One round trip. Source: updatePendingTask.
         """
@@ -352,8 +364,8 @@ class Tasks(Store):
         """End a claim with an error; False when the claim is lost.
 
         The task is ready again after `base_delay * 2 ** (attempts - 1)` seconds, at most `max_delay`, and up to a
-        quarter more. After `max_attempts` claims it is dead: it stays with its error, and a greater `max_attempts`
-        revives it.
+        quarter more, and not before it is due. After `max_attempts` claims it is dead: it stays with its error, and a
+        greater `max_attempts` revives it.
 
         Args:
             task: As `claim_tasks` gave it.
@@ -424,7 +436,8 @@ class Tasks(Store):
                     if not claimed:
                         pause = await self._until_next(longest, wanted)
                 except ElizaSQLError as error:
-                    if not error.retryable:
+                    # A claim that was done after all comes back when its lease ends.
+                    if not (error.retryable or isinstance(error, UnknownOutcomeError)):
                         raise
                     logger.warning("waiting for tasks is interrupted: %s", error)
                     claimed = []

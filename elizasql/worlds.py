@@ -8,7 +8,7 @@ from uuid import UUID
 
 from . import _codecs
 from ._statements import SQL
-from ._store import Store
+from ._store import Store, order_by_id
 from .models import World
 
 
@@ -37,7 +37,7 @@ class Worlds(Store):
         Statement: sql/worlds.sql create_worlds. One round trip a chunk. Source: createWorlds.
         """
         ids, rows = self._read_all(World, worlds)
-        rows.sort(key=lambda row: row["id"].int)  # over all chunks, so that two batches cannot wait for each other
+        order_by_id(rows)
         if rows:
             chunks = [{"agent_id": self.agent_id, "worlds": chunk} for chunk in self._encode_chunks(World, rows, ids)]
             await self._executor.fetch_chunks(SQL["create_worlds"], chunks)

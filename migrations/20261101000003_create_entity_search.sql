@@ -186,9 +186,9 @@ BEGIN
             agent_id, id, entity_id, room_id, world_id, source_entity_id, type, data, created_at
         )
         SELECT agent, id, entity_id, room_id, world_id, source_entity_id, type, coalesce(data, '{}'),
-            coalesce(created_at, now())
+            coalesce(created_at, statement_timestamp())
         FROM jsonb_populate_recordset(NULL::elizasql.components, given) WITH ORDINALITY AS g
-        ORDER BY entity_id, type, world_id, source_entity_id, g.ordinality
+        ORDER BY entity_id, type COLLATE "C", world_id, source_entity_id, g.ordinality
         ON CONFLICT DO NOTHING
         RETURNING id
     )
@@ -225,7 +225,7 @@ BEGIN
             agent_id, id, source_entity_id, target_entity_id, tags, metadata, created_at
         )
         SELECT agent, id, source_entity_id, target_entity_id, coalesce(tags, '{}'), coalesce(metadata, '{}'),
-            coalesce(created_at, now())
+            coalesce(created_at, statement_timestamp())
         FROM jsonb_populate_recordset(NULL::elizasql.relationships, given) WITH ORDINALITY AS g
         ORDER BY source_entity_id, target_entity_id, g.ordinality
         ON CONFLICT DO NOTHING

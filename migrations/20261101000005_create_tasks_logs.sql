@@ -2,6 +2,19 @@
 
 -- migrate:up
 
+-- The time of a batch, the same in all its chunks: that of the chunk which begins it, kept to the transaction's end. The
+-- chunks go by ids, so that two batches cannot wait for each other, and the times of their rows by the order given; with
+-- a time for each chunk, what was given first and has a great id would come last.
+CREATE FUNCTION elizasql.batch_time(begins boolean) RETURNS timestamptz
+LANGUAGE sql
+RETURN to_timestamp((
+    CASE
+        WHEN begins
+            THEN set_config('elizasql.batch_time', extract(EPOCH FROM statement_timestamp())::text, TRUE)
+        ELSE current_setting('elizasql.batch_time')
+    END
+)::double precision);
+
 -- A task points at no room, world or entity by foreign key: ElizaOS makes tasks for rooms that are not stored yet, and
 -- a task outlives them.
 CREATE TABLE elizasql.tasks (
@@ -40,6 +53,9 @@ CREATE INDEX tasks_ready_idx ON elizasql.tasks (agent_id, ready_at, id)
 WHERE tags @> '{queue}' AND attempts < max_attempts;
 CREATE INDEX tasks_ready_name_idx ON elizasql.tasks (agent_id, name, ready_at, id)
 WHERE tags @> '{queue}' AND attempts < max_attempts;
+-- The few that got a due time after the end of the lease of their claim: which of them is next.
+CREATE INDEX tasks_due_idx ON elizasql.tasks (agent_id, due_at, id)
+WHERE tags @> '{queue}' AND attempts < max_attempts AND due_at > ready_at;
 
 -- The tags of an agent's task as numbers that are the agent's own. A GIN index cannot begin with agent_id, and one on
 -- the bare tags would walk through every agent's tasks that are tagged 'queue'; tags may be of any length.
@@ -143,4 +159,5 @@ DROP TABLE elizasql.logs;
 DROP TABLE elizasql.goals;
 DROP TABLE elizasql.tasks;
 DROP FUNCTION elizasql.notify_task();
+DROP FUNCTION elizasql.batch_time(boolean);
 DROP FUNCTION elizasql.tag_keys(uuid, text[]);

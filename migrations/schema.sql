@@ -2,6 +2,10 @@
 
 CREATE SCHEMA elizasql;
 
+CREATE FUNCTION elizasql.batch_time(begins boolean) RETURNS timestamp with time zone
+    LANGUAGE sql
+    RETURN to_timestamp((CASE WHEN begins THEN set_config('elizasql.batch_time'::text, (EXTRACT(epoch FROM statement_timestamp()))::text, true) ELSE current_setting('elizasql.batch_time'::text) END)::double precision);
+
 CREATE FUNCTION elizasql.build_index(given_agent uuid) RETURNS bigint
     LANGUAGE plpgsql
     AS $_$
@@ -95,9 +99,9 @@ BEGIN
             agent_id, id, entity_id, room_id, world_id, source_entity_id, type, data, created_at
         )
         SELECT agent, id, entity_id, room_id, world_id, source_entity_id, type, coalesce(data, '{}'),
-            coalesce(created_at, now())
+            coalesce(created_at, statement_timestamp())
         FROM jsonb_populate_recordset(NULL::elizasql.components, given) WITH ORDINALITY AS g
-        ORDER BY entity_id, type, world_id, source_entity_id, g.ordinality
+        ORDER BY entity_id, type COLLATE "C", world_id, source_entity_id, g.ordinality
         ON CONFLICT DO NOTHING
         RETURNING id
     )
@@ -134,7 +138,7 @@ BEGIN
             agent_id, id, source_entity_id, target_entity_id, tags, metadata, created_at
         )
         SELECT agent, id, source_entity_id, target_entity_id, coalesce(tags, '{}'), coalesce(metadata, '{}'),
-            coalesce(created_at, now())
+            coalesce(created_at, statement_timestamp())
         FROM jsonb_populate_recordset(NULL::elizasql.relationships, given) WITH ORDINALITY AS g
         ORDER BY source_entity_id, target_entity_id, g.ordinality
         ON CONFLICT DO NOTHING
@@ -3035,6 +3039,8 @@ CREATE INDEX rooms_message_server_idx ON elizasql.rooms USING btree (agent_id, m
 CREATE INDEX rooms_world_idx ON elizasql.rooms USING btree (agent_id, world_id, created_at, id);
 
 CREATE INDEX tasks_created_at_idx ON elizasql.tasks USING btree (agent_id, created_at, id);
+
+CREATE INDEX tasks_due_idx ON elizasql.tasks USING btree (agent_id, due_at, id) WHERE ((tags @> '{queue}'::text[]) AND (attempts < max_attempts) AND (due_at > ready_at));
 
 CREATE INDEX tasks_entity_idx ON elizasql.tasks USING btree (agent_id, entity_id, created_at, id) WHERE (entity_id IS NOT NULL);
 

@@ -1,4 +1,5 @@
 -- Agents. The only table whose rows are not scoped to the adapter's agent: an adapter may look after others.
+-- Times are the statement's, as in messaging.sql.
 
 -- name: get_agents_by_ids(ids)
 SELECT
@@ -55,8 +56,8 @@ INSERT INTO elizasql.agents (
 SELECT
     id, name, username, system, coalesce(bio, '[]'), coalesce(message_examples, '[]'), coalesce(post_examples, '[]'),
     coalesce(topics, '[]'), coalesce(adjectives, '[]'), coalesce(knowledge, '[]'), coalesce(plugins, '[]'),
-    coalesce(settings, '{}'), coalesce(style, '{}'), coalesce(enabled, TRUE), server_id, coalesce(created_at, now()),
-    coalesce(updated_at, created_at, now())
+    coalesce(settings, '{}'), coalesce(style, '{}'), coalesce(enabled, TRUE), server_id,
+    coalesce(created_at, statement_timestamp()), coalesce(updated_at, created_at, statement_timestamp())
 FROM jsonb_populate_recordset(NULL::elizasql.agents, :agents::jsonb)
 ORDER BY id
 ON CONFLICT (id) DO NOTHING
@@ -73,7 +74,7 @@ SELECT
     id, name, username, system, coalesce(bio, '["An AI agent"]'), coalesce(message_examples, '[]'),
     coalesce(post_examples, '[]'), coalesce(topics, '[]'), coalesce(adjectives, '[]'), coalesce(knowledge, '[]'),
     coalesce(plugins, '[]'), coalesce(settings, '{}'), coalesce(style, '{}'), coalesce(enabled, TRUE), server_id,
-    coalesce(created_at, now()), coalesce(updated_at, created_at, now())
+    coalesce(created_at, statement_timestamp()), coalesce(updated_at, created_at, statement_timestamp())
 FROM jsonb_populate_record(NULL::elizasql.agents, :agent::jsonb)
 ON CONFLICT (id) DO UPDATE SET id = a.id
 RETURNING
@@ -91,7 +92,8 @@ SELECT
     g.id, g.name, g.username, g.system, coalesce(g.bio, '[]'), coalesce(g.message_examples, '[]'),
     coalesce(g.post_examples, '[]'), coalesce(g.topics, '[]'), coalesce(g.adjectives, '[]'),
     coalesce(g.knowledge, '[]'), coalesce(g.plugins, '[]'), coalesce(g.settings, '{}'), coalesce(g.style, '{}'),
-    coalesce(g.enabled, TRUE), g.server_id, coalesce(g.created_at, now()), coalesce(g.updated_at, g.created_at, now())
+    coalesce(g.enabled, TRUE), g.server_id, coalesce(g.created_at, statement_timestamp()),
+    coalesce(g.updated_at, g.created_at, statement_timestamp())
 FROM jsonb_each(:agents::jsonb) AS given (id, agent)
 CROSS JOIN LATERAL jsonb_populate_record(NULL::elizasql.agents, given.agent) AS g
 ORDER BY g.id
@@ -117,7 +119,7 @@ ON CONFLICT (id) DO UPDATE
                 coalesce(n.knowledge, '[]'), coalesce(n.plugins, '[]'),
                 coalesce(elizasql.merge_settings(a.settings, coalesce(g.agent -> 'settings', '{}')), '{}'),
                 coalesce(n.style, '{}'), n.enabled, n.server_id, elizasql.changed_time(a.created_at, n.created_at),
-                now()
+                statement_timestamp()
             FROM (SELECT :agents::jsonb -> excluded.id::text AS agent) AS g
             CROSS JOIN LATERAL jsonb_populate_record(a, g.agent) AS n
         );
@@ -144,7 +146,7 @@ updated AS (
                 coalesce(n.knowledge, '[]'), coalesce(n.plugins, '[]'),
                 coalesce(elizasql.merge_settings(a.settings, coalesce(g.agent -> 'settings', '{}')), '{}'),
                 coalesce(n.style, '{}'), n.enabled, n.server_id, elizasql.changed_time(a.created_at, n.created_at),
-                now()
+                statement_timestamp()
             FROM jsonb_populate_record(a, g.agent) AS n
         )
     FROM given AS g
@@ -175,7 +177,7 @@ SELECT count(*) FROM deleted;
 -- Not repeatable: a second run finds nothing left to delete.
 WITH deleted AS (
     DELETE FROM elizasql.agents
-    WHERE updated_at < now() - :older_than::interval AND id <> :agent_id
+    WHERE updated_at < statement_timestamp() - :older_than::interval AND id <> :agent_id
     RETURNING id
 )
 

@@ -1,5 +1,6 @@
 -- Components: what is known of an entity, by type. The natural key is the entity, the type, the world and the source
--- entity, the last two with NULL as a value. Columns in the order of elizasql.models.Component.
+-- entity, the last two with NULL as a value. Columns in the order of elizasql.models.Component. Times are the statement's,
+-- as in messaging.sql.
 
 -- name: get_component(agent_id, entity_id, type, world_id, source_entity_id)^
 -- The oldest of those that fit; world_id and source_entity_id NULL: any.
@@ -71,9 +72,10 @@ INSERT INTO elizasql.components (
     agent_id, id, entity_id, room_id, world_id, source_entity_id, type, data, created_at
 )
 SELECT
-    :agent_id, id, entity_id, room_id, world_id, source_entity_id, type, data, coalesce(created_at, now())
+    :agent_id, id, entity_id, room_id, world_id, source_entity_id, type, data,
+    coalesce(created_at, statement_timestamp())
 FROM jsonb_populate_recordset(NULL::elizasql.components, :components::jsonb)
-ORDER BY entity_id, type, world_id, source_entity_id
+ORDER BY entity_id, type COLLATE "C", world_id, source_entity_id
 ON CONFLICT ON CONSTRAINT components_natural_key DO UPDATE SET room_id = excluded.room_id, data = excluded.data
 RETURNING id, entity_id, type, world_id, source_entity_id;
 

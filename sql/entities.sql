@@ -1,5 +1,6 @@
 -- Entities: the persons and things that the agent knows. Columns in the order of elizasql.models.Entity; behind them,
--- where components can come along, one array for each column of a component, NULL where there is none.
+-- where components can come along, one array for each column of a component, NULL where there is none. Times are the
+-- statement's, as in messaging.sql.
 
 -- name: get_entities_by_ids(agent_id, ids, include_components)
 -- In the order of the ids. LIMIT keeps the join a lookup for each id: as a join, or with = ANY, the plan for the average
@@ -380,7 +381,7 @@ ORDER BY e.id;
 -- An entity that is there already stays as it is.
 INSERT INTO elizasql.entities (agent_id, id, names, metadata, created_at)
 SELECT
-    :agent_id, id, coalesce(names, '{}'), coalesce(metadata, '{}'), coalesce(created_at, now())
+    :agent_id, id, coalesce(names, '{}'), coalesce(metadata, '{}'), coalesce(created_at, statement_timestamp())
 FROM jsonb_populate_recordset(NULL::elizasql.entities, :entities::jsonb)
 ORDER BY id
 ON CONFLICT (agent_id, id) DO NOTHING;
@@ -389,7 +390,7 @@ ON CONFLICT (agent_id, id) DO NOTHING;
 -- Creates entities, or changes the fields that are given of those that are there. entities: an object by id.
 INSERT INTO elizasql.entities AS e (agent_id, id, names, metadata, created_at)
 SELECT
-    :agent_id, g.id, coalesce(g.names, '{}'), coalesce(g.metadata, '{}'), coalesce(g.created_at, now())
+    :agent_id, g.id, coalesce(g.names, '{}'), coalesce(g.metadata, '{}'), coalesce(g.created_at, statement_timestamp())
 FROM jsonb_each(:entities::jsonb) AS given (id, entity)
 CROSS JOIN LATERAL jsonb_populate_record(NULL::elizasql.entities, given.entity) AS g
 ORDER BY g.id

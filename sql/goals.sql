@@ -2,16 +2,24 @@
 -- id, agent_id, room_id, entity_id, name, status, objectives, created_at, updated_at.
 -- Lists are read status by status, each off the index in order: the goals that are done outnumber the others by far.
 
--- name: create_goals(agent_id, goals)!
--- A goal that is there already stays as it is. Goals without a time get the transaction's, a microsecond apart.
+-- name: create_goals(agent_id, goals, positions, begins)!
+-- A goal that is there already stays as it is. Goals without a time get the batch's, as many microseconds later as their
+-- position in the batch says: their order stays the input's. begins: this is the first chunk of the batch.
+WITH given AS (
+    SELECT
+        *,
+        (SELECT elizasql.batch_time(:begins))
+        + (:positions::bigint[])[ordinality] * interval '1 microsecond' AS made_at
+    FROM jsonb_populate_recordset(NULL::elizasql.goals, :goals::jsonb) WITH ORDINALITY
+)
+
 INSERT INTO elizasql.goals (
     agent_id, id, room_id, entity_id, name, status, objectives, created_at, updated_at
 )
 SELECT
     :agent_id, id, room_id, entity_id, name, coalesce(status, 'IN_PROGRESS'), coalesce(objectives, '[]'),
-    coalesce(created_at, now() + ordinality * interval '1 microsecond'),
-    coalesce(updated_at, created_at, now() + ordinality * interval '1 microsecond')
-FROM jsonb_populate_recordset(NULL::elizasql.goals, :goals::jsonb) WITH ORDINALITY
+    coalesce(created_at, made_at), coalesce(updated_at, created_at, made_at)
+FROM given
 ORDER BY id
 ON CONFLICT (agent_id, id) DO NOTHING;
 
@@ -28,8 +36,8 @@ CROSS JOIN
     ) AS g
 ORDER BY given.position;
 
--- name: get_goals(agent_id, statuses, skip, count)
--- Oldest first, as every list of goals.
+-- name: get_goals(agent_id, statuses, reach, skip, count)
+-- Oldest first, as every list of goals. reach = count + skip: no status need give more.
 SELECT
     found.id, found.agent_id, found.room_id, found.entity_id, found.name, found.status, found.objectives,
     found.created_at, found.updated_at
@@ -40,14 +48,14 @@ CROSS JOIN
         FROM elizasql.goals AS g
         WHERE g.agent_id = :agent_id AND g.status = wanted.status
         ORDER BY g.created_at, g.id
-        LIMIT :count::bigint + coalesce(:skip::bigint, 0)
+        LIMIT :reach::bigint
     ) AS found
 ORDER BY found.created_at, found.id
 LIMIT
     :count::bigint
     OFFSET :skip::bigint;
 
--- name: get_goals_of_room(agent_id, room_id, entity_id, statuses, skip, count)
+-- name: get_goals_of_room(agent_id, room_id, entity_id, statuses, reach, skip, count)
 SELECT
     found.id, found.agent_id, found.room_id, found.entity_id, found.name, found.status, found.objectives,
     found.created_at, found.updated_at
@@ -60,14 +68,14 @@ CROSS JOIN
             g.agent_id = :agent_id AND g.room_id = :room_id AND g.status = wanted.status
             AND (:entity_id::uuid IS NULL OR g.entity_id = :entity_id)
         ORDER BY g.created_at, g.id
-        LIMIT :count::bigint + coalesce(:skip::bigint, 0)
+        LIMIT :reach::bigint
     ) AS found
 ORDER BY found.created_at, found.id
 LIMIT
     :count::bigint
     OFFSET :skip::bigint;
 
--- name: get_goals_of_entity(agent_id, entity_id, statuses, skip, count)
+-- name: get_goals_of_entity(agent_id, entity_id, statuses, reach, skip, count)
 SELECT
     found.id, found.agent_id, found.room_id, found.entity_id, found.name, found.status, found.objectives,
     found.created_at, found.updated_at
@@ -78,7 +86,7 @@ CROSS JOIN
         FROM elizasql.goals AS g
         WHERE g.agent_id = :agent_id AND g.entity_id = :entity_id AND g.status = wanted.status
         ORDER BY g.created_at, g.id
-        LIMIT :count::bigint + coalesce(:skip::bigint, 0)
+        LIMIT :reach::bigint
     ) AS found
 ORDER BY found.created_at, found.id
 LIMIT
@@ -105,7 +113,7 @@ updated AS (
         name = coalesce(g.name, t.name),
         status = coalesce(g.status, t.status),
         objectives = CASE WHEN g.given ? 'objectives' THEN coalesce(g.objectives, '[]') ELSE t.objectives END,
-        updated_at = now()
+        updated_at = statement_timestamp()
     FROM given AS g
     WHERE t.agent_id = g.agent AND t.id = g.id
     RETURNING t.id

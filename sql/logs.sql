@@ -1,12 +1,13 @@
 -- Logs, and the runs that they tell of. Columns of a log, in the order of elizasql.models.Log:
 -- id, agent_id, entity_id, room_id, type, body, created_at.
 
--- name: create_logs(agent_id, ids, entity_ids, room_ids, types, bodies, created_ats)!
--- Logs without a time get the transaction's, a microsecond apart, so that their order stays the input's.
+-- name: create_logs(agent_id, ids, entity_ids, room_ids, types, bodies, created_ats, first)!
+-- Logs without a time get the statement's, a microsecond apart, so that their order stays the input's, also in one
+-- transaction; first: how many logs of the batch went before this chunk.
 INSERT INTO elizasql.logs (agent_id, id, entity_id, room_id, type, body, created_at)
 SELECT
     :agent_id, id, entity_id, room_id, type, body,
-    coalesce(created_at, now() + position * interval '1 microsecond')
+    coalesce(created_at, statement_timestamp() + (:first::bigint + position) * interval '1 microsecond')
 FROM
     unnest(
         :ids::uuid[], :entity_ids::uuid[], :room_ids::uuid[], :types::text[], :bodies::jsonb[],
@@ -16,14 +17,21 @@ ORDER BY id
 ON CONFLICT (agent_id, id) DO NOTHING;
 
 -- name: get_logs(agent_id, cursor_time, cursor_id, skip, count)
--- All, newest first. The cursor is the last row of the page before.
+-- All, newest first. The cursor is the last row of the page before, whose exact time is read by its id: ElizaOS's JSON
+-- carries milliseconds only.
 SELECT
     id, agent_id, entity_id, room_id, type, body, created_at
 FROM elizasql.logs
 WHERE
     agent_id = :agent_id
     AND (created_at, id) < (
-        coalesce(:cursor_time::timestamptz, 'infinity'),
+        coalesce(
+            (
+                SELECT exact.created_at FROM elizasql.logs AS exact
+                WHERE exact.agent_id = :agent_id AND exact.id = :cursor_id
+            ),
+            :cursor_time::timestamptz, 'infinity'
+        ),
         coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
     )
 ORDER BY created_at DESC, id DESC
@@ -39,7 +47,13 @@ FROM elizasql.logs
 WHERE
     agent_id = :agent_id AND type = :type
     AND (created_at, id) < (
-        coalesce(:cursor_time::timestamptz, 'infinity'),
+        coalesce(
+            (
+                SELECT exact.created_at FROM elizasql.logs AS exact
+                WHERE exact.agent_id = :agent_id AND exact.id = :cursor_id
+            ),
+            :cursor_time::timestamptz, 'infinity'
+        ),
         coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
     )
 ORDER BY created_at DESC, id DESC
@@ -56,7 +70,13 @@ WHERE
     agent_id = :agent_id AND room_id = :room_id
     AND (:type::text IS NULL OR type = :type)
     AND (created_at, id) < (
-        coalesce(:cursor_time::timestamptz, 'infinity'),
+        coalesce(
+            (
+                SELECT exact.created_at FROM elizasql.logs AS exact
+                WHERE exact.agent_id = :agent_id AND exact.id = :cursor_id
+            ),
+            :cursor_time::timestamptz, 'infinity'
+        ),
         coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
     )
 ORDER BY created_at DESC, id DESC
@@ -74,7 +94,13 @@ WHERE
     AND (:room_id::uuid IS NULL OR room_id = :room_id)
     AND (:type::text IS NULL OR type = :type)
     AND (created_at, id) < (
-        coalesce(:cursor_time::timestamptz, 'infinity'),
+        coalesce(
+            (
+                SELECT exact.created_at FROM elizasql.logs AS exact
+                WHERE exact.agent_id = :agent_id AND exact.id = :cursor_id
+            ),
+            :cursor_time::timestamptz, 'infinity'
+        ),
         coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
     )
 ORDER BY created_at DESC, id DESC
@@ -164,7 +190,7 @@ WITH doomed AS MATERIALIZED (
     FROM elizasql.logs
     WHERE
         agent_id = :agent_id
-        AND created_at < coalesce(:before::timestamptz, now() - :age::interval, 'infinity')
+        AND created_at < coalesce(:before::timestamptz, statement_timestamp() - :age::interval, 'infinity')
         AND (created_at, id) < (
             coalesce(:kept_time::timestamptz, 'infinity'),
             coalesce(:kept_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')

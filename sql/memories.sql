@@ -1,7 +1,8 @@
 -- Memories: what an agent said, heard, read and knows. Columns of a memory, in the order of elizasql.models.Memory:
 -- id, entity_id, agent_id, room_id, world_id, type, content, metadata, "unique", created_at, embedding.
 -- A read takes the embedding from a sub-select that runs only when it is asked for, and takes the one of the width in
--- force, whichever that is. Order is total everywhere.
+-- force, whichever that is. Order is total everywhere. Times are the statement's, not the transaction's: memories of one
+-- transaction stay in the order of their making.
 -- One statement per access path: with a generic plan, "(:room_id IS NULL OR room_id = :room_id)" would scan the table.
 
 -- name: create_memory(agent_id, id, type, created_at, content, entity_id, room_id, world_id, is_unique, metadata)!
@@ -10,8 +11,8 @@ INSERT INTO elizasql.memories (
     agent_id, id, type, created_at, content, entity_id, room_id, world_id, "unique", metadata
 )
 VALUES (
-    :agent_id, :id, :type, coalesce(:created_at::timestamptz, now()), :content, :entity_id, :room_id, :world_id,
-    :is_unique, :metadata
+    :agent_id, :id, :type, coalesce(:created_at::timestamptz, statement_timestamp()), :content, :entity_id, :room_id,
+    :world_id, :is_unique, :metadata
 )
 ON CONFLICT (agent_id, id) DO NOTHING;
 
@@ -22,8 +23,8 @@ WITH created AS (
         agent_id, id, type, created_at, content, entity_id, room_id, world_id, "unique", metadata
     )
     VALUES (
-        :agent_id, :id, :type, coalesce(:created_at::timestamptz, now()), :content, :entity_id, :room_id, :world_id,
-        :is_unique, :metadata
+        :agent_id, :id, :type, coalesce(:created_at::timestamptz, statement_timestamp()), :content, :entity_id,
+        :room_id, :world_id, :is_unique, :metadata
     )
     ON CONFLICT (agent_id, id) DO NOTHING
     RETURNING agent_id, id, type, room_id, world_id, entity_id, "unique"
@@ -38,7 +39,7 @@ FROM created;
 
 -- name: create_memories(agent_id, ids, types, created_ats, contents, entity_ids, room_ids, world_ids, uniques, metadatas, embeddings, indexed, first)!
 -- Stores many memories with the embeddings that they have, all or none. "unique" is given for each.
--- Memories without a time get the transaction's, a microsecond apart, so that their order stays the input's;
+-- Memories without a time get the statement's, a microsecond apart, so that their order stays the input's;
 -- first: how many memories of the batch went before this chunk.
 WITH given AS (
     SELECT *
@@ -58,7 +59,7 @@ created AS (
         :agent_id,
         id,
         type,
-        coalesce(created_at, now() + (:first::bigint + position) * interval '1 microsecond'),
+        coalesce(created_at, statement_timestamp() + (:first::bigint + position) * interval '1 microsecond'),
         content,
         entity_id,
         room_id, world_id, is_unique, metadata
@@ -108,7 +109,7 @@ created AS (
         :agent_id,
         id,
         type,
-        coalesce(created_at, now() + (:first::bigint + position) * interval '1 microsecond'),
+        coalesce(created_at, statement_timestamp() + (:first::bigint + position) * interval '1 microsecond'),
         content,
         entity_id,
         room_id, world_id, coalesce(is_unique, NOT is_duplicate), metadata
@@ -155,7 +156,7 @@ created AS (
         :agent_id,
         id,
         type,
-        coalesce(created_at, now() + (:first::bigint + position) * interval '1 microsecond'),
+        coalesce(created_at, statement_timestamp() + (:first::bigint + position) * interval '1 microsecond'),
         content,
         entity_id,
         room_id, world_id, is_unique, metadata
@@ -211,7 +212,7 @@ stored AS (
         :agent_id,
         id,
         type,
-        coalesce(created_at, now() + (:first::bigint + position) * interval '1 microsecond'),
+        coalesce(created_at, statement_timestamp() + (:first::bigint + position) * interval '1 microsecond'),
         content,
         entity_id,
         room_id, world_id, is_unique, metadata

@@ -1,4 +1,4 @@
--- Who may write to the agent: pairing requests and allowlists, by channel.
+-- Who may write to the agent: pairing requests and allowlists, by channel. Times are the statement's, as in messaging.sql.
 
 -- name: get_pairing_requests(agent_id, channels)
 -- The requests of each channel, oldest first; position: which channel. OFFSET keeps the join a lookup for each channel.
@@ -22,8 +22,8 @@ INSERT INTO elizasql.pairing_requests (
     agent_id, id, channel, sender_id, code, metadata, created_at, last_seen_at
 )
 SELECT
-    :agent_id, id, channel, sender_id, code, coalesce(metadata, '{}'), coalesce(created_at, now()),
-    coalesce(last_seen_at, created_at, now())
+    :agent_id, id, channel, sender_id, code, coalesce(metadata, '{}'), coalesce(created_at, statement_timestamp()),
+    coalesce(last_seen_at, created_at, statement_timestamp())
 FROM jsonb_populate_recordset(NULL::elizasql.pairing_requests, :requests::jsonb)
 ORDER BY id
 ON CONFLICT (agent_id, id) DO NOTHING;
@@ -140,7 +140,7 @@ created AS (
     INSERT INTO elizasql.pairing_allowlist AS a (agent_id, id, channel, sender_id, metadata, created_at)
     SELECT DISTINCT ON (given.channel, given.sender_id)
         :agent_id, given.id, given.channel, given.sender_id, coalesce(given.metadata, '{}'),
-        coalesce(given.created_at, now())
+        coalesce(given.created_at, statement_timestamp())
     FROM given
     WHERE given.found IS NULL
     ORDER BY given.channel, given.sender_id, given.position

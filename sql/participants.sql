@@ -1,10 +1,11 @@
--- Participants: which entities are in which rooms, and how the agent follows them there.
+-- Participants: which entities are in which rooms, and how the agent follows them there. Times are the statement's, as in
+-- messaging.sql.
 
 -- name: add_participants(agent_id, room_id, entity_ids)!
 -- A membership that is there already stays as it is.
-INSERT INTO elizasql.participants (agent_id, room_id, entity_id)
+INSERT INTO elizasql.participants (agent_id, room_id, entity_id, created_at)
 SELECT DISTINCT
-    :agent_id::uuid, :room_id::uuid, entity_id
+    :agent_id::uuid, :room_id::uuid, entity_id, statement_timestamp()
 FROM unnest(:entity_ids::uuid[]) AS given (entity_id)
 ORDER BY entity_id
 ON CONFLICT (agent_id, room_id, entity_id) DO NOTHING;
@@ -27,9 +28,9 @@ WITH given AS MATERIALIZED (
 ),
 
 created AS (
-    INSERT INTO elizasql.participants AS p (agent_id, room_id, entity_id)
+    INSERT INTO elizasql.participants AS p (agent_id, room_id, entity_id, created_at)
     SELECT DISTINCT
-        :agent_id::uuid, :room_id::uuid, given.entity_id
+        :agent_id::uuid, :room_id::uuid, given.entity_id, statement_timestamp()
     FROM given
     WHERE given.id IS NULL
     ORDER BY given.entity_id

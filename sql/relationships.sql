@@ -1,5 +1,5 @@
 -- Relationships: from a source to a target entity, one for each ordered pair. Columns in the order of
--- elizasql.models.Relationship.
+-- elizasql.models.Relationship. Times are the statement's, as in messaging.sql.
 
 -- name: get_relationship(agent_id, source_entity_id, target_entity_id)^
 SELECT id, agent_id, source_entity_id, target_entity_id, tags, metadata, created_at

@@ -1,4 +1,4 @@
--- Rooms of the agent.
+-- Rooms of the agent. Times are the statement's, as in messaging.sql.
 
 -- name: get_rooms_by_ids(agent_id, ids)
 -- In the order of the ids. LIMIT keeps the join a lookup for each id: as a join, or with = ANY, the plan for the average
@@ -45,7 +45,7 @@ INSERT INTO elizasql.rooms (
 )
 SELECT
     :agent_id, id, name, source, type, channel_id, message_server_id, world_id, coalesce(metadata, '{}'),
-    coalesce(created_at, now())
+    coalesce(created_at, statement_timestamp())
 FROM jsonb_populate_recordset(NULL::elizasql.rooms, :rooms::jsonb)
 ORDER BY id
 ON CONFLICT (agent_id, id) DO NOTHING;
@@ -62,7 +62,7 @@ INSERT INTO elizasql.rooms AS r (
 )
 SELECT
     :agent_id, g.id, g.name, g.source, g.type, g.channel_id, g.message_server_id, g.world_id,
-    coalesce(g.metadata, '{}'), coalesce(g.created_at, now())
+    coalesce(g.metadata, '{}'), coalesce(g.created_at, statement_timestamp())
 FROM jsonb_populate_recordset(NULL::elizasql.rooms, :rooms::jsonb) AS g
 ORDER BY g.id
 ON CONFLICT (agent_id, id) DO UPDATE

@@ -2,20 +2,28 @@
 -- id, agent_id, name, description, room_id, world_id, entity_id, tags, metadata, created_at, updated_at, due_at, ready_at,
 -- attempts, max_attempts, claim_token, claimed_by, error.
 -- tags @> '{queue}' AND attempts < max_attempts is what the indexes for workers hold; it must stand there as it is.
+-- Times are the statement's, not the transaction's: tasks of one transaction stay in the order of their making.
 
--- name: create_tasks(agent_id, tasks)!
--- A task that is there already stays as it is. Tasks without a time get the transaction's, a microsecond apart, so that
--- their order stays the input's.
+-- name: create_tasks(agent_id, tasks, positions, begins)!
+-- A task that is there already stays as it is. Tasks without a time get the batch's, as many microseconds later as their
+-- position in the batch says: their order stays the input's. begins: this is the first chunk of the batch.
+WITH given AS (
+    SELECT
+        *,
+        (SELECT elizasql.batch_time(:begins))
+        + (:positions::bigint[])[ordinality] * interval '1 microsecond' AS made_at
+    FROM jsonb_populate_recordset(NULL::elizasql.tasks, :tasks::jsonb) WITH ORDINALITY
+)
+
 INSERT INTO elizasql.tasks (
     agent_id, id, name, description, room_id, world_id, entity_id, tags, metadata, created_at, updated_at, due_at,
     ready_at, max_attempts
 )
 SELECT
     :agent_id, id, name, coalesce(description, ''), room_id, world_id, entity_id, coalesce(tags, '{}'),
-    coalesce(metadata, '{}'), coalesce(created_at, now() + (ordinality - 1) * interval '1 microsecond'),
-    coalesce(updated_at, created_at, now() + (ordinality - 1) * interval '1 microsecond'), due_at,
-    coalesce(due_at, now() + (ordinality - 1) * interval '1 microsecond'), coalesce(max_attempts, 5)
-FROM jsonb_populate_recordset(NULL::elizasql.tasks, :tasks::jsonb) WITH ORDINALITY
+    coalesce(metadata, '{}'), coalesce(created_at, made_at), coalesce(updated_at, created_at, made_at), due_at,
+    coalesce(due_at, made_at), coalesce(max_attempts, 5)
+FROM given
 ORDER BY id
 ON CONFLICT (agent_id, id) DO NOTHING;
 
@@ -134,7 +142,8 @@ LIMIT
 
 -- name: update_tasks(agent_id, tasks, required)
 -- Changes the keys that are given; gives the ids that were there. required: one that is not there undoes the whole.
--- A new due time reaches ready_at unless a worker has the task: then that is the end of its lease.
+-- A new due time reaches ready_at unless a worker has the task: then that is the end of its lease. The due time that is
+-- there is not a new one, also cut to milliseconds, as ElizaOS's JSON gives it back: the pause after a failure goes on.
 -- agent_id comes through the join and not as a filter, which keeps it a lookup for each id.
 WITH given AS MATERIALIZED (
     SELECT
@@ -156,12 +165,23 @@ updated AS (
         tags = CASE WHEN g.given ? 'tags' THEN coalesce(g.tags, '{}') ELSE t.tags END,
         metadata = CASE WHEN g.given ? 'metadata' THEN coalesce(g.metadata, '{}') ELSE t.metadata END,
         max_attempts = CASE WHEN g.given ? 'max_attempts' THEN g.max_attempts ELSE t.max_attempts END,
-        due_at = CASE WHEN g.given ? 'due_at' THEN g.due_at ELSE t.due_at END,
-        ready_at = CASE
-            WHEN NOT g.given ? 'due_at' OR (t.claim_token IS NOT NULL AND t.ready_at > now()) THEN t.ready_at
-            ELSE coalesce(g.due_at, now())
-        END,
-        updated_at = now()
+        (due_at, ready_at) = (
+            SELECT
+                CASE WHEN change.comes THEN g.due_at ELSE t.due_at END,
+                CASE
+                    WHEN change.comes AND (t.claim_token IS NULL OR t.ready_at <= statement_timestamp())
+                        THEN coalesce(g.due_at, statement_timestamp())
+                    ELSE t.ready_at
+                END
+            FROM (
+                SELECT
+                    (
+                        g.given ? 'due_at' AND g.due_at IS DISTINCT FROM t.due_at
+                        AND g.due_at IS DISTINCT FROM date_trunc('milliseconds', t.due_at)
+                    ) AS comes
+            ) AS change
+        ),
+        updated_at = statement_timestamp()
     FROM given AS g
     WHERE t.agent_id = g.agent AND t.id = g.id
     RETURNING t.id
@@ -177,6 +197,7 @@ HAVING count(*) > 0;
 -- name: update_pending_task(agent_id, id, task)$
 -- As update_tasks, only while the task is tagged 'queue' and no worker has it. Of callers that take the tag away one wins:
 -- the others wait for its row and find it changed.
+-- Not repeatable: a second run finds the tag taken away.
 UPDATE elizasql.tasks AS t
 SET
     name = CASE WHEN g.given ? 'name' THEN p.name ELSE t.name END,
@@ -187,17 +208,24 @@ SET
     tags = CASE WHEN g.given ? 'tags' THEN coalesce(p.tags, '{}') ELSE t.tags END,
     metadata = CASE WHEN g.given ? 'metadata' THEN coalesce(p.metadata, '{}') ELSE t.metadata END,
     max_attempts = CASE WHEN g.given ? 'max_attempts' THEN p.max_attempts ELSE t.max_attempts END,
-    due_at = CASE WHEN g.given ? 'due_at' THEN p.due_at ELSE t.due_at END,
-    ready_at = CASE
-        WHEN NOT g.given ? 'due_at' OR (t.claim_token IS NOT NULL AND t.ready_at > now()) THEN t.ready_at
-        ELSE coalesce(p.due_at, now())
-    END,
-    updated_at = now()
+    (due_at, ready_at) = (
+        SELECT
+            CASE WHEN change.comes THEN p.due_at ELSE t.due_at END,
+            CASE WHEN change.comes THEN coalesce(p.due_at, statement_timestamp()) ELSE t.ready_at END
+        FROM (
+            SELECT
+                (
+                    g.given ? 'due_at' AND p.due_at IS DISTINCT FROM t.due_at
+                    AND p.due_at IS DISTINCT FROM date_trunc('milliseconds', t.due_at)
+                ) AS comes
+        ) AS change
+    ),
+    updated_at = statement_timestamp()
 FROM (SELECT :task::jsonb AS given) AS g
 CROSS JOIN LATERAL jsonb_populate_record(NULL::elizasql.tasks, g.given) AS p
 WHERE
     t.agent_id = :agent_id AND t.id = :id AND t.tags @> '{queue}'
-    AND (t.claim_token IS NULL OR t.ready_at <= now())
+    AND (t.claim_token IS NULL OR t.ready_at <= statement_timestamp())
 RETURNING TRUE AS done;
 
 -- name: delete_tasks(agent_id, ids)$
@@ -221,7 +249,8 @@ SELECT count(*) FROM deleted;
 
 -- name: claim_tasks(agent_id, tags, worker, lease, count)
 -- Takes tasks that are tagged 'queue' and ready, those first that have been for longest. Locked rows are stepped over:
--- no two workers get the same task, and none waits for another.
+-- no two workers get the same task, and none waits for another. ready_at alone does not tell after a lease has ended: a
+-- due time that was set during the claim may be later.
 -- Not repeatable: a second run takes other tasks, and nobody works on the first ones.
 WITH ready AS MATERIALIZED (
     SELECT
@@ -230,7 +259,8 @@ WITH ready AS MATERIALIZED (
         ready_at
     FROM elizasql.tasks
     WHERE
-        agent_id = :agent_id AND tags @> '{queue}' AND attempts < max_attempts AND ready_at <= now()
+        agent_id = :agent_id AND tags @> '{queue}' AND attempts < max_attempts AND ready_at <= statement_timestamp()
+        AND (due_at IS NULL OR due_at <= statement_timestamp())
         AND (:tags::text[] IS NULL OR tags @> :tags)
     ORDER BY ready_at, id
     LIMIT :count::bigint
@@ -240,7 +270,7 @@ WITH ready AS MATERIALIZED (
 claimed AS (
     UPDATE elizasql.tasks AS t
     SET
-        ready_at = now() + make_interval(secs => :lease),
+        ready_at = statement_timestamp() + make_interval(secs => :lease),
         attempts = t.attempts + 1,
         claim_token = gen_random_uuid(),
         claimed_by = :worker
@@ -275,7 +305,8 @@ WITH candidates AS MATERIALIZED (
             FROM elizasql.tasks AS t
             WHERE
                 t.agent_id = :agent_id AND t.name = wanted.name AND t.tags @> '{queue}' AND t.attempts < t.max_attempts
-                AND t.ready_at <= now() AND (:tags::text[] IS NULL OR t.tags @> :tags)
+                AND t.ready_at <= statement_timestamp() AND (t.due_at IS NULL OR t.due_at <= statement_timestamp())
+                AND (:tags::text[] IS NULL OR t.tags @> :tags)
             ORDER BY t.ready_at, t.id
             LIMIT :count::bigint + 100
         ) AS found
@@ -297,7 +328,8 @@ ready AS MATERIALIZED (
             FROM elizasql.tasks AS t
             WHERE
                 t.agent_id = :agent_id AND t.id = candidates.id AND t.name = ANY(:names)
-                AND t.tags @> '{queue}' AND t.attempts < t.max_attempts AND t.ready_at <= now()
+                AND t.tags @> '{queue}' AND t.attempts < t.max_attempts AND t.ready_at <= statement_timestamp()
+                AND (t.due_at IS NULL OR t.due_at <= statement_timestamp())
                 AND (:tags::text[] IS NULL OR t.tags @> :tags)
             LIMIT 1
             FOR NO KEY UPDATE SKIP LOCKED
@@ -308,7 +340,7 @@ ready AS MATERIALIZED (
 claimed AS (
     UPDATE elizasql.tasks AS t
     SET
-        ready_at = now() + make_interval(secs => :lease),
+        ready_at = statement_timestamp() + make_interval(secs => :lease),
         attempts = t.attempts + 1,
         claim_token = gen_random_uuid(),
         claimed_by = :worker
@@ -329,19 +361,38 @@ ORDER BY was_ready_at, id;
 -- name: get_seconds_to_next_task(agent_id, names, tags)$
 -- Until the next task becomes ready, by the server's clock; NULL when none will. What became ready a moment ago counts, too:
 -- it may have been between two statements. What has been ready for longer is locked, and whoever locks it takes it.
-SELECT extract(EPOCH FROM (ready_at - now()))::double precision AS seconds
-FROM elizasql.tasks
-WHERE
-    agent_id = :agent_id AND tags @> '{queue}' AND attempts < max_attempts
-    AND ready_at > now() - interval '1 second'
-    AND (:names::text[] IS NULL OR name = ANY(:names))
-    AND (:tags::text[] IS NULL OR tags @> :tags)
-ORDER BY ready_at, id
-LIMIT 1;
+-- Tasks that are due later than the lease of their claim ends have an index of their own: they become ready when due.
+SELECT extract(EPOCH FROM (min(next.at) - statement_timestamp()))::double precision AS seconds
+FROM (
+    (
+        SELECT ready_at AS at
+        FROM elizasql.tasks
+        WHERE
+            agent_id = :agent_id AND tags @> '{queue}' AND attempts < max_attempts
+            AND ready_at > statement_timestamp() - interval '1 second'
+            AND (due_at IS NULL OR due_at <= ready_at)
+            AND (:names::text[] IS NULL OR name = ANY(:names))
+            AND (:tags::text[] IS NULL OR tags @> :tags)
+        ORDER BY ready_at, id
+        LIMIT 1
+    )
+    UNION ALL
+    (
+        SELECT due_at AS at
+        FROM elizasql.tasks
+        WHERE
+            agent_id = :agent_id AND tags @> '{queue}' AND attempts < max_attempts AND due_at > ready_at
+            AND due_at > statement_timestamp() - interval '1 second'
+            AND (:names::text[] IS NULL OR name = ANY(:names))
+            AND (:tags::text[] IS NULL OR tags @> :tags)
+        ORDER BY due_at, id
+        LIMIT 1
+    )
+) AS next;
 
 -- name: heartbeat_task(agent_id, id, claim_token, lease)$
 UPDATE elizasql.tasks
-SET ready_at = now() + make_interval(secs => :lease)
+SET ready_at = statement_timestamp() + make_interval(secs => :lease)
 WHERE agent_id = :agent_id AND id = :id AND claim_token = :claim_token
 RETURNING TRUE AS done;
 
@@ -356,12 +407,12 @@ RETURNING TRUE AS done;
 -- Not repeatable: a second run finds the claim ended.
 UPDATE elizasql.tasks
 SET
-    due_at = now() + make_interval(secs => :delay),
-    ready_at = now() + make_interval(secs => :delay),
+    due_at = statement_timestamp() + make_interval(secs => :delay),
+    ready_at = statement_timestamp() + make_interval(secs => :delay),
     attempts = 0,
     claim_token = NULL,
     error = NULL,
-    updated_at = now()
+    updated_at = statement_timestamp()
 WHERE agent_id = :agent_id AND id = :id AND claim_token = :claim_token
 RETURNING TRUE AS done;
 
@@ -370,7 +421,7 @@ RETURNING TRUE AS done;
 -- Not repeatable: a second run finds the claim ended.
 UPDATE elizasql.tasks
 SET
-    ready_at = greatest(due_at, now() + make_interval(secs => :delay)),
+    ready_at = greatest(due_at, statement_timestamp() + make_interval(secs => :delay)),
     attempts = attempts - 1,
     claim_token = NULL
 WHERE agent_id = :agent_id AND id = :id AND claim_token = :claim_token
@@ -378,13 +429,14 @@ RETURNING TRUE AS done;
 
 -- name: fail_task(agent_id, id, claim_token, error, retry, base_delay, max_delay)$
 -- Ends a claim with an error. The pause doubles with every attempt, and is up to a quarter longer by chance, so that what
--- failed together is not tried together again. Without retry the attempts are used up at once.
+-- failed together is not tried together again; and it lasts until the task is due, where that is later. Without retry the
+-- attempts are used up at once.
 -- Not repeatable: a second run finds the claim ended.
 UPDATE elizasql.tasks
 SET
-    ready_at = now() + make_interval(
+    ready_at = greatest(due_at, statement_timestamp() + make_interval(
         secs => least(:max_delay, :base_delay * power(2, least(attempts - 1, 60))) * (1 + random() / 4)
-    ),
+    )),
     attempts = CASE WHEN :retry THEN attempts ELSE greatest(attempts, max_attempts) END,
     claim_token = NULL,
     error = :error

@@ -2,7 +2,8 @@
 --
 -- An import leaves rows that are there already as they are, and refuses those that have nothing to point at or whose
 -- place another row has: it gives how many were created, and of each that was refused its position, what is the matter
--- and the id that is missing. A second import of the same rows changes nothing.
+-- and the id that is missing. A second import of the same rows changes nothing and counts nothing as created; so each runs
+-- in a transaction whose lost end is settled.
 --
 -- In a row of JSON a null may be no value or JSON's own null: where the column must have a value, it is the latter.
 

@@ -1,4 +1,4 @@
--- Worlds of the agent.
+-- Worlds of the agent. Times are the statement's, as in messaging.sql.
 
 -- name: get_worlds_by_ids(agent_id, ids)
 -- In the order of the ids. LIMIT keeps the join a lookup for each id: as a join, or with = ANY, the plan for the average
@@ -24,7 +24,8 @@ ORDER BY created_at, id;
 -- A world that is there already stays as it is.
 INSERT INTO elizasql.worlds (agent_id, id, name, message_server_id, metadata, created_at)
 SELECT
-    :agent_id, id, coalesce(name, ''), message_server_id, coalesce(metadata, '{}'), coalesce(created_at, now())
+    :agent_id, id, coalesce(name, ''), message_server_id, coalesce(metadata, '{}'),
+    coalesce(created_at, statement_timestamp())
 FROM jsonb_populate_recordset(NULL::elizasql.worlds, :worlds::jsonb)
 ORDER BY id
 ON CONFLICT (agent_id, id) DO NOTHING;
@@ -39,7 +40,7 @@ WITH given AS MATERIALIZED (
 INSERT INTO elizasql.worlds AS w (agent_id, id, name, message_server_id, metadata, created_at)
 SELECT
     :agent_id, g.id, coalesce(g.name, ''), g.message_server_id, coalesce(g.metadata, '{}'),
-    coalesce(g.created_at, now())
+    coalesce(g.created_at, statement_timestamp())
 FROM jsonb_populate_recordset(NULL::elizasql.worlds, :worlds::jsonb) AS g
 ORDER BY g.id
 ON CONFLICT (agent_id, id) DO UPDATE

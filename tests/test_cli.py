@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -25,7 +26,7 @@ import pytest
 import elizasql
 from elizasql import DatabaseAdapter, Log, Task
 from elizasql.__main__ import main
-from elizasql.cli import doctor, queries
+from elizasql.cli import doctor, look, queries
 from elizasql.cli import server as cli_server
 from elizasql.cli._destructive import find_destructive, split_migration
 from elizasql.transfer import _rows as transfer_rows
@@ -519,6 +520,15 @@ def test_tasks_say_how_they_stand(on_server: Run, busy: UUID) -> None:
     assert [task["name"] for task in on_server("tasks", "--agent", busy, "--tag", "queue", "-n", 1, "--json").json] == [
         "ready"
     ]
+
+
+def test_task_of_an_ended_lease_waits_until_it_is_due() -> None:
+    now = datetime.now(timezone.utc)
+    task = Task(tags=["queue"], attempts=1, max_attempts=5, ready_at=now, claim_token=uuid4())
+    assert look.state_of(task, now) == "ready"
+    task.due_at = now + timedelta(hours=1)
+    assert look.state_of(task, now) == "waiting"
+    assert look.state_of(task, now - timedelta(seconds=1)) == "claimed"
 
 
 def test_which_agent(on_server: Run, busy: UUID, run: Run, empty_database: str) -> None:

@@ -124,6 +124,27 @@ async def test_batch(db: DatabaseAdapter, agent_world: Scene, round_trips: list[
     assert round_trips == []
 
 
+async def test_batch_of_several_chunks_keeps_its_order(make_db: MakeAdapter) -> None:
+    """Whatever the ids: the chunks go by them, the times do not."""
+    db = await make_db(batch_size=5)
+    batch = [Goal(id=uuid4(), name=f"{i}") for i in range(23)]
+    later = [Goal(id=uuid4(), name=f"{i}") for i in range(23, 40)]
+    async with db.transaction() as tx:
+        assert await tx.create_goals(batch) == [goal.id for goal in batch]
+        assert await tx.create_goals(later) == [goal.id for goal in later]
+    assert names(await db.get_goals()) == [f"{i}" for i in range(40)]
+
+
+async def test_greatest_count_with_an_offset(db: DatabaseAdapter, agent_world: Scene) -> None:
+    await db.create_goals(
+        [{"name": f"{i}", "roomId": agent_world.room, "entityId": agent_world.entity} for i in range(3)]
+    )
+    most = 2**63 - 1
+    for scope in ({}, {"room_id": agent_world.room}, {"entity_id": agent_world.entity}):
+        assert names(await db.get_goals(count=most, offset=1, **scope)) == ["1", "2"]
+        assert await db.get_goals(count=most, offset=most, **scope) == []
+
+
 async def test_broken_reference_writes_nothing(db: DatabaseAdapter, agent_world: Scene) -> None:
     for bad in ({"room_id": uuid4()}, {"entity_id": uuid4()}):
         with pytest.raises(ForeignKeyError):
@@ -328,11 +349,16 @@ async def test_plans_read_what_they_give(dsn: str) -> None:
     async with skewed(dsn, load) as session:
         room, entity = [await session.fetchval("SELECT md5($1)::uuid", x) for x in ("room0", "entity0")]
         for name, params, index, most in (
-            ("get_goals", {"statuses": every}, "goals_status_idx", 20),
-            ("get_goals", {"statuses": ["IN_PROGRESS"]}, "goals_status_idx", 20),
-            ("get_goals_of_room", {"room_id": room, "statuses": every}, "goals_room_idx", 20),
-            ("get_goals_of_room", {"room_id": room, "statuses": ["IN_PROGRESS"]}, "goals_room_idx", 20),
-            ("get_goals_of_entity", {"entity_id": entity, "statuses": ["IN_PROGRESS"]}, "goals_entity_idx", 20),
+            ("get_goals", {"statuses": every, "reach": 20}, "goals_status_idx", 20),
+            ("get_goals", {"statuses": ["IN_PROGRESS"], "reach": 20}, "goals_status_idx", 20),
+            ("get_goals_of_room", {"room_id": room, "statuses": every, "reach": 20}, "goals_room_idx", 20),
+            ("get_goals_of_room", {"room_id": room, "statuses": ["IN_PROGRESS"], "reach": 20}, "goals_room_idx", 20),
+            (
+                "get_goals_of_entity",
+                {"entity_id": entity, "statuses": ["IN_PROGRESS"], "reach": 20},
+                "goals_entity_idx",
+                20,
+            ),
             ("get_goals_by_ids", {"ids": [uuid4()]}, "goals_pkey", 0),
             ("update_goals", {"goals": f'[{{"id": "{uuid4()}"}}]', "required": False}, "goals_pkey", 0),
             ("delete_goals", {"ids": [uuid4()]}, "goals_pkey", 0),

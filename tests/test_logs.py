@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta, timezone
 from typing import Any
 from uuid import UUID, uuid4
@@ -81,6 +81,13 @@ async def test_batch_keeps_its_order(db: DatabaseAdapter, agent_world: Scene, ro
     assert round_trips == []
 
 
+async def test_batch_of_several_chunks_keeps_its_order(make_db: MakeAdapter) -> None:
+    db = await make_db(batch_size=5)
+    scene = await make_scene(db)
+    made = await db.create_logs([log(scene, id=uuid4()) for _ in range(23)])
+    assert ids(await db.get_logs(count=100)) == made[::-1]
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -95,6 +102,8 @@ async def test_batch_keeps_its_order(db: DatabaseAdapter, agent_world: Scene, ro
         {"body": {"x": {1, 2}}},
         {"body": {"x": print}},
         {"body": {"x": b"bytes"}},
+        {"body": {(1, 2): 3}},
+        {"body": {"x": {(2**70,): 2**70}}},
         {"created_at": datetime(2026, 1, 1)},  # noqa: DTZ001
     ],
 )
@@ -256,6 +265,16 @@ async def test_filters_combine_and_pages_are_whole(
                 while page := await db.get_logs(count=4, cursor=paged[-1] if paged else None, **scope):  # type: ignore[arg-type]
                     paged += page
                 assert ids(paged) == expected
+
+
+async def test_pages_by_a_cursor_in_json_form_are_whole(db: DatabaseAdapter, agent_world: Scene) -> None:
+    """A batch's times are a microsecond apart, and ElizaOS's JSON cuts them to milliseconds."""
+    made = await db.create_logs([log(agent_world, body={"n": n}) for n in range(10)])
+    for scope in ({}, {"type": "action"}, {"room_id": agent_world.room}, {"entity_id": agent_world.entity}):
+        found: list[Log] = []
+        while page := await db.get_logs(count=3, cursor=found[-1].to_dict() if found else None, **scope):  # type: ignore[arg-type]
+            found += page
+        assert ids(found) == made[::-1], scope
 
 
 async def test_list_arguments(db: DatabaseAdapter, agent_world: Scene, round_trips: list[str]) -> None:
@@ -670,6 +689,14 @@ async def test_a_chosen_run_is_told_as_a_whole(db: DatabaseAdapter, agent_world:
     assert await chosen(entity_id=agent_world.other, from_time=at(40)) == []
     assert await chosen(room_id=other.room, status="completed") == []
     assert await chosen(room_id=other.room, status="error") == [b]
+
+
+async def test_end_in_milliseconds_is_the_end_of_the_last_one(db: DatabaseAdapter, agent_world: Scene) -> None:
+    time = at(10) + timedelta(microseconds=123_456)
+    await db.create_logs([replace(event(agent_world, "a", "started", 10), created_at=time)])
+    (found,) = await db.get_logs()
+    assert len(await runs(db, from_time=found.to_dict()["createdAt"], to_time=found.to_dict()["createdAt"])) == 1
+    assert await runs(db, to_time=time - timedelta(microseconds=1)) == []
 
 
 @dataclass

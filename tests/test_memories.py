@@ -364,11 +364,11 @@ async def test_get_memories_filters_and_orders(db: DatabaseAdapter, agent_world:
     await check(lambda m: m.entity_id == entity and m.world_id == world, world_id=world, entity_id=entity)
     await check(lambda m: m.unique, unique=True)
     await check(lambda m: m.unique and m.room_id == room, unique=True, room_id=room)
-    five, nine = T0 + timedelta(seconds=5), T0 + timedelta(seconds=9)
+    five, nine = T0 + timedelta(seconds=5), T0 + timedelta(seconds=9, microseconds=1)
     await check(lambda m: five <= m.created_at <= nine, start=five, end=nine)
     milliseconds = five.timestamp() * 1000
     await check(lambda m: m.created_at >= five and m.room_id == room, start=milliseconds, room_id=room)
-    await check(lambda m: m.created_at <= five and m.entity_id == entity, end=five, entity_id=entity)
+    await check(lambda m: m.created_at <= nine and m.entity_id == entity, end=nine, entity_id=entity)
     await check(lambda m: m.metadata["tag"] == {"x": 1}, metadata={"tag": {"x": 1}})
     await check(lambda m: "needle" in m.content["text"], text_contains="NEEDLE")
     await check(lambda m: "needle" in m.content["text"] and m.world_id == world, text_contains="needle", world_id=world)
@@ -379,6 +379,26 @@ async def test_get_memories_filters_and_orders(db: DatabaseAdapter, agent_world:
     assert await db.get_memories(table_name="nothing") == []
     assert await db.count_memories(room_ids=[room, uuid4()]) == await db.count_memories(room)
     assert await db.count_memories(room_ids=[]) == 0
+
+
+async def test_end_in_milliseconds_is_the_end_of_the_last_one(db: DatabaseAdapter, agent_world: Scene) -> None:
+    """ElizaOS's JSON cuts times to milliseconds; the memory that an end comes from is in the range."""
+    time = T0 + timedelta(microseconds=123_456)
+    await db.create_memory(memory(agent_world, "x", created_at=time, world_id=agent_world.world), "messages")
+    (found,) = await db.get_memories(table_name="messages")
+    given = found.to_dict()["createdAt"]
+    cut = T0 + timedelta(milliseconds=123)
+    scopes: list[dict[str, Any]] = [
+        {},
+        {"room_id": agent_world.room},
+        {"entity_id": agent_world.entity},
+        {"world_id": agent_world.world},
+    ]
+    for scope in scopes:
+        for end, number in ((given, 1), (cut, 1), (time, 1), (time - timedelta(microseconds=1), 0), (given - 1, 0)):
+            assert len(await db.get_memories(table_name="messages", end=end, **scope)) == number, (scope, end)
+            assert await db.count_memories(table_name="messages", end=end, **scope) == number, (scope, end)
+        assert len(await db.get_memories(table_name="messages", start=given, end=given, **scope)) == 1
 
 
 async def test_pages_by_offset_and_by_cursor_cover_all_once(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import itertools
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
@@ -23,6 +24,7 @@ from elizasql import (
     DataError,
     NotFoundError,
     Task,
+    UnknownOutcomeError,
     _pool,
 )
 from elizasql._listener import Listener
@@ -128,6 +130,19 @@ async def test_batch_keeps_its_order_and_takes_one_round_trip(db: DatabaseAdapte
     wanted = [ids[7], uuid4(), ids[3], ids[7]]
     assert [task.id for task in await db.get_tasks_by_ids(wanted)] == [ids[7], ids[3]]
     assert len(round_trips) == 3
+
+
+async def test_batch_of_several_chunks_keeps_its_order(make_db: MakeAdapter) -> None:
+    """Whatever the ids: the chunks go by them, the times do not."""
+    db = await make_db(batch_size=5)
+    batch = [Task(id=uuid4(), name=f"{i}", tags=["queue"]) for i in range(23)]
+    later = [Task(id=uuid4(), name=f"{i}", tags=["queue"]) for i in range(23, 40)]
+    async with db.transaction() as tx:
+        assert await tx.create_tasks(batch) == [task.id for task in batch]
+        assert await tx.create_tasks(later) == [task.id for task in later]
+    wanted = [f"{i}" for i in range(40)]
+    assert names(await db.get_tasks()) == wanted
+    assert names(await db.claim_tasks(50)) == wanted
 
 
 async def test_empty_input_costs_nothing(db: DatabaseAdapter, round_trips: list[str]) -> None:
@@ -603,34 +618,116 @@ async def test_released_task_does_not_come_before_it_is_due(db: DatabaseAdapter)
     assert released.ready_at == due
 
 
-async def test_failures_back_off_and_end(db: DatabaseAdapter) -> None:
-    """In a transaction the server's time stands still, so that the pauses can be read off exactly."""
-    async with db.transaction() as tx:
-        probe = await tx.get_task(await tx.create_task({"name": "now"}))
-        (id,) = await queue(tx, "a", max_attempts=6)
-        for attempt, pause in enumerate((2, 4, 8, 10, 10), 1):
-            (task,) = await tx.claim_tasks()
-            assert task.attempts == attempt
-            error = ValueError(f"no {attempt}")
-            assert await tx.fail_task(task, error, base_delay=2, max_delay=timedelta(seconds=10)) is True
-            failed = await tx.get_task(id)
-            assert failed is not None
-            assert failed.ready_at
-            assert probe is not None
-            assert probe.created_at
-            assert pause <= (failed.ready_at - probe.created_at).total_seconds() <= pause * 1.25
-            assert (failed.claim_token, failed.error) == (None, f"ValueError: no {attempt}")
-            assert await tx.claim_tasks() == []
-            assert await tx.update_task(id, {"due_at": 0}) is True
-        (task,) = await tx.claim_tasks()
-        assert await tx.fail_task(task, "the end\x00") is True
-        assert await tx.update_task(id, {"due_at": 0}) is True
-        assert await tx.claim_tasks() == await tx.claim_tasks(names="a") == []
-        dead = await tx.get_task(id)
-        assert dead is not None
-        assert (dead.attempts, dead.max_attempts, dead.error) == (6, 6, "the end\ufffd")
-        assert await tx.update_task(id, {"max_attempts": 7}) is True
-        assert [task.attempts for task in await tx.claim_tasks()] == [7]
+async def test_failures_back_off_and_end(db: DatabaseAdapter, raw: asyncpg.Connection[Any]) -> None:
+    (id,) = await queue(db, "a", max_attempts=6)
+    for attempt, pause in enumerate((200, 400, 800, 1000, 1000), 1):
+        (task,) = await db.claim_tasks()
+        assert task.attempts == attempt
+        error = ValueError(f"no {attempt}")
+        before = await raw.fetchval("SELECT now()")
+        assert await db.fail_task(task, error, base_delay=200, max_delay=timedelta(seconds=1000)) is True
+        after = await raw.fetchval("SELECT now()")
+        failed = await db.get_task(id)
+        assert failed is not None
+        assert failed.ready_at
+        assert pause <= (failed.ready_at - before).total_seconds()
+        assert (failed.ready_at - after).total_seconds() <= pause * 1.25
+        assert (failed.claim_token, failed.error) == (None, f"ValueError: no {attempt}")
+        assert await db.claim_tasks() == []
+        assert await db.update_task(id, {"due_at": attempt}) is True
+    (task,) = await db.claim_tasks()
+    assert await db.fail_task(task, "the end\x00") is True
+    assert await db.update_task(id, {"due_at": 0}) is True
+    assert await db.claim_tasks() == await db.claim_tasks(names="a") == []
+    dead = await db.get_task(id)
+    assert dead is not None
+    assert (dead.attempts, dead.max_attempts, dead.error) == (6, 6, "the end\ufffd")
+    assert await db.update_task(id, {"max_attempts": 7}) is True
+    assert [task.attempts for task in await db.claim_tasks()] == [7]
+
+
+@pytest.mark.parametrize("update", ["update_task", "update_pending_task"])
+async def test_due_time_that_is_there_leaves_the_pause(db: DatabaseAdapter, update: str) -> None:
+    """A task that was read and goes back, with other metadata, say, is not ready before the pause is over."""
+    due = START + timedelta(microseconds=123_456)
+    id = await db.create_task(Task(name="a", tags=["queue"], due_at=due))
+    (claimed,) = await db.claim_tasks()
+    assert await db.fail_task(claimed, "x", base_delay=3600) is True
+    failed = await db.get_task(id)
+    assert failed is not None
+    forms: list[Any] = [
+        {"due_at": due},
+        {"dueAt": failed.to_dict()["dueAt"]},
+        {"due_at": due.replace(microsecond=123_000)},
+    ]
+    for form in forms:
+        assert await getattr(db, update)(id, {"metadata": {"n": 1}, **form}) is True
+        found = await db.get_task(id)
+        assert found is not None
+        assert (found.due_at, found.ready_at) == (due, failed.ready_at), form
+    # The next millisecond is another time.
+    other = due.replace(microsecond=124_000)
+    assert await getattr(db, update)(id, {"due_at": other}) is True
+    found = await db.get_task(id)
+    assert found is not None
+    assert (found.due_at, found.ready_at) == (other, other)
+
+
+async def test_no_due_time_where_none_is_leaves_the_pause(db: DatabaseAdapter) -> None:
+    id = await db.create_task(Task(name="a", tags=["queue"]))
+    (claimed,) = await db.claim_tasks()
+    assert await db.fail_task(claimed, "x", base_delay=3600) is True
+    failed = await db.get_task(id)
+    assert await db.update_task(id, {"dueAt": None}) is True
+    found = await db.get_task(id)
+    assert failed is not None and found is not None
+    assert (found.due_at, found.ready_at) == (None, failed.ready_at)
+
+
+async def test_failed_task_does_not_come_before_it_is_due(db: DatabaseAdapter) -> None:
+    await queue(db, "a")
+    (task,) = await db.claim_tasks()
+    due = datetime(2100, 1, 1, tzinfo=timezone.utc)
+    await db.update_task(task.id or "", {"due_at": due})
+    assert await db.fail_task(task, "x", base_delay=0) is True
+    failed = await db.get_task(task.id or "")
+    assert failed is not None
+    assert failed.ready_at == due
+
+
+@pytest.mark.parametrize("by_names", [False, True])
+async def test_task_of_an_ended_lease_does_not_come_before_it_is_due(
+    db: DatabaseAdapter, raw: asyncpg.Connection[Any], by_names: bool
+) -> None:
+    await queue(db, "a", "b")
+    (task,) = await db.claim_tasks()
+    due = datetime(2100, 1, 1, tzinfo=timezone.utc)
+    await db.update_task(task.id or "", {"due_at": due})
+    await end_lease(raw, task)
+    wanted = ["a", "b"] if by_names else None
+    assert names(await db.claim_tasks(9, names=wanted)) == ["b"]
+    await db.delete_tasks([task.id or "" for task in await db.get_tasks_by_name("b")])
+    seconds = await db._until_next(1e12, {"names": wanted, "tags": None})
+    assert abs(due.timestamp() - (await raw.fetchval("SELECT now()")).timestamp() - seconds) < 60
+    # Who has the claim may still end it, and a time that has come is no obstacle.
+    assert await db.heartbeat_task(task) is True
+    await end_lease(raw, task)
+    await db.update_task(task.id or "", {"due_at": START})
+    assert names(await db.claim_tasks(9, names=wanted)) == ["a"]
+
+
+async def test_waiting_worker_takes_a_task_of_an_ended_lease_when_it_is_due(
+    db: DatabaseAdapter, raw: asyncpg.Connection[Any]
+) -> None:
+    await queue(db, "a")
+    (task,) = await db.claim_tasks()
+    due = await raw.fetchval("SELECT now() + interval '0.5 seconds'")
+    await db.update_task(task.id or "", {"due_at": due})
+    await end_lease(raw, task)
+    async with aclosing(db.wait_for_tasks(poll_interval=1000)) as tasks:
+        again = await next_of(tasks)
+    assert (again.id, again.attempts) == (task.id, 2)
+    assert await raw.fetchval("SELECT now() >= $1", due)
 
 
 async def test_the_longest_pause_is_no_overflow(db: DatabaseAdapter, raw: asyncpg.Connection[Any]) -> None:
@@ -701,8 +798,11 @@ async def test_what_makes_a_task_ready_is_notified(db: DatabaseAdapter, raw: asy
     async def count(action: Callable[[], Awaitable[Any]]) -> int:
         return await notifications(raw, db, action)
 
+    times = itertools.count()
+
     async def claimed() -> Task:
-        await db.update_tasks([Task(id=task.id, due_at=START) for task in await db.get_tasks(tags="queue")])
+        due = at(-next(times))  # another time than before ends the pause
+        await db.update_tasks([Task(id=task.id, due_at=due) for task in await db.get_tasks(tags="queue")])
         return (await db.claim_tasks())[0]
 
     assert await count(lambda: queue(db, "a")) == 1
@@ -918,7 +1018,11 @@ async def test_waiting_goes_on_while_the_server_does_not_answer(
 ) -> None:
     await queue(db, "a")
     real = db.claim_tasks
-    failures = [ConnectionLostError("gone"), ConnectionLostError("still gone")]
+    failures = [
+        ConnectionLostError("gone"),
+        UnknownOutcomeError("it may have been claimed"),
+        ConnectionLostError("still gone"),
+    ]
 
     async def claim(*args: Any, **kwargs: Any) -> list[Task]:
         if failures:
@@ -1067,6 +1171,7 @@ async def test_plans_read_what_they_give(dsn: str) -> None:
             ("claim_tasks", {"lease": 30}, "tasks_ready_idx", 20),
             ("claim_tasks_by_names", {"lease": 30, "names": ["n3", "n4"]}, "tasks_ready_name_idx", 120),
             ("get_seconds_to_next_task", {}, "tasks_ready_idx", 0),
+            ("get_seconds_to_next_task", {}, "tasks_due_idx", 0),
             ("heartbeat_task", {**one, "lease": 1}, "tasks_pkey", 0),
             ("complete_task", one, "tasks_pkey", 0),
             ("repeat_task", {**one, "delay": 1}, "tasks_pkey", 0),

@@ -13,10 +13,11 @@ import pytest
 
 import elizasql
 from elizasql import DatabaseAdapter, Memory, Room, World, _executor
-from tests.conftest import MakeAdapter
+from tests.conftest import MakeAdapter, Scene, make_scene
 from tests.locking import blocked_pid, locked
 
 ASK_PID = "SELECT pg_backend_pid()"
+VECTOR = np.ones(384, dtype=np.float32)
 
 
 def memory(text: str = "x", **fields: Any) -> Memory:
@@ -169,6 +170,169 @@ async def test_batch_of_several_chunks(make_db: MakeAdapter, good: bool) -> None
             assert await texts(tx) == ["before"]
     assert len(await texts(db)) == (36 if good else 1)
     await assert_sound(db)
+
+
+# Of each kind of row: how one is made, and how those that there are come back, by time.
+MADE: dict[str, tuple[Callable[..., Awaitable[Any]], Callable[..., Awaitable[list[Any]]]]] = {
+    "memory": (
+        lambda db, scene, id: db.create_memory({"id": id, "content": {}}, "messages"),
+        lambda db, scene: db.get_memories(table_name="messages"),
+    ),
+    "memory, with a vector": (
+        lambda db, scene, id: db.create_memory({"id": id, "content": {}, "embedding": VECTOR}, "messages", unique=True),
+        lambda db, scene: db.get_memories(table_name="messages"),
+    ),
+    "memory, unique undecided": (
+        lambda db, scene, id: db.create_memory({"id": id, "content": {}, "embedding": VECTOR}, "messages"),
+        lambda db, scene: db.get_memories(table_name="messages"),
+    ),
+    "memory, in a batch": (
+        lambda db, scene, id: db.create_memories([{"id": id, "content": {}}], "messages"),
+        lambda db, scene: db.get_memories(table_name="messages"),
+    ),
+    "memory, upserted": (
+        lambda db, scene, id: db.upsert_memories([{"id": id, "content": {}}], "messages"),
+        lambda db, scene: db.get_memories(table_name="messages"),
+    ),
+    "log": (
+        lambda db, scene, id: db.log(
+            {"id": id, "body": {}, "entity_id": scene.entity, "room_id": scene.room, "type": "t"}
+        ),
+        lambda db, scene: db.get_logs(),
+    ),
+    "task": (lambda db, scene, id: db.create_task({"id": id, "name": "n"}), lambda db, scene: db.get_tasks()),
+    "goal": (lambda db, scene, id: db.create_goal({"id": id, "name": "n"}), lambda db, scene: db.get_goals()),
+    "agent": (lambda db, scene, id: db.create_agent({"id": id, "name": "n"}), lambda db, scene: db.get_agents()),
+    "agent, upserted": (
+        lambda db, scene, id: db.upsert_agents([{"id": id, "name": "n"}]),
+        lambda db, scene: db.get_agents(),
+    ),
+    "world": (lambda db, scene, id: db.create_world({"id": id}), lambda db, scene: db.get_all_worlds()),
+    "world, upserted": (lambda db, scene, id: db.upsert_worlds([{"id": id}]), lambda db, scene: db.get_all_worlds()),
+    "room": (
+        lambda db, scene, id: db.create_room({"id": id, "source": "s", "type": "t", "world_id": scene.world}),
+        lambda db, scene: db.get_rooms_by_world(scene.world),
+    ),
+    "room, upserted": (
+        lambda db, scene, id: db.upsert_rooms([{"id": id, "source": "s", "type": "t", "world_id": scene.world}]),
+        lambda db, scene: db.get_rooms_by_world(scene.world),
+    ),
+    "entity": (
+        lambda db, scene, id: db.create_entity({"id": id, "names": ["n"]}),
+        lambda db, scene: db.get_entities_by_names(["n"]),
+    ),
+    "entity, upserted": (
+        lambda db, scene, id: db.upsert_entities([{"id": id, "names": ["n"]}]),
+        lambda db, scene: db.get_entities_by_names(["n"]),
+    ),
+    "component": (
+        lambda db, scene, id: db.create_component(
+            {"id": id, "entity_id": scene.entity, "room_id": scene.room, "type": str(id)}
+        ),
+        lambda db, scene: db.get_components(scene.entity),
+    ),
+    "component, upserted": (
+        lambda db, scene, id: db.upsert_components(
+            [{"id": id, "entity_id": scene.entity, "room_id": scene.room, "type": str(id), "data": {}}]
+        ),
+        lambda db, scene: db.get_components(scene.entity),
+    ),
+    "pairing request": (
+        lambda db, scene, id: db.create_pairing_request(
+            {"id": id, "channel": "c", "sender_id": str(id), "code": str(id)}
+        ),
+        lambda db, scene: _first_of(db.get_pairing_requests(["c"])),
+    ),
+    "allowlist entry": (
+        lambda db, scene, id: db.create_pairing_allowlist_entry({"id": id, "channel": "c", "sender_id": str(id)}),
+        lambda db, scene: db.get_pairing_allowlist("c"),
+    ),
+}
+
+
+async def _first_of(found: Awaitable[list[list[Any]]]) -> list[Any]:
+    return (await found)[0]
+
+
+@pytest.mark.parametrize("kind", MADE)
+async def test_what_one_transaction_makes_keeps_its_order(db: DatabaseAdapter, agent_world: Scene, kind: str) -> None:
+    """Each statement has a time of its own: with equal times the order would be that of the ids."""
+    make, read = MADE[kind]
+    first, second, third = sorted(uuid4() for _ in range(3))
+    made = [second, third, first]
+    async with db.transaction() as tx:
+        for id in made:
+            await make(tx, agent_world, id)
+    found = [row.id for row in await read(db, agent_world) if row.id in made]
+    assert found == (made[::-1] if kind.startswith(("memory", "log")) else made)
+
+
+@pytest.mark.parametrize("way", ["add_participant", "create_room_participants"])
+async def test_memberships_that_one_transaction_makes_keep_their_order(
+    db: DatabaseAdapter, agent_world: Scene, way: str
+) -> None:
+    first, second, third = sorted([uuid4() for _ in range(3)])
+    made = [second, third, first]
+    room = await db.create_room({"source": "s", "type": "t"})
+    await db.create_entities([{"id": id} for id in made])
+    async with db.transaction() as tx:
+        for id in made:
+            await (
+                tx.add_participant(id, room) if way == "add_participant" else tx.create_room_participants([id], room)
+            )
+    assert await db.get_participants_for_room(room) == made
+
+
+async def test_relationships_that_one_transaction_makes_keep_their_order(
+    db: DatabaseAdapter, agent_world: Scene
+) -> None:
+    first, second, third = sorted([uuid4() for _ in range(3)])
+    made = [second, third, first]
+    await db.create_entities([{"id": id} for id in made])
+    async with db.transaction() as tx:
+        for id in made:
+            await tx.create_relationship({"id": id, "source_entity_id": agent_world.entity, "target_entity_id": id})
+    assert [found.id for found in await db.get_relationships(agent_world.entity)] == made
+
+
+# How a batch of rows is made that two batches may both have.
+BATCHES: dict[str, Callable[..., Awaitable[Any]]] = {
+    "create_agents": lambda db, scene, ids: db.create_agents([{"id": id, "name": "n"} for id in ids]),
+    "create_worlds": lambda db, scene, ids: db.create_worlds([{"id": id} for id in ids]),
+    "create_rooms": lambda db, scene, ids: db.create_rooms([{"id": id, "source": "s", "type": "t"} for id in ids]),
+    "create_entities": lambda db, scene, ids: db.create_entities([{"id": id} for id in ids]),
+    "create_tasks": lambda db, scene, ids: db.create_tasks([{"id": id, "name": "n"} for id in ids]),
+    "create_goals": lambda db, scene, ids: db.create_goals([{"id": id, "name": "n"} for id in ids]),
+    "create_pairing_requests": lambda db, scene, ids: db.create_pairing_requests(
+        [{"id": id, "channel": "c", "sender_id": str(id), "code": str(id)} for id in ids]
+    ),
+    "create_components": lambda db, scene, ids: db.create_components(
+        [{"entity_id": scene.entity, "room_id": scene.room, "type": str(id)} for id in ids]
+    ),
+    "upsert_components": lambda db, scene, ids: db.upsert_components(
+        [{"entity_id": scene.entity, "room_id": scene.room, "type": str(id), "data": {}} for id in ids]
+    ),
+    "create_relationships": lambda db, scene, ids: db.create_relationships(
+        [{"source_entity_id": scene.entity, "target_entity_id": id} for id in ids]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+async def test_two_batches_cannot_wait_for_each_other(make_db: MakeAdapter, name: str) -> None:
+    """A batch of several chunks that waits for its lowest row has not made the higher ones yet."""
+    db = await make_db(batch_size=1)
+    scene = await make_scene(db)
+    low, high = sorted([uuid4(), uuid4()])
+    if name == "create_relationships":
+        await db.create_entities([{"id": low}, {"id": high}])
+    async with db.transaction() as tx:
+        await BATCHES[name](tx, scene, [low])
+        batch: asyncio.Task[Any] = asyncio.create_task(BATCHES[name](db, scene, [high, low]))
+        await blocked_pid(tx._executor._connection, batch)  # type: ignore[attr-defined]
+        await tx._executor._connection.execute("SET LOCAL lock_timeout = '100ms'")  # type: ignore[attr-defined]
+        await BATCHES[name](tx, scene, [high])
+    await batch
 
 
 async def test_round_trips(db: DatabaseAdapter, round_trips: list[str]) -> None:

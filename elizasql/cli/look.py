@@ -136,7 +136,7 @@ def state_of(task: Task, now: datetime) -> str:
         return "not for workers"
     if (task.attempts or 0) >= (task.max_attempts or 1):
         return "dead"
-    waits = task.ready_at is not None and task.ready_at > now
-    if task.claim_token is not None and waits:
+    held = task.ready_at is not None and task.ready_at > now
+    if task.claim_token is not None and held:
         return "claimed"
-    return "waiting" if waits else "ready"
+    return "waiting" if held or (task.due_at is not None and task.due_at > now) else "ready"

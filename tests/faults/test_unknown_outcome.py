@@ -13,11 +13,13 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 from uuid import UUID, uuid4
 
+import orjson
 import pytest
 
 import elizasql
 from elizasql import DatabaseAdapter, Memory, Task
 from elizasql._statements import SQL
+from elizasql.transfer._rows import as_array, put
 from tests.conftest import make_scene
 from tests.faults.conftest import MakeAdapter
 from tests.faults.harness import ABSENT, TYPE, Ledger, check, content_of, embedding_of, has_embedding, memory_of, new_id
@@ -425,6 +427,40 @@ async def test_claimed_task_is_not_claimed_twice(proxy: Proxy, make_db: MakeAdap
         await db.claim_tasks(1, tags=["queue"])
     assert rule.count == 1
     assert len(await db.claim_tasks(10, tags=["queue"])) == 1
+
+
+async def test_pending_task_is_not_updated_twice(proxy: Proxy, make_db: MakeAdapter) -> None:
+    """The one who took the tag away is not told that somebody else did."""
+    db = await make_db(dsn=proxy.dsn, pool_max_size=1)
+    known, taken = await db.create_tasks([Task(name="task", tags=["queue"]) for _ in range(2)])
+    assert await db.update_pending_task(known, {"tags": ["known"]}) is True
+    rule = proxy.when("server", ANSWER, "reset")
+    with pytest.raises(elizasql.UnknownOutcomeError):
+        await db.update_pending_task(taken, {"tags": ["taken"]})
+    assert rule.count == 1
+    task = await db.get_task(taken)
+    assert task is not None and task.tags == ["taken"]
+
+
+async def test_import_counts_right(proxy: Proxy, make_db: MakeAdapter) -> None:
+    """Repeated it would find its own rows and count none of them as created."""
+    db = await make_db(dsn=proxy.dsn, pool_max_size=1)
+
+    def world() -> bytes:
+        row = {
+            "id": uuid4(),
+            "agent_id": db.agent_id,
+            "name": "w",
+            "metadata": {},
+            "created_at": "2026-01-01T00:00:00Z",
+        }
+        return as_array([orjson.dumps(row, default=str)])
+
+    assert await put(db, SQL["import_worlds"], rows=world()) == (1, [])
+    rule = proxy.when("server", ANSWER, "reset")
+    assert await put(db, SQL["import_worlds"], rows=world()) == (1, [])
+    assert rule.count == 1
+    assert len(await db.get_all_worlds()) == 2
 
 
 @pytest.mark.parametrize("name", ["delete_memories", "delete_rooms", "delete_worlds", "delete_tasks"])
