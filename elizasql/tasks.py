@@ -12,7 +12,7 @@ from . import _codecs
 from ._listener import Listener
 from ._statements import SQL
 from ._store import Store, as_limit, order_by_id, unwrap
-from .errors import ArgumentError, ElizaSQLError, UnknownOutcomeError
+from .errors import ArgumentError, DeadlineError, ElizaSQLError, UnknownOutcomeError
 from .models import Task
 
 logger: logging.Logger = logging.getLogger("elizasql")
@@ -437,7 +437,7 @@ class Tasks(Store):
                         pause = await self._until_next(longest, wanted)
                 except ElizaSQLError as error:
                     # A claim that was done after all comes back when its lease ends.
-                    if not (error.retryable or isinstance(error, UnknownOutcomeError)):
+                    if not (error.retryable or isinstance(error, (DeadlineError, UnknownOutcomeError))):
                         raise
                     logger.warning("waiting for tasks is interrupted: %s", error)
                     claimed = []

@@ -22,6 +22,7 @@ from elizasql import (
     ConnectionLostError,
     DatabaseAdapter,
     DataError,
+    DeadlineError,
     NotFoundError,
     Task,
     UnknownOutcomeError,
@@ -1018,9 +1019,12 @@ async def test_waiting_goes_on_while_the_server_does_not_answer(
 ) -> None:
     await queue(db, "a")
     real = db.claim_tasks
+    late = DeadlineError("it may have been claimed")
+    late.retryable = False
     failures = [
         ConnectionLostError("gone"),
         UnknownOutcomeError("it may have been claimed"),
+        late,
         ConnectionLostError("still gone"),
     ]
 
