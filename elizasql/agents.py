@@ -21,7 +21,7 @@ _LONGEST = timedelta(days=365 * 2000)
 
 
 class Agents(Store):
-    """Create, find, change and delete agents: the only rows that do not belong to the adapter's agent alone."""
+    """Create, find, change and delete agents. Like messaging they are shared: any adapter may do so with any agent."""
 
     async def get_agent(self, agent_id: UUID | str, *, timeout: float | None = None) -> Agent | None:
         """Get an agent, None where there is none.

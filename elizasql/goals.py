@@ -18,7 +18,7 @@ _CHANGEABLE = frozenset({"id", "room_id", "entity_id", "name", "status", "object
 class Goals(Store):
     """Create, find, change and delete what the agent wants to reach.
 
-    The interface is that of ElizaOS's first line, which its README still promises; no table is left of it there.
+    The interface is that of ElizaOS 0.x, which plugin-sql's README still promises; no table is left of it there.
     """
 
     async def create_goal(self, goal: Goal | Mapping[str, Any], *, timeout: float | None = None) -> UUID:

@@ -1,4 +1,4 @@
--- Agents. The only table whose rows are not scoped to the adapter's agent: an adapter may look after others.
+-- Agents. Like messaging, and nothing else, not scoped to the adapter's agent: an adapter may look after others.
 -- Times are the statement's, as in messaging.sql.
 
 -- name: get_agents_by_ids(ids)
