@@ -342,6 +342,17 @@ async def test_every_method_under_every_failure(
     assert ended["result"] > 1000, ended
 
 
+# A concurrent call may hold the key that ON CONFLICT does not look at: these run once more, and find its row.
+UNDER_TWO_KEYS = {
+    "create_channel",
+    "create_pairing_allowlist_entries",
+    "create_pairing_allowlist_entry",
+    "create_pairing_request",
+    "create_pairing_requests",
+    "upsert_components",
+}
+
+
 @pytest.mark.parametrize(
     ("number", "fault"), list(enumerate(FAULTS)), ids=[str(number) for number in range(len(FAULTS))]
 )
@@ -392,7 +403,9 @@ async def test_one_failure_and_then_all_is_well(
                 seen.add(type(result).__name__)
                 if isinstance(wanted, Exception):
                     continue
-                if not transient:
+                if name in UNDER_TWO_KEYS and isinstance(example, asyncpg.UniqueViolationError):
+                    assert result == wanted and not clock.slept, context
+                elif not transient:
                     assert isinstance(result, BaseException), context
                     assert player.operations <= position + 2, context  # it, and a rollback
                     assert not clock.slept, context
