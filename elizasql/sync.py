@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 from uuid import UUID
 
-from . import _codecs
+from . import _codecs, _shutdown
 from . import adapter as _asynchronous
 from .config import Config
 from .errors import ArgumentError, ClosedError, ElizaSQLError, WrongLoopError
@@ -204,6 +204,8 @@ def open(*, agent_id: UUID | str, dsn: str | None = None, data_dir: Any = None, 
     except BaseException:
         loop.stop()
         raise
+    if opened.config.handle_signals:
+        _shutdown.install()  # only the main thread can, and the adapter was opened in another one
     adapter = DatabaseAdapter(loop, opened)
     _opened.add(adapter)
     return adapter
