@@ -38,6 +38,7 @@ class Listener:
         self._check_interval = check_interval
         self._awake = asyncio.Event()
         self._closed = False
+        self._pause = _FIRST_PAUSE
         self._task = spawn(self._run(), "elizasql-listener")
 
     async def wait(self, timeout: float) -> None:
@@ -63,16 +64,14 @@ class Listener:
         await asyncio.wait([self._task])
 
     async def _run(self) -> None:
-        pause = _FIRST_PAUSE
         while True:
             try:
                 await self._listen()
-                pause = _FIRST_PAUSE
             except ElizaSQLError as error:
                 # Looking now and then goes on, and tells the callers what is wrong with the server.
                 logger.warning("notifications are interrupted: %s", error)
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, _LONGEST_PAUSE)
+            await asyncio.sleep(self._pause)
+            self._pause = min(self._pause * 2, _LONGEST_PAUSE)
 
     async def _listen(self) -> None:
         """Listen until the connection is lost."""
@@ -81,6 +80,7 @@ class Listener:
         connection.add_termination_listener(lambda _: lost.cancel())
         try:
             await connection.add_listener(self._channel, self._hear)
+            self._pause = _FIRST_PAUSE
             self._awake.set()
             while not lost.done():
                 await asyncio.wait([lost], timeout=self._check_interval)

@@ -14,16 +14,22 @@ import shutil
 import sys
 import sysconfig
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 import asyncpg
 
+from . import _pool
 from ._statements import SQL, find_folder
-from .errors import MigrationError
+from .config import Config, redact
+from .errors import ElizaSQLError, MigrationError
 
 TABLE = "elizasql.schema_migrations"
+
+# What a connection string says of TLS besides the mode, and dbmate's driver has to read itself.
+_FILES = ("sslcert", "sslkey", "sslrootcert")
 
 
 def known_versions(folder: Path | None = None) -> list[str]:
@@ -51,46 +57,53 @@ async def pending_versions(connection: asyncpg.Connection[Any]) -> list[str]:
     return [version for version in known if version not in applied]
 
 
-Address = tuple[str, int] | str  # host and port, or the path of a socket
-
-
-async def migrate(dsn: str, *, encrypted: bool, address: Address | None = None) -> None:
-    """Apply what is pending with dbmate.
+async def migrate(connection: asyncpg.Connection[Any], dsn: str, config: Config) -> None:
+    """Apply what a database lacks with dbmate, and look whether it is there.
 
     Args:
-        dsn: Direct connection, not through a pooler in transaction mode: dbmate's lock belongs to a session.
-        encrypted: Whether the server speaks TLS on it, where the connection string does not say.
-        address: Which of several hosts it is to be: dbmate takes one.
+        connection: To the database.
+        dsn: As for `run_dbmate`.
+        config: The settings in force.
 
     Raises:
-        MigrationError: dbmate is missing or failed; holds its last words.
+        MigrationError: dbmate is missing or failed; holds its last words. Or it migrated another database.
     """
-    await run_dbmate("--migration-lock", "migrate", dsn=dsn, encrypted=encrypted, address=address)
+    await run_dbmate("--migration-lock", "migrate", dsn=dsn, config=config)
+    await confirm(connection, dsn, config)
 
 
-async def run_dbmate(
-    *words: str,
-    dsn: str,
-    encrypted: bool,
-    address: Address | None = None,
-    folder: Path | None = None,
-    table: str = TABLE,
-) -> str:
+async def confirm(connection: asyncpg.Connection[Any], dsn: str, config: Config) -> None:
+    """Refuse a database that still lacks what was applied: `migration_dsn` may name another one by mistake.
+
+    Raises:
+        MigrationError: Something is pending.
+    """
+    async with _pool.steady(connection, config):
+        pending = await pending_versions(connection)
+    if pending:
+        name = "dsn" if config.migration_dsn is None else "migration_dsn"
+        raise MigrationError(
+            f"migrations were applied to {name}, {redact(config.migration_dsn or dsn)}, and are still pending here: "
+            f"{', '.join(pending)}: it names another database"
+        )
+
+
+async def run_dbmate(*words: str, dsn: str, config: Config, folder: Path | None = None, table: str = TABLE) -> str:
     """Run dbmate's program and give what it said.
 
     Args:
         words: Its command, and options of its own.
-        dsn: As for `migrate`.
-        encrypted: As for `migrate`.
-        address: As for `migrate`.
+        dsn: Address of the database; `migration_dsn` goes before it, since it must not lead through a pooler in
+            transaction mode: dbmate's lock belongs to a session.
+        config: The settings in force.
         folder: Of the migrations; None: this library's.
         table: Where the versions are; what a folder's migrations create without naming a schema goes to its schema.
 
     Raises:
-        MigrationError: dbmate is missing or failed; holds its last words.
+        MigrationError: dbmate is missing or failed; holds its last words. Or the address cannot be reached.
     """
     schema = None if folder is None else table.partition(".")[0]
-    url = _for_dbmate(dsn, encrypted, schema=schema, address=address)
+    url = await _look_up(config.migration_dsn or dsn, config, schema)
     with tempfile.TemporaryDirectory(prefix="elizasql-") as empty:
         # An empty working folder, since dbmate reads a .env file there; the address goes through the environment, since
         # a command line is readable by every user of the machine.
@@ -116,7 +129,7 @@ async def run_dbmate(
             await process.wait()
             raise
     if process.returncode:
-        lines = re.sub(r"postgres(ql)?://\S+", "(address)", said.decode(errors="replace")).strip().splitlines()
+        lines = _hide(url, said.decode(errors="replace")).strip().splitlines()
         raise MigrationError(f"migrations failed: {' '.join(lines[-5:]) or f'exit code {process.returncode}'}")
     return answer.decode(errors="replace")
 
@@ -132,22 +145,42 @@ def _find_dbmate() -> Path:
     return Path(found)
 
 
-def _for_dbmate(dsn: str, encrypted: bool, *, schema: str | None = None, address: Address | None = None) -> str:
-    """Say what asyncpg found out: dbmate's driver takes one host, and insists on TLS where the address is silent."""
-    parts = urlsplit(dsn)
-    query = dict(parse_qsl(parts.query))
-    several = "," in parts.netloc or "," in query.get("host", "")
-    if several and address is not None:
-        user = "@".join(parts.netloc.split("@")[:-1])
-        host, port = address if isinstance(address, tuple) else address.rsplit("/.s.PGSQL.", 1)
-        where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        query.pop("host", None)
-        query.pop("port", None)
-        if isinstance(address, str):
-            where, query["host"], query["port"] = "", host, str(port)
-        parts = parts._replace(netloc=f"{user}@{where}" if user else where)
-    query.pop("target_session_attrs", None)
-    query.setdefault("sslmode", "require" if encrypted else "disable")
+async def _look_up(dsn: str, config: Config, schema: str | None) -> str:
+    """Connect once, to say to dbmate what that connection is."""
+    try:
+        connection = await _pool.connect(dsn, replace(config, dsn=dsn))  # whose errors name it
+    except ElizaSQLError as error:
+        raise MigrationError(f"no connection for migrations to {redact(dsn)}: {error}") from error
+    connection.terminate()
+    return _for_dbmate(connection, dsn, schema)
+
+
+def _for_dbmate(connection: asyncpg.Connection[Any], dsn: str, schema: str | None = None) -> str:
+    """Say what asyncpg found out in the connection string, the environment and the user's files.
+
+    dbmate's driver reads some forms of an address otherwise and others not at all, takes one host, has other defaults,
+    and insists on TLS where the address is silent.
+    """
+    found = connection._params
+    address = connection._addr
+    host, port = address if isinstance(address, tuple) else address.rsplit("/.s.PGSQL.", 1)
+    user = quote(found.user, safe="") + (f":{quote(found.password, safe='')}" if found.password else "")
+    files = {name: value for name, value in parse_qsl(urlsplit(dsn).query) if name in _FILES}
+    query = {**(found.server_settings or {}), **files, "host": host, "port": str(port), "sslmode": "disable"}
+    if connection._transport.get_extra_info("sslcontext") is not None:
+        # "prefer" has found that the server speaks TLS; what is stricter stays.
+        mode = found.sslmode.name.replace("_", "-")
+        query["sslmode"] = mode if mode.startswith("verify") else "require"
     if schema is not None:
         query["search_path"] = f"{schema},public"  # the extension vector is in public, as a rule
-    return urlunsplit(parts._replace(scheme="postgres", query=urlencode(query)))
+    return f"postgres://{user}@/{quote(found.database, safe='')}?{urlencode(query)}"
+
+
+def _hide(url: str, text: str) -> str:
+    """Take addresses and the password out of what dbmate says."""
+    text = re.sub(r"postgres(ql)?://\S+", "(address)", text)
+    if password := urlsplit(url).password:
+        # As a word of its own: a short one is part of many.
+        either = f"{re.escape(password)}|{re.escape(unquote(password))}"
+        text = re.sub(rf"(?<!\w)(?:{either})(?!\w)", "(password)", text)
+    return text

@@ -3,8 +3,9 @@
 SIGINT needs nothing here: it unwinds the program as KeyboardInterrupt or a cancellation, and what is left open after
 that is closed at interpreter exit. SIGTERM, where nobody handles it, ends a process on the spot: the embedded server
 would run on. So, from the first adapter on: where the application has a handler of its own, the shutdown is its
-business, and its handler alone is called. Where it has none, the adapters are closed, with a bound on the wait for
-calls that are running, the embedded servers are released, and then the signal does what it would have done.
+business, and nothing is done about it. Where it has none, the adapters are closed, with a bound on the wait for calls
+that are running, the embedded servers are released, and then the signal does what it would have done; the same where a
+handler that came later passes the signal on to what was there before.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import signal
 import threading
 import time
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from . import _embedded
 
@@ -29,28 +30,20 @@ _DRAIN, _BOUND, _PATIENCE = 5.0, 15.0, 5.0
 # Adapters that are open, in all event loops of the process.
 opened: set[DatabaseAdapter] = set()
 
-_before: Any = signal.SIG_DFL
 _state: Literal["running", "closing", "closed"] = "running"
 
 
 def install() -> None:
     """Handle SIGTERM from now on; in the main thread, and not over what the application has chosen."""
-    global _before  # noqa: PLW0603 - a process has one handler
     if threading.current_thread() is not threading.main_thread():
         return
-    current = signal.getsignal(signal.SIGTERM)
-    # None: installed from outside of Python, which cannot be chained to.
-    if current in (_handle, None, signal.SIG_IGN):
-        return
-    _before = current
-    signal.signal(signal.SIGTERM, _handle)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _handle)
 
 
-def _handle(number: int, frame: FrameType | None) -> None:
-    global _state  # noqa: PLW0603
-    if callable(_before):
-        _before(number, frame)
-    elif _state == "running":
+def _handle(number: int, _: FrameType | None) -> None:
+    global _state  # noqa: PLW0603 - a process ends once
+    if _state == "running":
         _state = "closing"
         # In a thread: a handler must not wait, and the event loops must go on.
         threading.Thread(target=_close_all, args=(number,), name="elizasql-shutdown", daemon=True).start()
@@ -81,8 +74,7 @@ def _close_all(number: int) -> None:
     until = time.monotonic() + _PATIENCE
     while time.monotonic() < until:
         time.sleep(0.05)
-        if signal.getsignal(number) is _handle:
-            os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
     os._exit(128 + number)
 
 

@@ -279,9 +279,7 @@ async def open(  # noqa: A001
     """
     id = _codecs.as_id(agent_id, "agent_id")
     config = Config.load(dsn=dsn, data_dir=data_dir, **settings)
-    # A folder that the call names means the embedded server, whatever the environment says.
-    use_embedded = dsn is None and (data_dir is not None or config.dsn is None)
-    embedded = await _embedded.acquire(config.data_dir) if use_embedded else None
+    embedded = await _embedded.acquire(config.data_dir) if config.dsn is None else None
     try:
         address = embedded.dsn if embedded is not None else config.dsn
         assert address is not None
@@ -343,10 +341,7 @@ async def _bring_up_to_date(connection: asyncpg.Connection[Any], dsn: str, confi
     if pending and not config.migrate:
         raise MigrationError(f"migrations are pending: {', '.join(pending)}")
     if pending:
-        async with _pool.steady(connection, config):
-            encrypted = bool(await connection.fetchval(SQL["get_transport"].sql))
-        address = None if config.migration_dsn is not None else connection._addr
-        await _migrate.migrate(config.migration_dsn or dsn, encrypted=encrypted, address=address)
+        await _migrate.migrate(connection, dsn, config)
     if pending or server.vector_schema is None:  # another process may have applied them just now
         async with _pool.steady(connection, config):
             server = await _pool.look_at(connection)

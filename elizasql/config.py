@@ -101,7 +101,8 @@ class Config:
         dsn: PostgreSQL to connect to; None: the embedded server. Never shown. [POSTGRES_URL]
         data_dir: Folder of the embedded server. [PGLITE_DATA_DIR]
         migrate: Apply pending migrations at open. [ELIZASQL_MIGRATE]
-        migration_dsn: Direct connection for migrations and notifications when `dsn` goes through a pooler.
+        migration_dsn: Direct connection for migrations and notifications when `dsn` goes through a pooler. The
+            environment's counts beside the environment's `dsn` only, and none does for the embedded server.
             [ELIZASQL_MIGRATION_URL]
         pool_max_size: Most connections for calls, of the adapters of one event loop with the same address and settings
             of the connection. Each adapter of `elizasql.sync` has a loop of its own; each `wait_for_tasks` takes one
@@ -216,6 +217,12 @@ class Config:
             except (TypeError, ValueError, RuntimeError) as error:
                 shown = "" if not setting.repr else f" {raw!r:.80}"
                 raise ConfigurationError(f"{origin}{shown}: {error}") from None
+        if given.get("dsn") is None and given.get("data_dir") is not None:
+            # A folder that the call names means the embedded server, whatever the environment says.
+            values.pop("dsn", None)
+        if "dsn" not in values or (given.get("dsn") is not None and given.get("migration_dsn") is None):
+            # The environment's address for migrations is of the environment's database, not of the one that is opened.
+            values.pop("migration_dsn", None)
         config = cls(**values)
         if config.pool_min_size > config.pool_max_size:
             raise ConfigurationError("pool_min_size is larger than pool_max_size")

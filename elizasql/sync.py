@@ -10,6 +10,7 @@ import asyncio
 import atexit
 import functools
 import inspect
+import os
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import CancelledError
@@ -17,10 +18,10 @@ from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 from uuid import UUID
 
-from . import _codecs
+from . import _codecs, _shutdown
 from . import adapter as _asynchronous
 from .config import Config
-from .errors import ArgumentError, ClosedError, ElizaSQLError
+from .errors import ArgumentError, ClosedError, ElizaSQLError, WrongLoopError
 
 __all__ = ["DatabaseAdapter", "connect", "open"]
 
@@ -34,6 +35,7 @@ class _Loop:
         self._loop = asyncio.new_event_loop()
         self._lock = threading.Lock()
         self._stopped = False
+        self._pid = os.getpid()
         self._thread = threading.Thread(target=self._serve, name="elizasql-sync", daemon=True)
         self._thread.start()
 
@@ -53,6 +55,10 @@ class _Loop:
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine there and wait for it; an interrupt of the waiting thread cancels it."""
+        if self._pid != os.getpid():
+            # The thread stayed in the parent: nobody would ever answer, and its lock may be taken for ever.
+            coroutine.close()
+            raise WrongLoopError("the adapter was opened before a fork: open one in this process")
         if threading.current_thread() is self._thread:
             coroutine.close()
             raise ArgumentError("a blocking call inside the adapter's own event loop would wait for itself")
@@ -70,7 +76,9 @@ class _Loop:
             raise
 
     def stop(self) -> None:
-        """End the thread and close the loop. Idempotent."""
+        """End the thread and close the loop. Idempotent; a forked child has neither."""
+        if self._pid != os.getpid():
+            return
         with self._lock:
             if not self._stopped:
                 self._stopped = True
@@ -144,6 +152,10 @@ def _close_all() -> None:
             adapter.close(timeout=1.0)
 
 
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_opened.clear)
+
+
 _END: Any = object()
 
 
@@ -192,6 +204,8 @@ def open(*, agent_id: UUID | str, dsn: str | None = None, data_dir: Any = None, 
     except BaseException:
         loop.stop()
         raise
+    if opened.config.handle_signals:
+        _shutdown.install()  # only the main thread can, and the adapter was opened in another one
     adapter = DatabaseAdapter(loop, opened)
     _opened.add(adapter)
     return adapter

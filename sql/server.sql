@@ -30,10 +30,6 @@ FROM unnest(:names::text[]) AS given (name);
 -- name: get_applied_migrations()
 SELECT version FROM elizasql.schema_migrations;
 
--- name: get_transport()$
--- Whether this connection is encrypted.
-SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid();
-
 -- name: ping()$
 SELECT 1 AS pong;
 

@@ -64,7 +64,7 @@ Run = Callable[..., Said]
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """Give a function that runs a command in this process, in an empty folder and a clean environment."""
-    for name in ("POSTGRES_URL", "PGLITE_DATA_DIR", "ELIZA_ALLOW_DESTRUCTIVE_MIGRATIONS"):
+    for name in ("POSTGRES_URL", "ELIZASQL_MIGRATION_URL", "PGLITE_DATA_DIR", "ELIZA_ALLOW_DESTRUCTIVE_MIGRATIONS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
 
@@ -350,6 +350,15 @@ def test_own_migrations_up_down_and_dry(run: Run, empty_database: str, monkeypat
     monkeypatch.setenv("ELIZA_ALLOW_DESTRUCTIVE_MIGRATIONS", "true")
     assert run("migrate", "down", "--json").json[0]["file"] == files[-1]
     assert [row["applied"] for row in run("migrate", "status", "--json").json] == [True] * (len(files) - 1) + [False]
+
+
+def test_migrations_that_went_to_another_database(
+    run: Run, empty_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = empty_database.replace("//elizasql@", f"//elizasql:{SECRET}@")
+    monkeypatch.setenv("POSTGRES_URL", urlunsplit(urlsplit(empty_database)._replace(path="/template1")))
+    monkeypatch.setenv("ELIZASQL_MIGRATION_URL", elsewhere)
+    run("migrate", "up").fails(1, "applied to migration_dsn, .*, and are still pending here")
 
 
 def test_dry_run_without_a_server_makes_none(run: Run, tmp_path: Path) -> None:

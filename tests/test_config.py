@@ -66,10 +66,18 @@ def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def beside(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An address for migrations counts beside one of the same database only."""
+    if request.node.callspec.params["name"] == "migration_dsn":
+        monkeypatch.setenv("POSTGRES_URL", "postgres://a/b")
+
+
 def test_every_setting_is_tested_here() -> None:
     assert list(VALUES) == list(FIELDS)
 
 
+@pytest.mark.usefixtures("beside")
 @pytest.mark.parametrize("name", FIELDS)
 def test_argument_environment_file_default(name: str, bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     variable, (text, parsed, argument) = VARIABLES[name], VALUES[name]
@@ -110,6 +118,27 @@ def test_names_of_the_original_are_kept() -> None:
     )
     assert (config.dsn, config.pool_max_size, config.pool_min_size) == ("postgres://a/b", 9, 2)
     assert config.data_dir == Path("~/x").expanduser()
+
+
+@pytest.mark.parametrize(
+    ("given", "environ", "wanted"),
+    [
+        ({}, {"POSTGRES_URL": "postgres://a/b"}, "postgres://env/d"),
+        ({"migration_dsn": "postgres://call/d"}, {"POSTGRES_URL": "postgres://a/b"}, "postgres://call/d"),
+        ({"dsn": "postgres://a/b", "migration_dsn": "postgres://call/d"}, {}, "postgres://call/d"),
+        ({"dsn": "postgres://a/b"}, {}, None),
+        ({"dsn": "postgres://a/b"}, {"POSTGRES_URL": "postgres://a/b"}, None),
+        ({}, {}, None),
+        ({"data_dir": "x"}, {"POSTGRES_URL": "postgres://a/b"}, None),
+        ({"data_dir": "x", "migration_dsn": "postgres://call/d"}, {"POSTGRES_URL": "postgres://a/b"}, None),
+    ],
+)
+def test_address_for_migrations_is_of_the_database_that_is_opened(
+    given: dict[str, Any], environ: dict[str, str], wanted: str | None
+) -> None:
+    config = Config.load(environ={"ELIZASQL_MIGRATION_URL": "postgres://env/d", **environ}, **given)
+    assert config.migration_dsn == wanted
+    assert (config.dsn is None) == ("data_dir" in given or not (given or environ))
 
 
 def test_file_is_found_upwards_and_environment_is_left_alone(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -392,16 +392,51 @@ asyncio.run(main())
 """
 
 
+BLOCKING = """
+import threading
+from elizasql import sync
+
+db = sync.open(agent_id=uuid.uuid4(), data_dir=sys.argv[1])
+print("ready", flush=True)
+threading.Event().wait()
+"""
+
+# The usual way to add a handler: do something, then what was done before.
+CHAINED = """
+def bye(number, frame):
+    before(number, frame)
+
+async def work(db):
+    global before
+    before = signal.signal(signal.SIGTERM, bye)
+    async with elizasql.connect(agent_id=uuid.uuid4(), data_dir=sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc")
+@pytest.mark.parametrize("program", [WAIT, BLOCKING], ids=["asynchronous", "blocking"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_stops_the_embedded_server(folder: Path, number: signal.Signals) -> None:
-    with process(WAIT, folder) as child:
+def test_signal_stops_the_embedded_server(folder: Path, number: signal.Signals, program: str) -> None:
+    with process(program, folder) as child:
         pid = postmaster(folder)
         assert is_running(pid)
         child.send_signal(number)
         _, err = rest(child)
         # As where nobody handles it: the parent sees that it was the signal, or Python's own word for SIGINT.
         assert child.returncode in ((-number,) if number == signal.SIGTERM else (-number, 130, 1)), err
+        assert not is_running(pid)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc")
+def test_handler_that_passes_the_signal_on_shuts_down(folder: Path) -> None:
+    with process(CHAINED, folder) as child:
+        pid = postmaster(folder)
+        _, err = rest(child)
+        assert child.returncode == -signal.SIGTERM, err
         assert not is_running(pid)
 
 
@@ -470,6 +505,9 @@ def test_handler_is_not_set_when_not_wanted(dsn: str) -> None:
         assert asyncio.run(main()) is signal.SIG_IGN
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         assert callable(asyncio.run(main()))
+        mine = lambda number, frame: None
+        signal.signal(signal.SIGTERM, mine)
+        assert asyncio.run(main()) is mine
     """
     done = run(program)
     assert done.returncode == 0, done.stderr

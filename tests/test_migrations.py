@@ -6,24 +6,29 @@ import asyncio
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import parse_qs, quote, urlsplit, urlunsplit
 from uuid import UUID, uuid4
 
 import asyncpg
 import numpy as np
 import pytest
+from asyncpg.connect_utils import SSLMode
 
 import elizasql
-from elizasql import _embedded, _migrate, sync
+from elizasql import Config, _embedded, _migrate, sync
 from elizasql._statements import find_folder
+from elizasql.config import redact
 from tests import schema_dump
+from tests.faults.proxy import Proxy
 
 FOLDER = find_folder("migrations")
 FILES = sorted(path for path in FOLDER.glob("*.sql") if path.name != "schema.sql")
@@ -85,7 +90,7 @@ def dbmate(dsn: str, *command: str, folder: Path = FOLDER) -> str:
                 *("--migrations-dir", folder, "--migrations-table", _migrate.TABLE, "--no-dump-schema"),
                 *command,
             ],
-            env={"DATABASE_URL": _migrate._for_dbmate(dsn, encrypted=False)},
+            env={"DATABASE_URL": dsn},
             cwd=empty,
             check=True,
             capture_output=True,
@@ -433,6 +438,7 @@ async def test_dbmate_is_missing(fresh: str, tmp_path: Path, monkeypatch: pytest
     ("text", "mode", "message"),
     [
         ("#!/bin/sh\nexit 3\n", 0o700, "exit code 3"),
+        ('#!/bin/sh\nx=${DATABASE_URL#*:*:}; echo "no ${x%%@*}!" >&2; exit 2\n', 0o700, r"no \(password\)!"),
         ('#!/bin/sh\necho "cannot use $DATABASE_URL now" >&2; exit 2\n', 0o700, r"cannot use \(address\) now"),
         ("#!/bin/sh\n", 0o600, "does not run"),
         ("#!/no/such/interpreter\n", 0o700, "does not run"),
@@ -445,7 +451,7 @@ async def test_dbmate_is_broken(
     program.write_text(text)
     program.chmod(mode)
     monkeypatch.setattr(_migrate, "_find_dbmate", lambda: program)
-    dsn = fresh.replace("//elizasql@", f"//elizasql:{SECRET}@")
+    dsn = fresh.replace("//elizasql@", f"//elizasql:two words {SECRET}@")
     with pytest.raises(elizasql.MigrationError, match=message) as caught:
         await elizasql.open(agent_id=uuid4(), dsn=dsn)
     assert SECRET not in str(caught.value)
@@ -499,7 +505,9 @@ async def test_password_is_not_on_the_command_line(
 
 async def test_address_of_its_own_for_migrations(fresh: str) -> None:
     wrong = f"postgresql://ann:{SECRET}@127.0.0.1:1/nowhere"
-    with pytest.raises(elizasql.MigrationError, match="connection refused") as caught:
+    with pytest.raises(
+        elizasql.MigrationError, match=r"no connection .* postgresql://127\.0\.0\.1:1/nowhere"
+    ) as caught:
         await elizasql.open(agent_id=uuid4(), dsn=fresh, migration_dsn=wrong)
     assert SECRET not in str(caught.value)
     await open_and_close(fresh, migration_dsn=fresh)
@@ -528,14 +536,103 @@ async def test_settings_of_dbmate_do_not_leak_in(fresh: str, tmp_path: Path, mon
     assert [path.name for path in tmp_path.iterdir()] == [".env"]
 
 
+# --- where dbmate goes -----------------------------------------------------------------------------------------------
+
+
+async def test_migrations_of_the_environment_are_not_of_what_the_call_opens(
+    make_database: MakeDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, other = await make_database(), await make_database()
+    monkeypatch.setenv("ELIZASQL_MIGRATION_URL", other)
+    await open_and_close(opened)
+    assert await applied(opened) == VERSIONS
+    with pytest.raises(asyncpg.UndefinedTableError):
+        await applied(other)
+
+
+async def test_migrations_that_went_to_another_database_are_told_of(make_database: MakeDatabase) -> None:
+    opened, other = await make_database(), await make_database()
+    other = other.replace("//elizasql@", f"//elizasql:{SECRET}@")
+    named = f"migration_dsn, {redact(other)}, and are still pending here: {', '.join(VERSIONS)}"
+    with pytest.raises(elizasql.MigrationError, match=re.escape(named)) as caught:
+        await elizasql.open(agent_id=uuid4(), dsn=opened, migration_dsn=other)
+    assert SECRET not in str(caught.value)
+
+
 @pytest.mark.parametrize(
-    ("given", "encrypted", "wanted"),
+    ("form", "environ"),
     [
-        ("postgresql://h/d", False, "postgres://h/d?sslmode=disable"),
-        ("postgresql://h/d", True, "postgres://h/d?sslmode=require"),
-        ("postgres://a:p%40b@h:1/d?sslmode=verify-full", False, "postgres://a:p%40b@h:1/d?sslmode=verify-full"),
-        ("postgres://a@/d?host=%2Ftmp%2Fa+b%26c", False, "postgres://a@/d?host=%2Ftmp%2Fa+b%26c&sslmode=disable"),
+        ("postgresql://{user}@/{name}?host={folder}", {}),
+        ("postgresql://{user}:p@{quoted}/{name}", {}),
+        ("postgresql://{user}@/{name}?host={folder}&sslmode=prefer", {}),
+        ("postgresql://{user}@/{name}?host={folder}&sslnegotiation=postgres&work_mem=8MB", {}),
+        ("postgresql:///?host={folder}&user={user}&dbname={name}&password=a%20b", {}),
+        ("postgresql://{user}@/{name}?host=/nowhere,{folder}&target_session_attrs=primary", {}),
+        ("postgresql://{user}@/{name}", {"PGHOST": "{folder}"}),
+        ("postgresql://{user}@", {"PGHOST": "{folder}", "PGDATABASE": "{name}"}),
+        ("postgresql://127.0.0.1/{name}", {"PGPORT": "{port}", "PGUSER": "{user}", "PGSSLMODE": "disable"}),
+        ("postgresql://{user}@127.0.0.1:1,127.0.0.1:{port}/{name}?sslmode=disable", {}),
+        *(
+            (f"postgresql://{{user}}:{password}@/{{name}}?host={{folder}}", {})
+            for password in ("p^s", "p{{s}}", "p|s", "p<s>", "p`s", 'p"s', "pässwort", "two words", "p%5Es", "p%2Fs%25")
+        ),
     ],
 )
-def test_address_for_dbmate(given: str, encrypted: bool, wanted: str) -> None:
-    assert _migrate._for_dbmate(given, encrypted=encrypted) == wanted
+async def test_what_connects_migrates(
+    dsn: str, monkeypatch: pytest.MonkeyPatch, form: str, environ: dict[str, str]
+) -> None:
+    parts = urlsplit(dsn)
+    folder = parse_qs(parts.query)["host"][0]
+    async with Proxy(dsn) as proxy:
+        values = {
+            "user": parts.username,
+            "name": parts.path[1:],
+            "folder": folder,
+            "quoted": quote(folder, safe=""),
+            "port": urlsplit(proxy.dsn).port,
+        }
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value.format(**values))
+        given = form.format(**values)
+        said = await _migrate.run_dbmate("status", dsn=given, config=Config.load(environ={}, dsn=given))
+        assert "Pending: 0" in said
+        while proxy.open:  # the program has ended: so do its connections
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "encrypted", "wanted"),
+    [
+        (SSLMode.prefer, False, "sslmode=disable"),
+        (SSLMode.prefer, True, "sslmode=require"),
+        (SSLMode.require, True, "sslmode=require"),
+        (SSLMode.verify_ca, True, "sslmode=verify-ca"),
+        (SSLMode.verify_full, True, "sslmode=verify-full"),
+    ],
+)
+def test_address_for_dbmate(mode: SSLMode, encrypted: bool, wanted: str) -> None:
+    connection: Any = SimpleNamespace(
+        _addr=("::1", 5433),
+        _params=SimpleNamespace(user="a@b", password="p/ä", database="d d", sslmode=mode, server_settings=None),
+        _transport=SimpleNamespace(get_extra_info=lambda name: object() if encrypted else None),
+    )
+    given = "postgresql://[::1]:5433/d%20d?sslrootcert=%2Fx.pem&sslpassword=x&passfile=y"
+    assert _migrate._for_dbmate(connection, given) == (
+        f"postgres://a%40b:p%2F%C3%A4@/d%20d?sslrootcert=%2Fx.pem&host=%3A%3A1&port=5433&{wanted}"
+    )
+
+
+async def test_nothing_is_said_in_plain_text_where_another_address_had_no_tls(fresh: str) -> None:
+    """What is opened is on this machine, without TLS; what migrates is not, and is asked for TLS first."""
+    said: list[bytes] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        said.append(await reader.read(1000))
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        owner = f"postgresql://owner:{SECRET}@127.0.0.1:{server.sockets[0].getsockname()[1]}/agents"
+        with pytest.raises(elizasql.MigrationError, match=re.escape(redact(owner))) as caught:
+            await elizasql.open(agent_id=uuid4(), dsn=fresh, migration_dsn=owner)
+    assert SECRET not in str(caught.value)
+    assert set(said) == {struct.pack("!II", 8, 80877103)}  # asks for TLS

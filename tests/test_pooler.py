@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 import elizasql
-from elizasql import Config, DatabaseAdapter, Memory, _hosts, _migrate, _pool
+from elizasql import Config, DatabaseAdapter, Memory, _hosts, _pool
 
 from .conftest import make_scene
 
@@ -264,21 +264,3 @@ async def test_what_no_other_host_can_mend_is_told_at_once(dsn: str, tmp_path: P
     several = f"postgresql://{urlsplit(dsn).netloc}{path}?host={socket_folder(dsn)},{tmp_path}"
     with pytest.raises(asyncpg.InvalidCatalogNameError):
         await _hosts.connect(several, timeout=5.0)
-
-
-@pytest.mark.parametrize(
-    ("dsn", "address", "wanted"),
-    [
-        ("postgresql://u:p@a:1,b:2/d?target_session_attrs=any", ("b", 2), "postgres://u:p@b:2/d?sslmode=disable"),
-        ("postgresql://a,b/d", ("a", 5432), "postgres://a:5432/d?sslmode=disable"),
-        ("postgresql://u@a,b/d?sslmode=require", ("::1", 7), "postgres://u@[::1]:7/d?sslmode=require"),
-        (
-            "postgresql://u@/d?host=/x,/run/y",
-            "/run/y/.s.PGSQL.5433",
-            "postgres://u@/d?host=%2Frun%2Fy&port=5433&sslmode=disable",
-        ),
-        ("postgresql://u:p@a:1/d?target_session_attrs=primary", ("a", 1), "postgres://u:p@a:1/d?sslmode=disable"),
-    ],
-)
-def test_migrations_go_to_the_host_that_was_found(dsn: str, address: Any, wanted: str) -> None:
-    assert _migrate._for_dbmate(dsn, False, address=address) == wanted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import signal
 import subprocess
 import sys
@@ -463,6 +464,36 @@ def test_interpreter_ends_without_close_of_the_embedded_server(dsn: str, server_
         pytest.skip("the embedded server is not used")
     run = _run(EXIT, str(server_dir), "idle")
     assert (run.returncode, run.stdout, run.stderr) == (0, "done\n", "")
+
+
+FORK = """
+import os, signal, sys, uuid, warnings
+
+import elizasql
+from elizasql import sync
+
+warnings.simplefilter("ignore", DeprecationWarning)  # of fork: there are threads
+_, dsn, how = sys.argv
+db = sync.open(agent_id=uuid.uuid4(), dsn=dsn, indexing="manual")
+pid = os.fork()
+if pid == 0:
+    signal.alarm(30)  # what hangs must not outlive the test
+    if how != "exit":
+        try:
+            db.close() if how == "close" else db.is_ready()
+        except elizasql.WrongLoopError:
+            sys.exit(7)
+    sys.exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), db.is_ready())
+db.close()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.parametrize(("how", "code"), [("call", 7), ("close", 0), ("exit", 0)])
+def test_forked_child_is_refused_and_ends(dsn: str, how: str, code: int) -> None:
+    run = _run(FORK, dsn, how)
+    assert (run.returncode, run.stdout, run.stderr) == (0, f"{code} True\n", "")
 
 
 # --- types -----------------------------------------------------------------------------------------------------------

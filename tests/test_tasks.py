@@ -988,6 +988,41 @@ async def test_silent_connection_is_found_dead(
     assert "notifications are interrupted" in caplog.text
 
 
+async def test_pause_before_a_new_connection_begins_anew(
+    dsn: str, db: DatabaseAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection that is lost now and then does not keep the listener deaf for longer each time."""
+    pauses: list[float] = []
+    real = asyncio.sleep
+
+    async def sleep(delay: float, *args: Any) -> Any:
+        task = asyncio.current_task()
+        if task is not None and task.get_name() == "elizasql-listener":
+            pauses.append(delay)
+            delay = 0
+        return await real(delay, *args)
+
+    made: list[asyncpg.Connection[Any]] = []
+    connect_really = _pool.connect
+
+    async def connect(*args: Any) -> Any:
+        if len(pauses) < 3:
+            raise ConnectionLostError("down")
+        made.append(await connect_really(*args))
+        return made[-1]
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    monkeypatch.setattr(_pool, "connect", connect)
+    listener = Listener(dsn, db.config, "quiet")
+    try:
+        for _ in range(4):
+            await listener.wait(60)
+            made[-1].terminate()
+    finally:
+        await listener.close()
+    assert pauses[:6] == [0.1, 0.2, 0.4, 0.1, 0.1, 0.1]
+
+
 async def test_cancelled_worker_leaves_no_connection(db: DatabaseAdapter, raw: asyncpg.Connection[Any]) -> None:
     async def work() -> None:
         async with aclosing(db.wait_for_tasks()) as tasks:

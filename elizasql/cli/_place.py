@@ -110,11 +110,6 @@ def load(dsn: str | None, data_dir: str | None) -> Config:
         raise ArgumentError(str(error)) from None
 
 
-def uses_embedded(config: Config, dsn: str | None, data_dir: str | None) -> bool:
-    """Tell whether the embedded server is meant: as `elizasql.open` decides."""
-    return dsn is None and (data_dir is not None or config.dsn is None)
-
-
 def has_cluster(config: Config) -> bool:
     """Tell whether there is an embedded server in the folder, running or not."""
     return (config.data_dir / "data" / "PG_VERSION").is_file()
@@ -132,8 +127,7 @@ async def reach(dsn: str | None, data_dir: str | None, *, create: bool = False) 
         EmbeddedServerError: There is none: a command run in the wrong folder must not leave one behind.
     """
     config = load(dsn, data_dir)
-    if not uses_embedded(config, dsn, data_dir):
-        assert config.dsn is not None
+    if config.dsn is not None:
         yield Place(config.dsn, config, embedded=False)
         return
     if not create and not has_cluster(config):

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from elizasql import _migrate
-from elizasql._statements import SQL, find_folder
+from elizasql._statements import find_folder
 from elizasql.errors import ArgumentError, MigrationError
 
 from . import _out, _place
@@ -110,18 +110,21 @@ def up(
 
     async def work() -> None:
         config = _place.load(dsn, data_dir)
-        if dry_run and _place.uses_embedded(config, dsn, data_dir) and not _place.has_cluster(config):
+        if dry_run and config.dsn is None and not _place.has_cluster(config):
             # A server that would have to be made first has no version of anything.
             _show([_step(source, path, down=False) for source in sources for path in source.files()], json, dry_run)
             return
         async with _place.reach(dsn, data_dir, create=True) as place:
-            encrypted = await _look(place)
-            pending = [step for source in sources for step in await _pending(place, source, encrypted=encrypted)]
+            await _look(place)
+            pending = [step for source in sources for step in await _pending(place, source)]
             if not dry_run:
                 _refuse_destructive([step for step in pending if step.schema != "elizasql"])
                 for source in sources:
                     if any(step.schema == source.schema for step in pending):
-                        await _run(place, source, "migrate", encrypted=encrypted)
+                        await _run(place, source, "migrate")
+                        if source.folder is None:
+                            async with place.connect(ready=False) as connection:
+                                await _migrate.confirm(connection, place.address, place.config)
             _show(pending, json, dry_run)
 
     asyncio.run(work())
@@ -136,17 +139,17 @@ def down(
 
     async def work() -> None:
         async with _place.reach(dsn, data_dir) as place:
-            encrypted = await _look(place)
+            await _look(place)
             steps = []
             for source in sources:
-                applied = [name for name, done in await _versions(place, source, encrypted=encrypted) if done]
+                applied = [name for name, done in await _versions(place, source) if done]
                 if applied:
                     steps.append(_step(source, source.path / applied[-1], down=True))
             if not dry_run:
                 _refuse_destructive(steps)
                 for source in sources:
                     if any(step.schema == source.schema for step in steps):
-                        await _run(place, source, "rollback", encrypted=encrypted)
+                        await _run(place, source, "rollback")
             _show(steps, json, dry_run)
 
     asyncio.run(work())
@@ -159,11 +162,11 @@ def status(dirs: Dirs = None, dsn: Dsn = None, data_dir: DataDir = None, json: J
 
     async def work() -> None:
         async with _place.reach(dsn, data_dir) as place:
-            encrypted = await _look(place)
+            await _look(place)
             rows = [
                 {"schema": source.schema, "file": name, "applied": done}
                 for source in sources
-                for name, done in await _versions(place, source, encrypted=encrypted)
+                for name, done in await _versions(place, source)
             ]
         if json:
             _out.emit(rows)
@@ -202,33 +205,33 @@ def new(
 # --- what they have in common ----------------------------------------------------------------------------------------
 
 
-async def _look(place: Place) -> bool:
-    """Ask whether the connection is encrypted, and so whether there is one at all."""
-    async with place.connect(ready=False) as connection:
-        return bool(await connection.fetchval(SQL["get_transport"].sql))
+async def _look(place: Place) -> None:
+    """See whether there is a server at all."""
+    async with place.connect(ready=False):
+        pass
 
 
-async def _run(place: Place, source: Source, command: str, *, encrypted: bool) -> str:
+async def _run(place: Place, source: Source, command: str) -> str:
     words = (command,) if command == "status" else ("--migration-lock", command)
     return await _migrate.run_dbmate(
         *words,
-        dsn=place.config.migration_dsn or place.address,
-        encrypted=encrypted,
+        dsn=place.address,
+        config=place.config,
         folder=source.folder,
         table=f"{source.schema}.schema_migrations",
     )
 
 
-async def _versions(place: Place, source: Source, *, encrypted: bool) -> list[tuple[str, bool]]:
+async def _versions(place: Place, source: Source) -> list[tuple[str, bool]]:
     """Give the files that dbmate knows of, oldest first, and whether they are applied; changes nothing."""
     if not source.files():
         return []
-    said = await _run(place, source, "status", encrypted=encrypted)
+    said = await _run(place, source, "status")
     return [(line[4:], line[1] == "X") for line in said.splitlines() if re.match(r"\[[ X]\] ", line)]
 
 
-async def _pending(place: Place, source: Source, *, encrypted: bool) -> list[Step]:
-    versions = await _versions(place, source, encrypted=encrypted)
+async def _pending(place: Place, source: Source) -> list[Step]:
+    versions = await _versions(place, source)
     return [_step(source, source.path / name, down=False) for name, done in versions if not done]
 
 

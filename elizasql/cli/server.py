@@ -87,9 +87,8 @@ async def bring_up_to_date(place: Place) -> list[str]:
         server = await _pool.look_at(connection)
         server.check()
         pending = await _migrate.pending_versions(connection)
-        encrypted = bool(await connection.fetchval(SQL["get_transport"].sql))
-    if pending:
-        await _migrate.migrate(place.config.migration_dsn or place.address, encrypted=encrypted)
+        if pending:
+            await _migrate.migrate(connection, place.address, place.config)
     return pending
 
 
@@ -185,7 +184,7 @@ def is_running(data_dir: Path) -> bool:
 def status(dsn: Dsn = None, data_dir: DataDir = None, json: Json = False) -> None:
     """Tell whether the server runs, what it is, and whether its schema is up to date. Starts nothing."""
     config = _place.load(dsn, data_dir)
-    embedded = _place.uses_embedded(config, dsn, data_dir)
+    embedded = config.dsn is None
     if embedded and not (_place.has_cluster(config) and is_running(config.data_dir)):
         shown: dict[str, Any] = {"running": False, "where": f"embedded server in {config.data_dir.resolve()}"}
     else:
