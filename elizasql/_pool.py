@@ -24,7 +24,14 @@ from . import _codecs, _hosts
 from ._calls import spawn
 from ._statements import SQL
 from .config import Config
-from .errors import ConfigurationError, ConnectionLostError, ElizaSQLError, PoolTimeoutError, translate
+from .errors import (
+    ConfigurationError,
+    ConnectionLostError,
+    ElizaSQLError,
+    InternalError,
+    PoolTimeoutError,
+    translate,
+)
 
 logger = logging.getLogger("elizasql")
 
@@ -152,7 +159,11 @@ async def connect(dsn: str, config: Config) -> asyncpg.Connection[Any]:
 def _explain(error: Exception, config: Config) -> ElizaSQLError:
     if isinstance(error, (asyncio.TimeoutError, TimeoutError)):
         return ConnectionLostError(f"no connection to {config.where} within {config.connection_timeout:g} s")
-    return translate(error)
+    made = translate(error)
+    if isinstance(made, InternalError) and isinstance(error, (ValueError, OverflowError)):
+        # Of the address: a port that is none, or fewer ports than hosts.
+        return ConfigurationError(f"{config.where}: {error}")
+    return made
 
 
 class _Connection(asyncpg.Connection):  # type: ignore[misc]
