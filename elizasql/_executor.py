@@ -11,6 +11,7 @@ import asyncio
 import logging
 import random
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -150,15 +151,17 @@ class Executor:
         """Ask the server for a sign of life, once: no try is made again, and the breaker is not asked."""
         self._enter("ping")
         try:
-            connection = await self._acquire("ping", current_deadline(self._config.timeout), None)
+            deadline = current_deadline(self._config.timeout, self.meter)
+            connection, _ = await self._acquire("ping", deadline, None)
             try:
-                await connection[0].fetchval(SQL["ping"].sql, timeout=self._config.connection_timeout)
+                patience = min(_left(deadline), self._config.connection_timeout)
+                await connection.fetchval(SQL["ping"].sql, timeout=patience)
             except BaseException as error:
-                self.lane.give_back(connection[0])
+                self.lane.give_back(connection)
                 if isinstance(error, Exception):
-                    raise translate(error, "ping") from error
+                    raise self._explain(error, "ping") from error
                 raise
-            self.lane.keep(connection[0])
+            self.lane.keep(connection)
         except _Failed as failed:
             raise self._explain(failed.error, "ping") from failed.error
         finally:
@@ -221,7 +224,7 @@ class Executor:
         Raises:
             ElizaSQLError: What the last try met.
         """
-        deadline = current_deadline(self._config.timeout)
+        deadline = current_deadline(self._config.timeout, self.meter)
         self._enter(name)
         try:
             failures = 0
@@ -452,9 +455,8 @@ class Executor:
         """Undo a transaction; the error that led here is what the caller gets."""
         # Not much beyond the time of the call: a server that is silent undoes it without being told.
         now = time.monotonic()
-        deadline = min(
-            now + self._config.connection_timeout, max(current_deadline(self._config.timeout), now + _UNDO_TIME)
-        )
+        left = max(current_deadline(self._config.timeout, self.meter), now + _UNDO_TIME)
+        deadline = min(now + self._config.connection_timeout, left)
         try:
             for statement in self._UNDO:
                 await _send(connection, statement, deadline)
@@ -512,15 +514,16 @@ class _TransactionExecutor(Executor):
         # ALTER TABLE takes the two in the other order.
         super().__init__(outer.connections, outer.lane, outer._config, outer.meter)
         self._connection = connection
-        self._turn = asyncio.Lock()
+        self._turn = _Turn()
         self._nested = False
         self._doubtful = False
         self._cut_short: str | None = None
 
     async def _attempts(self, name: str, work: Work, lost: Outcome, *, hold: bool = False) -> Any:  # noqa: ARG002
         self._check(name)
-        deadline = current_deadline(self._config.timeout)
-        async with self._turn:
+        deadline = current_deadline(self._config.timeout, self.meter)
+        await self._turn.take(name, deadline)
+        try:
             self._check(name)  # it may have ended while this call waited
             try:
                 return await work(self._connection, deadline)
@@ -533,6 +536,8 @@ class _TransactionExecutor(Executor):
                 if isinstance(error, asyncpg.InternalClientError):
                     drop(self._connection)
                 raise self._explain(error, name) from error
+        finally:
+            self._turn.pass_on()
 
     async def probe(self) -> None:
         """Ask the server for a sign of life, on the transaction's connection."""
@@ -550,8 +555,9 @@ class _TransactionExecutor(Executor):
     async def transaction(self) -> AsyncIterator[Executor]:
         """Open a savepoint; until it ends, nothing else runs on this executor."""
         self._check("transaction")
-        deadline = current_deadline(self._config.timeout)
-        async with self._turn:
+        deadline = current_deadline(self._config.timeout, self.meter)
+        await self._turn.take("transaction", deadline)
+        try:
             self._check("transaction")
             try:
                 await self._begin_on(self._connection, deadline)
@@ -567,6 +573,8 @@ class _TransactionExecutor(Executor):
                 raise
             finally:
                 self._nested = False
+        finally:
+            self._turn.pass_on()
 
     _BEGIN, _COMMIT = SQL["begin_savepoint"], SQL["release_savepoint"]
     _UNDO = (SQL["roll_back_savepoint"], SQL["release_savepoint"])
@@ -584,8 +592,9 @@ class _TransactionExecutor(Executor):
     async def end(self, commit: Callable[[Any, float], Awaitable[None]]) -> None:
         """Keep what was done, once the calls that are running have ended."""
         self._closed = True
-        deadline = current_deadline(self._config.timeout)
-        async with self._turn:
+        await self._turn.take("transaction")
+        deadline = current_deadline(self._config.timeout, self.meter)  # what ran before had its own time
+        try:
             try:
                 if self._cut_short is not None:
                     # The server may have done it before it heard that nobody waits any more.
@@ -599,12 +608,74 @@ class _TransactionExecutor(Executor):
                 await commit(self._connection, deadline)
             except Exception as error:
                 raise translate(error, "transaction") from error
+        finally:
+            self._turn.pass_on()
 
     async def undo(self, undo: Callable[[Any], Awaitable[None]]) -> None:
         """Undo what was done, once the calls that are running have ended."""
         self._closed = True
-        async with self._turn:
+        try:
+            await self._turn.take("transaction")
+        except BaseException:
+            # Who waits is sent away: without the connection the server undoes it, and ends what is running.
+            drop(self._connection)
+            raise
+        try:
             await undo(self._connection)
+        finally:
+            self._turn.pass_on()
+
+
+class _Turn:
+    """Lets one at a time through, in the order in which they came: a lock, but whoever waits may say how long."""
+
+    def __init__(self) -> None:
+        self._taken = False
+        self._waiters: deque[asyncio.Future[bool]] = deque()
+
+    async def take(self, name: str, deadline: float | None = None) -> None:
+        """Wait for one's turn; `pass_on` ends it.
+
+        Args:
+            name: What errors call the one who waits.
+            deadline: Until when, by `time.monotonic`; None: however long it takes.
+
+        Raises:
+            DeadlineError: It did not come in time; nothing was sent.
+        """
+        if not self._taken:
+            self._taken = True
+            return
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[bool] = loop.create_future()
+        self._waiters.append(waiter)
+        timer = None if deadline is None else loop.call_later(_left(deadline), _expire, waiter)
+        try:
+            came = await waiter
+        except asyncio.CancelledError:
+            # The turn may have come together with the cancellation.
+            if waiter.done() and not waiter.cancelled() and waiter.result():
+                self.pass_on()
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+        if not came:
+            raise DeadlineError(f"{name}: others had the transaction for all of the time limit", statement=name)
+
+    def pass_on(self) -> None:
+        """Give the turn to whoever has waited longest."""
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(True)
+                return
+        self._taken = False
+
+
+def _expire(waiter: asyncio.Future[bool]) -> None:
+    if not waiter.done():
+        waiter.set_result(False)
 
 
 def _is_free(connection: Any) -> bool:

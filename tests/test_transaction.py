@@ -24,8 +24,8 @@ def memory(text: str = "x", **fields: Any) -> Memory:
     return Memory(content={"text": text}, **fields)
 
 
-async def add(db: DatabaseAdapter, text: str = "x", **fields: Any) -> UUID:
-    return await db.create_memory(memory(text, **fields), "messages")
+async def add(db: DatabaseAdapter, text: str = "x", *, timeout: float | None = None, **fields: Any) -> UUID:
+    return await db.create_memory(memory(text, **fields), "messages", timeout=timeout)
 
 
 async def texts(db: DatabaseAdapter) -> list[str]:
@@ -424,6 +424,24 @@ async def test_call_that_ran_out_of_time_ends_the_transaction(
     await assert_sound(db)
 
 
+async def test_call_that_did_not_get_its_turn_in_time_ends_nothing(
+    db: DatabaseAdapter, raw: asyncpg.Connection[Any]
+) -> None:
+    """Nothing of it was sent: the transaction is as it was."""
+    id = await add(db, "old")
+    async with db.transaction() as tx:
+        async with locked(raw, id):
+            running = asyncio.create_task(tx.update_memory(memory("new", id=id)))
+            await blocked_pid(raw, running)
+            with pytest.raises(elizasql.DeadlineError) as caught:
+                await asyncio.wait_for(add(tx, timeout=0.05), 10)
+            assert caught.value.statement == "create_memory"
+        assert await running
+        await add(tx, "other")
+    assert await texts(db) == ["new", "other"]
+    await assert_sound(db)
+
+
 async def test_call_that_was_done_and_cut_short_ends_the_transaction(
     db: DatabaseAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -689,6 +707,26 @@ async def test_cancellation_between_calls(db: DatabaseAdapter) -> None:
         await task
     assert await texts(db) == []
     await assert_sound(db)
+
+
+async def test_turns_are_passed_on_by_who_goes_away() -> None:
+    turn = _executor._Turn()
+    await turn.take("first")
+    gone, late, last = (
+        asyncio.create_task(turn.take(name, deadline))
+        for name, deadline in (("gone", None), ("late", 0.0), ("last", None))
+    )
+    with pytest.raises(elizasql.DeadlineError, match="late"):
+        await late
+    assert not gone.done() and not last.done()
+    # The turn and the cancellation come together.
+    turn.pass_on()
+    gone.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await gone
+    await last
+    turn.pass_on()
+    await turn.take("next")
 
 
 async def test_cancellation_anywhere(db: DatabaseAdapter, caplog: pytest.LogCaptureFixture) -> None:

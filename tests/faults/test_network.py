@@ -435,6 +435,17 @@ async def test_closing_ends_in_time_in_a_black_hole(proxy: Proxy, make_db: MakeA
     await proxy.heal(cut=True)
 
 
+@pytest.mark.parametrize("name", ["is_ready", "health"])
+async def test_sign_of_life_has_the_limit_of_its_call(proxy: Proxy, make_db: MakeAdapter, name: str) -> None:
+    db = await make_db(dsn=proxy.dsn, connection_timeout=60.0, pool_max_size=1)
+    proxy.hold()
+    answer = await asyncio.wait_for(getattr(db, name)(timeout=SHORT), SHORT + GRACE)
+    assert answer is False or answer["error"].startswith("DeadlineError")
+    await proxy.heal(cut=True)
+    assert await db.is_ready(timeout=LONG)
+    await pool_is_whole(db)
+
+
 async def test_opening_ends_in_time(proxy: Proxy, server: FaultServer) -> None:
     for name in ("black hole", "accepted and never answered", "refused", "reset when accepted"):
         done = MODES[name].breaks(proxy)
