@@ -163,7 +163,8 @@ class Executor:
                 raise
             self.lane.keep(connection)
         except _Failed as failed:
-            raise self._explain(failed.error, "ping") from failed.error
+            made = self._explain(failed.error, "ping")
+            raise made from made.__cause__
         finally:
             self._leave()
 
@@ -182,14 +183,13 @@ class Executor:
         def work(connection: Any, deadline: float) -> Any:
             return getattr(connection, method)(sql, *arguments, timeout=_left(deadline))
 
+        if self._config.prepared_statements or self.in_transaction:
+            lost = Outcome.NOT_APPLIED if statement.repeatable else Outcome.UNKNOWN
+            return self._attempts(statement.name, work, lost)
         # Without names a statement takes two steps, and a pooler leads them to one server inside of a transaction only.
-        lost = Outcome.NOT_APPLIED if statement.repeatable else Outcome.UNKNOWN
-        wrapped = (
-            work
-            if self._config.prepared_statements or self.in_transaction
-            else self._in_transaction(work, settle=False)
-        )
-        return self._attempts(statement.name, wrapped, lost)
+        # What broke before its end was not done, and a lost end is settled where it cannot be done again.
+        wrapped = self._in_transaction(work, settle=not statement.repeatable)
+        return self._attempts(statement.name, wrapped, Outcome.NOT_APPLIED)
 
     def _in_transaction(self, work: Work, *, settle: bool) -> Work:
         """Wrap work in a transaction, whose end is settled when it is lost."""
@@ -256,7 +256,7 @@ class Executor:
                         failures += 1
                         pause = self._policy.delay(failures, error, random.random)
                     if not self._again(made, outcome, failures, deadline - pause):
-                        raise made from error
+                        raise made from made.__cause__
                 self.meter.retries += 1
                 logger.warning("%s; tried again in %.2f s", made, pause)
                 await asyncio.sleep(pause)
@@ -368,11 +368,14 @@ class Executor:
             self._breaker.fail(permit)
 
     def _explain(self, error: Exception, name: str) -> ElizaSQLError:
+        """Give the error to raise for one that was met, which is its cause or, of this library, itself."""
         made = translate(error, name)
         if made.statement is None:
             made.statement = name
         if self._closed and not self.in_transaction and isinstance(made, ConnectionLostError):
-            return ClosedError(f"{name}: the adapter was closed meanwhile", statement=name)
+            made = ClosedError(f"{name}: the adapter was closed meanwhile", statement=name)
+        if made is not error:
+            made.__cause__ = error
         return made
 
     def _enter(self, name: str) -> None:
@@ -606,6 +609,8 @@ class _TransactionExecutor(Executor):
                     # A transaction that an error has ended refuses this, but not its own end.
                     await self._connection.fetchval(SQL["ping"].sql, timeout=_left(deadline))
                 await commit(self._connection, deadline)
+            except ElizaSQLError:
+                raise
             except Exception as error:
                 raise translate(error, "transaction") from error
         finally:

@@ -416,10 +416,11 @@ async def test_call_that_ran_out_of_time_ends_the_transaction(
     db: DatabaseAdapter, raw: asyncpg.Connection[Any]
 ) -> None:
     id = await add(db, "old")
-    with pytest.raises(elizasql.TransactionError):
+    with pytest.raises(elizasql.TransactionError) as caught:
         async with db.transaction() as tx, locked(raw, id):
             with pytest.raises(asyncio.TimeoutError):
                 await asyncio.wait_for(tx.update_memory(memory("new", id=id)), 0.1)
+    assert caught.value.__cause__ is not caught.value
     assert await texts(db) == ["old"]
     await assert_sound(db)
 

@@ -446,6 +446,22 @@ async def test_sign_of_life_has_the_limit_of_its_call(proxy: Proxy, make_db: Mak
     await pool_is_whole(db)
 
 
+@pytest.mark.parametrize("name", ["accepted and never answered", "reset before the answer"])
+async def test_causes_of_an_error_have_an_end(proxy: Proxy, make_db: MakeAdapter, name: str) -> None:
+    """The last one is not of this library; whoever follows them must not go round in a circle."""
+    db = await make_db(dsn=proxy.dsn, connection_timeout=SHORT, max_retries=1, pool_max_size=1)
+    MODES[name].breaks(proxy)
+    with pytest.raises(elizasql.UnavailableError) as caught:
+        async with db.transaction() as tx:
+            await tx.get_memory_by_id(uuid4())
+    chain: list[BaseException] = [caught.value]
+    while (cause := chain[-1].__cause__) is not None:
+        assert cause not in chain
+        chain.append(cause)
+    assert not isinstance(chain[-1], ElizaSQLError), chain
+    await proxy.heal()
+
+
 async def test_opening_ends_in_time(proxy: Proxy, server: FaultServer) -> None:
     for name in ("black hole", "accepted and never answered", "refused", "reset when accepted"):
         done = MODES[name].breaks(proxy)

@@ -22,7 +22,18 @@ from elizasql._statements import SQL
 from elizasql.transfer._rows import as_array, put
 from tests.conftest import make_scene
 from tests.faults.conftest import MakeAdapter
-from tests.faults.harness import ABSENT, TYPE, Ledger, check, content_of, embedding_of, has_embedding, memory_of, new_id
+from tests.faults.harness import (
+    ABSENT,
+    TYPE,
+    Ledger,
+    check,
+    content_of,
+    embedding_of,
+    has_embedding,
+    memory_of,
+    new_id,
+    pool_is_whole,
+)
 from tests.faults.proxy import Proxy, Rule
 from tests.faults.server import FaultServer, count, until
 
@@ -411,6 +422,24 @@ async def test_what_cannot_be_repeated_is_not(
 
     await until(ended, "the server has done it, or has not")
     assert await check(server.dsn, ledger) == []
+
+
+@pytest.mark.parametrize("message", ["BEGIN", "DELETE", "COMMIT", "the answer to COMMIT"])
+async def test_what_runs_in_a_transaction_of_its_own_is_done_once(
+    proxy: Proxy, make_db: MakeAdapter, chance: random.Random, message: str
+) -> None:
+    """Without prepared statements: what broke before the end was not done, and the end is found out."""
+    db = await make_db(dsn=proxy.dsn, pool_max_size=1, prepared_statements=False)
+    ids = ids_of(chance, 3)
+    await db.create_memories([memory_of(id, 1) for id in ids], TYPE)
+    if message.startswith("the answer"):
+        rule = proxy.when("server", b"C", "reset", holding=COMMIT)
+    else:
+        rule = proxy.when("client", b"P" if message == "DELETE" else b"Q", "reset", holding=message.encode())
+    assert await db.delete_memories(ids[:2]) == 2
+    assert rule.count == 1
+    assert await db.count_memories() == 1
+    await pool_is_whole(db)
 
 
 async def test_claimed_task_is_not_claimed_twice(proxy: Proxy, make_db: MakeAdapter) -> None:
