@@ -21,7 +21,7 @@ from uuid import UUID
 import asyncpg
 
 from ._calls import Meter, current_deadline
-from ._pool import Lane, drop, is_open
+from ._pool import Lane, is_open
 from ._registry import Connections, retry_policy
 from ._retry import OUT_OF_MEMORY, Outcome, classify, is_answer
 from ._statements import SQL, Statement
@@ -333,7 +333,8 @@ class Executor:
             )
             made.__cause__ = error
             raise _Failed(made, Outcome.NOT_APPLIED, None, used=False) from error
-        except ElizaSQLError:
+        except ElizaSQLError as error:
+            error.statement = name
             raise
         except Exception as error:
             raise _Failed(error, classify(error, sent=False, lost=True), None, used=False) from error
@@ -341,7 +342,7 @@ class Executor:
     def _fail(self, error: Exception, connection: Any, permit: int, *, used: bool) -> _Failed:
         """Judge a failure after the connection was taken, and let go of it."""
         if isinstance(error, asyncpg.InternalClientError):
-            drop(connection)  # the driver has lost its place in the conversation
+            self.lane.drop(connection)  # the driver has lost its place in the conversation
         failed = _Failed(error, classify(error, sent=True, lost=not is_open(connection)), connection, used=used)
         if isinstance(error, (asyncio.TimeoutError, TimeoutError)):
             # Too little time, or a dead server? Its answer to the cancellation tells.
@@ -354,7 +355,7 @@ class Executor:
             self.lane.keep(connection)
         else:
             if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
-                drop(connection)
+                self.lane.drop(connection)
             self.lane.give_back(connection)
         return failed
 
@@ -425,7 +426,7 @@ class Executor:
         try:
             await _send(connection, self._BEGIN, deadline)
         except BaseException:
-            drop(connection)  # nobody knows whether it was begun
+            self.lane.drop(connection)  # nobody knows whether it was begun
             raise
 
     async def _commit_on(self, connection: Any, deadline: float) -> None:
@@ -443,7 +444,7 @@ class Executor:
             lost = not is_open(connection) or isinstance(error, (asyncio.TimeoutError, TimeoutError))
             if not lost or row["id"] is None:
                 raise
-            drop(connection)
+            self.lane.drop(connection)  # its place is free for the question, with a pool of one connection, too
             status = await self._settle(row["id"], row["timeline"], deadline)
             if status == "committed":
                 return
@@ -466,7 +467,7 @@ class Executor:
         except BaseException as error:
             # Without the connection the server undoes the transaction, whatever state it is in.
             logger.debug("a rollback failed, the connection is dropped", exc_info=True)
-            drop(connection)
+            self.lane.drop(connection)
             if not isinstance(error, Exception):
                 raise
 
@@ -479,6 +480,8 @@ class Executor:
         while time.monotonic() < deadline:
             try:
                 status = await outside.fetch_value(statement, id=id, timeline=timeline)
+            except PoolTimeoutError:
+                continue  # other calls had every connection: that says nothing, and the time is not over
             except ElizaSQLError:
                 logger.warning("what became of a transaction could not be found out", exc_info=True)
                 return None
@@ -501,7 +504,7 @@ class Executor:
     def cut(self) -> None:
         """Cut the connections of the calls that are running, which end with a ClosedError."""
         for connection in tuple(self._held):
-            drop(connection)
+            self.lane.drop(connection)
 
 
 class _TransactionExecutor(Executor):
@@ -537,7 +540,7 @@ class _TransactionExecutor(Executor):
                 if not isinstance(error, Exception):
                     raise
                 if isinstance(error, asyncpg.InternalClientError):
-                    drop(self._connection)
+                    self.lane.drop(self._connection)
                 raise self._explain(error, name) from error
         finally:
             self._turn.pass_on()
@@ -623,7 +626,7 @@ class _TransactionExecutor(Executor):
             await self._turn.take("transaction")
         except BaseException:
             # Who waits is sent away: without the connection the server undoes it, and ends what is running.
-            drop(self._connection)
+            self.lane.drop(self._connection)
             raise
         try:
             await undo(self._connection)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -707,6 +708,70 @@ async def test_cancellation_between_calls(db: DatabaseAdapter) -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert await texts(db) == []
+    await assert_sound(db)
+
+
+async def test_cancellation_while_the_end_waits_for_a_call(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
+    """Whoever is cancelled again does not wait for it: the connection is closed, and its place in the pool is free."""
+    db = await make_db(pool_max_size=1)
+    id = await add(db, "old")
+    running: list[asyncio.Task[Any]] = []
+    bound: list[DatabaseAdapter] = []
+
+    async def work() -> None:
+        async with db.transaction() as tx:
+            bound.append(tx)
+            running.append(asyncio.create_task(tx.update_memory(memory("new", id=id))))
+            await asyncio.Event().wait()
+
+    async with locked(raw, id):
+        task = asyncio.create_task(work())
+        while not running:
+            await asyncio.sleep(0)
+        await blocked_pid(raw, running[0])
+        for _ in range(2):
+            task.cancel()
+            while not bound[0]._executor._closed:
+                await asyncio.sleep(0)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        with pytest.raises(elizasql.ConnectionLostError):
+            await running[0]
+    assert await texts(db) == ["old"]
+    await assert_sound(db)
+
+
+async def test_savepoint_whose_end_was_not_waited_for(db: DatabaseAdapter, raw: asyncpg.Connection[Any]) -> None:
+    """It was not undone: whoever catches that and goes on must not keep what was done in it."""
+    id = await add(db, "old")
+    running: list[asyncio.Task[Any]] = []
+    bound: list[DatabaseAdapter] = []
+    ended = asyncio.Event()
+
+    async def work() -> None:
+        async with db.transaction() as tx:
+            with suppress(asyncio.CancelledError):
+                async with tx.transaction() as inner:
+                    bound.append(inner)
+                    running.append(asyncio.create_task(inner.update_memory(memory("new", id=id))))
+                    await asyncio.Event().wait()
+            await ended.wait()
+
+    async with locked(raw, id):
+        task = asyncio.create_task(work())
+        while not running:
+            await asyncio.sleep(0)
+        await blocked_pid(raw, running[0])
+        for _ in range(2):
+            task.cancel()
+            while not bound[0]._executor._closed:
+                await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    await asyncio.gather(*running, return_exceptions=True)
+    ended.set()
+    with pytest.raises(elizasql.ConnectionLostError):
+        await task
+    assert await texts(db) == ["old"]
     await assert_sound(db)
 
 

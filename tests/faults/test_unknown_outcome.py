@@ -236,6 +236,41 @@ async def test_deletion_of_several_chunks_is_counted_right(
     assert await check(server.dsn, ledger) == []
 
 
+@pytest.mark.parametrize("kind", ["transaction", "batch", "load"])
+@pytest.mark.parametrize("size", [1, 3])
+async def test_ends_are_found_out_when_every_connection_is_lost(
+    proxy: Proxy, make_db: MakeAdapter, server: FaultServer, chance: random.Random, kind: str, size: int
+) -> None:
+    """All ask at once what became of theirs, and the pool has no connection but those that are gone."""
+    db = await make_db(dsn=proxy.dsn, pool_max_size=size, background_pool_size=size, batch_size=2)
+    ledger = Ledger(db.agent_id)
+    inside, all_inside = 0, asyncio.Event()
+
+    async def work(memories: list[Memory]) -> None:
+        nonlocal inside
+        if kind == "batch":
+            await db.create_memories(memories, TYPE)
+        elif kind == "load":
+            await db.load_memories(memories, TYPE, build_index=False)
+        else:
+            async with db.transaction() as tx:
+                await tx.create_memories(memories, TYPE)
+                inside += 1
+                if inside == size:
+                    all_inside.set()
+                await all_inside.wait()
+
+    rule = proxy.when("server", b"C", "reset", holding=COMMIT, times=size)
+    ids = [ids_of(chance, 3) for _ in range(size)]
+    operation = ledger.begin(dict.fromkeys((id for each in ids for id in each), 1))
+    await asyncio.gather(*(work([memory_of(id, 1) for id in each]) for each in ids))
+    operation.acknowledge()
+    assert rule.count == size
+    assert await db.count_memories() == 3 * size
+    assert await check(server.dsn, ledger) == []
+    await pool_is_whole(db)
+
+
 @pytest.mark.parametrize("done", [True, False])
 @pytest.mark.parametrize("kind", ["transaction", "batch"])
 async def test_end_that_cannot_be_found_out(
