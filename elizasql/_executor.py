@@ -99,6 +99,7 @@ class Executor:
         self._breaker = connections.breaker
         self._policy = retry_policy(config)
         self._closed = False
+        self._cut = False
         self._drained = asyncio.Event()
         self._held: set[Any] = set()  # connections that calls have
         self.in_flight = 0
@@ -317,7 +318,7 @@ class Executor:
 
         began = time.monotonic()
         try:
-            return await self.lane.acquire(_left(deadline), late)
+            found = await self.lane.acquire(_left(deadline), late)
         except PoolTimeoutError as error:
             raise PoolTimeoutError(
                 f"{name}: waited {time.monotonic() - began:.3g} s for a connection; "
@@ -338,6 +339,10 @@ class Executor:
             raise
         except Exception as error:
             raise _Failed(error, classify(error, sent=False, lost=True), None, used=False) from error
+        if self._cut:
+            self.lane.keep(found[0])  # others share it
+            raise ClosedError(f"{name}: the adapter was closed meanwhile", statement=name)
+        return found
 
     def _fail(self, error: Exception, connection: Any, permit: int, *, used: bool) -> _Failed:
         """Judge a failure after the connection was taken, and let go of it."""
@@ -492,9 +497,12 @@ class Executor:
 
     # --- the end -----------------------------------------------------------------------------------------------------
 
-    async def close(self, timeout: float) -> None:
-        """Refuse new calls, wait for those in flight at most `timeout` seconds, and cut what is left."""
+    def refuse(self) -> None:
+        """Refuse new calls from now on."""
         self._closed = True
+
+    async def drain(self, timeout: float) -> None:
+        """Wait for the calls in flight at most `timeout` seconds, once new ones are refused, and cut what is left."""
         if self.in_flight:
             try:
                 await asyncio.wait_for(self._drained.wait(), timeout)
@@ -502,7 +510,8 @@ class Executor:
                 self.cut()
 
     def cut(self) -> None:
-        """Cut the connections of the calls that are running, which end with a ClosedError."""
+        """Cut the connections of the calls that are running, which end with a ClosedError; so do those that wait."""
+        self._cut = True
         for connection in tuple(self._held):
             self.lane.drop(connection)
 
