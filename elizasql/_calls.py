@@ -1,7 +1,8 @@
 """What every public method has in common: a time limit for the whole of it, and figures about it.
 
 `_bounded` is put on each public coroutine method when its class is made (`Store.__init_subclass__`). A method that
-another one calls belongs to that call: it has its limit, and is not counted.
+another one calls belongs to that call: it has its limit, and is not counted. One that is given a limit, or is another
+adapter's, was called by the caller's code inside, such as the source of a load: it has its own, too, and is counted.
 """
 
 from __future__ import annotations
@@ -27,26 +28,39 @@ F = TypeVar("F", bound=Callable[..., Any])
 _UNBOUNDED = "__elizasql_unbounded__"
 _LIMIT = "__elizasql_limit__"
 
-# When the call that is running must have ended, by the clock of `time.monotonic`; None: no call is running.
-_deadline: contextvars.ContextVar[float | None] = contextvars.ContextVar("elizasql_deadline", default=None)
+# The call that is running: when it must have ended, by `time.monotonic`, and the meter of its adapter, None: of any.
+# Not the adapter itself: what is begun meanwhile, such as a timer, may keep this for long after the call.
+_running: contextvars.ContextVar[tuple[float, Meter | None] | None] = contextvars.ContextVar(
+    "elizasql_running", default=None
+)
 
 
-def current_deadline(default: float) -> float:
-    """Give the end of the running call's time, by `time.monotonic`; outside of a call, `default` seconds from now."""
-    deadline = _deadline.get()
-    return time.monotonic() + default if deadline is None else deadline
+def current_deadline(default: float, meter: Meter | None = None) -> float:
+    """Give the end of the running call's time, by `time.monotonic`; outside of a call, `default` seconds from now.
+
+    Args:
+        default: Seconds.
+        meter: Of the adapter that asks: inside of a call of another one both hold.
+    """
+    running = _running.get()
+    if running is None:
+        return time.monotonic() + default
+    deadline, caller = running
+    if meter is None or caller is None or caller is meter:
+        return deadline
+    return min(deadline, time.monotonic() + default)
 
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
     """Give what runs in the block so many seconds, and never more than the running call has left."""
-    outer = _deadline.get()
+    outer = _running.get()
     deadline = time.monotonic() + seconds
-    token = _deadline.set(deadline if outer is None else min(outer, deadline))
+    token = _running.set((deadline, None) if outer is None else (min(outer[0], deadline), outer[1]))
     try:
         yield
     finally:
-        _deadline.reset(token)
+        _running.reset(token)
 
 
 def unbounded(method: F) -> F:
@@ -92,11 +106,14 @@ def _bounded(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[A
 
     @functools.wraps(method)
     async def call(self: Any, *args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
-        if _deadline.get() is not None:
+        meter = self._meter
+        outer = _running.get()
+        if outer is not None and timeout is None and outer[1] is meter:
             return await method(self, *args, **kwargs)
         limit = _as_timeout(timeout) if timeout is not None else own_limit or self.config.timeout
         started = clock()
-        token = _deadline.set(started + limit)
+        deadline = started + limit
+        token = _running.set((deadline if outer is None else min(deadline, outer[0]), meter))
         failed: BaseException | None = None
         try:
             return await method(self, *args, **kwargs)
@@ -104,8 +121,8 @@ def _bounded(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[A
             failed = error
             raise
         finally:
-            _deadline.reset(token)
-            self._meter.record(name, started, clock() - started, failed)
+            _running.reset(token)
+            meter.record(name, started, clock() - started, failed)
 
     return call
 

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import random
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from uuid import UUID
 import asyncpg
 
 from ._calls import Meter, current_deadline
-from ._pool import Lane, drop, is_open
+from ._pool import Lane, is_open
 from ._registry import Connections, retry_policy
 from ._retry import OUT_OF_MEMORY, Outcome, classify, is_answer
 from ._statements import SQL, Statement
@@ -98,6 +99,7 @@ class Executor:
         self._breaker = connections.breaker
         self._policy = retry_policy(config)
         self._closed = False
+        self._cut = False
         self._drained = asyncio.Event()
         self._held: set[Any] = set()  # connections that calls have
         self.in_flight = 0
@@ -150,17 +152,20 @@ class Executor:
         """Ask the server for a sign of life, once: no try is made again, and the breaker is not asked."""
         self._enter("ping")
         try:
-            connection = await self._acquire("ping", current_deadline(self._config.timeout), None)
+            deadline = current_deadline(self._config.timeout, self.meter)
+            connection, _ = await self._acquire("ping", deadline, None)
             try:
-                await connection[0].fetchval(SQL["ping"].sql, timeout=self._config.connection_timeout)
+                patience = min(_left(deadline), self._config.connection_timeout)
+                await connection.fetchval(SQL["ping"].sql, timeout=patience)
             except BaseException as error:
-                self.lane.give_back(connection[0])
+                self.lane.give_back(connection)
                 if isinstance(error, Exception):
-                    raise translate(error, "ping") from error
+                    raise self._explain(error, "ping") from error
                 raise
-            self.lane.keep(connection[0])
+            self.lane.keep(connection)
         except _Failed as failed:
-            raise self._explain(failed.error, "ping") from failed.error
+            made = self._explain(failed.error, "ping")
+            raise made from made.__cause__
         finally:
             self._leave()
 
@@ -179,14 +184,13 @@ class Executor:
         def work(connection: Any, deadline: float) -> Any:
             return getattr(connection, method)(sql, *arguments, timeout=_left(deadline))
 
+        if self._config.prepared_statements or self.in_transaction:
+            lost = Outcome.NOT_APPLIED if statement.repeatable else Outcome.UNKNOWN
+            return self._attempts(statement.name, work, lost)
         # Without names a statement takes two steps, and a pooler leads them to one server inside of a transaction only.
-        lost = Outcome.NOT_APPLIED if statement.repeatable else Outcome.UNKNOWN
-        wrapped = (
-            work
-            if self._config.prepared_statements or self.in_transaction
-            else self._in_transaction(work, settle=False)
-        )
-        return self._attempts(statement.name, wrapped, lost)
+        # What broke before its end was not done, and a lost end is settled where it cannot be done again.
+        wrapped = self._in_transaction(work, settle=not statement.repeatable)
+        return self._attempts(statement.name, wrapped, Outcome.NOT_APPLIED)
 
     def _in_transaction(self, work: Work, *, settle: bool) -> Work:
         """Wrap work in a transaction, whose end is settled when it is lost."""
@@ -221,7 +225,7 @@ class Executor:
         Raises:
             ElizaSQLError: What the last try met.
         """
-        deadline = current_deadline(self._config.timeout)
+        deadline = current_deadline(self._config.timeout, self.meter)
         self._enter(name)
         try:
             failures = 0
@@ -253,7 +257,7 @@ class Executor:
                         failures += 1
                         pause = self._policy.delay(failures, error, random.random)
                     if not self._again(made, outcome, failures, deadline - pause):
-                        raise made from error
+                        raise made from made.__cause__
                 self.meter.retries += 1
                 logger.warning("%s; tried again in %.2f s", made, pause)
                 await asyncio.sleep(pause)
@@ -314,7 +318,7 @@ class Executor:
 
         began = time.monotonic()
         try:
-            return await self.lane.acquire(_left(deadline), late)
+            found = await self.lane.acquire(_left(deadline), late)
         except PoolTimeoutError as error:
             raise PoolTimeoutError(
                 f"{name}: waited {time.monotonic() - began:.3g} s for a connection; "
@@ -330,15 +334,20 @@ class Executor:
             )
             made.__cause__ = error
             raise _Failed(made, Outcome.NOT_APPLIED, None, used=False) from error
-        except ElizaSQLError:
+        except ElizaSQLError as error:
+            error.statement = name
             raise
         except Exception as error:
             raise _Failed(error, classify(error, sent=False, lost=True), None, used=False) from error
+        if self._cut:
+            self.lane.keep(found[0])  # others share it
+            raise ClosedError(f"{name}: the adapter was closed meanwhile", statement=name)
+        return found
 
     def _fail(self, error: Exception, connection: Any, permit: int, *, used: bool) -> _Failed:
         """Judge a failure after the connection was taken, and let go of it."""
         if isinstance(error, asyncpg.InternalClientError):
-            drop(connection)  # the driver has lost its place in the conversation
+            self.lane.drop(connection)  # the driver has lost its place in the conversation
         failed = _Failed(error, classify(error, sent=True, lost=not is_open(connection)), connection, used=used)
         if isinstance(error, (asyncio.TimeoutError, TimeoutError)):
             # Too little time, or a dead server? Its answer to the cancellation tells.
@@ -351,7 +360,7 @@ class Executor:
             self.lane.keep(connection)
         else:
             if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
-                drop(connection)
+                self.lane.drop(connection)
             self.lane.give_back(connection)
         return failed
 
@@ -365,11 +374,14 @@ class Executor:
             self._breaker.fail(permit)
 
     def _explain(self, error: Exception, name: str) -> ElizaSQLError:
+        """Give the error to raise for one that was met, which is its cause or, of this library, itself."""
         made = translate(error, name)
         if made.statement is None:
             made.statement = name
         if self._closed and not self.in_transaction and isinstance(made, ConnectionLostError):
-            return ClosedError(f"{name}: the adapter was closed meanwhile", statement=name)
+            made = ClosedError(f"{name}: the adapter was closed meanwhile", statement=name)
+        if made is not error:
+            made.__cause__ = error
         return made
 
     def _enter(self, name: str) -> None:
@@ -419,7 +431,7 @@ class Executor:
         try:
             await _send(connection, self._BEGIN, deadline)
         except BaseException:
-            drop(connection)  # nobody knows whether it was begun
+            self.lane.drop(connection)  # nobody knows whether it was begun
             raise
 
     async def _commit_on(self, connection: Any, deadline: float) -> None:
@@ -437,7 +449,7 @@ class Executor:
             lost = not is_open(connection) or isinstance(error, (asyncio.TimeoutError, TimeoutError))
             if not lost or row["id"] is None:
                 raise
-            drop(connection)
+            self.lane.drop(connection)  # its place is free for the question, with a pool of one connection, too
             status = await self._settle(row["id"], row["timeline"], deadline)
             if status == "committed":
                 return
@@ -452,16 +464,15 @@ class Executor:
         """Undo a transaction; the error that led here is what the caller gets."""
         # Not much beyond the time of the call: a server that is silent undoes it without being told.
         now = time.monotonic()
-        deadline = min(
-            now + self._config.connection_timeout, max(current_deadline(self._config.timeout), now + _UNDO_TIME)
-        )
+        left = max(current_deadline(self._config.timeout, self.meter), now + _UNDO_TIME)
+        deadline = min(now + self._config.connection_timeout, left)
         try:
             for statement in self._UNDO:
                 await _send(connection, statement, deadline)
         except BaseException as error:
             # Without the connection the server undoes the transaction, whatever state it is in.
             logger.debug("a rollback failed, the connection is dropped", exc_info=True)
-            drop(connection)
+            self.lane.drop(connection)
             if not isinstance(error, Exception):
                 raise
 
@@ -474,6 +485,8 @@ class Executor:
         while time.monotonic() < deadline:
             try:
                 status = await outside.fetch_value(statement, id=id, timeline=timeline)
+            except PoolTimeoutError:
+                continue  # other calls had every connection: that says nothing, and the time is not over
             except ElizaSQLError:
                 logger.warning("what became of a transaction could not be found out", exc_info=True)
                 return None
@@ -484,9 +497,12 @@ class Executor:
 
     # --- the end -----------------------------------------------------------------------------------------------------
 
-    async def close(self, timeout: float) -> None:
-        """Refuse new calls, wait for those in flight at most `timeout` seconds, and cut what is left."""
+    def refuse(self) -> None:
+        """Refuse new calls from now on."""
         self._closed = True
+
+    async def drain(self, timeout: float) -> None:
+        """Wait for the calls in flight at most `timeout` seconds, once new ones are refused, and cut what is left."""
         if self.in_flight:
             try:
                 await asyncio.wait_for(self._drained.wait(), timeout)
@@ -494,9 +510,10 @@ class Executor:
                 self.cut()
 
     def cut(self) -> None:
-        """Cut the connections of the calls that are running, which end with a ClosedError."""
+        """Cut the connections of the calls that are running, which end with a ClosedError; so do those that wait."""
+        self._cut = True
         for connection in tuple(self._held):
-            drop(connection)
+            self.lane.drop(connection)
 
 
 class _TransactionExecutor(Executor):
@@ -512,15 +529,16 @@ class _TransactionExecutor(Executor):
         # ALTER TABLE takes the two in the other order.
         super().__init__(outer.connections, outer.lane, outer._config, outer.meter)
         self._connection = connection
-        self._turn = asyncio.Lock()
+        self._turn = _Turn()
         self._nested = False
         self._doubtful = False
         self._cut_short: str | None = None
 
     async def _attempts(self, name: str, work: Work, lost: Outcome, *, hold: bool = False) -> Any:  # noqa: ARG002
         self._check(name)
-        deadline = current_deadline(self._config.timeout)
-        async with self._turn:
+        deadline = current_deadline(self._config.timeout, self.meter)
+        await self._turn.take(name, deadline)
+        try:
             self._check(name)  # it may have ended while this call waited
             try:
                 return await work(self._connection, deadline)
@@ -531,8 +549,10 @@ class _TransactionExecutor(Executor):
                 if not isinstance(error, Exception):
                     raise
                 if isinstance(error, asyncpg.InternalClientError):
-                    drop(self._connection)
+                    self.lane.drop(self._connection)
                 raise self._explain(error, name) from error
+        finally:
+            self._turn.pass_on()
 
     async def probe(self) -> None:
         """Ask the server for a sign of life, on the transaction's connection."""
@@ -550,8 +570,9 @@ class _TransactionExecutor(Executor):
     async def transaction(self) -> AsyncIterator[Executor]:
         """Open a savepoint; until it ends, nothing else runs on this executor."""
         self._check("transaction")
-        deadline = current_deadline(self._config.timeout)
-        async with self._turn:
+        deadline = current_deadline(self._config.timeout, self.meter)
+        await self._turn.take("transaction", deadline)
+        try:
             self._check("transaction")
             try:
                 await self._begin_on(self._connection, deadline)
@@ -567,6 +588,8 @@ class _TransactionExecutor(Executor):
                 raise
             finally:
                 self._nested = False
+        finally:
+            self._turn.pass_on()
 
     _BEGIN, _COMMIT = SQL["begin_savepoint"], SQL["release_savepoint"]
     _UNDO = (SQL["roll_back_savepoint"], SQL["release_savepoint"])
@@ -584,8 +607,9 @@ class _TransactionExecutor(Executor):
     async def end(self, commit: Callable[[Any, float], Awaitable[None]]) -> None:
         """Keep what was done, once the calls that are running have ended."""
         self._closed = True
-        deadline = current_deadline(self._config.timeout)
-        async with self._turn:
+        await self._turn.take("transaction")
+        deadline = current_deadline(self._config.timeout, self.meter)  # what ran before had its own time
+        try:
             try:
                 if self._cut_short is not None:
                     # The server may have done it before it heard that nobody waits any more.
@@ -597,14 +621,78 @@ class _TransactionExecutor(Executor):
                     # A transaction that an error has ended refuses this, but not its own end.
                     await self._connection.fetchval(SQL["ping"].sql, timeout=_left(deadline))
                 await commit(self._connection, deadline)
+            except ElizaSQLError:
+                raise
             except Exception as error:
                 raise translate(error, "transaction") from error
+        finally:
+            self._turn.pass_on()
 
     async def undo(self, undo: Callable[[Any], Awaitable[None]]) -> None:
         """Undo what was done, once the calls that are running have ended."""
         self._closed = True
-        async with self._turn:
+        try:
+            await self._turn.take("transaction")
+        except BaseException:
+            # Who waits is sent away: without the connection the server undoes it, and ends what is running.
+            self.lane.drop(self._connection)
+            raise
+        try:
             await undo(self._connection)
+        finally:
+            self._turn.pass_on()
+
+
+class _Turn:
+    """Lets one at a time through, in the order in which they came: a lock, but whoever waits may say how long."""
+
+    def __init__(self) -> None:
+        self._taken = False
+        self._waiters: deque[asyncio.Future[bool]] = deque()
+
+    async def take(self, name: str, deadline: float | None = None) -> None:
+        """Wait for one's turn; `pass_on` ends it.
+
+        Args:
+            name: What errors call the one who waits.
+            deadline: Until when, by `time.monotonic`; None: however long it takes.
+
+        Raises:
+            DeadlineError: It did not come in time; nothing was sent.
+        """
+        if not self._taken:
+            self._taken = True
+            return
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[bool] = loop.create_future()
+        self._waiters.append(waiter)
+        timer = None if deadline is None else loop.call_later(_left(deadline), _expire, waiter)
+        try:
+            came = await waiter
+        except asyncio.CancelledError:
+            # The turn may have come together with the cancellation.
+            if waiter.done() and not waiter.cancelled() and waiter.result():
+                self.pass_on()
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+        if not came:
+            raise DeadlineError(f"{name}: others had the transaction for all of the time limit", statement=name)
+
+    def pass_on(self) -> None:
+        """Give the turn to whoever has waited longest."""
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(True)
+                return
+        self._taken = False
+
+
+def _expire(waiter: asyncio.Future[bool]) -> None:
+    if not waiter.done():
+        waiter.set_result(False)
 
 
 def _is_free(connection: Any) -> bool:

@@ -80,6 +80,8 @@ def _split(dsn: str) -> list[str]:
         return [dsn]
     ports = query.get("port", "").split(",")
     ports = ports * len(names) if len(ports) == 1 else ports
+    if len(ports) != len(names):
+        raise ValueError(f"{len(names)} hosts and {len(ports)} ports")
     return [
         urlunsplit(parts._replace(query=urlencode(query | {"host": name} | ({"port": port} if port else {}))))
         for name, port in zip(names, ports, strict=True)

@@ -24,7 +24,15 @@ from . import _codecs, _hosts
 from ._calls import spawn
 from ._statements import SQL
 from .config import Config
-from .errors import ConfigurationError, ConnectionLostError, ElizaSQLError, PoolTimeoutError, translate
+from .errors import (
+    ClosedError,
+    ConfigurationError,
+    ConnectionLostError,
+    ElizaSQLError,
+    InternalError,
+    PoolTimeoutError,
+    translate,
+)
 
 logger = logging.getLogger("elizasql")
 
@@ -152,7 +160,11 @@ async def connect(dsn: str, config: Config) -> asyncpg.Connection[Any]:
 def _explain(error: Exception, config: Config) -> ElizaSQLError:
     if isinstance(error, (asyncio.TimeoutError, TimeoutError)):
         return ConnectionLostError(f"no connection to {config.where} within {config.connection_timeout:g} s")
-    return translate(error)
+    made = translate(error)
+    if isinstance(made, InternalError) and isinstance(error, (ValueError, OverflowError)):
+        # Of the address: a port that is none, or fewer ports than hosts.
+        return ConfigurationError(f"{config.where}: {error}")
+    return made
 
 
 class _Connection(asyncpg.Connection):  # type: ignore[misc]
@@ -187,12 +199,14 @@ class Lane:
         self._vector_schema = vector_schema
         self._min_size = min_size
         self._patient = patient
-        self._out = 0  # taken from asyncpg's pool: in use, kept, or on their way back
+        # Who has a place of asyncpg's pool: connections in use, kept or on their way back, and attempts to make one.
+        self._places: set[Any] = set()
         self._kept: list[Any] = []
         self._waiters: deque[asyncio.Future[Any]] = deque()
         self._returning: set[asyncio.Task[None]] = set()
         self._connecting: set[asyncio.Task[Any]] = set()
         self._sweep: asyncio.TimerHandle | None = None
+        self._closed = False
         self.max_size = max_size
         self.pool: Any = None  # set by open
 
@@ -239,7 +253,7 @@ class Lane:
 
     @property
     def in_use(self) -> int:
-        return self._out - len(self._kept)
+        return len(self._places) - len(self._kept)
 
     @property
     def waiting(self) -> int:
@@ -270,15 +284,18 @@ class Lane:
 
         Raises:
             PoolTimeoutError: All were in use for that time.
+            ClosedError: The lane was closed meanwhile.
             TimeoutError: None was made in that time.
             Exception: What asyncpg raised when it connected.
         """
         at_most = self._config.connection_timeout
         until = time.monotonic() + (timeout if self._patient else min(timeout, at_most))
         while True:
+            if self._closed:
+                raise ClosedError("the connections were closed meanwhile")
             if (connection := self.take()) is not None:
                 return connection, True
-            if self._out < self.max_size:
+            if len(self._places) < self.max_size:
                 return await self._take(min(until, time.monotonic() + at_most), late)
             connection = await self._wait(until)
             if connection is not None:
@@ -290,10 +307,10 @@ class Lane:
         A call with little time does not end the attempt: the connection serves the next one, and a server that does
         not answer is known to be silent.
         """
-        self._out += 1
         idle = self.pool.get_idle_size() > 0
         # What it waits for is the network alone: it has a place for each that we ask for.
         task = spawn(self._connect(), "elizasql-connect")
+        self._places.add(task)
         self._connecting.add(task)
         task.add_done_callback(self._connecting.discard)
         try:
@@ -303,26 +320,33 @@ class Lane:
         except BaseException:
             task.add_done_callback(lambda task: self._come_late(task, late))
             raise
-        try:
-            return task.result(), idle
-        except BaseException:
-            self._out -= 1
-            self._wake()
-            raise
+        return self._arrive(task), idle
 
     async def _connect(self) -> Any:
         return await self.pool.acquire(timeout=self._config.connection_timeout)
 
-    def _come_late(self, task: asyncio.Task[Any], late: Late) -> None:
-        if task.cancelled():
-            self._out -= 1
-        elif error := task.exception():
-            self._out -= 1
+    def _arrive(self, task: asyncio.Task[Any]) -> Any:
+        """Give the connection that an attempt has made, which takes its place."""
+        self._places.discard(task)
+        try:
+            connection = task.result()
+        except BaseException as error:
             self._wake()
-            if late is not None and isinstance(error, Exception):
+            if isinstance(error, asyncio.CancelledError):
+                # Nobody but `close` cancels an attempt: the caller was not cancelled.
+                raise ClosedError("the connections were closed meanwhile") from error
+            raise
+        self._places.add(connection)
+        return connection
+
+    def _come_late(self, task: asyncio.Task[Any], late: Late) -> None:
+        try:
+            self.keep(self._arrive(task))
+        except ClosedError:
+            pass
+        except Exception as error:  # noqa: BLE001 - it is told
+            if late is not None:
                 late(error)
-        else:
-            self.keep(task.result())
 
     async def _wait(self, until: float) -> Any:
         """Wait for a connection that another call ends with; None: there is room for a new one now."""
@@ -342,6 +366,8 @@ class Lane:
 
     def keep(self, connection: Any) -> None:
         """End a call that went well: its connection is free, and in no transaction."""
+        if connection not in self._places:
+            return  # it was dropped meanwhile
         if not self._hand_over(connection):
             self._kept.append(connection)
             if self._sweep is None:
@@ -367,14 +393,27 @@ class Lane:
             # asyncpg asks the server to cancel what is running, and waits for its answer.
             await self.pool.release(connection, timeout=self._config.connection_timeout)
             answered = bare is not None and not bare.is_closed()
-        except Exception:
-            # What the call gives or raises is known already; the pool has dropped the connection.
-            logger.debug("a connection was dropped when it was released", exc_info=True)
+        except BaseException as error:
+            # What the call gives or raises is known already, and the server undoes what it was not told to.
+            logger.debug("a connection is dropped that could not be released", exc_info=True)
+            self.drop(connection)
+            if not isinstance(error, Exception):
+                raise
         finally:
-            self._out -= 1
-            self._wake()
+            self._free(connection)
             if then is not None:
                 then(answered)
+
+    def drop(self, connection: Any) -> None:
+        """Close a connection at once, unless the pool has already taken it back because it broke; its place is free."""
+        with suppress(asyncpg.InterfaceError):
+            connection.terminate()
+        self._free(connection)
+
+    def _free(self, connection: Any) -> None:
+        if connection in self._places:
+            self._places.remove(connection)
+            self._wake()
 
     async def let_go(self) -> None:
         """Give the connections that are kept back to asyncpg's pool, and wait for those that are on their way."""
@@ -391,22 +430,25 @@ class Lane:
 
     async def close(self) -> None:
         """Close every connection; none may be in use. A server that is silent is not waited for."""
-        for task in self._connecting:
-            task.cancel()
-        if self._sweep is not None:
-            self._sweep.cancel()
+        self._end()
         await self.let_go()
         with suppress(asyncio.TimeoutError, TimeoutError):
             await asyncio.wait_for(self.pool.close(), self._config.connection_timeout)  # else it cuts them
 
     def terminate(self) -> None:
         """Cut every connection."""
+        self._end()
+        self._kept.clear()
+        self.pool.terminate()
+
+    def _end(self) -> None:
+        self._closed = True
         for task in self._connecting:
             task.cancel()
         if self._sweep is not None:
             self._sweep.cancel()
-        self._kept.clear()
-        self.pool.terminate()
+        while self._hand_over(None):
+            pass  # whoever waits hears of it
 
     def _begin_sweep(self) -> None:
         self._sweep = None
@@ -429,7 +471,7 @@ class Lane:
         return False
 
     def _wake(self) -> None:
-        if self._out < self.max_size:
+        if len(self._places) < self.max_size:
             self._hand_over(None)
 
 
@@ -444,12 +486,6 @@ def is_open(connection: Any) -> bool:
         return not connection.is_closed()
     except asyncpg.InterfaceError:
         return False
-
-
-def drop(connection: Any) -> None:
-    """Close a connection at once, unless the pool has already taken it back because it broke."""
-    with suppress(asyncpg.InterfaceError):
-        connection.terminate()
 
 
 def check_settings(rows: list[asyncpg.Record], config: Config) -> None:

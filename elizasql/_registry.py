@@ -130,8 +130,12 @@ class Connections:
             return
         forget(self.loop, self._key, self)
         if self._opened:
-            await self.interactive.close()
-            await self.background.close()
+            try:
+                await self.interactive.close()
+                await self.background.close()
+            except BaseException:
+                self._cut()
+                raise
 
     def abandon(self) -> None:
         """Leave at once, cutting the connections when nobody else uses them."""
@@ -140,8 +144,11 @@ class Connections:
             return
         forget(self.loop, self._key, self)
         if self._opened:
-            self.interactive.terminate()
-            self.background.terminate()
+            self._cut()
+
+    def _cut(self) -> None:
+        self.interactive.terminate()
+        self.background.terminate()
 
 
 def _key(address: str, config: Config) -> tuple[Any, ...]:

@@ -7,14 +7,14 @@ import copy
 import functools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 from uuid import UUID
 
 import asyncpg
 
 from . import _codecs, _embedded, _migrate, _pool, _registry, _shutdown, _telemetry
-from ._calls import Meter, lasting, unbounded
+from ._calls import Meter, lasting, spawn, unbounded
 from ._embedded import EmbeddedServer
 from ._executor import Executor, Home
 from ._indexer import Indexer
@@ -28,7 +28,7 @@ from .cache import Cache
 from .components import Components
 from .config import Config
 from .entities import Entities
-from .errors import ConfigurationError, ElizaSQLError, MigrationError, translate
+from .errors import ConfigurationError, ElizaSQLError, MigrationError, WrongLoopError, translate
 from .goals import Goals
 from .logs import Logs
 from .memories import Memories, check_search
@@ -232,21 +232,30 @@ class DatabaseAdapter(
         Args:
             timeout: Seconds to wait for calls that are running; after that their connections are cut.
 
+        Raises:
+            WrongLoopError: The adapter was opened in another event loop, or before a fork; nothing is closed.
+
         Source: close.
         """
         self._refuse_in_transaction("close")
+        self._connections.check()
         async with self._closing:  # whoever comes second waits, too
             if self._left:
                 return
             self._left = True
+            self._executor.refuse()
+            self._background.refuse()
             try:
                 await self._indexer.stop()
                 await self._resident.close()
                 for listener in tuple(self._listeners):
                     await listener.close()
-                await self._executor.close(timeout)
-                await self._background.close(timeout)
+                await self._executor.drain(timeout)
+                await self._background.drain(timeout)
             except BaseException:
+                # What is waited for no longer ends by itself.
+                for listener in self._listeners:
+                    spawn(listener.close(), "elizasql-close")
                 self._executor.cut()
                 self._background.cut()
                 self._connections.abandon()
@@ -314,7 +323,8 @@ async def connect(
     try:
         yield adapter
     finally:
-        await asyncio.shield(adapter.close())
+        with suppress(WrongLoopError):  # a forked child that leaves the block leaves its parent's alone
+            await asyncio.shield(adapter.close())
 
 
 async def _prepare(dsn: str, config: Config) -> str:

@@ -214,7 +214,7 @@ class Config:
                 continue
             try:
                 values[name] = setting.metadata["parse"](raw)
-            except (TypeError, ValueError, RuntimeError) as error:
+            except (TypeError, ValueError, OverflowError, RuntimeError) as error:
                 shown = "" if not setting.repr else f" {raw!r:.80}"
                 raise ConfigurationError(f"{origin}{shown}: {error}") from None
         if given.get("dsn") is None and given.get("data_dir") is not None:

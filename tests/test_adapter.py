@@ -124,6 +124,19 @@ async def test_agent_id_is_checked_before_anything(agent_id: Any) -> None:
         await elizasql.open(agent_id=agent_id, dsn=REFUSED)
 
 
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("/agents?host=127.0.0.1,127.0.0.2,127.0.0.3&port=1,2", "3 hosts and 2 ports"),
+        ("127.0.0.1:99999/agents", "port"),
+    ],
+)
+async def test_address_that_nobody_can_connect_to(address: str, message: str) -> None:
+    with nothing_left(), pytest.raises(elizasql.ConfigurationError, match=message) as caught:
+        await elizasql.open(agent_id=uuid4(), dsn=f"postgresql://ann:{SECRET}@{address}")
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
+
+
 async def test_unknown_setting_is_refused_before_anything() -> None:
     with nothing_left(), pytest.raises(elizasql.ConfigurationError, match="unknown setting pool_size"):
         await elizasql.open(agent_id=uuid4(), dsn=REFUSED, pool_size=3)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import time
+from collections.abc import AsyncIterator
 from typing import Any
 from uuid import uuid4
 
@@ -133,16 +135,72 @@ async def test_limit_bounds_the_tries(make_db: MakeAdapter, monkeypatch: pytest.
     assert tried == 1
 
 
-async def test_task_that_a_call_starts_has_not_its_limit() -> None:
-    async def deadline() -> float | None:
-        return _calls._deadline.get()
+@pytest.mark.parametrize("given", [True, False])
+async def test_limit_of_a_call_that_the_callers_code_makes_inside_another(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any], given: bool
+) -> None:
+    """The source of a load calls an adapter, while the load itself may take a day."""
+    db, other = await make_db(), await make_db(timeout=0.2)
+    called = db if given else other
+    id = await called.create_memory(memory(), "messages")
 
-    token = _calls._deadline.set(1.0)
+    async def source() -> AsyncIterator[Memory]:
+        yield memory("1")
+        await called.update_memory(memory("y", id=id), timeout=0.2 if given else None)
+
+    async with locked(raw, id):
+        with pytest.raises(elizasql.DeadlineError) as caught:
+            await asyncio.wait_for(db.load_memories(source(), "messages"), 10)
+    assert caught.value.statement == "update_memories"
+    assert called._meter.snapshot()["update_memory"]["errors"] == {"DeadlineError": 1}
+
+
+async def test_limit_of_another_adapters_transaction_inside_a_call(make_db: MakeAdapter) -> None:
+    db, other = await make_db(), await make_db(timeout=0.2, pool_max_size=1, connection_timeout=60.0)
+    connection, _ = await other._executor.lane.acquire(5)
+
+    async def source() -> AsyncIterator[Memory]:
+        async with other.transaction():
+            yield memory()
+
+    with pytest.raises(elizasql.PoolTimeoutError):
+        await asyncio.wait_for(db.load_memories(source(), "messages"), 10)
+    other._executor.lane.keep(connection)
+
+
+async def test_call_inside_another_does_not_outlast_it() -> None:
+    class Adapter:
+        config = elizasql.Config(timeout=60.0)
+
+        def __init__(self) -> None:
+            self._meter = _calls.Meter(1e9, None)
+
+        async def left(self, *, timeout: float | None = None) -> float:
+            return _calls.current_deadline(60.0) - time.monotonic()
+
+        async def ask(self, called: Any, *, timeout: float | None = None, **limit: float) -> Any:
+            return await called.left(**limit)
+
+    _calls.bound_methods(Adapter)
+    one, other = Adapter(), Adapter()
+    for called in (one, other):
+        assert await one.ask(called, timeout=5.0) <= 5.0
+        with _calls.within(5.0):
+            assert await called.left() <= 5.0
+            assert await called.left(timeout=1.0) <= 1.0
+    assert one._meter.snapshot()["ask"]["count"] == 2
+
+
+async def test_task_that_a_call_starts_has_not_its_limit() -> None:
+    async def running() -> object:
+        return _calls._running.get()
+
+    token = _calls._running.set((1.0, None))
     try:
-        assert await _calls.spawn(deadline(), "test") is None
-        assert await asyncio.create_task(deadline()) == 1.0
+        assert await _calls.spawn(running(), "test") is None
+        assert await asyncio.create_task(running()) == (1.0, None)
     finally:
-        _calls._deadline.reset(token)
+        _calls._running.reset(token)
 
 
 # --- the figures -----------------------------------------------------------------------------------------------------

@@ -138,11 +138,17 @@ def test_each_event_loop_has_its_own(dsn: str) -> None:
             async with db.transaction():
                 pass
         assert not await db.is_ready()
+        with pytest.raises(elizasql.WrongLoopError):
+            await db.close()
+
+    async def use(db: DatabaseAdapter) -> None:
+        assert await db.is_ready()
 
     loops = [asyncio.new_event_loop() for _ in range(2)]
     opened = [loop.run_until_complete(work()) for loop in loops]
     assert opened[0][1] is not opened[1][1]
     loops[1].run_until_complete(misuse(opened[0][0]))
+    loops[0].run_until_complete(use(opened[0][0]))
     for loop, (db, _) in zip(loops, opened, strict=True):
         loop.run_until_complete(db.close())
         loop.close()
@@ -184,6 +190,12 @@ def test_after_a_fork(dsn: str) -> None:
                 assert "fork" in str(error), error
             else:
                 raise SystemExit(3)
+            try:
+                await db.close()
+            except elizasql.WrongLoopError:
+                pass
+            else:
+                raise SystemExit(5)
             async with elizasql.connect(agent_id=uuid.uuid4(), dsn={dsn!r}, indexing="manual") as own:
                 assert own._connections is not db._connections
                 assert await own.is_ready()
@@ -191,19 +203,44 @@ def test_after_a_fork(dsn: str) -> None:
         async def main():
             async with elizasql.connect(agent_id=uuid.uuid4(), dsn={dsn!r}, indexing="manual") as db:
                 await db.ensure_agent_exists({{"name": "x"}})
-                pid = os.fork()
-                if pid == 0:
-                    asyncio._set_running_loop(None)
-                    code = 4
-                    try:
-                        asyncio.run(child(db))
-                        code = 0
-                    finally:
-                        os._exit(code)
-                assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-                assert await db.count_memories() == 0
+                async with db.transaction() as tx:
+                    await tx.create_memory({{"content": {{"text": "x"}}}}, "messages")
+                    pid = os.fork()
+                    if pid == 0:
+                        asyncio._set_running_loop(None)
+                        code = 4
+                        try:
+                            asyncio.run(child(db))
+                            code = 0
+                        finally:
+                            os._exit(code)
+                    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+                assert await db.count_memories() == 1
 
         asyncio.run(main())
+    """
+    done = run(program)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX only")
+def test_forked_child_that_leaves_the_block_leaves_the_parent_alone(dsn: str) -> None:
+    program = f"""
+        import asyncio, os, sys, uuid, elizasql
+
+        async def main():
+            async with elizasql.connect(agent_id=uuid.uuid4(), dsn={dsn!r}, indexing="manual") as db:
+                await db.ensure_agent_exists({{"name": "x"}})
+                pid = os.fork()
+                if pid == 0:
+                    raise KeyError("child")
+                assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+                assert await db.count_memories() == 0
+
+        try:
+            asyncio.run(main())
+        except KeyError:
+            os._exit(7)
     """
     done = run(program)
     assert done.returncode == 0, done.stderr
@@ -268,6 +305,25 @@ async def test_a_connection_goes_to_whoever_has_waited_longest(make_db: MakeAdap
     assert lane.size == 1
 
 
+async def test_a_connection_that_was_dropped_is_nobodys(make_db: MakeAdapter) -> None:
+    """Its place is free at once, and is given back once only; whoever waits gets a new one."""
+    db = await make_db(pool_max_size=1)
+    lane = db._executor.lane
+    connection, _ = await lane.acquire(5)
+    waiting = asyncio.create_task(lane.acquire(5))
+    await asyncio.sleep(0)
+    lane.drop(connection)
+    lane.keep(connection)
+    assert lane.in_use == 0
+    lane.give_back(connection)
+    other, used = await waiting
+    await lane.let_go()
+    assert (lane.in_use, lane.size, used) == (1, 1, False)
+    assert await other.fetchval("SELECT 1") == 1
+    lane.keep(other)
+    assert lane.in_use == 0
+
+
 # --- close -----------------------------------------------------------------------------------------------------------
 
 
@@ -297,6 +353,86 @@ async def test_close_does_not_wait_for_ever(make_db: MakeAdapter, raw: asyncpg.C
         with pytest.raises(elizasql.ClosedError):
             await task
     assert await gone(raw, name)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+async def test_close_that_is_cancelled_anywhere(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any], shared: bool
+) -> None:
+    """Whichever step of the loop it hits: nothing of the adapter's own is left, and it is closed all the same."""
+    name = f"test {uuid4()}"
+    other = await make_db(application_name=name, pool_min_size=2) if shared else None
+    before = asyncio.all_tasks()
+    steps, further, cancelled = 1, 2, 0
+    while True:
+        db = await make_db(application_name=name, pool_min_size=2)
+        waiting = [asyncio.create_task(anext(db.wait_for_tasks())) for _ in range(2)]
+        await asyncio.gather(*(db.count_memories() for _ in range(3)), db.sweep_cache())
+        closing = asyncio.create_task(db.close())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        done = closing.done()
+        closing.cancel()
+        await asyncio.wait([closing])
+        cancelled += closing.cancelled()
+        with pytest.raises(elizasql.ClosedError):
+            await db.count_memories()
+        with pytest.raises(elizasql.ClosedError):
+            await db.sweep_cache()
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+        assert [type(result) for result in results] == [elizasql.ClosedError] * 2
+        await db.close()
+        if other is not None:
+            assert await other.is_ready()
+            assert other._connections.users == 1
+        else:
+            assert await gone(raw, name)
+        if done:
+            break
+        steps, further = further, steps + further
+    assert cancelled > 3
+    while asyncio.all_tasks() - before:
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("name", ["interactive", "background"])
+async def test_close_that_is_cancelled_while_it_closes_the_connections(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    application = f"test {uuid4()}"
+    db = await make_db(application_name=application)
+    await asyncio.gather(db.count_memories(), db.sweep_cache())
+    reached = asyncio.Event()
+
+    async def never() -> None:
+        reached.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(getattr(db._connections, name), "let_go", never)
+    closing = asyncio.create_task(db.close())
+    await reached.wait()
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    assert await gone(raw, application)
+
+
+async def test_close_that_does_not_wait_stops_calls_that_have_no_connection_yet(make_db: MakeAdapter) -> None:
+    """The connections are shared and go on: what comes to one after the end of its adapter writes nothing."""
+    db, other = [await make_db(pool_max_size=1) for _ in range(2)]
+    lane = db._executor.lane
+    assert lane is other._executor.lane
+    connection, _ = await lane.acquire(5)
+    task = asyncio.create_task(db.create_memory(memory(), "messages"))
+    while not lane.waiting:
+        await asyncio.sleep(0)
+    await db.close(timeout=0.01)
+    lane.keep(connection)
+    with pytest.raises(elizasql.ClosedError) as caught:
+        await task
+    assert caught.value.statement == "create_memory"
+    assert await other.is_ready()
+    assert lane.in_use == 0
 
 
 async def test_close_lets_no_task_behind(dsn: str) -> None:

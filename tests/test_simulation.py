@@ -208,6 +208,9 @@ class PlayedLane:
         assert not connection.in_transaction
         self.kept.append(connection)
 
+    def drop(self, connection: PlayedConnection) -> None:
+        connection.terminate()
+
     def give_back(self, connection: PlayedConnection, then: Callable[[bool], None] | None = None) -> None:
         self.out -= 1
         if then is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -24,8 +25,8 @@ def memory(text: str = "x", **fields: Any) -> Memory:
     return Memory(content={"text": text}, **fields)
 
 
-async def add(db: DatabaseAdapter, text: str = "x", **fields: Any) -> UUID:
-    return await db.create_memory(memory(text, **fields), "messages")
+async def add(db: DatabaseAdapter, text: str = "x", *, timeout: float | None = None, **fields: Any) -> UUID:
+    return await db.create_memory(memory(text, **fields), "messages", timeout=timeout)
 
 
 async def texts(db: DatabaseAdapter) -> list[str]:
@@ -416,11 +417,30 @@ async def test_call_that_ran_out_of_time_ends_the_transaction(
     db: DatabaseAdapter, raw: asyncpg.Connection[Any]
 ) -> None:
     id = await add(db, "old")
-    with pytest.raises(elizasql.TransactionError):
+    with pytest.raises(elizasql.TransactionError) as caught:
         async with db.transaction() as tx, locked(raw, id):
             with pytest.raises(asyncio.TimeoutError):
                 await asyncio.wait_for(tx.update_memory(memory("new", id=id)), 0.1)
+    assert caught.value.__cause__ is not caught.value
     assert await texts(db) == ["old"]
+    await assert_sound(db)
+
+
+async def test_call_that_did_not_get_its_turn_in_time_ends_nothing(
+    db: DatabaseAdapter, raw: asyncpg.Connection[Any]
+) -> None:
+    """Nothing of it was sent: the transaction is as it was."""
+    id = await add(db, "old")
+    async with db.transaction() as tx:
+        async with locked(raw, id):
+            running = asyncio.create_task(tx.update_memory(memory("new", id=id)))
+            await blocked_pid(raw, running)
+            with pytest.raises(elizasql.DeadlineError) as caught:
+                await asyncio.wait_for(add(tx, timeout=0.05), 10)
+            assert caught.value.statement == "create_memory"
+        assert await running
+        await add(tx, "other")
+    assert await texts(db) == ["new", "other"]
     await assert_sound(db)
 
 
@@ -689,6 +709,90 @@ async def test_cancellation_between_calls(db: DatabaseAdapter) -> None:
         await task
     assert await texts(db) == []
     await assert_sound(db)
+
+
+async def test_cancellation_while_the_end_waits_for_a_call(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
+    """Whoever is cancelled again does not wait for it: the connection is closed, and its place in the pool is free."""
+    db = await make_db(pool_max_size=1)
+    id = await add(db, "old")
+    running: list[asyncio.Task[Any]] = []
+    bound: list[DatabaseAdapter] = []
+
+    async def work() -> None:
+        async with db.transaction() as tx:
+            bound.append(tx)
+            running.append(asyncio.create_task(tx.update_memory(memory("new", id=id))))
+            await asyncio.Event().wait()
+
+    async with locked(raw, id):
+        task = asyncio.create_task(work())
+        while not running:
+            await asyncio.sleep(0)
+        await blocked_pid(raw, running[0])
+        for _ in range(2):
+            task.cancel()
+            while not bound[0]._executor._closed:
+                await asyncio.sleep(0)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        with pytest.raises(elizasql.ConnectionLostError):
+            await running[0]
+    assert await texts(db) == ["old"]
+    await assert_sound(db)
+
+
+async def test_savepoint_whose_end_was_not_waited_for(db: DatabaseAdapter, raw: asyncpg.Connection[Any]) -> None:
+    """It was not undone: whoever catches that and goes on must not keep what was done in it."""
+    id = await add(db, "old")
+    running: list[asyncio.Task[Any]] = []
+    bound: list[DatabaseAdapter] = []
+    ended = asyncio.Event()
+
+    async def work() -> None:
+        async with db.transaction() as tx:
+            with suppress(asyncio.CancelledError):
+                async with tx.transaction() as inner:
+                    bound.append(inner)
+                    running.append(asyncio.create_task(inner.update_memory(memory("new", id=id))))
+                    await asyncio.Event().wait()
+            await ended.wait()
+
+    async with locked(raw, id):
+        task = asyncio.create_task(work())
+        while not running:
+            await asyncio.sleep(0)
+        await blocked_pid(raw, running[0])
+        for _ in range(2):
+            task.cancel()
+            while not bound[0]._executor._closed:
+                await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    await asyncio.gather(*running, return_exceptions=True)
+    ended.set()
+    with pytest.raises(elizasql.ConnectionLostError):
+        await task
+    assert await texts(db) == ["old"]
+    await assert_sound(db)
+
+
+async def test_turns_are_passed_on_by_who_goes_away() -> None:
+    turn = _executor._Turn()
+    await turn.take("first")
+    gone, late, last = (
+        asyncio.create_task(turn.take(name, deadline))
+        for name, deadline in (("gone", None), ("late", 0.0), ("last", None))
+    )
+    with pytest.raises(elizasql.DeadlineError, match="late"):
+        await late
+    assert not gone.done() and not last.done()
+    # The turn and the cancellation come together.
+    turn.pass_on()
+    gone.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await gone
+    await last
+    turn.pass_on()
+    await turn.take("next")
 
 
 async def test_cancellation_anywhere(db: DatabaseAdapter, caplog: pytest.LogCaptureFixture) -> None:

@@ -435,6 +435,53 @@ async def test_closing_ends_in_time_in_a_black_hole(proxy: Proxy, make_db: MakeA
     await proxy.heal(cut=True)
 
 
+async def test_closing_ends_calls_that_wait_for_a_connection(proxy: Proxy, make_db: MakeAdapter) -> None:
+    """The attempt to connect is given up, and those behind it need not wait either; nobody has cancelled them."""
+    db = await make_db(dsn=proxy.dsn, timeout=60.0, connection_timeout=60.0, pool_max_size=1)
+    await db._connections.interactive.replace()
+    await db._connections.interactive.let_go()
+    proxy.accepting = "silent"
+    before = proxy.accepted
+    tasks = [asyncio.create_task(db.get_memory_by_id(uuid4())) for _ in range(3)]
+
+    async def connecting() -> bool:
+        return proxy.accepted > before and db._connections.interactive.waiting == 2
+
+    await until(connecting, "one connects, two wait")
+    await db.close(timeout=0.05)
+    results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), LONG)
+    assert [type(result) for result in results] == [elizasql.ClosedError] * 3
+    assert {result.statement for result in results if isinstance(result, ElizaSQLError)} == {"get_memory_by_id"}
+    await proxy.heal()
+
+
+@pytest.mark.parametrize("name", ["is_ready", "health"])
+async def test_sign_of_life_has_the_limit_of_its_call(proxy: Proxy, make_db: MakeAdapter, name: str) -> None:
+    db = await make_db(dsn=proxy.dsn, connection_timeout=60.0, pool_max_size=1)
+    proxy.hold()
+    answer = await asyncio.wait_for(getattr(db, name)(timeout=SHORT), SHORT + GRACE)
+    assert answer is False or answer["error"].startswith("DeadlineError")
+    await proxy.heal(cut=True)
+    assert await db.is_ready(timeout=LONG)
+    await pool_is_whole(db)
+
+
+@pytest.mark.parametrize("name", ["accepted and never answered", "reset before the answer"])
+async def test_causes_of_an_error_have_an_end(proxy: Proxy, make_db: MakeAdapter, name: str) -> None:
+    """The last one is not of this library; whoever follows them must not go round in a circle."""
+    db = await make_db(dsn=proxy.dsn, connection_timeout=SHORT, max_retries=1, pool_max_size=1)
+    MODES[name].breaks(proxy)
+    with pytest.raises(elizasql.UnavailableError) as caught:
+        async with db.transaction() as tx:
+            await tx.get_memory_by_id(uuid4())
+    chain: list[BaseException] = [caught.value]
+    while (cause := chain[-1].__cause__) is not None:
+        assert cause not in chain
+        chain.append(cause)
+    assert not isinstance(chain[-1], ElizaSQLError), chain
+    await proxy.heal()
+
+
 async def test_opening_ends_in_time(proxy: Proxy, server: FaultServer) -> None:
     for name in ("black hole", "accepted and never answered", "refused", "reset when accepted"):
         done = MODES[name].breaks(proxy)

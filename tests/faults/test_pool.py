@@ -24,6 +24,7 @@ from tests.faults.harness import (
     new_id,
     pool_is_whole,
 )
+from tests.faults.proxy import Proxy
 from tests.faults.server import FaultServer, until
 
 
@@ -147,6 +148,28 @@ async def test_cancelled_waiters_leave_no_trace(make_db: MakeAdapter, seed: int,
     assert ended["answered"] + ended["cancelled"] <= number  # some were cancelled before they began
     assert ended["answered"] >= number / 10
     assert (await db.health())["breaker"]["failures"] == 0
+    await pool_is_whole(db)
+
+
+async def test_rollback_that_gets_no_answer_costs_no_place(
+    proxy: Proxy, make_db: MakeAdapter, server: FaultServer
+) -> None:
+    """A call is cancelled in the middle of its chunks, and the rollback in the background is swallowed."""
+    db = await make_db(dsn=proxy.dsn, pool_max_size=1, batch_size=1, connection_timeout=0.3)
+    chance = random.Random(1)
+    memories = [memory_of(new_id(chance), 1) for _ in range(50)]
+    stored = proxy.when("server", b"C", "note", holding=b"INSERT")
+    swallowed = proxy.when("client", b"Q", "hold", holding=b"ROLLBACK")
+    task = asyncio.create_task(db.create_memories(memories, TYPE))
+    await stored.fired.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await db._connections.interactive.let_go()
+    assert swallowed.count == 1
+    await proxy.heal()
+    assert await reads(db) is None
+    assert await db.count_memories() == 0
     await pool_is_whole(db)
 
 

@@ -22,7 +22,18 @@ from elizasql._statements import SQL
 from elizasql.transfer._rows import as_array, put
 from tests.conftest import make_scene
 from tests.faults.conftest import MakeAdapter
-from tests.faults.harness import ABSENT, TYPE, Ledger, check, content_of, embedding_of, has_embedding, memory_of, new_id
+from tests.faults.harness import (
+    ABSENT,
+    TYPE,
+    Ledger,
+    check,
+    content_of,
+    embedding_of,
+    has_embedding,
+    memory_of,
+    new_id,
+    pool_is_whole,
+)
 from tests.faults.proxy import Proxy, Rule
 from tests.faults.server import FaultServer, count, until
 
@@ -225,6 +236,41 @@ async def test_deletion_of_several_chunks_is_counted_right(
     assert await check(server.dsn, ledger) == []
 
 
+@pytest.mark.parametrize("kind", ["transaction", "batch", "load"])
+@pytest.mark.parametrize("size", [1, 3])
+async def test_ends_are_found_out_when_every_connection_is_lost(
+    proxy: Proxy, make_db: MakeAdapter, server: FaultServer, chance: random.Random, kind: str, size: int
+) -> None:
+    """All ask at once what became of theirs, and the pool has no connection but those that are gone."""
+    db = await make_db(dsn=proxy.dsn, pool_max_size=size, background_pool_size=size, batch_size=2)
+    ledger = Ledger(db.agent_id)
+    inside, all_inside = 0, asyncio.Event()
+
+    async def work(memories: list[Memory]) -> None:
+        nonlocal inside
+        if kind == "batch":
+            await db.create_memories(memories, TYPE)
+        elif kind == "load":
+            await db.load_memories(memories, TYPE, build_index=False)
+        else:
+            async with db.transaction() as tx:
+                await tx.create_memories(memories, TYPE)
+                inside += 1
+                if inside == size:
+                    all_inside.set()
+                await all_inside.wait()
+
+    rule = proxy.when("server", b"C", "reset", holding=COMMIT, times=size)
+    ids = [ids_of(chance, 3) for _ in range(size)]
+    operation = ledger.begin(dict.fromkeys((id for each in ids for id in each), 1))
+    await asyncio.gather(*(work([memory_of(id, 1) for id in each]) for each in ids))
+    operation.acknowledge()
+    assert rule.count == size
+    assert await db.count_memories() == 3 * size
+    assert await check(server.dsn, ledger) == []
+    await pool_is_whole(db)
+
+
 @pytest.mark.parametrize("done", [True, False])
 @pytest.mark.parametrize("kind", ["transaction", "batch"])
 async def test_end_that_cannot_be_found_out(
@@ -411,6 +457,24 @@ async def test_what_cannot_be_repeated_is_not(
 
     await until(ended, "the server has done it, or has not")
     assert await check(server.dsn, ledger) == []
+
+
+@pytest.mark.parametrize("message", ["BEGIN", "DELETE", "COMMIT", "the answer to COMMIT"])
+async def test_what_runs_in_a_transaction_of_its_own_is_done_once(
+    proxy: Proxy, make_db: MakeAdapter, chance: random.Random, message: str
+) -> None:
+    """Without prepared statements: what broke before the end was not done, and the end is found out."""
+    db = await make_db(dsn=proxy.dsn, pool_max_size=1, prepared_statements=False)
+    ids = ids_of(chance, 3)
+    await db.create_memories([memory_of(id, 1) for id in ids], TYPE)
+    if message.startswith("the answer"):
+        rule = proxy.when("server", b"C", "reset", holding=COMMIT)
+    else:
+        rule = proxy.when("client", b"P" if message == "DELETE" else b"Q", "reset", holding=message.encode())
+    assert await db.delete_memories(ids[:2]) == 2
+    assert rule.count == 1
+    assert await db.count_memories() == 1
+    await pool_is_whole(db)
 
 
 async def test_claimed_task_is_not_claimed_twice(proxy: Proxy, make_db: MakeAdapter) -> None:
