@@ -25,11 +25,16 @@ BEGIN
 END
 $$;
 
--- What becomes of a stored time when another one is given. ElizaOS's JSON cuts times to milliseconds: what was read as
--- such and comes back unchanged must not move a row before those of the same millisecond.
+-- Whether a time that is given is the one that is stored. ElizaOS's JSON cuts times to milliseconds: what was read as such
+-- and comes back is no change, and must not move a row before those of the same millisecond.
+CREATE FUNCTION elizasql.is_same_time(stored timestamptz, given timestamptz) RETURNS boolean
+LANGUAGE sql STABLE
+RETURN given IS NOT DISTINCT FROM stored OR given IS NOT DISTINCT FROM date_trunc('milliseconds', stored);
+
+-- What becomes of a stored time when another one may be given.
 CREATE FUNCTION elizasql.changed_time(stored timestamptz, given timestamptz) RETURNS timestamptz
 LANGUAGE sql STABLE
-RETURN CASE WHEN given = date_trunc('milliseconds', stored) THEN stored ELSE coalesce(given, stored) END;
+RETURN CASE WHEN given IS NULL OR elizasql.is_same_time(stored, given) THEN stored ELSE given END;
 
 -- Servers are deployments of agents (row isolation), not message servers.
 CREATE TABLE elizasql.servers (
@@ -200,5 +205,6 @@ DROP TABLE elizasql.agents;
 DROP FUNCTION elizasql.refuse_dimension_change();
 DROP TABLE elizasql.servers;
 DROP FUNCTION elizasql.changed_time(timestamptz, timestamptz);
+DROP FUNCTION elizasql.is_same_time(timestamptz, timestamptz);
 DROP FUNCTION elizasql.refuse_present(text, uuid[]);
 DROP FUNCTION elizasql.refuse_missing(text, uuid[]);

@@ -157,7 +157,7 @@ BEGIN
             data := jsonb_set(data, path, step.op -> 'value');
         ELSIF problem IS NULL AND op = 'push' AND jsonb_typeof(place) = 'array' THEN
             data := jsonb_set(data, path, place || jsonb_build_array(step.op -> 'value'));
-        ELSIF problem IS NULL AND op = 'increment' AND total IS NOT NULL THEN
+        ELSIF problem IS NULL AND total IS NOT NULL THEN
             data := jsonb_set(data, path, to_jsonb(total));
         ELSE
             RAISE EXCEPTION 'component %, operation % (% "%"): %', component, step.number, op, step.op ->> 'path',

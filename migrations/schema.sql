@@ -48,9 +48,13 @@ BEGIN
 END
 $_$;
 
+CREATE FUNCTION elizasql.is_same_time(stored timestamp with time zone, given timestamp with time zone) RETURNS boolean
+    LANGUAGE sql STABLE
+    RETURN ((NOT (given IS DISTINCT FROM stored)) OR (NOT (given IS DISTINCT FROM date_trunc('milliseconds'::text, stored))));
+
 CREATE FUNCTION elizasql.changed_time(stored timestamp with time zone, given timestamp with time zone) RETURNS timestamp with time zone
     LANGUAGE sql STABLE
-    RETURN CASE WHEN (given = date_trunc('milliseconds'::text, stored)) THEN stored ELSE COALESCE(given, stored) END;
+    RETURN CASE WHEN ((given IS NULL) OR elizasql.is_same_time(stored, given)) THEN stored ELSE given END;
 
 CREATE FUNCTION elizasql.check_dimension() RETURNS trigger
     LANGUAGE plpgsql
@@ -966,7 +970,7 @@ BEGIN
             data := jsonb_set(data, path, step.op -> 'value');
         ELSIF problem IS NULL AND op = 'push' AND jsonb_typeof(place) = 'array' THEN
             data := jsonb_set(data, path, place || jsonb_build_array(step.op -> 'value'));
-        ELSIF problem IS NULL AND op = 'increment' AND total IS NOT NULL THEN
+        ELSIF problem IS NULL AND total IS NOT NULL THEN
             data := jsonb_set(data, path, to_jsonb(total));
         ELSE
             RAISE EXCEPTION 'component %, operation % (% "%"): %', component, step.number, op, step.op ->> 'path',

@@ -173,13 +173,7 @@ updated AS (
                         THEN coalesce(g.due_at, statement_timestamp())
                     ELSE t.ready_at
                 END
-            FROM (
-                SELECT
-                    (
-                        g.given ? 'due_at' AND g.due_at IS DISTINCT FROM t.due_at
-                        AND g.due_at IS DISTINCT FROM date_trunc('milliseconds', t.due_at)
-                    ) AS comes
-            ) AS change
+            FROM (SELECT g.given ? 'due_at' AND NOT elizasql.is_same_time(t.due_at, g.due_at) AS comes) AS change
         ),
         updated_at = statement_timestamp()
     FROM given AS g
@@ -212,13 +206,7 @@ SET
         SELECT
             CASE WHEN change.comes THEN p.due_at ELSE t.due_at END,
             CASE WHEN change.comes THEN coalesce(p.due_at, statement_timestamp()) ELSE t.ready_at END
-        FROM (
-            SELECT
-                (
-                    g.given ? 'due_at' AND p.due_at IS DISTINCT FROM t.due_at
-                    AND p.due_at IS DISTINCT FROM date_trunc('milliseconds', t.due_at)
-                ) AS comes
-        ) AS change
+        FROM (SELECT g.given ? 'due_at' AND NOT elizasql.is_same_time(t.due_at, p.due_at) AS comes) AS change
     ),
     updated_at = statement_timestamp()
 FROM (SELECT :task::jsonb AS given) AS g
