@@ -576,7 +576,9 @@ class Suite:
             command += ["-f", str(path)]
             for name, value in variables.items():
                 command += ["-D", f"{name}={value}"]
-        settings = " ".join(f"-c {name}={value}" for name, value in _pool.session_settings(Config()).items())
+        wanted = _pool.session_settings(Config()).items()
+        # libpq splits them at spaces; a backslash keeps one.
+        settings = " ".join("-c {}={}".format(name, value.replace(" ", r"\ ")) for name, value in wanted)
         environment = os.environ | {
             "PGHOST": place.host,
             "PGPORT": str(place.port),
