@@ -179,30 +179,37 @@ ALTER TABLE elizasql.embeddings ENABLE ALWAYS TRIGGER embeddings_stamp_changed;
 -- statements of a volatile function do: of concurrent near-duplicates exactly one stays unique. The locks are held to
 -- the end of the transaction and taken in one order, so that two batches cannot wait for each other.
 --
--- The narrowest scope that is given has an index, and up to 20,000 rows of it are compared exactly (1.2 ms for 6,000 of
--- 10,000 rows; HNSW under a filter takes 4.5 ms and may miss the duplicate).
+-- A scope of up to 2,000 rows is compared exactly, through the index of the narrowest one that is given. For a larger one
+-- HNSW gives the ten nearest of all that the agent has, whatever their room, world and entity: where none of them is that
+-- near, none is in the scope either, and the scan need not go on until the scope has answered. Only where all ten are that
+-- near and elsewhere the scope itself is asked. An agent of less than a tenth of its graph HNSW could not answer for:
+-- then up to 20,000 rows are compared exactly. In the server, for 6,000 rows of 10,000, real embeddings: 3 ms in place of
+-- 6.7 row by row; for all 10,000 3 in place of 10; and each of 1,200 near-duplicates of similarity 0.951 and more was found.
 DO $create$
 DECLARE
     dim int;
     exact text := '';
     scope text[];
 BEGIN
-    FOREACH scope SLICE 1 IN ARRAY ARRAY[['rooms', 'room_id'], ['entities', 'entity_id'], ['worlds', 'world_id']] LOOP
+    FOREACH scope SLICE 1 IN ARRAY ARRAY[
+        ['rooms[i]', 'room_id'], ['entities[i]', 'entity_id'], ['worlds[i]', 'world_id'],
+        ['(CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END)', 'agent_id']
+    ] LOOP
         exact := exact || replace(replace($exact$
-        IF size > 20000 AND given_ids[i] IS NOT NULL THEN
-            SELECT count(*) INTO size FROM (
-                SELECT FROM elizasql.embeddings
-                WHERE agent_id = given_agent AND id_column = given_ids[i] AND type = types[i] LIMIT 20001) AS counted;
-            IF size <= 20000 THEN
-                SELECT EXISTS (
+            IF size > few AND given_id IS NOT NULL THEN
+                SELECT count(*) INTO size FROM (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND id_column = given_ids[i] AND type = types[i]
-                        AND (rooms[i] IS NULL OR room_id = rooms[i])
-                        AND (entities[i] IS NULL OR entity_id = entities[i])
-                        AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_384 <=> vectors[i] <= 0.05) INTO found;
-            END IF;
-        END IF;$exact$, 'given_ids', scope[1]), 'id_column', scope[2]);
+                    WHERE agent_id = given_agent AND id_column = given_id AND type = types[i] LIMIT few + 1) AS counted;
+                IF size <= few THEN
+                    SELECT EXISTS (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND id_column = given_id AND type = types[i]
+                            AND (rooms[i] IS NULL OR room_id = rooms[i])
+                            AND (entities[i] IS NULL OR entity_id = entities[i])
+                            AND (worlds[i] IS NULL OR world_id = worlds[i])
+                            AND dim_384 <=> vectors[i] <= 0.05) INTO found;
+                END IF;
+            END IF;$exact$, 'given_id', scope[1]), 'id_column', scope[2]);
     END LOOP;
     FOREACH dim IN ARRAY ARRAY[384, 512, 768, 1024, 1536, 3072] LOOP
         EXECUTE replace(replace($template$
@@ -212,8 +219,13 @@ CREATE FUNCTION elizasql.near_duplicates_384(
 DECLARE
     duplicates boolean[] := array_fill(FALSE, ARRAY[cardinality(types)]);
     lock_key bigint;
+    enough int;
+    dense_kind text;
+    dense boolean;
+    few int;
     size int;
     found boolean;
+    seen boolean;
 BEGIN
     FOR lock_key IN
         SELECT DISTINCT hashtextextended(given_agent::text || ' ' || coalesce(room::text, '-') || ' ' || kind, 0) AS k
@@ -238,13 +250,33 @@ BEGIN
                 AND earlier.vec <=> later.vec <= 0.05
         ) ORDER BY later.position) INTO duplicates FROM given AS later;
     END IF;
+    enough := coalesce((SELECT least(20000, reltuples / 10) FROM pg_class WHERE reltuples > 0 AND oid = (
+        SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR i IN 1..cardinality(types) LOOP
         CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
         found := FALSE;
-        size := 20001;
-        @exact@
-        IF size > 20000 THEN
-            SELECT EXISTS (
+        FOREACH few IN ARRAY ARRAY[2000, 20000] LOOP
+            size := few + 1;
+            @exact@
+            IF size > few AND dense_kind IS DISTINCT FROM types[i] THEN
+                dense_kind := types[i];
+                dense := (SELECT count(*) = enough FROM (
+                    SELECT FROM elizasql.embeddings
+                    WHERE agent_id = given_agent AND type = types[i] LIMIT enough) AS counted);
+            END IF;
+            EXIT WHEN size <= few OR dense;
+        END LOOP;
+        IF size > few THEN
+            SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO found, seen FROM (
+                SELECT
+                    dim_384 <=> vectors[i] AS distance,
+                    (rooms[i] IS NULL OR room_id = rooms[i])
+                    AND (worlds[i] IS NULL OR world_id = worlds[i])
+                    AND (entities[i] IS NULL OR entity_id = entities[i]) AS in_scope
+                FROM elizasql.embeddings
+                WHERE agent_id = given_agent AND type = types[i] AND indexed
+                ORDER BY dim_384::halfvec(384) <=> vectors[i]::halfvec(384) LIMIT 10) AS nearest;
+            IF found IS NOT TRUE THEN SELECT seen IS NOT TRUE AND EXISTS (
                 SELECT FROM (
                     SELECT dim_384 FROM elizasql.embeddings
                     WHERE agent_id = given_agent AND type = types[i] AND indexed
@@ -253,13 +285,14 @@ BEGIN
                         AND (entities[i] IS NULL OR entity_id = entities[i])
                     ORDER BY dim_384::halfvec(384) <=> vectors[i]::halfvec(384) LIMIT 3) AS nearest
                 WHERE dim_384 <=> vectors[i] <= 0.05
-                UNION ALL
+            ) OR EXISTS (
                 SELECT FROM elizasql.embeddings
                 WHERE agent_id = given_agent AND type = types[i] AND NOT indexed
                     AND (rooms[i] IS NULL OR room_id = rooms[i])
                     AND (worlds[i] IS NULL OR world_id = worlds[i])
                     AND (entities[i] IS NULL OR entity_id = entities[i])
                     AND dim_384 <=> vectors[i] <= 0.05) INTO found;
+            END IF;
         END IF;
         duplicates[i] := found;
     END LOOP;

@@ -277,8 +277,13 @@ CREATE FUNCTION elizasql.near_duplicates_1024(given_agent uuid, types text[], ro
 DECLARE
     duplicates boolean[] := array_fill(FALSE, ARRAY[cardinality(types)]);
     lock_key bigint;
+    enough int;
+    dense_kind text;
+    dense boolean;
+    few int;
     size int;
     found boolean;
+    seen boolean;
 BEGIN
     FOR lock_key IN
         SELECT DISTINCT hashtextextended(given_agent::text || ' ' || coalesce(room::text, '-') || ' ' || kind, 0) AS k
@@ -303,55 +308,89 @@ BEGIN
                 AND earlier.vec <=> later.vec <= 0.05
         ) ORDER BY later.position) INTO duplicates FROM given AS later;
     END IF;
+    enough := coalesce((SELECT least(20000, reltuples / 10) FROM pg_class WHERE reltuples > 0 AND oid = (
+        SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR i IN 1..cardinality(types) LOOP
         CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
         found := FALSE;
-        size := 20001;
-        
-        IF size > 20000 AND rooms[i] IS NOT NULL THEN
-            SELECT count(*) INTO size FROM (
-                SELECT FROM elizasql.embeddings
-                WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i] LIMIT 20001) AS counted;
-            IF size <= 20000 THEN
-                SELECT EXISTS (
+        FOREACH few IN ARRAY ARRAY[2000, 20000] LOOP
+            size := few + 1;
+            
+            IF size > few AND rooms[i] IS NOT NULL THEN
+                SELECT count(*) INTO size FROM (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i]
-                        AND (rooms[i] IS NULL OR room_id = rooms[i])
-                        AND (entities[i] IS NULL OR entity_id = entities[i])
-                        AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_1024 <=> vectors[i] <= 0.05) INTO found;
+                    WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i] LIMIT few + 1) AS counted;
+                IF size <= few THEN
+                    SELECT EXISTS (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i]
+                            AND (rooms[i] IS NULL OR room_id = rooms[i])
+                            AND (entities[i] IS NULL OR entity_id = entities[i])
+                            AND (worlds[i] IS NULL OR world_id = worlds[i])
+                            AND dim_1024 <=> vectors[i] <= 0.05) INTO found;
+                END IF;
             END IF;
-        END IF;
-        IF size > 20000 AND entities[i] IS NOT NULL THEN
-            SELECT count(*) INTO size FROM (
-                SELECT FROM elizasql.embeddings
-                WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i] LIMIT 20001) AS counted;
-            IF size <= 20000 THEN
-                SELECT EXISTS (
+            IF size > few AND entities[i] IS NOT NULL THEN
+                SELECT count(*) INTO size FROM (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i]
-                        AND (rooms[i] IS NULL OR room_id = rooms[i])
-                        AND (entities[i] IS NULL OR entity_id = entities[i])
-                        AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_1024 <=> vectors[i] <= 0.05) INTO found;
+                    WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i] LIMIT few + 1) AS counted;
+                IF size <= few THEN
+                    SELECT EXISTS (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i]
+                            AND (rooms[i] IS NULL OR room_id = rooms[i])
+                            AND (entities[i] IS NULL OR entity_id = entities[i])
+                            AND (worlds[i] IS NULL OR world_id = worlds[i])
+                            AND dim_1024 <=> vectors[i] <= 0.05) INTO found;
+                END IF;
             END IF;
-        END IF;
-        IF size > 20000 AND worlds[i] IS NOT NULL THEN
-            SELECT count(*) INTO size FROM (
-                SELECT FROM elizasql.embeddings
-                WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i] LIMIT 20001) AS counted;
-            IF size <= 20000 THEN
-                SELECT EXISTS (
+            IF size > few AND worlds[i] IS NOT NULL THEN
+                SELECT count(*) INTO size FROM (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i]
-                        AND (rooms[i] IS NULL OR room_id = rooms[i])
-                        AND (entities[i] IS NULL OR entity_id = entities[i])
-                        AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_1024 <=> vectors[i] <= 0.05) INTO found;
+                    WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i] LIMIT few + 1) AS counted;
+                IF size <= few THEN
+                    SELECT EXISTS (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i]
+                            AND (rooms[i] IS NULL OR room_id = rooms[i])
+                            AND (entities[i] IS NULL OR entity_id = entities[i])
+                            AND (worlds[i] IS NULL OR world_id = worlds[i])
+                            AND dim_1024 <=> vectors[i] <= 0.05) INTO found;
+                END IF;
             END IF;
-        END IF;
-        IF size > 20000 THEN
-            SELECT EXISTS (
+            IF size > few AND (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) IS NOT NULL THEN
+                SELECT count(*) INTO size FROM (
+                    SELECT FROM elizasql.embeddings
+                    WHERE agent_id = given_agent AND agent_id = (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) AND type = types[i] LIMIT few + 1) AS counted;
+                IF size <= few THEN
+                    SELECT EXISTS (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND agent_id = (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) AND type = types[i]
+                            AND (rooms[i] IS NULL OR room_id = rooms[i])
+                            AND (entities[i] IS NULL OR entity_id = entities[i])
+                            AND (worlds[i] IS NULL OR world_id = worlds[i])
+                            AND dim_1024 <=> vectors[i] <= 0.05) INTO found;
+                END IF;
+            END IF;
+            IF size > few AND dense_kind IS DISTINCT FROM types[i] THEN
+                dense_kind := types[i];
+                dense := (SELECT count(*) = enough FROM (
+                    SELECT FROM elizasql.embeddings
+                    WHERE agent_id = given_agent AND type = types[i] LIMIT enough) AS counted);
+            END IF;
+            EXIT WHEN size <= few OR dense;
+        END LOOP;
+        IF size > few THEN
+            SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO found, seen FROM (
+                SELECT
+                    dim_1024 <=> vectors[i] AS distance,
+                    (rooms[i] IS NULL OR room_id = rooms[i])
+                    AND (worlds[i] IS NULL OR world_id = worlds[i])
+                    AND (entities[i] IS NULL OR entity_id = entities[i]) AS in_scope
+                FROM elizasql.embeddings
+                WHERE agent_id = given_agent AND type = types[i] AND indexed
+                ORDER BY dim_1024::halfvec(1024) <=> vectors[i]::halfvec(1024) LIMIT 10) AS nearest;
+            IF found IS NOT TRUE THEN SELECT seen IS NOT TRUE AND EXISTS (
                 SELECT FROM (
                     SELECT dim_1024 FROM elizasql.embeddings
                     WHERE agent_id = given_agent AND type = types[i] AND indexed
@@ -360,13 +399,14 @@ BEGIN
                         AND (entities[i] IS NULL OR entity_id = entities[i])
                     ORDER BY dim_1024::halfvec(1024) <=> vectors[i]::halfvec(1024) LIMIT 3) AS nearest
                 WHERE dim_1024 <=> vectors[i] <= 0.05
-                UNION ALL
+            ) OR EXISTS (
                 SELECT FROM elizasql.embeddings
                 WHERE agent_id = given_agent AND type = types[i] AND NOT indexed
                     AND (rooms[i] IS NULL OR room_id = rooms[i])
                     AND (worlds[i] IS NULL OR world_id = worlds[i])
                     AND (entities[i] IS NULL OR entity_id = entities[i])
                     AND dim_1024 <=> vectors[i] <= 0.05) INTO found;
+            END IF;
         END IF;
         duplicates[i] := found;
     END LOOP;
@@ -380,8 +420,13 @@ CREATE FUNCTION elizasql.near_duplicates_1536(given_agent uuid, types text[], ro
 DECLARE
     duplicates boolean[] := array_fill(FALSE, ARRAY[cardinality(types)]);
     lock_key bigint;
+    enough int;
+    dense_kind text;
+    dense boolean;
+    few int;
     size int;
     found boolean;
+    seen boolean;
 BEGIN
     FOR lock_key IN
         SELECT DISTINCT hashtextextended(given_agent::text || ' ' || coalesce(room::text, '-') || ' ' || kind, 0) AS k
@@ -406,55 +451,89 @@ BEGIN
                 AND earlier.vec <=> later.vec <= 0.05
         ) ORDER BY later.position) INTO duplicates FROM given AS later;
     END IF;
+    enough := coalesce((SELECT least(20000, reltuples / 10) FROM pg_class WHERE reltuples > 0 AND oid = (
+        SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR i IN 1..cardinality(types) LOOP
         CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
         found := FALSE;
-        size := 20001;
-        
-        IF size > 20000 AND rooms[i] IS NOT NULL THEN
-            SELECT count(*) INTO size FROM (
-                SELECT FROM elizasql.embeddings
-                WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i] LIMIT 20001) AS counted;
-            IF size <= 20000 THEN
-                SELECT EXISTS (
+        FOREACH few IN ARRAY ARRAY[2000, 20000] LOOP
+            size := few + 1;
+            
+            IF size > few AND rooms[i] IS NOT NULL THEN
+                SELECT count(*) INTO size FROM (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i]
-                        AND (rooms[i] IS NULL OR room_id = rooms[i])
-                        AND (entities[i] IS NULL OR entity_id = entities[i])
-                        AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_1536 <=> vectors[i] <= 0.05) INTO found;
+                    WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i] LIMIT few + 1) AS counted;
+                IF size <= few THEN
+                    SELECT EXISTS (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i]
+                            AND (rooms[i] IS NULL OR room_id = rooms[i])
+                            AND (entities[i] IS NULL OR entity_id = entities[i])
+                            AND (worlds[i] IS NULL OR world_id = worlds[i])
+                            AND dim_1536 <=> vectors[i] <= 0.05) INTO found;
+                END IF;
             END IF;
-        END IF;
-        IF size > 20000 AND entities[i] IS NOT NULL THEN
-            SELECT count(*) INTO size FROM (
-                SELECT FROM elizasql.embeddings
-                WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i] LIMIT 20001) AS counted;
-            IF size <= 20000 THEN
-                SELECT EXISTS (
+            IF size > few AND entities[i] IS NOT NULL THEN
+                SELECT count(*) INTO size FROM (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i]
-                        AND (rooms[i] IS NULL OR room_id = rooms[i])
-                        AND (entities[i] IS NULL OR entity_id = entities[i])
-                        AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_1536 <=> vectors[i] <= 0.05) INTO found;
+                    WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i] LIMIT few + 1) AS counted;
+                IF size <= few THEN
+                    SELECT EXISTS (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i]
+                            AND (rooms[i] IS NULL OR room_id = rooms[i])
+                            AND (entities[i] IS NULL OR entity_id = entities[i])
+                            AND (worlds[i] IS NULL OR world_id = worlds[i])
+                            AND dim_1536 <=> vectors[i] <= 0.05) INTO found;
+                END IF;
             END IF;
-        END IF;
-        IF size > 20000 AND worlds[i] IS NOT NULL THEN
-            SELECT count(*) INTO size FROM (
-                SELECT FROM elizasql.embeddings
-                WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i] LIMIT 20001) AS counted;
-            IF size <= 20000 THEN
-                SELECT EXISTS (
+            IF size > few AND worlds[i] IS NOT NULL THEN
+                SELECT count(*) INTO size FROM (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i]
-                        AND (rooms[i] IS NULL OR room_id = rooms[i])
-                        AND (entities[i] IS NULL OR entity_id = entities[i])
-                        AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_1536 <=> vectors[i] <= 0.05) INTO found;
+                    WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i] LIMIT few + 1) AS counted;
+                IF size <= few THEN
+                    SELECT EXISTS (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i]
+                            AND (rooms[i] IS NULL OR room_id = rooms[i])
+                            AND (entities[i] IS NULL OR entity_id = entities[i])
+                            AND (worlds[i] IS NULL OR world_id = worlds[i])
+                            AND dim_1536 <=> vectors[i] <= 0.05) INTO found;
+                END IF;
             END IF;
-        END IF;
-        IF size > 20000 THEN
-            SELECT EXISTS (
+            IF size > few AND (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) IS NOT NULL THEN
+                SELECT count(*) INTO size FROM (
+                    SELECT FROM elizasql.embeddings
+                    WHERE agent_id = given_agent AND agent_id = (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) AND type = types[i] LIMIT few + 1) AS counted;
+                IF size <= few THEN
+                    SELECT EXISTS (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND agent_id = (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) AND type = types[i]
+                            AND (rooms[i] IS NULL OR room_id = rooms[i])
+                            AND (entities[i] IS NULL OR entity_id = entities[i])
+                            AND (worlds[i] IS NULL OR world_id = worlds[i])
+                            AND dim_1536 <=> vectors[i] <= 0.05) INTO found;
+                END IF;
+            END IF;
+            IF size > few AND dense_kind IS DISTINCT FROM types[i] THEN
+                dense_kind := types[i];
+                dense := (SELECT count(*) = enough FROM (
+                    SELECT FROM elizasql.embeddings
+                    WHERE agent_id = given_agent AND type = types[i] LIMIT enough) AS counted);
+            END IF;
+            EXIT WHEN size <= few OR dense;
+        END LOOP;
+        IF size > few THEN
+            SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO found, seen FROM (
+                SELECT
+                    dim_1536 <=> vectors[i] AS distance,
+                    (rooms[i] IS NULL OR room_id = rooms[i])
+                    AND (worlds[i] IS NULL OR world_id = worlds[i])
+                    AND (entities[i] IS NULL OR entity_id = entities[i]) AS in_scope
+                FROM elizasql.embeddings
+                WHERE agent_id = given_agent AND type = types[i] AND indexed
+                ORDER BY dim_1536::halfvec(1536) <=> vectors[i]::halfvec(1536) LIMIT 10) AS nearest;
+            IF found IS NOT TRUE THEN SELECT seen IS NOT TRUE AND EXISTS (
                 SELECT FROM (
                     SELECT dim_1536 FROM elizasql.embeddings
                     WHERE agent_id = given_agent AND type = types[i] AND indexed
@@ -463,13 +542,14 @@ BEGIN
                         AND (entities[i] IS NULL OR entity_id = entities[i])
                     ORDER BY dim_1536::halfvec(1536) <=> vectors[i]::halfvec(1536) LIMIT 3) AS nearest
                 WHERE dim_1536 <=> vectors[i] <= 0.05
-                UNION ALL
+            ) OR EXISTS (
                 SELECT FROM elizasql.embeddings
                 WHERE agent_id = given_agent AND type = types[i] AND NOT indexed
                     AND (rooms[i] IS NULL OR room_id = rooms[i])
                     AND (worlds[i] IS NULL OR world_id = worlds[i])
                     AND (entities[i] IS NULL OR entity_id = entities[i])
                     AND dim_1536 <=> vectors[i] <= 0.05) INTO found;
+            END IF;
         END IF;
         duplicates[i] := found;
     END LOOP;
@@ -483,8 +563,13 @@ CREATE FUNCTION elizasql.near_duplicates_3072(given_agent uuid, types text[], ro
 DECLARE
     duplicates boolean[] := array_fill(FALSE, ARRAY[cardinality(types)]);
     lock_key bigint;
+    enough int;
+    dense_kind text;
+    dense boolean;
+    few int;
     size int;
     found boolean;
+    seen boolean;
 BEGIN
     FOR lock_key IN
         SELECT DISTINCT hashtextextended(given_agent::text || ' ' || coalesce(room::text, '-') || ' ' || kind, 0) AS k
@@ -509,55 +594,89 @@ BEGIN
                 AND earlier.vec <=> later.vec <= 0.05
         ) ORDER BY later.position) INTO duplicates FROM given AS later;
     END IF;
+    enough := coalesce((SELECT least(20000, reltuples / 10) FROM pg_class WHERE reltuples > 0 AND oid = (
+        SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR i IN 1..cardinality(types) LOOP
         CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
         found := FALSE;
-        size := 20001;
-        
-        IF size > 20000 AND rooms[i] IS NOT NULL THEN
-            SELECT count(*) INTO size FROM (
-                SELECT FROM elizasql.embeddings
-                WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i] LIMIT 20001) AS counted;
-            IF size <= 20000 THEN
-                SELECT EXISTS (
+        FOREACH few IN ARRAY ARRAY[2000, 20000] LOOP
+            size := few + 1;
+            
+            IF size > few AND rooms[i] IS NOT NULL THEN
+                SELECT count(*) INTO size FROM (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i]
-                        AND (rooms[i] IS NULL OR room_id = rooms[i])
-                        AND (entities[i] IS NULL OR entity_id = entities[i])
-                        AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_3072 <=> vectors[i] <= 0.05) INTO found;
+                    WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i] LIMIT few + 1) AS counted;
+                IF size <= few THEN
+                    SELECT EXISTS (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i]
+                            AND (rooms[i] IS NULL OR room_id = rooms[i])
+                            AND (entities[i] IS NULL OR entity_id = entities[i])
+                            AND (worlds[i] IS NULL OR world_id = worlds[i])
+                            AND dim_3072 <=> vectors[i] <= 0.05) INTO found;
+                END IF;
             END IF;
-        END IF;
-        IF size > 20000 AND entities[i] IS NOT NULL THEN
-            SELECT count(*) INTO size FROM (
-                SELECT FROM elizasql.embeddings
-                WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i] LIMIT 20001) AS counted;
-            IF size <= 20000 THEN
-                SELECT EXISTS (
+            IF size > few AND entities[i] IS NOT NULL THEN
+                SELECT count(*) INTO size FROM (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i]
-                        AND (rooms[i] IS NULL OR room_id = rooms[i])
-                        AND (entities[i] IS NULL OR entity_id = entities[i])
-                        AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_3072 <=> vectors[i] <= 0.05) INTO found;
+                    WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i] LIMIT few + 1) AS counted;
+                IF size <= few THEN
+                    SELECT EXISTS (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i]
+                            AND (rooms[i] IS NULL OR room_id = rooms[i])
+                            AND (entities[i] IS NULL OR entity_id = entities[i])
+                            AND (worlds[i] IS NULL OR world_id = worlds[i])
+                            AND dim_3072 <=> vectors[i] <= 0.05) INTO found;
+                END IF;
             END IF;
-        END IF;
-        IF size > 20000 AND worlds[i] IS NOT NULL THEN
-            SELECT count(*) INTO size FROM (
-                SELECT FROM elizasql.embeddings
-                WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i] LIMIT 20001) AS counted;
-            IF size <= 20000 THEN
-                SELECT EXISTS (
+            IF size > few AND worlds[i] IS NOT NULL THEN
+                SELECT count(*) INTO size FROM (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i]
-                        AND (rooms[i] IS NULL OR room_id = rooms[i])
-                        AND (entities[i] IS NULL OR entity_id = entities[i])
-                        AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_3072 <=> vectors[i] <= 0.05) INTO found;
+                    WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i] LIMIT few + 1) AS counted;
+                IF size <= few THEN
+                    SELECT EXISTS (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i]
+                            AND (rooms[i] IS NULL OR room_id = rooms[i])
+                            AND (entities[i] IS NULL OR entity_id = entities[i])
+                            AND (worlds[i] IS NULL OR world_id = worlds[i])
+                            AND dim_3072 <=> vectors[i] <= 0.05) INTO found;
+                END IF;
             END IF;
-        END IF;
-        IF size > 20000 THEN
-            SELECT EXISTS (
+            IF size > few AND (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) IS NOT NULL THEN
+                SELECT count(*) INTO size FROM (
+                    SELECT FROM elizasql.embeddings
+                    WHERE agent_id = given_agent AND agent_id = (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) AND type = types[i] LIMIT few + 1) AS counted;
+                IF size <= few THEN
+                    SELECT EXISTS (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND agent_id = (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) AND type = types[i]
+                            AND (rooms[i] IS NULL OR room_id = rooms[i])
+                            AND (entities[i] IS NULL OR entity_id = entities[i])
+                            AND (worlds[i] IS NULL OR world_id = worlds[i])
+                            AND dim_3072 <=> vectors[i] <= 0.05) INTO found;
+                END IF;
+            END IF;
+            IF size > few AND dense_kind IS DISTINCT FROM types[i] THEN
+                dense_kind := types[i];
+                dense := (SELECT count(*) = enough FROM (
+                    SELECT FROM elizasql.embeddings
+                    WHERE agent_id = given_agent AND type = types[i] LIMIT enough) AS counted);
+            END IF;
+            EXIT WHEN size <= few OR dense;
+        END LOOP;
+        IF size > few THEN
+            SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO found, seen FROM (
+                SELECT
+                    dim_3072 <=> vectors[i] AS distance,
+                    (rooms[i] IS NULL OR room_id = rooms[i])
+                    AND (worlds[i] IS NULL OR world_id = worlds[i])
+                    AND (entities[i] IS NULL OR entity_id = entities[i]) AS in_scope
+                FROM elizasql.embeddings
+                WHERE agent_id = given_agent AND type = types[i] AND indexed
+                ORDER BY dim_3072::halfvec(3072) <=> vectors[i]::halfvec(3072) LIMIT 10) AS nearest;
+            IF found IS NOT TRUE THEN SELECT seen IS NOT TRUE AND EXISTS (
                 SELECT FROM (
                     SELECT dim_3072 FROM elizasql.embeddings
                     WHERE agent_id = given_agent AND type = types[i] AND indexed
@@ -566,13 +685,14 @@ BEGIN
                         AND (entities[i] IS NULL OR entity_id = entities[i])
                     ORDER BY dim_3072::halfvec(3072) <=> vectors[i]::halfvec(3072) LIMIT 3) AS nearest
                 WHERE dim_3072 <=> vectors[i] <= 0.05
-                UNION ALL
+            ) OR EXISTS (
                 SELECT FROM elizasql.embeddings
                 WHERE agent_id = given_agent AND type = types[i] AND NOT indexed
                     AND (rooms[i] IS NULL OR room_id = rooms[i])
                     AND (worlds[i] IS NULL OR world_id = worlds[i])
                     AND (entities[i] IS NULL OR entity_id = entities[i])
                     AND dim_3072 <=> vectors[i] <= 0.05) INTO found;
+            END IF;
         END IF;
         duplicates[i] := found;
     END LOOP;
@@ -586,8 +706,13 @@ CREATE FUNCTION elizasql.near_duplicates_384(given_agent uuid, types text[], roo
 DECLARE
     duplicates boolean[] := array_fill(FALSE, ARRAY[cardinality(types)]);
     lock_key bigint;
+    enough int;
+    dense_kind text;
+    dense boolean;
+    few int;
     size int;
     found boolean;
+    seen boolean;
 BEGIN
     FOR lock_key IN
         SELECT DISTINCT hashtextextended(given_agent::text || ' ' || coalesce(room::text, '-') || ' ' || kind, 0) AS k
@@ -612,55 +737,89 @@ BEGIN
                 AND earlier.vec <=> later.vec <= 0.05
         ) ORDER BY later.position) INTO duplicates FROM given AS later;
     END IF;
+    enough := coalesce((SELECT least(20000, reltuples / 10) FROM pg_class WHERE reltuples > 0 AND oid = (
+        SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR i IN 1..cardinality(types) LOOP
         CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
         found := FALSE;
-        size := 20001;
-        
-        IF size > 20000 AND rooms[i] IS NOT NULL THEN
-            SELECT count(*) INTO size FROM (
-                SELECT FROM elizasql.embeddings
-                WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i] LIMIT 20001) AS counted;
-            IF size <= 20000 THEN
-                SELECT EXISTS (
+        FOREACH few IN ARRAY ARRAY[2000, 20000] LOOP
+            size := few + 1;
+            
+            IF size > few AND rooms[i] IS NOT NULL THEN
+                SELECT count(*) INTO size FROM (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i]
-                        AND (rooms[i] IS NULL OR room_id = rooms[i])
-                        AND (entities[i] IS NULL OR entity_id = entities[i])
-                        AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_384 <=> vectors[i] <= 0.05) INTO found;
+                    WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i] LIMIT few + 1) AS counted;
+                IF size <= few THEN
+                    SELECT EXISTS (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i]
+                            AND (rooms[i] IS NULL OR room_id = rooms[i])
+                            AND (entities[i] IS NULL OR entity_id = entities[i])
+                            AND (worlds[i] IS NULL OR world_id = worlds[i])
+                            AND dim_384 <=> vectors[i] <= 0.05) INTO found;
+                END IF;
             END IF;
-        END IF;
-        IF size > 20000 AND entities[i] IS NOT NULL THEN
-            SELECT count(*) INTO size FROM (
-                SELECT FROM elizasql.embeddings
-                WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i] LIMIT 20001) AS counted;
-            IF size <= 20000 THEN
-                SELECT EXISTS (
+            IF size > few AND entities[i] IS NOT NULL THEN
+                SELECT count(*) INTO size FROM (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i]
-                        AND (rooms[i] IS NULL OR room_id = rooms[i])
-                        AND (entities[i] IS NULL OR entity_id = entities[i])
-                        AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_384 <=> vectors[i] <= 0.05) INTO found;
+                    WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i] LIMIT few + 1) AS counted;
+                IF size <= few THEN
+                    SELECT EXISTS (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i]
+                            AND (rooms[i] IS NULL OR room_id = rooms[i])
+                            AND (entities[i] IS NULL OR entity_id = entities[i])
+                            AND (worlds[i] IS NULL OR world_id = worlds[i])
+                            AND dim_384 <=> vectors[i] <= 0.05) INTO found;
+                END IF;
             END IF;
-        END IF;
-        IF size > 20000 AND worlds[i] IS NOT NULL THEN
-            SELECT count(*) INTO size FROM (
-                SELECT FROM elizasql.embeddings
-                WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i] LIMIT 20001) AS counted;
-            IF size <= 20000 THEN
-                SELECT EXISTS (
+            IF size > few AND worlds[i] IS NOT NULL THEN
+                SELECT count(*) INTO size FROM (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i]
-                        AND (rooms[i] IS NULL OR room_id = rooms[i])
-                        AND (entities[i] IS NULL OR entity_id = entities[i])
-                        AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_384 <=> vectors[i] <= 0.05) INTO found;
+                    WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i] LIMIT few + 1) AS counted;
+                IF size <= few THEN
+                    SELECT EXISTS (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i]
+                            AND (rooms[i] IS NULL OR room_id = rooms[i])
+                            AND (entities[i] IS NULL OR entity_id = entities[i])
+                            AND (worlds[i] IS NULL OR world_id = worlds[i])
+                            AND dim_384 <=> vectors[i] <= 0.05) INTO found;
+                END IF;
             END IF;
-        END IF;
-        IF size > 20000 THEN
-            SELECT EXISTS (
+            IF size > few AND (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) IS NOT NULL THEN
+                SELECT count(*) INTO size FROM (
+                    SELECT FROM elizasql.embeddings
+                    WHERE agent_id = given_agent AND agent_id = (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) AND type = types[i] LIMIT few + 1) AS counted;
+                IF size <= few THEN
+                    SELECT EXISTS (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND agent_id = (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) AND type = types[i]
+                            AND (rooms[i] IS NULL OR room_id = rooms[i])
+                            AND (entities[i] IS NULL OR entity_id = entities[i])
+                            AND (worlds[i] IS NULL OR world_id = worlds[i])
+                            AND dim_384 <=> vectors[i] <= 0.05) INTO found;
+                END IF;
+            END IF;
+            IF size > few AND dense_kind IS DISTINCT FROM types[i] THEN
+                dense_kind := types[i];
+                dense := (SELECT count(*) = enough FROM (
+                    SELECT FROM elizasql.embeddings
+                    WHERE agent_id = given_agent AND type = types[i] LIMIT enough) AS counted);
+            END IF;
+            EXIT WHEN size <= few OR dense;
+        END LOOP;
+        IF size > few THEN
+            SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO found, seen FROM (
+                SELECT
+                    dim_384 <=> vectors[i] AS distance,
+                    (rooms[i] IS NULL OR room_id = rooms[i])
+                    AND (worlds[i] IS NULL OR world_id = worlds[i])
+                    AND (entities[i] IS NULL OR entity_id = entities[i]) AS in_scope
+                FROM elizasql.embeddings
+                WHERE agent_id = given_agent AND type = types[i] AND indexed
+                ORDER BY dim_384::halfvec(384) <=> vectors[i]::halfvec(384) LIMIT 10) AS nearest;
+            IF found IS NOT TRUE THEN SELECT seen IS NOT TRUE AND EXISTS (
                 SELECT FROM (
                     SELECT dim_384 FROM elizasql.embeddings
                     WHERE agent_id = given_agent AND type = types[i] AND indexed
@@ -669,13 +828,14 @@ BEGIN
                         AND (entities[i] IS NULL OR entity_id = entities[i])
                     ORDER BY dim_384::halfvec(384) <=> vectors[i]::halfvec(384) LIMIT 3) AS nearest
                 WHERE dim_384 <=> vectors[i] <= 0.05
-                UNION ALL
+            ) OR EXISTS (
                 SELECT FROM elizasql.embeddings
                 WHERE agent_id = given_agent AND type = types[i] AND NOT indexed
                     AND (rooms[i] IS NULL OR room_id = rooms[i])
                     AND (worlds[i] IS NULL OR world_id = worlds[i])
                     AND (entities[i] IS NULL OR entity_id = entities[i])
                     AND dim_384 <=> vectors[i] <= 0.05) INTO found;
+            END IF;
         END IF;
         duplicates[i] := found;
     END LOOP;
@@ -689,8 +849,13 @@ CREATE FUNCTION elizasql.near_duplicates_512(given_agent uuid, types text[], roo
 DECLARE
     duplicates boolean[] := array_fill(FALSE, ARRAY[cardinality(types)]);
     lock_key bigint;
+    enough int;
+    dense_kind text;
+    dense boolean;
+    few int;
     size int;
     found boolean;
+    seen boolean;
 BEGIN
     FOR lock_key IN
         SELECT DISTINCT hashtextextended(given_agent::text || ' ' || coalesce(room::text, '-') || ' ' || kind, 0) AS k
@@ -715,55 +880,89 @@ BEGIN
                 AND earlier.vec <=> later.vec <= 0.05
         ) ORDER BY later.position) INTO duplicates FROM given AS later;
     END IF;
+    enough := coalesce((SELECT least(20000, reltuples / 10) FROM pg_class WHERE reltuples > 0 AND oid = (
+        SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR i IN 1..cardinality(types) LOOP
         CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
         found := FALSE;
-        size := 20001;
-        
-        IF size > 20000 AND rooms[i] IS NOT NULL THEN
-            SELECT count(*) INTO size FROM (
-                SELECT FROM elizasql.embeddings
-                WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i] LIMIT 20001) AS counted;
-            IF size <= 20000 THEN
-                SELECT EXISTS (
+        FOREACH few IN ARRAY ARRAY[2000, 20000] LOOP
+            size := few + 1;
+            
+            IF size > few AND rooms[i] IS NOT NULL THEN
+                SELECT count(*) INTO size FROM (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i]
-                        AND (rooms[i] IS NULL OR room_id = rooms[i])
-                        AND (entities[i] IS NULL OR entity_id = entities[i])
-                        AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_512 <=> vectors[i] <= 0.05) INTO found;
+                    WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i] LIMIT few + 1) AS counted;
+                IF size <= few THEN
+                    SELECT EXISTS (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i]
+                            AND (rooms[i] IS NULL OR room_id = rooms[i])
+                            AND (entities[i] IS NULL OR entity_id = entities[i])
+                            AND (worlds[i] IS NULL OR world_id = worlds[i])
+                            AND dim_512 <=> vectors[i] <= 0.05) INTO found;
+                END IF;
             END IF;
-        END IF;
-        IF size > 20000 AND entities[i] IS NOT NULL THEN
-            SELECT count(*) INTO size FROM (
-                SELECT FROM elizasql.embeddings
-                WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i] LIMIT 20001) AS counted;
-            IF size <= 20000 THEN
-                SELECT EXISTS (
+            IF size > few AND entities[i] IS NOT NULL THEN
+                SELECT count(*) INTO size FROM (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i]
-                        AND (rooms[i] IS NULL OR room_id = rooms[i])
-                        AND (entities[i] IS NULL OR entity_id = entities[i])
-                        AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_512 <=> vectors[i] <= 0.05) INTO found;
+                    WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i] LIMIT few + 1) AS counted;
+                IF size <= few THEN
+                    SELECT EXISTS (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i]
+                            AND (rooms[i] IS NULL OR room_id = rooms[i])
+                            AND (entities[i] IS NULL OR entity_id = entities[i])
+                            AND (worlds[i] IS NULL OR world_id = worlds[i])
+                            AND dim_512 <=> vectors[i] <= 0.05) INTO found;
+                END IF;
             END IF;
-        END IF;
-        IF size > 20000 AND worlds[i] IS NOT NULL THEN
-            SELECT count(*) INTO size FROM (
-                SELECT FROM elizasql.embeddings
-                WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i] LIMIT 20001) AS counted;
-            IF size <= 20000 THEN
-                SELECT EXISTS (
+            IF size > few AND worlds[i] IS NOT NULL THEN
+                SELECT count(*) INTO size FROM (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i]
-                        AND (rooms[i] IS NULL OR room_id = rooms[i])
-                        AND (entities[i] IS NULL OR entity_id = entities[i])
-                        AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_512 <=> vectors[i] <= 0.05) INTO found;
+                    WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i] LIMIT few + 1) AS counted;
+                IF size <= few THEN
+                    SELECT EXISTS (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i]
+                            AND (rooms[i] IS NULL OR room_id = rooms[i])
+                            AND (entities[i] IS NULL OR entity_id = entities[i])
+                            AND (worlds[i] IS NULL OR world_id = worlds[i])
+                            AND dim_512 <=> vectors[i] <= 0.05) INTO found;
+                END IF;
             END IF;
-        END IF;
-        IF size > 20000 THEN
-            SELECT EXISTS (
+            IF size > few AND (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) IS NOT NULL THEN
+                SELECT count(*) INTO size FROM (
+                    SELECT FROM elizasql.embeddings
+                    WHERE agent_id = given_agent AND agent_id = (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) AND type = types[i] LIMIT few + 1) AS counted;
+                IF size <= few THEN
+                    SELECT EXISTS (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND agent_id = (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) AND type = types[i]
+                            AND (rooms[i] IS NULL OR room_id = rooms[i])
+                            AND (entities[i] IS NULL OR entity_id = entities[i])
+                            AND (worlds[i] IS NULL OR world_id = worlds[i])
+                            AND dim_512 <=> vectors[i] <= 0.05) INTO found;
+                END IF;
+            END IF;
+            IF size > few AND dense_kind IS DISTINCT FROM types[i] THEN
+                dense_kind := types[i];
+                dense := (SELECT count(*) = enough FROM (
+                    SELECT FROM elizasql.embeddings
+                    WHERE agent_id = given_agent AND type = types[i] LIMIT enough) AS counted);
+            END IF;
+            EXIT WHEN size <= few OR dense;
+        END LOOP;
+        IF size > few THEN
+            SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO found, seen FROM (
+                SELECT
+                    dim_512 <=> vectors[i] AS distance,
+                    (rooms[i] IS NULL OR room_id = rooms[i])
+                    AND (worlds[i] IS NULL OR world_id = worlds[i])
+                    AND (entities[i] IS NULL OR entity_id = entities[i]) AS in_scope
+                FROM elizasql.embeddings
+                WHERE agent_id = given_agent AND type = types[i] AND indexed
+                ORDER BY dim_512::halfvec(512) <=> vectors[i]::halfvec(512) LIMIT 10) AS nearest;
+            IF found IS NOT TRUE THEN SELECT seen IS NOT TRUE AND EXISTS (
                 SELECT FROM (
                     SELECT dim_512 FROM elizasql.embeddings
                     WHERE agent_id = given_agent AND type = types[i] AND indexed
@@ -772,13 +971,14 @@ BEGIN
                         AND (entities[i] IS NULL OR entity_id = entities[i])
                     ORDER BY dim_512::halfvec(512) <=> vectors[i]::halfvec(512) LIMIT 3) AS nearest
                 WHERE dim_512 <=> vectors[i] <= 0.05
-                UNION ALL
+            ) OR EXISTS (
                 SELECT FROM elizasql.embeddings
                 WHERE agent_id = given_agent AND type = types[i] AND NOT indexed
                     AND (rooms[i] IS NULL OR room_id = rooms[i])
                     AND (worlds[i] IS NULL OR world_id = worlds[i])
                     AND (entities[i] IS NULL OR entity_id = entities[i])
                     AND dim_512 <=> vectors[i] <= 0.05) INTO found;
+            END IF;
         END IF;
         duplicates[i] := found;
     END LOOP;
@@ -792,8 +992,13 @@ CREATE FUNCTION elizasql.near_duplicates_768(given_agent uuid, types text[], roo
 DECLARE
     duplicates boolean[] := array_fill(FALSE, ARRAY[cardinality(types)]);
     lock_key bigint;
+    enough int;
+    dense_kind text;
+    dense boolean;
+    few int;
     size int;
     found boolean;
+    seen boolean;
 BEGIN
     FOR lock_key IN
         SELECT DISTINCT hashtextextended(given_agent::text || ' ' || coalesce(room::text, '-') || ' ' || kind, 0) AS k
@@ -818,55 +1023,89 @@ BEGIN
                 AND earlier.vec <=> later.vec <= 0.05
         ) ORDER BY later.position) INTO duplicates FROM given AS later;
     END IF;
+    enough := coalesce((SELECT least(20000, reltuples / 10) FROM pg_class WHERE reltuples > 0 AND oid = (
+        SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR i IN 1..cardinality(types) LOOP
         CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
         found := FALSE;
-        size := 20001;
-        
-        IF size > 20000 AND rooms[i] IS NOT NULL THEN
-            SELECT count(*) INTO size FROM (
-                SELECT FROM elizasql.embeddings
-                WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i] LIMIT 20001) AS counted;
-            IF size <= 20000 THEN
-                SELECT EXISTS (
+        FOREACH few IN ARRAY ARRAY[2000, 20000] LOOP
+            size := few + 1;
+            
+            IF size > few AND rooms[i] IS NOT NULL THEN
+                SELECT count(*) INTO size FROM (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i]
-                        AND (rooms[i] IS NULL OR room_id = rooms[i])
-                        AND (entities[i] IS NULL OR entity_id = entities[i])
-                        AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_768 <=> vectors[i] <= 0.05) INTO found;
+                    WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i] LIMIT few + 1) AS counted;
+                IF size <= few THEN
+                    SELECT EXISTS (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i]
+                            AND (rooms[i] IS NULL OR room_id = rooms[i])
+                            AND (entities[i] IS NULL OR entity_id = entities[i])
+                            AND (worlds[i] IS NULL OR world_id = worlds[i])
+                            AND dim_768 <=> vectors[i] <= 0.05) INTO found;
+                END IF;
             END IF;
-        END IF;
-        IF size > 20000 AND entities[i] IS NOT NULL THEN
-            SELECT count(*) INTO size FROM (
-                SELECT FROM elizasql.embeddings
-                WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i] LIMIT 20001) AS counted;
-            IF size <= 20000 THEN
-                SELECT EXISTS (
+            IF size > few AND entities[i] IS NOT NULL THEN
+                SELECT count(*) INTO size FROM (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i]
-                        AND (rooms[i] IS NULL OR room_id = rooms[i])
-                        AND (entities[i] IS NULL OR entity_id = entities[i])
-                        AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_768 <=> vectors[i] <= 0.05) INTO found;
+                    WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i] LIMIT few + 1) AS counted;
+                IF size <= few THEN
+                    SELECT EXISTS (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i]
+                            AND (rooms[i] IS NULL OR room_id = rooms[i])
+                            AND (entities[i] IS NULL OR entity_id = entities[i])
+                            AND (worlds[i] IS NULL OR world_id = worlds[i])
+                            AND dim_768 <=> vectors[i] <= 0.05) INTO found;
+                END IF;
             END IF;
-        END IF;
-        IF size > 20000 AND worlds[i] IS NOT NULL THEN
-            SELECT count(*) INTO size FROM (
-                SELECT FROM elizasql.embeddings
-                WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i] LIMIT 20001) AS counted;
-            IF size <= 20000 THEN
-                SELECT EXISTS (
+            IF size > few AND worlds[i] IS NOT NULL THEN
+                SELECT count(*) INTO size FROM (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i]
-                        AND (rooms[i] IS NULL OR room_id = rooms[i])
-                        AND (entities[i] IS NULL OR entity_id = entities[i])
-                        AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_768 <=> vectors[i] <= 0.05) INTO found;
+                    WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i] LIMIT few + 1) AS counted;
+                IF size <= few THEN
+                    SELECT EXISTS (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i]
+                            AND (rooms[i] IS NULL OR room_id = rooms[i])
+                            AND (entities[i] IS NULL OR entity_id = entities[i])
+                            AND (worlds[i] IS NULL OR world_id = worlds[i])
+                            AND dim_768 <=> vectors[i] <= 0.05) INTO found;
+                END IF;
             END IF;
-        END IF;
-        IF size > 20000 THEN
-            SELECT EXISTS (
+            IF size > few AND (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) IS NOT NULL THEN
+                SELECT count(*) INTO size FROM (
+                    SELECT FROM elizasql.embeddings
+                    WHERE agent_id = given_agent AND agent_id = (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) AND type = types[i] LIMIT few + 1) AS counted;
+                IF size <= few THEN
+                    SELECT EXISTS (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND agent_id = (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) AND type = types[i]
+                            AND (rooms[i] IS NULL OR room_id = rooms[i])
+                            AND (entities[i] IS NULL OR entity_id = entities[i])
+                            AND (worlds[i] IS NULL OR world_id = worlds[i])
+                            AND dim_768 <=> vectors[i] <= 0.05) INTO found;
+                END IF;
+            END IF;
+            IF size > few AND dense_kind IS DISTINCT FROM types[i] THEN
+                dense_kind := types[i];
+                dense := (SELECT count(*) = enough FROM (
+                    SELECT FROM elizasql.embeddings
+                    WHERE agent_id = given_agent AND type = types[i] LIMIT enough) AS counted);
+            END IF;
+            EXIT WHEN size <= few OR dense;
+        END LOOP;
+        IF size > few THEN
+            SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO found, seen FROM (
+                SELECT
+                    dim_768 <=> vectors[i] AS distance,
+                    (rooms[i] IS NULL OR room_id = rooms[i])
+                    AND (worlds[i] IS NULL OR world_id = worlds[i])
+                    AND (entities[i] IS NULL OR entity_id = entities[i]) AS in_scope
+                FROM elizasql.embeddings
+                WHERE agent_id = given_agent AND type = types[i] AND indexed
+                ORDER BY dim_768::halfvec(768) <=> vectors[i]::halfvec(768) LIMIT 10) AS nearest;
+            IF found IS NOT TRUE THEN SELECT seen IS NOT TRUE AND EXISTS (
                 SELECT FROM (
                     SELECT dim_768 FROM elizasql.embeddings
                     WHERE agent_id = given_agent AND type = types[i] AND indexed
@@ -875,13 +1114,14 @@ BEGIN
                         AND (entities[i] IS NULL OR entity_id = entities[i])
                     ORDER BY dim_768::halfvec(768) <=> vectors[i]::halfvec(768) LIMIT 3) AS nearest
                 WHERE dim_768 <=> vectors[i] <= 0.05
-                UNION ALL
+            ) OR EXISTS (
                 SELECT FROM elizasql.embeddings
                 WHERE agent_id = given_agent AND type = types[i] AND NOT indexed
                     AND (rooms[i] IS NULL OR room_id = rooms[i])
                     AND (worlds[i] IS NULL OR world_id = worlds[i])
                     AND (entities[i] IS NULL OR entity_id = entities[i])
                     AND dim_768 <=> vectors[i] <= 0.05) INTO found;
+            END IF;
         END IF;
         duplicates[i] := found;
     END LOOP;

@@ -143,6 +143,60 @@ async def test_recall_over_every_scope_tail_and_delete(loaded: Loaded) -> None:
     await check(0.97)
 
 
+async def test_near_duplicates_in_large_scopes(loaded: Loaded) -> None:
+    """Above 2,000 rows HNSW looks at the agent as a whole, not at the scope."""
+    db, scene, vectors = loaded.db, loaded.scene, loaded.vectors
+
+    async def is_unique(vector: Vectors, **scope: UUID | None) -> bool | None:
+        memory = Memory(content={}, embedding=vector, **{"entity_id": scene.entity, **scope})  # type: ignore[arg-type]
+        id = await db.create_memory(memory, "messages")
+        stored = await db.get_memory_by_id(id)
+        await db.delete_memory(id)
+        assert stored is not None
+        return stored.unique
+
+    def near(vector: Vectors, similarity: float, seed: int = 0) -> Vectors:
+        unit = vector / np.linalg.norm(vector)
+        other = np.random.default_rng(seed).normal(size=len(vector))
+        other -= other @ unit * unit
+        turned = similarity * unit + (1 - similarity**2) ** 0.5 * other / np.linalg.norm(other)
+        return turned.astype(np.float32)  # type: ignore[no-any-return]
+
+    async def check() -> None:
+        for i in (1, 7, 13, 31):  # of scene.entity, in scene.world
+            assert await is_unique(near(vectors[i], 0.951)) is False
+            assert await is_unique(near(vectors[i], 0.951), entity_id=None, world_id=scene.world) is False
+            assert await is_unique(near(vectors[i], 0.951), entity_id=None) is False
+            assert await is_unique(near(vectors[i], 0.949)) is True
+        for i in (0, 6, 12):  # of scene.other, in no world
+            assert await is_unique(vectors[i]) is True
+            assert await is_unique(vectors[i], entity_id=None, world_id=scene.world) is True
+
+    await check()
+    while await db.index_memories() == 0:
+        pass
+    await check()
+    # More of them elsewhere than are looked at first; then one in the scope, farther away than those.
+    much = near(vectors[0], 0.5)
+    await db.create_memories(
+        [
+            Memory(entity_id=scene.other, content={}, embedding=near(much, 0.999, seed), unique=True)
+            for seed in range(40)
+        ],
+        "messages",
+    )
+    while await db.index_memories() == 0:
+        pass
+    assert await is_unique(much) is True
+    await db.create_memory(
+        Memory(entity_id=scene.entity, content={}, embedding=near(much, 0.96), unique=True), "messages"
+    )
+    assert await is_unique(much) is False
+    while await db.index_memories() == 0:
+        pass
+    assert await is_unique(much) is False
+
+
 async def test_a_rare_type_among_many_is_found_whole(loaded: Loaded) -> None:
     db = loaded.db
     await db.create_memories(
