@@ -14,7 +14,7 @@ from benchmarks import charts
 from benchmarks.conftest import QUICK, ROWS, Run
 from benchmarks.peers import tables
 from benchmarks.peers.driver import ASYNCPG, CHECKED, ELIZAOS_CHECKED, IN_PROCESS, OURS, PEERS, PSYCOPG, RESIDENT, Spec
-from benchmarks.peers.suite import Sizes, Suite, last_run
+from benchmarks.peers.suite import Sizes, Suite, find_pgbench, last_run
 from benchmarks.report import Report
 
 
@@ -75,6 +75,8 @@ def test_concurrency(suite: Suite) -> None:
 
 def test_limits(suite: Suite) -> None:
     suite.limits()
+    if QUICK and find_pgbench():
+        assert isinstance(suite.results["limits"]["pgbench"], dict), suite.results["limits"]["pgbench"]
 
 
 def test_writes(suite: Suite) -> None:
