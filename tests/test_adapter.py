@@ -137,6 +137,18 @@ async def test_address_that_nobody_can_connect_to(address: str, message: str) ->
     assert SECRET not in "".join(traceback.format_exception(caught.value))
 
 
+@pytest.mark.parametrize(
+    ("address", "named"),
+    [("127.0.0.1:1/agents", "127.0.0.1:1/agents"), ("/agents?host=/no/folder", "/agents?host=/no/folder")],
+)
+async def test_a_server_that_is_not_there_is_named(address: str, named: str) -> None:
+    """The system's own words, as for a host that nobody knows, do not always say where."""
+    with nothing_left(), pytest.raises(elizasql.ConnectionLostError) as caught:
+        await elizasql.open(agent_id=uuid4(), dsn=f"postgresql://ann:{SECRET}@{address}")
+    assert str(caught.value).startswith(f"no connection to postgresql://{named}: ")
+    assert SECRET not in str(caught.value)
+
+
 async def test_unknown_setting_is_refused_before_anything() -> None:
     with nothing_left(), pytest.raises(elizasql.ConfigurationError, match="unknown setting pool_size"):
         await elizasql.open(agent_id=uuid4(), dsn=REFUSED, pool_size=3)
