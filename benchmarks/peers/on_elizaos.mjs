@@ -154,7 +154,8 @@ const requests = {
       const j = state % (i + 1);
       [work[i], work[j]] = [work[j], work[i]];
     }
-    const before = asked.slice(0, callers).map(([query, number]) => [true, [slice(queries, query), number]]);
+    // Its pool has twenty connections.
+    const before = asked.slice(0, Math.min(callers, 20)).map(([query, number]) => [true, [slice(queries, query), number]]);
     await atOnce(before, callers);
     const begun = seconds();
     const [searches, inserts] = await atOnce(work, callers);
