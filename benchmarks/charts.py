@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks.peers import tables
 from benchmarks.peers.suite import CALLERS, last_run
-from benchmarks.report import FOLDER, Report
+from benchmarks.report import FOLDER, JUDGED, Report
 
 Results = dict[str, Any]
 
@@ -259,7 +259,8 @@ def _growth(results: Results) -> Any:
     figure, axes = _figure(9, 4.6)
     colours = _colours(results)
     for name in points[0]["peers"]:
-        line = [(point["rows"], point["peers"][name]["p50"] * 1e3) for point in points if name in point["peers"]]
+        known = [point for point in points if name in point["peers"]]
+        line = [(point["rows"], point["peers"][name]["p50"] * 1e3) for point in known]
         width = 2.6 if name in _OURS else 1.3
         title = results["peers"][name]["title"]
         axes.plot(
@@ -271,7 +272,7 @@ def _growth(results: Results) -> Any:
             color=colours[name],
             linewidth=width,
         )
-        recall = points[-1]["peers"][name]["recall"]
+        recall = known[-1]["peers"][name]["recall"]
         axes.annotate(f"recall {recall:.3f}", line[-1], textcoords="offset points", xytext=(8, -3), fontsize=8)
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -303,7 +304,7 @@ tr.ours td { background: #fdeeee; font-weight: 600; } .yes { color: #1b7f3b; fon
 
 def page(results: Results, drawn: Mapping[str, tuple[str, bytes]], before: Results | None) -> str:
     """Write the page, charts and all."""
-    report = Report()
+    report = Report(judged=results["setup"]["rows"] >= JUDGED)
     tables.fill(report, results, before)
     setup = results["setup"]
     parts = [

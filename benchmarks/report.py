@@ -23,6 +23,8 @@ from typing import Any
 Call = Callable[[int], Awaitable[Any]]
 
 FOLDER = Path(__file__).parents[1] / ".benchmarks"
+# Memories from which on the goals are judged.
+JUDGED = 100_000
 
 
 @dataclass(frozen=True)

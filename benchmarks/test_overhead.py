@@ -119,7 +119,7 @@ def test_get_memory_by_id(benchmark: Any, ten: Database, report: Report, loop_ki
     agent = ten.agents[0]
 
     async def method(db: elizasql.DatabaseAdapter, number: int) -> Any:
-        return await db.get_memory_by_id(agent.ids[number])
+        return await db.get_memory_by_id(agent.ids[number % len(agent.ids)])
 
     found, statement = _on_loop(loop_kind, _compare(ten.dsn, agent.db.agent_id, method))
     record(benchmark, found, METHOD)

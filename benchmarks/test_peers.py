@@ -76,8 +76,7 @@ def test_concurrency(suite: Suite) -> None:
 def test_limits(suite: Suite) -> None:
     suite.limits()
     if QUICK and find_pgbench():
-        found = suite.results["limits"]["pgbench"]
-        assert isinstance(found, dict), found
+        assert isinstance(suite.results["limits"]["pgbench"], dict), suite.results["limits"]["pgbench"]
 
 
 def test_writes(suite: Suite) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from benchmarks import data
-from benchmarks.conftest import QUICK, TABLE, Database, Run, Stored, bare, open_adapter, sent_by, sized
+from benchmarks.conftest import QUICK, ROWS, TABLE, Database, Run, Stored, bare, open_adapter, sent_by, sized
 from benchmarks.report import HEADER, Comparison, Report, interleave, micro, percentile, played_back, record
 from elizasql import DatabaseAdapter, Memory, _codecs, _embedded
 from elizasql._matrix import Matrix
@@ -354,30 +354,43 @@ def test_while_writing(benchmark: Any, run: Run, ten: Database, vectors: data.Da
     ],
 )
 def test_crossover(
-    benchmark: Any, run: Run, apart: str, vectors: data.Data, report: Report, width: int, sizes: tuple[int, ...]
+    benchmark: Any,
+    run: Run,
+    apart: str,
+    vectors: data.Data,
+    report: Report,
+    request: pytest.FixtureRequest,
+    width: int,
+    sizes: tuple[int, ...],
 ) -> None:
     """Agents of all sizes, one after the other: from where on the tier pays, and up to where."""
     rounds = sized(300, 2)
     rows: list[list[str]] = []
+    # Whoever has all memories is loaded already.
+    whole: Database | None = request.getfixturevalue("one") if width == data.WIDTH and ROWS in sizes else None
 
     async def measure() -> Comparison:
         for size in sizes:
             given = vectors if width == data.WIDTH else data.generate(size, 200, width=width)
-            agent_id = uuid5(NAMESPACE_OID, f"resident {width} {size}")
+            if size > len(given.vectors):
+                break
             async with AsyncExitStack() as stack:
-                db = await open_adapter(apart, agent_id)
-                stack.push_async_callback(db.close)
-                await db.ensure_agent_exists({"name": "x"})
-                stack.push_async_callback(db.delete_agent, agent_id)
-                await db.ensure_embedding_dimension(width)
-                for start in range(0, size, 1000):
-                    batch = given.vectors[start : min(start + 1000, size)]
-                    await db.create_memories(
-                        [Memory(content={"text": "x" * 80}, embedding=each, unique=True) for each in batch], TABLE
-                    )
-                await db.index_memories(rebuild=True)
+                if whole is not None and size == ROWS:
+                    dsn, db = whole.dsn, whole.agents[0].db
+                else:
+                    dsn, db = apart, await open_adapter(apart, uuid5(NAMESPACE_OID, f"resident {width} {size}"))
+                    stack.push_async_callback(db.close)
+                    await db.ensure_agent_exists({"name": "x"})
+                    stack.push_async_callback(db.delete_agent, db.agent_id)
+                    await db.ensure_embedding_dimension(width)
+                    for start in range(0, size, 1000):
+                        batch = given.vectors[start : min(start + 1000, size)]
+                        await db.create_memories(
+                            [Memory(content={"text": "x" * 80}, embedding=each, unique=True) for each in batch], TABLE
+                        )
+                    await db.index_memories(rebuild=True)
                 tier = await open_adapter(
-                    apart, agent_id, resident="required", resident_max_vectors=10**6, resident_memory_mb=4096
+                    dsn, db.agent_id, resident="required", resident_max_vectors=10**6, resident_memory_mb=4096
                 )
                 stack.push_async_callback(tier.close)
                 begun = time.perf_counter()

@@ -14,7 +14,6 @@ import shutil
 import sys
 import sysconfig
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
@@ -148,7 +147,7 @@ def _find_dbmate() -> Path:
 async def _look_up(dsn: str, config: Config, schema: str | None) -> str:
     """Connect once, to say to dbmate what that connection is."""
     try:
-        connection = await _pool.connect(dsn, replace(config, dsn=dsn))  # whose errors name it
+        connection = await _pool.connect(dsn, config)
     except ElizaSQLError as error:
         raise MigrationError(f"no connection for migrations to {redact(dsn)}: {error}") from error
     connection.terminate()

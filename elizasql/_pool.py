@@ -23,7 +23,7 @@ import asyncpg
 from . import _codecs, _hosts
 from ._calls import spawn
 from ._statements import SQL
-from .config import Config
+from .config import Config, redact
 from .errors import (
     ClosedError,
     ConfigurationError,
@@ -31,6 +31,7 @@ from .errors import (
     ElizaSQLError,
     InternalError,
     PoolTimeoutError,
+    UnavailableError,
     translate,
 )
 
@@ -154,16 +155,20 @@ async def connect(dsn: str, config: Config) -> asyncpg.Connection[Any]:
             server_settings={"application_name": config.application_name},
         )
     except Exception as error:
-        raise _explain(error, config) from error
+        raise _explain(error, dsn, config) from error
 
 
-def _explain(error: Exception, config: Config) -> ElizaSQLError:
+def _explain(error: Exception, dsn: str, config: Config) -> ElizaSQLError:
+    where = redact(dsn)
     if isinstance(error, (asyncio.TimeoutError, TimeoutError)):
-        return ConnectionLostError(f"no connection to {config.where} within {config.connection_timeout:g} s")
+        return ConnectionLostError(f"no connection to {where} within {config.connection_timeout:g} s")
     made = translate(error)
     if isinstance(made, InternalError) and isinstance(error, (ValueError, OverflowError)):
         # Of the address: a port that is none, or fewer ports than hosts.
-        return ConfigurationError(f"{config.where}: {error}")
+        return ConfigurationError(f"{where}: {error}")
+    if isinstance(made, UnavailableError):
+        # The system's word for an unknown host does not name it.
+        made.args = (f"no connection to {where}: {made}",)
     return made
 
 
@@ -248,7 +253,7 @@ class Lane:
                 server_settings=session_settings(config),
             )
         except Exception as error:
-            raise _explain(error, config) from error
+            raise _explain(error, self._dsn, config) from error
         return self
 
     @property

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from dotenv import dotenv_values, find_dotenv
 
@@ -253,4 +253,6 @@ def redact(dsn: str) -> str:
         parts = urlsplit(_dsn(dsn))
     except ValueError:
         return "(address)"
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    # A host may be a folder with a socket, which only a parameter can name.
+    where = urlencode([each for each in parse_qsl(parts.query) if each[0] in ("host", "port")], safe="/,")
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}" + (f"?{where}" if where else "")

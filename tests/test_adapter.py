@@ -42,9 +42,9 @@ async def sessions(raw: asyncpg.Connection[Any], name: str) -> int:
     return int(await raw.fetchval("SELECT count(*) FROM pg_stat_activity WHERE application_name = $1", name))
 
 
-async def assert_gone(raw: asyncpg.Connection[Any], name: str) -> None:
+async def assert_gone(raw: asyncpg.Connection[Any], name: str, *, but: int = 0) -> None:
     """Wait for the server to end the sessions of that name; the client's side is closed already."""
-    while await sessions(raw, name):
+    while await sessions(raw, name) > but:
         pass
 
 
@@ -69,6 +69,7 @@ async def test_open_and_close(dsn: str, raw: asyncpg.Connection[Any]) -> None:
         assert db.agent_id == agent
         assert isinstance(db.config, Config)
         assert await db.is_ready()
+        await assert_gone(raw, name, but=2)  # that of the first look at the server
         assert await sessions(raw, name) == 2
         await db.close()
         await assert_gone(raw, name)
@@ -135,6 +136,18 @@ async def test_address_that_nobody_can_connect_to(address: str, message: str) ->
     with nothing_left(), pytest.raises(elizasql.ConfigurationError, match=message) as caught:
         await elizasql.open(agent_id=uuid4(), dsn=f"postgresql://ann:{SECRET}@{address}")
     assert SECRET not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("address", "named"),
+    [("127.0.0.1:1/agents", "127.0.0.1:1/agents"), ("/agents?host=/no/folder", "/agents?host=/no/folder")],
+)
+async def test_a_server_that_is_not_there_is_named(address: str, named: str) -> None:
+    """The system's own words, as for a host that nobody knows, do not always say where."""
+    with nothing_left(), pytest.raises(elizasql.ConnectionLostError) as caught:
+        await elizasql.open(agent_id=uuid4(), dsn=f"postgresql://ann:{SECRET}@{address}")
+    assert str(caught.value).startswith(f"no connection to postgresql://{named}: ")
+    assert SECRET not in str(caught.value)
 
 
 async def test_unknown_setting_is_refused_before_anything() -> None:

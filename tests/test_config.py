@@ -283,7 +283,7 @@ def test_address_that_could_be_read_in_two_ways_is_refused(dsn: str, name: str) 
         ("postgres://ann@host:5432/db?sslmode=require", "postgres://host:5432/db"),
         ("postgres://ann:a%40b%2Fc@h1:1,h2:2/db", "postgres://h1:1,h2:2/db"),
         ("postgres://ann:p:q@[::1]:5432/db", "postgres://[::1]:5432/db"),
-        ("postgres://ann@/db?host=%2Ftmp%2Frun", "postgres:///db"),
+        ("postgres://ann@/db?host=%2Ftmp%2Frun&sslmode=disable", "postgres:///db?host=/tmp/run"),
         (f"postgres://host/db?user=ann&password={SECRET}", "postgres://host/db"),
         (f"postgres://host/db?password={SECRET}@x", "postgres://host/db"),
     ],

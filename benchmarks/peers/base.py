@@ -6,11 +6,13 @@ before: vectors in the form that the peer takes, texts, ids.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from struct import pack
 from typing import Any, ClassVar
 from urllib.parse import quote
 from uuid import UUID
@@ -80,11 +82,18 @@ class Rows:
         return f"Memory {row}: {_FILLER[row % 50 : 90 + row % 70]}"
 
 
-def copy_text(lines: Iterable[Sequence[str]]) -> Iterator[bytes]:
-    """Write rows for COPY, a thousand at a time; no value has a tab, a newline or a backslash."""
-    left = iter(lines)
+def copy_binary(rows: Iterable[Sequence[bytes]]) -> Iterator[bytes]:
+    """Write rows for COPY ... WITH (FORMAT BINARY), a thousand at a time; a field is in the binary form of its type."""
+    yield b"PGCOPY\n\xff\r\n\0" + bytes(8)
+    left = iter(rows)
     while part := list(islice(left, 1000)):
-        yield "".join("\t".join(line) + "\n" for line in part).encode()
+        yield b"".join(pack("!h", len(row)) + b"".join(pack("!i", len(each)) + each for each in row) for row in part)
+    yield b"\xff\xff"
+
+
+def jsonb(value: Any) -> bytes:
+    """Write a value as jsonb's binary form: a version, then the text."""
+    return b"\x01" + json.dumps(value).encode()
 
 
 def _read(path: Path, kind: Any) -> NDArray[Any]:
@@ -149,11 +158,16 @@ class Peer:
         """Build the vector index, where the peer does it after loading. Maybe a coroutine function."""
         return self._nothing() if self.asynchronous else None
 
+    def catch_up(self) -> Any:
+        """Bring what was stored since into the index, where that is left for later. Maybe a coroutine function."""
+        return self._nothing() if self.asynchronous else None
+
     async def _nothing(self) -> None: ...
 
-    def text_of(self, row: int) -> str:
-        """Write a vector as pgvector's text."""
-        return str(self.rows.vectors[row].tolist())
+    def binary(self, row: int) -> bytes:
+        """Write a vector in pgvector's binary form."""
+        vector: bytes = self.rows.vectors[row].astype(">f4").tobytes()
+        return pack("!HH", self.rows.width, 0) + vector
 
     def vector(self, vector: NDArray[np.float32]) -> Any:
         """Bring a vector into the form that the peer takes."""

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -90,7 +91,7 @@ ASYNCPG = Spec(
     "asyncpg",
     "on_asyncpg:OnAsyncpg",
     ("asyncpg==0.32.0", "pgvector==0.5.1", "numpy"),
-    how=f"pool, prepared, binary, numpy; {_B_TREE}",
+    how=f"its pool with its reset, prepared, binary, numpy; {_B_TREE}",
 )
 PSYCOPG = Spec(
     "psycopg",
@@ -225,6 +226,17 @@ def environment(spec: Spec) -> list[str]:
         _install([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *spec.packages])
         (folder / "installed").touch()
     return [str(python), "-c", start]
+
+
+def make_environments(specs: Iterable[Spec]) -> None:
+    """Make those that are missing, two at a time; of one that cannot be made is told when its peer is started."""
+
+    def make(spec: Spec) -> None:
+        with suppress(PeerError):
+            environment(spec)
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(make, {spec.packages: spec for spec in specs if spec.packages}.values()))
 
 
 def _node(spec: Spec) -> list[str]:
@@ -382,8 +394,8 @@ class Task:
         """Compare with an exact search in what was loaded; a row of another agent counts for nothing."""
         mine = self.members[agent]
         place = np.searchsorted(mine, found)
-        known = [int(p) for p, row in zip(place, found, strict=True) if p < len(mine) and mine[p] == row]
-        return data.recall(self.vectors[mine], self.queries[query], known, 10)
+        known = {int(p) for p, row in zip(place, found, strict=True) if p < len(mine) and mine[p] == row}
+        return data.recall(self.vectors[mine], self.queries[query], sorted(known), 10)
 
 
 def make_task(folder: Path, loaded: int, extra: int, agents: int, queries: int) -> Task:

@@ -6,7 +6,6 @@ what it would have made is made by hand. Its `async_search` is the blocking one 
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Any
 
@@ -15,7 +14,7 @@ from agno.knowledge.embedder.base import Embedder  # type: ignore[import-not-fou
 from agno.vectordb.pgvector import HNSW, PgVector  # type: ignore[import-not-found]
 from sqlalchemy import create_engine, text  # type: ignore[import-not-found]
 
-from .base import COUNT, POOL, Peer, copy_text, row_id
+from .base import COUNT, POOL, Peer, copy_binary, jsonb, row_id
 
 
 class _Embedder(Embedder):  # type: ignore[misc]
@@ -54,18 +53,18 @@ class OnAgno(Peer):
         self.engine.dispose()
 
     def load(self, rows: range) -> None:
-        lines = (
+        records = (
             [
-                *(str(row_id(row)), json.dumps({"row": row}), self.rows.content(row), self.text_of(row)),
-                *("benchmark", str(self.rows.agent(row))),
+                *(str(row_id(row)).encode(), jsonb({"row": row}), self.rows.content(row).encode(), self.binary(row)),
+                *(b"benchmark", str(self.rows.agent(row)).encode()),
             ]
             for row in rows
         )
         columns = "id, meta_data, content, embedding, content_hash, user_id"
         with self.engine.connect() as connection:
             cursor = connection.connection.cursor()
-            with cursor.copy(f"COPY memories ({columns}) FROM STDIN") as copy:
-                for part in copy_text(lines):
+            with cursor.copy(f"COPY memories ({columns}) FROM STDIN WITH (FORMAT BINARY)") as copy:
+                for part in copy_binary(records):
                     copy.write(part)
             connection.connection.commit()
 

@@ -25,6 +25,8 @@ const seconds = () => performance.now() / 1000;
 let width, vectors, queries, agents, adapters, place, plugin;
 
 const slice = (all, row) => Array.from(all.subarray(row * width, (row + 1) * width));
+// As it stores them: rounded to six decimals.
+const stored = (row) => `[${slice(vectors, row).map((x) => x.toFixed(6)).join(",")}]`;
 const text = (row) => `Memory ${row}: ${FILLER.slice(row % 50, 90 + (row % 70))}`;
 
 function floats(path) {
@@ -113,7 +115,7 @@ const requests = {
       await client.query(
         `INSERT INTO embeddings (memory_id, dim_${width})
          SELECT r.id, r.vector::vector FROM unnest($1::uuid[], $2::text[]) AS r (id, vector)`,
-        [rows.map(rowId), rows.map((row) => `[${slice(vectors, row).map((x) => x.toFixed(6)).join(",")}]`)],
+        [rows.map(rowId), rows.map(stored)],
       );
     }
     return { seconds: seconds() - begun, by_itself: false };
@@ -152,7 +154,8 @@ const requests = {
       const j = state % (i + 1);
       [work[i], work[j]] = [work[j], work[i]];
     }
-    const before = asked.slice(0, callers).map(([query, number]) => [true, [slice(queries, query), number]]);
+    // Its pool has twenty connections.
+    const before = asked.slice(0, Math.min(callers, 20)).map(([query, number]) => [true, [slice(queries, query), number]]);
     await atOnce(before, callers);
     const begun = seconds();
     const [searches, inserts] = await atOnce(work, callers);
@@ -175,7 +178,7 @@ async function loadPGlite(client, first, last, begun) {
       ...[rowId(row), TABLE, JSON.stringify({ text: text(row) }), entityId(agents[row])],
       ...[agentId(agents[row]), roomId(agents[row]), '{"type": "message"}'],
     ],
-    [`embeddings (memory_id, dim_${width})`]: (row) => [rowId(row), `[${slice(vectors, row).join(",")}]`],
+    [`embeddings (memory_id, dim_${width})`]: (row) => [rowId(row), stored(row)],
   };
   for (const [table, line] of Object.entries(copies)) {
     for (let start = first; start < last; start += 5000) {

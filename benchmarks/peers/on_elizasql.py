@@ -60,6 +60,11 @@ class OnElizaSQL(Peer):
         finally:
             await connection.close()
 
+    async def catch_up(self) -> None:
+        """Move it row by row, as the background indexer does."""
+        for db in self.adapters:
+            await db.index_memories()
+
     def vector(self, vector: Any) -> Any:
         return vector
 

@@ -10,7 +10,7 @@ from langchain_postgres import Column, PGEngine, PGVectorStore  # type: ignore[i
 from langchain_postgres.v2.indexes import HNSWIndex, HNSWQueryOptions  # type: ignore[import-not-found]
 from sqlalchemy.ext.asyncio import create_async_engine  # type: ignore[import-not-found]
 
-from .base import COUNT, POOL, Peer, copy_text, row_id
+from .base import COUNT, POOL, Peer, copy_binary, row_id
 
 _TABLE = "memories"
 
@@ -42,14 +42,14 @@ class OnLangChain(Peer):
         await self.engine.close()
 
     async def load(self, rows: range) -> None:
-        lines = (
-            [str(row_id(row)), self.rows.content(row), self.text_of(row), str(self.rows.agent(row)), "{}"]
+        records = (
+            [row_id(row).bytes, self.rows.content(row).encode(), self.binary(row), self.rows.agent(row).bytes, b"{}"]
             for row in rows
         )
         columns = ["langchain_id", "content", "embedding", "agent_id", "langchain_metadata"]
         connection = await asyncpg.connect(self.place.url())
         try:
-            await connection.copy_to_table(_TABLE, source=_each(copy_text(lines)), columns=columns)
+            await connection.copy_to_table(_TABLE, source=_each(copy_binary(records)), columns=columns, format="binary")
         finally:
             await connection.close()
 

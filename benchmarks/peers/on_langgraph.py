@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from langgraph.store.base import PutOp  # type: ignore[import-not-found]
 from langgraph.store.postgres.aio import AsyncPostgresStore  # type: ignore[import-not-found]
 from psycopg import AsyncConnection  # type: ignore[import-not-found]
 
-from .base import COUNT, POOL, Peer, copy_text, row_id
+from .base import COUNT, POOL, Peer, copy_binary, jsonb, row_id
 
 
 class OnLangGraph(Peer):
@@ -32,16 +31,16 @@ class OnLangGraph(Peer):
 
     async def load(self, rows: range) -> None:
         # As aput writes it.
-        keys = {row: [f"memories.{self.rows.agent(row)}", str(row_id(row))] for row in rows}
-        values = ([*keys[row], json.dumps({"text": self.rows.content(row)})] for row in rows)
-        vectors = ([*keys[row], self.text_of(row), "text"] for row in rows)
+        keys = {row: [f"memories.{self.rows.agent(row)}".encode(), str(row_id(row)).encode()] for row in rows}
+        values = ([*keys[row], jsonb({"text": self.rows.content(row)})] for row in rows)
+        vectors = ([*keys[row], self.binary(row), b"text"] for row in rows)
         async with await AsyncConnection.connect(self.place.url()) as connection, connection.cursor() as cursor:
-            for table, lines in (
+            for table, records in (
                 ("store (prefix, key, value)", values),
                 ("store_vectors (prefix, key, embedding, field_name)", vectors),
             ):
-                async with cursor.copy(f"COPY {table} FROM STDIN") as copy:
-                    for part in copy_text(lines):
+                async with cursor.copy(f"COPY {table} FROM STDIN WITH (FORMAT BINARY)") as copy:
+                    for part in copy_binary(records):
                         await copy.write(part)
 
     async def _embed(self, texts: list[str]) -> list[list[float]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
@@ -16,7 +15,7 @@ from llama_index.core.vector_stores import (  # type: ignore[import-not-found]
 from llama_index.core.vector_stores.utils import node_to_metadata_dict  # type: ignore[import-not-found]
 from llama_index.vector_stores.postgres import PGVectorStore  # type: ignore[import-not-found]
 
-from .base import COUNT, POOL, Peer, copy_text, row_id
+from .base import COUNT, POOL, Peer, copy_binary, jsonb, row_id
 
 
 async def _each(parts: Iterable[bytes]) -> AsyncIterator[bytes]:
@@ -53,18 +52,22 @@ class OnLlamaIndex(Peer):
     async def load(self, rows: range) -> None:
         # The first row goes through the store, which makes its table then.
         await self.insert_one(self.prepare(rows.start))
-        lines = ([str(row_id(row)), self.rows.content(row), self.text_of(row), self._metadata(row)] for row in rows[1:])
+        records = (
+            [str(row_id(row)).encode(), self.rows.content(row).encode(), self.binary(row), self._metadata(row)]
+            for row in rows[1:]
+        )
         connection = await asyncpg.connect(self.place.url())
         try:
             columns = ["node_id", "text", "embedding", "metadata_"]
-            await connection.copy_to_table("data_memories", source=_each(copy_text(lines)), columns=columns)
+            await connection.copy_to_table(
+                "data_memories", source=_each(copy_binary(records)), columns=columns, format="binary"
+            )
         finally:
             await connection.close()
 
-    def _metadata(self, row: int) -> str:
+    def _metadata(self, row: int) -> bytes:
         node = TextNode(id_=str(row_id(row)), metadata={"agent_id": str(self.rows.agent(row))})
-        # Its JSON has JSON in it, whose backslashes COPY would take for its own.
-        return json.dumps(node_to_metadata_dict(node, remove_text=True)).replace("\\", "\\\\")
+        return jsonb(node_to_metadata_dict(node, remove_text=True))
 
     async def search(self, question: Any, agent: int) -> Any:
         filters = MetadataFilters(filters=[MetadataFilter(key="agent_id", value=str(self.rows.agent_ids[agent]))])

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
-from .base import COUNT, POOL, Peer, copy_text, row_id
+from .base import COUNT, POOL, Peer, copy_binary, jsonb, row_id
 
 os.environ["MEM0_TELEMETRY"] = "False"
 
@@ -41,14 +40,14 @@ class OnMem0(Peer):
     def load(self, rows: range) -> None:
         # The first row goes through the store, which makes its table then.
         self.insert_many(self.prepare_many(rows[:1]))
-        lines = ([str(row_id(row)), self.text_of(row), json.dumps(self._payload(row))] for row in rows[1:])
-        command = "COPY memories (id, vector, payload) FROM STDIN"
+        records = ([row_id(row).bytes, self.binary(row), jsonb(self._payload(row))] for row in rows[1:])
+        command = "COPY memories (id, vector, payload) FROM STDIN WITH (FORMAT BINARY)"
         with (
             self.store.connection_pool.connection() as connection,
             connection.cursor() as cursor,
             cursor.copy(command) as copy,
         ):
-            for part in copy_text(lines):
+            for part in copy_binary(records):
                 copy.write(part)
 
     def _payload(self, row: int) -> dict[str, str]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-import json
 from typing import Any
 
 import vecs  # type: ignore[import-not-found]
 
-from .base import COUNT, Peer, copy_text, row_id
+from .base import COUNT, LOADED, Peer, copy_binary, jsonb, row_id
 
 
 class OnVecs(Peer):
@@ -25,11 +24,15 @@ class OnVecs(Peer):
         self.client.disconnect()
 
     def load(self, rows: range) -> None:
-        lines = ([str(row_id(row)), self.text_of(row), json.dumps(self._metadata(row))] for row in rows)
+        command = "COPY vecs.memories (id, vec, metadata) FROM STDIN WITH (FORMAT BINARY)"
         with self.client.engine.connect() as connection:
             cursor = connection.connection.cursor()
-            for part in copy_text(lines):
-                cursor.copy_expert("COPY vecs.memories (id, vec, metadata) FROM STDIN", io.BytesIO(part))
+            for start in range(0, len(rows), LOADED):
+                records = (
+                    [str(row_id(row)).encode(), self.binary(row), jsonb(self._metadata(row))]
+                    for row in rows[start : start + LOADED]
+                )
+                cursor.copy_expert(command, io.BytesIO(b"".join(copy_binary(records))))
             connection.connection.commit()
 
     def _metadata(self, row: int) -> dict[str, str]:

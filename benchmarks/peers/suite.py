@@ -16,12 +16,13 @@ import subprocess
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
-from uuid import UUID
 
+import asyncpg
 import numpy as np
 
 import elizasql
@@ -42,6 +43,8 @@ OUR_KNOBS = (Knob(40), Knob(200), Knob(60), Knob(400))
 CALLERS = (1, 4, 16, 64)
 # Batches that a quick peer stores in a turn, at most.
 AT_ONCE = 4
+# What stands before the names of those that grow.
+_GROWTH = "growth-"
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,7 @@ class Suite:
             self.folder / "task", self.sizes.rows, extra, self.sizes.agents, min(queries, 1000)
         )
         self.results["setup"] |= {"source": self.task.source, "queries": len(self.task.queries)}
+        driver.make_environments(self.specs)
         for spec in self.specs:
             self.results["peers"][spec.name] = {"title": spec.title, "how": spec.how, "failed": None, "points": []}
             self._guard(spec, lambda spec=spec: self._load(spec))  # type: ignore[misc]
@@ -190,13 +194,14 @@ class Suite:
         """Do something with a peer; when it fails, note why and leave the peer out from then on."""
         try:
             return call()
-        except PeerError as error:
+        except (PeerError, asyncpg.PostgresError) as error:
             self._tell(f"{spec.title}: {error}")
-            self.results["peers"][spec.name]["failed"] = str(error)
+            name = spec.name.removeprefix(_GROWTH)
+            self.results["peers"][name]["failed"] = f"growth: {error}" if name != spec.name else str(error)
             process = self.processes.pop(spec.name, None)
             if process is not None:
                 process.end()
-            if spec is OURS:
+            if name == OURS.name:
                 raise
             return None
 
@@ -441,7 +446,7 @@ class Suite:
         self._tell("what was written goes into the index")
         if OURS.name in self.processes:
             # What the background indexer would have done meanwhile.
-            answer = self.processes[OURS.name].ask("index")
+            answer = self.processes[OURS.name].ask("catch_up")
             moved = sizes.inserts * sum(spec.name.startswith("elizasql") for spec in specs) + stored
             self.results["peers"][OURS.name]["indexing"] = moved / answer["seconds"]
 
@@ -485,7 +490,7 @@ class Suite:
             self.results["limits"]["pgbench"] = "there is no pgbench"
             return
         self._tell("pgbench")
-        script = self._run(self._script())
+        script = self._run(self._scripts())
         ours = self.processes[OURS.name]
         seconds = 3 if self.sizes.rows >= 20_000 else 1
         asked = [(query, query % self.sizes.agents) for query in range(min(len(script), len(self.task.queries)))]
@@ -505,11 +510,15 @@ class Suite:
             "ours_rate_16": [mine for mine, _ in many],
         }
 
-    async def _script(self) -> list[tuple[str, dict[str, str]]]:
-        """Take the statement that a search sends, for 20 questions, in pgbench's form: text and variables."""
+    async def _scripts(self) -> list[str]:
+        """Take the statement that a search sends, for 20 questions, each as a script that prepares it at its first run.
+
+        As a variable of pgbench the vector would be a parameter of its own at each of its four places in the statement,
+        sent and read four times.
+        """
         from benchmarks.conftest import sent_by
 
-        scripts: list[tuple[str, dict[str, str]]] = []
+        scripts: list[str] = []
         dsn = self.server.of(OURS).url()
         opened: dict[int, elizasql.DatabaseAdapter] = {}
         try:
@@ -525,60 +534,35 @@ class Suite:
                     await db.search_memories(embedding=self.task.queries[number], table_name="messages")
 
                 sent = (await sent_by(db, call))[0]
-                types = await self._types(sent.sql)
-                variables: dict[str, str] = {}
-                text = sent.sql
-                for place, name in reversed(list(enumerate(sent.statement.params, 1))):
-                    value = sent.params[name]
-                    if value is None:
-                        # pgbench cannot send NULL, nor an empty text.
-                        variables[f"v{number}_{place}"] = "none"
-                        text = re.sub(
-                            rf"\${place}\b", f"nullif(:v{number}_{place}::text, 'none')::{types[place - 1]}", text
-                        )
-                        continue
-                    if name == "embedding":
-                        value = "[" + ",".join(f"{x:.4g}" for x in self.task.queries[number]) + "]"
-                    variables[f"v{number}_{place}"] = (
-                        str(value).lower() if isinstance(value, (bool, UUID)) else str(value)
-                    )
-                    # Every place of a variable is a parameter of its own there, and needs its type.
-                    text = re.sub(rf"\${place}\b", f":v{number}_{place}::{types[place - 1]}", text)
-                scripts.append((text.rstrip().rstrip(";") + ";", variables))
+                vector = "[" + ",".join(f"{x:.4g}" for x in self.task.queries[number]) + "]"
+                given = [vector if name == "embedding" else sent.params[name] for name in sent.statement.params]
+                values = ", ".join("NULL" if value is None else f"'{value}'" for value in given)
+                # A statement is one line, else pgbench sends nothing: comments end with their lines.
+                lines = [line for line in sent.sql.splitlines() if not line.lstrip().startswith("--")]
+                scripts.append(
+                    f"\\if :ready{number} = 0\nPREPARE s{number} AS {' '.join(lines).rstrip().rstrip(';')};\n"
+                    f"\\set ready{number} 1\n\\endif\nEXECUTE s{number} ({values});\n"
+                )
         finally:
             for db in opened.values():
                 await db.close()
         return scripts
 
-    async def _types(self, sql: str) -> list[str]:
-        """Tell what a statement's parameters are."""
-        connection = await self.server.admin(self.server.of(OURS).database)
-        try:
-            return [each.name for each in (await connection.prepare(sql)).get_parameters()]
-        finally:
-            await connection.close()
-
-    def _pgbench(
-        self, program: str, scripts: list[tuple[str, dict[str, str]]], clients: int, seconds: int
-    ) -> tuple[list[float], float]:
+    def _pgbench(self, program: str, scripts: list[str], clients: int, seconds: int) -> tuple[list[float], float]:
         """Run it; give the seconds of every transaction, and transactions a second."""
         place = self.server.of(OURS)
         folder = self.folder / "pgbench"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        command = [program, "-n", "-M", "prepared", "-c", str(clients), "-j", str(min(clients, 2)), "-T", str(seconds)]
+        command = [program, "-n", "-c", str(clients), "-j", str(min(clients, 2)), "-T", str(seconds)]
         command += ["--log", "--log-prefix", str(folder / "log")]
-        for number, (text, variables) in enumerate(scripts):
+        for number, text in enumerate(scripts):
             path = folder / f"{number}.sql"
-            # A statement is one line, else pgbench sends nothing: comments end with their lines.
-            lines = [line for line in text.splitlines() if not line.lstrip().startswith("--")]
-            path.write_text(" ".join(lines) + "\n")
-            command += ["-f", str(path)]
-            for name, value in variables.items():
-                command += ["-D", f"{name}={value}"]
-        wanted = _pool.session_settings(Config()).items()
-        # libpq splits them at spaces; a backslash keeps one.
-        settings = " ".join("-c {}={}".format(name, value.replace(" ", r"\ ")) for name, value in wanted)
+            path.write_text(text)
+            command += ["-f", str(path), "-D", f"ready{number}=0"]
+        # A blank would end the value.
+        values = {name: value.replace(" ", "\\ ") for name, value in _pool.session_settings(Config()).items()}
+        settings = " ".join(f"-c {name}={value}" for name, value in values.items())
         environment = os.environ | {
             "PGHOST": place.host,
             "PGPORT": str(place.port),
@@ -612,38 +596,35 @@ class Suite:
         task = driver.make_task(self.folder / "growth", sizes[-1], 2, 1, 200)
         self.results["setup"]["growth"] = task.source
         grown = [
-            replace(spec, name=f"growth-{spec.name}", like=f"growth-{spec.like}" if spec.like else "") for spec in specs
+            replace(spec, name=f"{_GROWTH}{spec.name}", like=f"{_GROWTH}{spec.like}" if spec.like else "")
+            for spec in specs
         ]
-        for spec in grown:
-            if not spec.like:
-                self._run(self.server.create(spec))
-        processes: dict[str, Process] = {}
+        loaded = 0
         try:
-            for spec in grown:
-                try:
-                    processes[spec.name] = self.start(spec, task)
-                except PeerError as error:
-                    self._tell(f"{spec.title}: {error}")
-            loaded = 0
             for size in sizes:
-                point: dict[str, Any] = {"rows": size, "peers": {}}
                 for spec in grown:
-                    if spec.name not in processes:
-                        continue
-                    if spec.like:
-                        # Begun anew: after so much that another process has stored, the tier waits before it loads.
-                        processes.pop(spec.name).end()
-                        processes[spec.name] = self.start(spec, task)
-                    else:
-                        self._grow(spec, processes[spec.name], loaded, size)
-                self._search_grown(grown, processes, task, size, point)
+                    if spec.name in self.processes or not loaded:
+                        self._guard(spec, partial(self._grow, spec, task, loaded, size))
+                point: dict[str, Any] = {"rows": size, "peers": {}}
+                self._search_grown(grown, task, size, point)
                 self.results["growth"].append(point)
                 loaded = size
         finally:
-            for process in processes.values():
-                process.end()
+            for spec in grown:
+                if (process := self.processes.pop(spec.name, None)) is not None:
+                    process.end()
 
-    def _grow(self, spec: Spec, process: Process, loaded: int, size: int) -> None:
+    def _grow(self, spec: Spec, task: Task, loaded: int, size: int) -> None:
+        if spec.like:
+            # Begun anew: after so much that another process has stored, the tier waits before it loads.
+            if loaded:
+                self.processes.pop(spec.name).end()
+            self.processes[spec.name] = self.start(spec, task)
+            return
+        if not loaded:
+            self._run(self.server.create(spec))
+            self.processes[spec.name] = self.start(spec, task)
+        process = self.processes[spec.name]
         ours = "elizasql" in spec.name
         indexes = [] if ours else self._run(self.server.drop_hnsw(spec))
         process.ask("load", first=loaded, last=size)
@@ -656,29 +637,29 @@ class Suite:
             process.ask("knob", ef_search=KNOBS[0].ef_search, iterative=KNOBS[0].iterative)
         self._tell(f"{spec.title}: {size:,} rows of one agent")
 
-    def _search_grown(
-        self, grown: list[Spec], processes: dict[str, Process], task: Task, size: int, point: dict[str, Any]
-    ) -> None:
+    def _search_grown(self, grown: list[Spec], task: Task, size: int, point: dict[str, Any]) -> None:
         block, rounds = self.sizes.block, max(2, self.sizes.rounds // 2)
-        seconds: dict[str, list[float]] = {name: [] for name in processes}
-        recalls: dict[str, list[float]] = {name: [] for name in processes}
-        for number in range(rounds):
-            for spec in grown[number % len(grown) :] + grown[: number % len(grown)]:
-                if spec.name not in processes:
-                    continue
-                count = max(2, block // 4) if spec.exact else block
-                queries = [(number * block + n) % len(task.queries) for n in range(count)]
-                asked = [(queries[0], 0)] * 2 + [(query, 0) for query in queries]
-                answer = processes[spec.name].ask("search", asked=asked, warmup=2)
-                seconds[spec.name] += answer["seconds"]
-                for query, found in zip(queries, answer["found"], strict=True):
-                    recalls[spec.name].append(data.recall(task.vectors[:size], task.queries[query], found, 10))
-        for name, times in seconds.items():
-            point["peers"][name.removeprefix("growth-")] = {
-                "p50": statistics.median(times),
-                "p95": percentile(times, 0.95),
-                "recall": float(np.mean(recalls[name])),
-            }
+        seconds: dict[str, list[float]] = {spec.name: [] for spec in grown}
+        recalls: dict[str, list[float]] = {spec.name: [] for spec in grown}
+
+        def turn(spec: Spec, number: int) -> None:
+            count = max(2, block // 4) if spec.exact else block
+            queries = [(number * block + n) % len(task.queries) for n in range(count)]
+            asked = [(queries[0], 0)] * 2 + [(query, 0) for query in queries]
+            answer = self.processes[spec.name].ask("search", asked=asked, warmup=2)
+            seconds[spec.name] += answer["seconds"]
+            for query, found in zip(queries, answer["found"], strict=True):
+                recalls[spec.name].append(data.recall(task.vectors[:size], task.queries[query], sorted(set(found)), 10))
+
+        self.turns(grown, rounds, turn)
+        for spec in grown:
+            if spec.name in self.processes:
+                times = seconds[spec.name]
+                point["peers"][spec.name.removeprefix(_GROWTH)] = {
+                    "p50": statistics.median(times),
+                    "p95": percentile(times, 0.95),
+                    "recall": float(np.mean(recalls[spec.name])),
+                }
 
     # --- results -----------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.report import Report
+from benchmarks.report import Report, percentile
 
 from .suite import CALLERS
 
@@ -38,6 +38,9 @@ def fill(report: Report, results: Results, before: Results | None) -> None:
         report.table("Growth, one agent", header, _growth(results["growth"]))
     rows = [[kept["title"], kept["how"], _versions(kept)] for kept in peers.values()]
     report.table("Peers: how each was set up", ["peer", "how", "versions"], rows)
+    rows = [[kept["title"], kept["failed"]] for kept in peers.values() if kept["failed"]]
+    if rows:
+        report.table("Peers that failed, and took no part from then on", ["peer", "why"], rows)
     if before is not None:
         rows = _change(results, before)
         header = ["peer", "search ms", "last run", "over ours", "last run", "insert ms", "last run"]
@@ -70,23 +73,21 @@ def _search(peers: dict[str, Any]) -> list[list[str]]:
         if not kept["points"]:
             rows.append([kept["title"], f"not measured: {kept['failed']}", *[""] * (len(_SEARCH) - 2)])
             continue
-        first, equal = kept["points"][0], kept.get("equal") or kept["points"][0]
-        rows.append(
-            [
-                kept["title"],
-                f"{first['recall']:.3f}",
-                milli(first["p50"]),
-                f"{first['short']} of {first['searches']}",
-                f"{equal['recall']:.3f}" + ("" if equal.get("enough", True) else " (does not reach it)"),
+        first, equal = kept["points"][0], kept.get("equal")
+        row = [kept["title"], f"{first['recall']:.3f}", milli(first["p50"])]
+        row.append(f"{first['short']} of {first['searches']}")
+        if equal:
+            row += [
+                f"{equal['recall']:.3f}" + ("" if equal["enough"] else " (does not reach it)"),
                 milli(equal["p50"]),
                 milli(equal["p95"]),
                 "-".join(map(milli, equal["spread"])),
                 f"{equal['p50'] / ours:.2f}" if ours else "",
                 equal["label"],
-                _mega(kept.get("memory")),
-                _mega(kept.get("bytes")),
             ]
-        )
+        else:
+            row += ["not measured", *[""] * 5]
+        rows.append([*row, _mega(kept.get("memory")), _mega(kept.get("bytes"))])
     return rows
 
 
@@ -117,7 +118,7 @@ def _writes(peers: dict[str, Any]) -> list[list[str]]:
             row += [f"{load['rows'] / load['seconds']:,.0f}", f"{load_rate(kept):,.0f}"] if load else ["", ""]
         times = kept.get("insert_one")
         mine = statistics.median(times) if times else None
-        p95 = sorted(times)[int(len(times) * 0.95)] if times else None
+        p95 = percentile(times, 0.95) if times else None
         row += [milli(mine), milli(p95), f"{mine / single:.1f}" if mine and single else ""]
         rate = _batch(peers, name)
         row += [f"{rate:,.0f}" if rate else "", f"{batch / rate:.1f}" if rate and batch else ""]
@@ -195,10 +196,13 @@ def _limits(results: Results) -> list[list[str]]:
 
 
 def _growth(points: Sequence[dict[str, Any]]) -> list[list[str]]:
-    return [
-        [f"{point['rows']:,}", *(f"{milli(each['p50'])} ({each['recall']:.3f})" for each in point["peers"].values())]
-        for point in points
-    ]
+    rows = []
+    for point in points:
+        found = [point["peers"].get(name) for name in points[0]["peers"]]
+        rows.append(
+            [f"{point['rows']:,}", *(f"{milli(each['p50'])} ({each['recall']:.3f})" if each else "" for each in found)]
+        )
+    return rows
 
 
 def _versions(kept: dict[str, Any]) -> str:
@@ -316,11 +320,13 @@ def readme(results: Results) -> str:
         if not kept["points"]:
             lines.append(f"| {kept['title']} | not measured: {kept['failed']} | | | |")
             continue
-        equal = kept.get("equal") or kept["points"][0]
-        reach = "" if equal.get("enough", True) else f", recall {equal['recall']:.2f}"
+        searched = "not measured"
+        if equal := kept.get("equal"):
+            reach = "" if equal["enough"] else f", recall {equal['recall']:.2f}"
+            searched = f"{milli(equal['p50'])} ms ({equal['p50'] / ours:.1f} x{reach})"
         single, rate = insert(peers, name), _batch(peers, name)
         lines.append(
-            f"| {kept['title']} | {milli(equal['p50'])} ms ({equal['p50'] / ours:.1f} x{reach}) "
+            f"| {kept['title']} | {searched} "
             f"| {kept['points'][0]['recall']:.3f} | {milli(single) + ' ms' if single else ''} "
             f"| {f'{rate:,.0f}' if rate else ''} |"
         )
@@ -332,11 +338,8 @@ def readme(results: Results) -> str:
 
 def _at(peers: dict[str, Any], name: str) -> float | None:
     """Give a peer's median search at equal recall."""
-    kept = peers.get(name)
-    if not kept or not kept["points"]:
-        return None
-    median: float = (kept.get("equal") or kept["points"][0])["p50"]
-    return median
+    equal = peers.get(name, {}).get("equal")
+    return equal["p50"] if equal else None
 
 
 def insert(peers: dict[str, Any], name: str) -> float | None:

@@ -1,7 +1,7 @@
 """The process of one peer: reads requests from the driver, one JSON object a line, and answers each with one line.
 
-Requests: open, load, index, search, insert_one, insert_many, mixed, knob, close. An answer has what was asked for, or
-`error`. Standard output belongs to the protocol; what a library prints goes to standard error.
+Requests: open, load, index, catch_up, search, insert_one, insert_many, mixed, knob, close. An answer has what was asked
+for, or `error`. Standard output belongs to the protocol; what a library prints goes to standard error.
 """
 
 from __future__ import annotations
@@ -66,9 +66,15 @@ class Worker:
         return {"seconds": time.perf_counter() - begun, "by_itself": self.peer.loads_itself}
 
     def index(self) -> dict[str, Any]:
-        """Build the index, or bring what is new into it."""
+        """Build the index."""
         begun = time.perf_counter()
         self._call(self.peer.index)
+        return {"seconds": time.perf_counter() - begun}
+
+    def catch_up(self) -> dict[str, Any]:
+        """Bring what was stored since into the index."""
+        begun = time.perf_counter()
+        self._call(self.peer.catch_up)
         return {"seconds": time.perf_counter() - begun}
 
     def search(self, asked: list[tuple[int, int]], warmup: int) -> dict[str, Any]:

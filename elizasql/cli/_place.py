@@ -15,13 +15,12 @@ import typer
 import elizasql
 from elizasql import DatabaseAdapter, _codecs, _embedded, _migrate, _pool
 from elizasql._statements import SQL
-from elizasql.config import Config, redact
+from elizasql.config import Config
 from elizasql.errors import (
     ArgumentError,
     ConfigurationError,
     EmbeddedServerError,
     SchemaError,
-    UnavailableError,
     translate,
 )
 
@@ -55,10 +54,7 @@ class Place:
         Args:
             ready: Refuse a database whose schema is not this library's, or not up to date.
         """
-        try:
-            connection = await _pool.connect(self.address, self.config)
-        except UnavailableError as error:
-            raise type(error)(f"{redact(self.address)}: {error}") from error
+        connection = await _pool.connect(self.address, self.config)
         try:
             if ready:
                 check_ready(await _migrate.pending_versions(connection))
