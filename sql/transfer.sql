@@ -1135,3 +1135,16 @@ WITH agents AS (DELETE FROM elizasql.agents),
 message_servers AS (DELETE FROM elizasql.message_servers)
 
 DELETE FROM elizasql.servers;
+-- name: prepare_snapshot()
+-- For a transaction that reads a whole database: no limit of the server's own ends it while somebody else is slow, and a
+-- query whose rows a policy would hide is refused, where it would give the others. A time without a zone is UTC.
+SELECT
+    set_config('row_security', 'off', TRUE),
+    set_config('statement_timeout', '0', TRUE),
+    set_config('idle_in_transaction_session_timeout', '0', TRUE),
+    CASE
+        WHEN current_setting('transaction_timeout', TRUE) IS NOT NULL
+            THEN set_config('transaction_timeout', '0', TRUE)
+    END,
+    set_config('TimeZone', 'UTC', TRUE);
+
