@@ -15,7 +15,7 @@ from elizasql._statements import SQL
 from elizasql.errors import ArgumentError, EmbeddingDimensionError, NotFoundError
 
 from ._archive import Archive, ArchiveError, Part
-from ._rows import BY_NAME, Refuse, Refused, Summary, as_array, put, put_lines
+from ._rows import BY_NAME, Refuse, Refused, Summary, put, put_lines, put_replies
 from .export import Advance, _silent
 
 
@@ -71,7 +71,7 @@ async def import_archive(
                 replies.append(part)
         advance(part.table, summary.read[part.table], totals[part.table])
     for part in replies:
-        await db._executor.fetch_value(SQL["import_replies"], rows=as_array(archive.read(part).splitlines()))
+        await put_replies(db, archive.read(part).splitlines(), summary, refuse)
     return summary
 
 
