@@ -977,6 +977,30 @@ def test_ctrl_c_in_an_import_says_how_to_go_on(
     assert on_server("import", "out", "--dsn", empty_database).code == 0
 
 
+def test_an_agent_that_is_not_there_is_an_error(on_server: Run, searched: tuple[UUID, UUID], dsn: str) -> None:
+    assert on_server("export", "out", "--agent", searched[0]).code == 0
+    for command in (("import", "out", "--dry-run"), ("import", "out"), ("index",)):
+        on_server(*command, "--agent", UUID(int=9)).fails(1, f"no agent {UUID(int=9)}")
+    on_server("import", "out", "--dimension", 384).fails(2, "--dimension goes with --from")
+
+
+def test_a_dry_run_tells_of_the_agents_that_are_meant(on_server: Run, searched: tuple[UUID, UUID], busy: UUID) -> None:
+    assert on_server("export", "out", "--agent", searched[0], "--agent", busy).code == 0
+    dry = on_server("import", "out", "--agent", searched[0], "--dry-run", "--json")
+    assert [row["id"] for row in dry.json["agents"]] == [str(searched[0])]
+    assert {row["table"]: row["rows"] for row in dry.json["tables"]} == {"agents": 1, "memories": 60, "embeddings": 60}
+
+
+def test_an_import_that_ended_before_its_index_is_finished_by_the_next(
+    on_server: Run, searched: tuple[UUID, UUID], empty_database: str
+) -> None:
+    assert on_server("export", "out", "--agent", searched[0]).code == 0
+    assert on_server("import", "out", "--dsn", empty_database, "--no-index").code == 0
+    assert on_server("stats", "--dsn", empty_database, "--json").json["agents"][0]["tail"] == 60
+    assert on_server("import", "out", "--dsn", empty_database).code == 0
+    assert on_server("stats", "--dsn", empty_database, "--json").json["agents"][0]["tail"] == 0
+
+
 def test_backup_and_restore(run: Run, folder: Path, tmp_path: Path) -> None:
     up = run("up", "--data-dir", folder, "--json")
     write(tmp_path / "shop", "20260101000000_a.sql", "CREATE TABLE things AS SELECT 7 AS id;")
