@@ -536,6 +536,23 @@ async def test_messages_whose_answered_message_does_not_come(source: str, target
         assert summary.altered["central_messages"] == 3  # the third is in a folded channel
 
 
+async def test_a_time_outside_the_calendar_is_moved_to_its_end(eliza: str, target: str) -> None:
+    name = '"createdAt"' if "createdAt" in await _columns(eliza, "memories") else "created_at"
+    times = {memory(0): "55840-01-01", memory(2): "0044-03-15 BC", memory(3): "infinity"}
+    async with connected(eliza) as connection:
+        for id, time in times.items():
+            await connection.execute(f"UPDATE memories SET {name} = '{time}' WHERE id = $1", id)
+    _, _, told = await take(eliza, target)
+    said = {UUID(row["id"]): problem for table, row, problem in told if table == "memories"}
+    assert said.keys() - {memory(1)} == times.keys()
+    assert said[memory(0)] == "its time lies outside the calendar: 55840-01-01 00:00:00"
+    async with opened(target) as db:
+        found = {each.id: each.created_at for each in await db.get_memories(table_name="messages")}
+    last = datetime.max.replace(tzinfo=timezone.utc)
+    assert found[memory(0)] == found[memory(3)] == last
+    assert found[memory(2)] == datetime.min.replace(tzinfo=timezone.utc)
+
+
 async def test_a_number_that_no_double_holds_in_a_row_that_needs_a_copy(source: str, target: str) -> None:
     async with connected(source) as connection:
         await fill(connection)

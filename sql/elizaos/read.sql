@@ -366,12 +366,19 @@ CROSS JOIN LATERAL (SELECT to_jsonb(t) AS j) AS s
 WHERE :agent_ids::uuid[] IS NULL OR (coalesce(s.j ->> 'agent_id', s.j ->> 'agentId'))::uuid = ANY(:agent_ids);
 
 -- name: read_memories(agent_ids)
+-- A memory has the time that it was given, also one of microseconds for milliseconds: what lies outside of the calendar
+-- that Python knows, and could not be read, is moved to its end.
 SELECT
     jsonb_build_object(
         'agent_id', t.agent_id,
         'id', t.id,
         'type', t.type,
-        'created_at', t.created_at,
+        'created_at',
+        CASE
+            WHEN t.created_at < '0001-01-01' THEN '0001-01-01'
+            WHEN t.created_at > '9999-12-31 23:59:59.999999' THEN '9999-12-31 23:59:59.999999'
+            ELSE t.created_at
+        END,
         'content', t.content,
         'entity_id', t.entity_id,
         'room_id', t.room_id,
@@ -379,7 +386,15 @@ SELECT
         'unique', t."unique",
         'metadata', coalesce(nullif(t.metadata, 'null'), '{}')
     )::text AS line,
-    CASE WHEN t.world_id IS NOT NULL AND w.id IS NULL THEN 'there is no world ' || t.world_id END AS note,
+    nullif(concat_ws(
+        '; ',
+        CASE WHEN t.world_id IS NOT NULL AND w.id IS NULL THEN 'there is no world ' || t.world_id END,
+        CASE
+            WHEN
+                t.created_at NOT BETWEEN '0001-01-01' AND '9999-12-31 23:59:59.999999'
+                THEN 'its time lies outside the calendar: ' || t.created_at
+        END
+    ), '') AS note,
     NULL::text AS problem,
     1 AS copies
 FROM (
