@@ -1003,7 +1003,11 @@ def test_an_import_that_ended_before_its_index_is_finished_by_the_next(
 
 def test_backup_and_restore(run: Run, folder: Path, tmp_path: Path) -> None:
     up = run("up", "--data-dir", folder, "--json")
-    write(tmp_path / "shop", "20260101000000_a.sql", "CREATE TABLE things AS SELECT 7 AS id;")
+    write(
+        tmp_path / "shop",
+        "20260101000000_a.sql",
+        "CREATE TABLE things AS SELECT 7 AS id; COMMENT ON TABLE things IS 'mine';",
+    )
     assert run("migrate", "up", "--dir", tmp_path / "shop", "--data-dir", folder).code == 0
 
     async def remember(db: DatabaseAdapter) -> None:
@@ -1030,8 +1034,9 @@ def test_backup_and_restore(run: Run, folder: Path, tmp_path: Path) -> None:
     (row,) = run("stats", "--data-dir", two, "--json").json["agents"]
     assert row["id"] == str(agent) and row["embeddings"] == 20 and row["tail"] == 0
     assert run("doctor", "--data-dir", two, "--json").code == 0
-    with process("psql", "--data-dir", two, "--", "-Atc", "SELECT id FROM shop.things", cwd=tmp_path) as psql:
-        assert psql.communicate(timeout=60)[0] == "7\n"
+    query = "SELECT id, obj_description('shop.things'::regclass) FROM shop.things"
+    with process("psql", "--data-dir", two, "--", "-Atc", query, cwd=tmp_path) as psql:
+        assert psql.communicate(timeout=60)[0] == "7|mine\n"
 
 
 EMBED = """

@@ -279,7 +279,7 @@ def restore(
             try:
                 await _run(
                     _place.load(None, str(unfinished)),
-                    *("pg_restore", "--exit-on-error", "--single-transaction", "--no-comments", "--dbname=elizasql"),
+                    *("pg_restore", "--exit-on-error", "--single-transaction", "--dbname=elizasql"),
                     str(path.resolve()),
                 )
             finally:
