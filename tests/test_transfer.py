@@ -825,6 +825,9 @@ def test_other_files_are_no_archives(tmp_path: Path) -> None:
     for name in ("text", "empty.tar", "folder", "other.tar"):
         with pytest.raises(ArchiveError):
             Archive(tmp_path / name)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ArchiveError, match="is a pipe"):
+        Archive(tmp_path / "pipe")
     with pytest.raises(FileNotFoundError):
         Archive(tmp_path / "missing")
 

@@ -54,6 +54,8 @@ def export(
     json: Json = False,
 ) -> None:
     """Write agents with all that belongs to them into an archive, from one consistent snapshot."""
+    if str(path) == "-":
+        raise ArgumentError("an archive is a file or a folder: it cannot be written to standard output")
 
     async def work() -> dict[str, Any]:
         chosen = _read_agents(agent)

@@ -197,6 +197,10 @@ class Archive:
         """
         self.path = Path(path)
         self._tar: tarfile.TarFile | None = None
+        if self.path.is_fifo():
+            raise ArchiveError(
+                f"{self.path} is a pipe: an archive is read more than once, it must be a file or a folder"
+            )
         if not self.path.is_dir():
             try:
                 self._tar = tarfile.open(self.path)  # noqa: SIM115
