@@ -564,12 +564,13 @@ async def test_a_number_that_no_double_holds_in_a_row_that_needs_a_copy(source: 
     assert text == str(10**400)
 
 
-async def test_everything_that_a_room_loses_is_told(eliza: str, target: str) -> None:
-    async with connected(eliza) as connection:
-        if "serverId" not in await _columns(eliza, "rooms"):
-            pytest.skip("servers have UUIDs from 1.7 on")
+async def test_everything_that_a_room_loses_is_told(source: str, target: str) -> None:
+    async with connected(source) as connection:
+        await fill(connection)
+        for statement in AS_IN_1_6:
+            await connection.execute(statement)
         await connection.execute("UPDATE rooms SET \"serverId\" = 'guild 8' WHERE id = $1", LOST)
-    _, _, told = await take(eliza, target)
+    _, _, told = await take(source, target)
     assert told.of("rooms") == [f"there is no world {GONE}; message server guild 8 got an id made of its name"]
 
 
