@@ -183,6 +183,7 @@ SELECT
     coalesce(jsonb_agg(
         jsonb_build_object(
             'position', g.ordinality - 1,
+            'agent_id', g.agent_id,
             'problem', coalesce(g.problem, 'place'),
             'missing', CASE g.problem
                 WHEN 'agent_id' THEN g.agent_id
@@ -254,6 +255,7 @@ WITH given AS MATERIALIZED (
     SELECT
         g.*,
         CASE
+            WHEN g.agent_id IS NULL THEN 'agent_id'
             WHEN NOT EXISTS (SELECT FROM elizasql.rooms AS p WHERE p.agent_id = g.agent_id AND p.id = g.room_id)
                 THEN 'room_id'
             WHEN NOT EXISTS (SELECT FROM elizasql.entities AS p WHERE p.agent_id = g.agent_id AND p.id = g.entity_id)
@@ -280,6 +282,7 @@ SELECT
     coalesce(jsonb_agg(
         jsonb_build_object(
             'position', g.ordinality - 1,
+            'agent_id', g.agent_id,
             'problem', coalesce(g.problem, 'place'),
             'missing', CASE g.problem
                 WHEN 'room_id' THEN g.room_id
@@ -342,6 +345,7 @@ SELECT
     coalesce(jsonb_agg(
         jsonb_build_object(
             'position', g.ordinality - 1,
+            'agent_id', g.agent_id,
             'problem', coalesce(g.problem, 'place'),
             'missing', CASE g.problem
                 WHEN 'entity_id' THEN g.entity_id
@@ -401,6 +405,7 @@ SELECT
     coalesce(jsonb_agg(
         jsonb_build_object(
             'position', g.ordinality - 1,
+            'agent_id', g.agent_id,
             'problem', coalesce(g.problem, 'place'),
             'missing', CASE g.problem
                 WHEN 'source_entity_id' THEN g.source_entity_id
@@ -466,6 +471,7 @@ SELECT
     coalesce(jsonb_agg(
         jsonb_build_object(
             'position', g.ordinality - 1,
+            'agent_id', g.agent_id,
             'problem', coalesce(g.problem, 'place'),
             'missing', CASE g.problem
                 WHEN 'agent_id' THEN g.agent_id
@@ -647,6 +653,7 @@ WITH given AS MATERIALIZED (
     SELECT
         g.*,
         CASE
+            WHEN g.agent_id IS NULL THEN 'agent_id'
             WHEN NOT EXISTS (SELECT FROM elizasql.entities AS p WHERE p.agent_id = g.agent_id AND p.id = g.entity_id)
                 THEN 'entity_id'
             WHEN NOT EXISTS (SELECT FROM elizasql.rooms AS p WHERE p.agent_id = g.agent_id AND p.id = g.room_id)
@@ -673,6 +680,7 @@ SELECT
     coalesce(jsonb_agg(
         jsonb_build_object(
             'position', g.ordinality - 1,
+            'agent_id', g.agent_id,
             'problem', coalesce(g.problem, 'place'),
             'missing', CASE g.problem
                 WHEN 'entity_id' THEN g.entity_id
@@ -1042,12 +1050,19 @@ WHERE g.problem IS NOT NULL OR (
     AND NOT EXISTS (SELECT FROM elizasql.central_messages AS t WHERE t.id = g.id)
 );
 
--- name: import_replies(rows)$
--- Says of messages that were imported which message they answer, where that is there and nothing else was said since.
-WITH answered AS (
+-- name: import_replies(rows)^
+-- Says of messages that were imported which message they answer, unless something else was said since; refused are those
+-- whose answered message is not there.
+WITH given AS MATERIALIZED (
+    SELECT g.*
+    FROM jsonb_populate_recordset(NULL::elizasql.central_messages, :rows::jsonb) WITH ORDINALITY AS g
+    WHERE g.in_reply_to_root_message_id IS NOT NULL
+),
+
+answered AS (
     UPDATE elizasql.central_messages AS m
     SET in_reply_to_root_message_id = g.in_reply_to_root_message_id
-    FROM jsonb_populate_recordset(NULL::elizasql.central_messages, :rows::jsonb) AS g
+    FROM given AS g
     WHERE
         m.id = g.id AND m.in_reply_to_root_message_id IS NULL AND m.content = g.content
         AND m.created_at = g.created_at AND m.updated_at = g.updated_at
@@ -1055,7 +1070,22 @@ WITH answered AS (
     RETURNING m.id
 )
 
-SELECT count(*) FROM answered;
+SELECT
+    (SELECT count(*) FROM answered) AS created,
+    coalesce(jsonb_agg(
+        jsonb_build_object(
+            'position', g.ordinality - 1,
+            'problem', 'reply',
+            'missing', g.in_reply_to_root_message_id
+        )
+        ORDER BY g.ordinality
+    ), '[]') AS refused
+FROM given AS g
+INNER JOIN elizasql.central_messages AS m ON g.id = m.id
+WHERE
+    m.in_reply_to_root_message_id IS NULL AND m.content = g.content
+    AND m.created_at = g.created_at AND m.updated_at = g.updated_at
+    AND NOT EXISTS (SELECT FROM elizasql.central_messages AS r WHERE r.id = g.in_reply_to_root_message_id);
 
 -- name: export_embeddings(agent_id)
 -- Without the scope, which is the memory's, and without what the index and the resident tier note down.
@@ -1106,6 +1136,19 @@ SELECT
     ), '[]') AS refused
 FROM given AS g
 WHERE g.agent_id IS NULL;
+
+-- name: prepare_snapshot()
+-- For a transaction that reads a whole database: no limit of the server's own ends it while somebody else is slow, and a
+-- query whose rows a policy would hide is refused, where it would give the others. A time without a zone is UTC.
+SELECT
+    set_config('row_security', 'off', TRUE),
+    set_config('statement_timeout', '0', TRUE),
+    set_config('idle_in_transaction_session_timeout', '0', TRUE),
+    CASE
+        WHEN current_setting('transaction_timeout', TRUE) IS NOT NULL
+            THEN set_config('transaction_timeout', '0', TRUE)
+    END,
+    set_config('TimeZone', 'UTC', TRUE);
 
 -- name: list_agents_for_export(agent_ids)
 -- These agents, or all, with what there is to move of each.

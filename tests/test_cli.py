@@ -905,6 +905,7 @@ def test_import_of_bad_files(on_server: Run, tmp_path: Path, empty_database: str
     on_server("import", ".").fails(1, "no archive of elizasql, or not a complete one")
     on_server("import").fails(2, "either an archive or --from")
     on_server("import", "text", "--from", "postgres://h/d").fails(2, "either an archive or --from")
+    on_server("export", "-").fails(2, "standard output")
     on_server("export", "out", "--agent", uuid4()).fails(1, "there is no agent")
     on_server("export", "/proc/nothing/out").fails(1, "/proc/nothing")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["text"]
@@ -979,9 +980,37 @@ def test_ctrl_c_in_an_import_says_how_to_go_on(
     assert on_server("import", "out", "--dsn", empty_database).code == 0
 
 
+def test_an_agent_that_is_not_there_is_an_error(on_server: Run, searched: tuple[UUID, UUID], dsn: str) -> None:
+    assert on_server("export", "out", "--agent", searched[0]).code == 0
+    for command in (("import", "out", "--dry-run"), ("import", "out"), ("index",)):
+        on_server(*command, "--agent", UUID(int=9)).fails(1, f"no agent {UUID(int=9)}")
+    on_server("import", "out", "--dimension", 384).fails(2, "--dimension goes with --from")
+
+
+def test_a_dry_run_tells_of_the_agents_that_are_meant(on_server: Run, searched: tuple[UUID, UUID], busy: UUID) -> None:
+    assert on_server("export", "out", "--agent", searched[0], "--agent", busy).code == 0
+    dry = on_server("import", "out", "--agent", searched[0], "--dry-run", "--json")
+    assert [row["id"] for row in dry.json["agents"]] == [str(searched[0])]
+    assert {row["table"]: row["rows"] for row in dry.json["tables"]} == {"agents": 1, "memories": 60, "embeddings": 60}
+
+
+def test_an_import_that_ended_before_its_index_is_finished_by_the_next(
+    on_server: Run, searched: tuple[UUID, UUID], empty_database: str
+) -> None:
+    assert on_server("export", "out", "--agent", searched[0]).code == 0
+    assert on_server("import", "out", "--dsn", empty_database, "--no-index").code == 0
+    assert on_server("stats", "--dsn", empty_database, "--json").json["agents"][0]["tail"] == 60
+    assert on_server("import", "out", "--dsn", empty_database).code == 0
+    assert on_server("stats", "--dsn", empty_database, "--json").json["agents"][0]["tail"] == 0
+
+
 def test_backup_and_restore(run: Run, folder: Path, tmp_path: Path) -> None:
     up = run("up", "--data-dir", folder, "--json")
-    write(tmp_path / "shop", "20260101000000_a.sql", "CREATE TABLE things AS SELECT 7 AS id;")
+    write(
+        tmp_path / "shop",
+        "20260101000000_a.sql",
+        "CREATE TABLE things AS SELECT 7 AS id; COMMENT ON TABLE things IS 'mine';",
+    )
     assert run("migrate", "up", "--dir", tmp_path / "shop", "--data-dir", folder).code == 0
 
     async def remember(db: DatabaseAdapter) -> None:
@@ -1008,8 +1037,9 @@ def test_backup_and_restore(run: Run, folder: Path, tmp_path: Path) -> None:
     (row,) = run("stats", "--data-dir", two, "--json").json["agents"]
     assert row["id"] == str(agent) and row["embeddings"] == 20 and row["tail"] == 0
     assert run("doctor", "--data-dir", two, "--json").code == 0
-    with process("psql", "--data-dir", two, "--", "-Atc", "SELECT id FROM shop.things", cwd=tmp_path) as psql:
-        assert psql.communicate(timeout=60)[0] == "7\n"
+    query = "SELECT id, obj_description('shop.things'::regclass) FROM shop.things"
+    with process("psql", "--data-dir", two, "--", "-Atc", query, cwd=tmp_path) as psql:
+        assert psql.communicate(timeout=60)[0] == "7|mine\n"
 
 
 EMBED = """

@@ -25,9 +25,10 @@ import elizasql
 from elizasql import DatabaseAdapter
 from elizasql._statements import SQL
 from elizasql.config import Config
-from elizasql.errors import ConfigurationError, PermissionDeniedError
+from elizasql.errors import ArgumentError, ConfigurationError, NotFoundError, PermissionDeniedError
 from elizasql.transfer import Decisions, Summary, import_elizaos
 from elizasql.transfer import elizaos as module
+from elizasql.transfer._connection import snapshot
 from elizasql.transfer.node import serve_pglite
 from tests.elizaos_schema import AS_IN_1_6, TABLES
 
@@ -478,10 +479,145 @@ async def test_rows_that_point_at_nothing(source: str, target: str) -> None:
     assert told.of("relationships") == [f"there is no entity {ANN}"]
 
 
+# --- what breaks this library's rules ---------------------------------------------------------------------------------
+
+
+async def test_rooms_that_belong_to_no_agent(source: str, target: str) -> None:
+    async with connected(source) as connection:
+        await fill(connection)
+        await connection.execute("UPDATE rooms SET agent_id = NULL WHERE id = $1", OWN)
+        await connection.execute(
+            "INSERT INTO logs (entity_id, room_id, type, body) VALUES ($1, $2, 'x', '{}')", BOB, OWN
+        )
+    summary, _, told = await take(source, target)
+    assert summary.created["memories"] == 12  # Bob's are his, whosever the room is
+    for table in ("rooms", "logs", "participants"):
+        assert "agent_id is missing" in told.of(table), table
+
+
+async def test_a_direct_channel_whose_id_cannot_be_taken_takes_no_other_along(source: str, target: str) -> None:
+    async with connected(source) as connection:
+        await fill(connection)
+        await connection.execute(
+            "INSERT INTO channels (id, message_server_id, name, type, created_at) "
+            "SELECT 'oldest', message_server_id, name, type, '2000-01-01' FROM channels WHERE id = $1",
+            str(UUID(int=101)),
+        )
+    summary, _, told = await take(source, target)
+    assert summary.created["channels"] == 2 and summary.folded["channels"] == 1
+    assert told.of("channels") == ["its id is no UUID"] * 2
+    assert summary.created["central_messages"] == 3
+
+
+async def test_messages_whose_answered_message_does_not_come(source: str, target: str) -> None:
+    strange, anonymous = "message 1", str(UUID(int=300))
+    async with connected(source) as connection:
+        await fill(connection)
+        for id, author, answers in (
+            (strange, str(ANN), None),
+            (anonymous, "nobody", None),
+            (str(UUID(int=301)), str(ANN), strange),
+            (str(UUID(int=302)), str(ANN), anonymous),
+        ):
+            await connection.execute(
+                "INSERT INTO central_messages (id, channel_id, author_id, content, in_reply_to_root_message_id) "
+                "VALUES ($1, $2, $3, 'late', $4)",
+                *(id, str(UUID(int=100)), author, answers),
+            )
+    for _ in range(2):
+        summary, _, told = await take(source, target)
+        said = {row["id"]: problem for table, row, problem in told if row.get("content") == "late"}
+        assert said == {
+            strange: "its id is no UUID",
+            anonymous: "its author is no UUID",
+            str(UUID(int=301)): f"the id of the message that it answers is no UUID: {strange}",
+            str(UUID(int=302)): f"there is no message {anonymous} that it answers",
+        }
+        assert summary.altered["central_messages"] == 3  # the third is in a folded channel
+
+
+async def test_a_time_outside_the_calendar_is_moved_to_its_end(eliza: str, target: str) -> None:
+    name = '"createdAt"' if "createdAt" in await _columns(eliza, "memories") else "created_at"
+    times = {memory(0): "55840-01-01", memory(2): "0044-03-15 BC", memory(3): "infinity"}
+    async with connected(eliza) as connection:
+        for id, time in times.items():
+            await connection.execute(f"UPDATE memories SET {name} = '{time}' WHERE id = $1", id)
+    _, _, told = await take(eliza, target)
+    said = {UUID(row["id"]): problem for table, row, problem in told if table == "memories"}
+    assert said.keys() - {memory(1)} == times.keys()
+    assert said[memory(0)] == "its time lies outside the calendar: 55840-01-01 00:00:00"
+    async with opened(target) as db:
+        found = {each.id: each.created_at for each in await db.get_memories(table_name="messages")}
+    last = datetime.max.replace(tzinfo=timezone.utc)
+    assert found[memory(0)] == found[memory(3)] == last
+    assert found[memory(2)] == datetime.min.replace(tzinfo=timezone.utc)
+
+
+async def test_a_number_that_no_double_holds_in_a_row_that_needs_a_copy(source: str, target: str) -> None:
+    async with connected(source) as connection:
+        await fill(connection)
+        await connection.execute("UPDATE memories SET content = '{\"n\": 1e400}' WHERE id = $1", memory(11))
+    summary, _, _ = await take(source, target)
+    assert summary.created["memories"] == 12
+    async with connected(target) as connection:
+        text = await connection.fetchval("SELECT content ->> 'n' FROM elizasql.memories WHERE id = $1", memory(11))
+    assert text == str(10**400)
+
+
+async def test_everything_that_a_room_loses_is_told(source: str, target: str) -> None:
+    async with connected(source) as connection:
+        await fill(connection)
+        for statement in AS_IN_1_6:
+            await connection.execute(statement)
+        await connection.execute("UPDATE rooms SET \"serverId\" = 'guild 8' WHERE id = $1", LOST)
+    _, _, told = await take(source, target)
+    assert told.of("rooms") == [f"there is no world {GONE}; message server guild 8 got an id made of its name"]
+
+
+async def test_tables_that_nobody_has_counted_are_named(source: str) -> None:
+    async with connected(admin(source)) as connection:
+        await connection.execute(TABLES)
+        await connection.execute("CREATE TABLE empty (id int); CREATE TABLE full_one AS SELECT 1 AS id")
+        for statement in ("SELECT pg_stat_force_next_flush()", "SELECT pg_stat_reset()"):
+            await connection.execute(statement)
+    _, decisions, _ = await take(admin(source), None)
+    assert decisions.left == {"full_one": None}
+
+
+async def test_an_agent_that_is_not_there(source: str, target: str) -> None:
+    async with connected(source) as connection:
+        await fill(connection)
+    for place in (None, target):
+        with pytest.raises(NotFoundError, match=f"there is no agent {GONE}"):
+            await take(source, place, agent_ids=[ADA, GONE])
+    assert not any((await rows_of(target)).values())
+    with pytest.raises(ArgumentError, match="agent_ids must be a UUID"):
+        await take("postgresql://nowhere.invalid/x", None, agent_ids=["Ada"])
+
+
+async def test_no_limit_of_the_servers_own_ends_what_reads_it(source: str) -> None:
+    """The transaction stands idle while the database that takes the rows is slow."""
+    limits = {"statement_timeout": "10s", "idle_in_transaction_session_timeout": "10s", "TimeZone": "Asia/Tokyo"}
+    async with connected(admin(source)) as connection:
+        if connection.get_server_version() >= (17,):
+            limits["transaction_timeout"] = "10s"
+        for name, value in limits.items():
+            await connection.execute(f"ALTER DATABASE {urlsplit(source).path[1:]} SET {name} = '{value}'")
+    async with snapshot(source, Config()) as opened:
+        found = {name: await opened._connection.fetchval("SELECT current_setting($1)", name) for name in limits}
+    assert found == {name: "UTC" if name == "TimeZone" else "0" for name in limits}
+
+
 def test_its_statements_stand_apart_from_ours() -> None:
     assert not set(module.reads()) & set(SQL)
     used = {name for _, name, _ in module._READS} | {name for _, name in module._COPIES.values()}
-    assert set(module.reads()) == used | {"list_source_tables", "count_rows", "find_dimensions", "read_embeddings"}
+    assert set(module.reads()) == used | {
+        "list_source_tables",
+        "count_rows",
+        "find_agents",
+        "find_dimensions",
+        "read_embeddings",
+    }
 
 
 # --- the real package ------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ import pytest
 
 import elizasql
 from elizasql import Config, DatabaseAdapter, Memory, _hosts, _pool
+from elizasql.transfer import Archive, export_archive, import_archive, import_elizaos
 
 from .conftest import make_scene
 
@@ -175,6 +176,27 @@ async def test_tasks_are_heard_of_on_a_direct_connection(through: DatabaseAdapte
     id = await db.create_task({"name": "t", "tags": ["queue"]})
     assert (await asyncio.wait_for(waiting, 30)).id == id
     await tasks.aclose()
+
+
+@needs_pgbouncer
+@pytest.mark.parametrize("through", MODES, indirect=True)
+async def test_data_is_moved_through_it(through: DatabaseAdapter, tmp_path: Path) -> None:
+    db, agent = through, through.agent_id
+    await db.ensure_agent_exists({"name": "x"})
+    await db.ensure_embedding_dimension(384)
+    await db.create_memories([memory(embedding=v, unique=True) for v in V], "facts")
+
+    async def move(number: int) -> None:
+        path = tmp_path / f"{number}.tar"
+        told = await export_archive(db.config.dsn or "", path, db.config, agent_ids=[agent])
+        assert told["rows"] == {"agents": 1, "memories": len(V), "embeddings": len(V)}
+        with Archive(path) as archive:
+            assert not +(await import_archive(db, archive)).created
+
+    await asyncio.gather(*(move(number) for number in range(10)))
+    # The pooler does not know the settings that reading needs, and need not: they go with the transaction.
+    with pytest.raises(elizasql.ConfigurationError, match="no database of ElizaOS"):
+        await import_elizaos(db.config.dsn or "", db.config, None)
 
 
 @needs_pgbouncer

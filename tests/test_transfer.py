@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import bz2
+import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
 import random
 import tarfile
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,14 @@ import elizasql
 from elizasql import DatabaseAdapter, Entity, Memory, Room
 from elizasql._statements import SQL
 from elizasql.config import Config
-from elizasql.errors import DataError, EmbeddingDimensionError, NotFoundError, NotNullError
+from elizasql.errors import (
+    ArgumentError,
+    DataError,
+    EmbeddingDimensionError,
+    NotFoundError,
+    NotNullError,
+    PermissionDeniedError,
+)
 from elizasql.transfer import (
     Archive,
     ArchiveError,
@@ -41,6 +51,7 @@ from elizasql.transfer import (
     import_archive,
 )
 from tests.conftest import MakeAdapter, make_scene
+from tests.locking import blocked_pid
 
 pytestmark = pytest.mark.skipif("ELIZASQL_TEST_URL" in os.environ, reason="needs a server to make databases on")
 
@@ -493,6 +504,31 @@ async def test_parts_are_small(databases: list[str], tmp_path: Path, monkeypatch
         assert (await db.stats())["unindexed"] == 200
 
 
+async def test_large_rows_are_asked_for_and_given_in_small_numbers(
+    databases: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_connection, "_BYTES", 50_000)
+    agent, asked = uuid4(), []
+    async with opened(databases[0], agent) as db:
+        await db.ensure_agent_exists({"name": "Ada"})
+        small = [Memory(id=UUID(int=n), content={"n": n}) for n in range(300)]
+        large = [Memory(id=UUID(int=1000 + n), content={"text": "x" * 20_000}) for n in range(200)]
+        await db.create_memories(small + large, "facts")
+    real = asyncpg.cursor.Cursor.fetch
+
+    async def fetch(self: Any, count: int) -> Any:
+        asked.append(count)
+        return await real(self, count)
+
+    monkeypatch.setattr(asyncpg.cursor.Cursor, "fetch", fetch)
+    async with _connection.snapshot(databases[0], Config()) as source:
+        stream = source.stream(SQL["export_memories"], 250, agent_id=agent)
+        given = [[len(row["line"]) for row in rows] async for rows in stream]
+    assert sum(map(len, given)) == 500
+    assert max(map(len, given)) > 100 and all(sum(sizes) - sizes[-1] < 50_000 for sizes in given)
+    assert max(asked) <= 200 and asked[-1] <= 2
+
+
 async def test_an_export_that_fails_leaves_nothing(
     databases: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -516,6 +552,125 @@ async def test_an_export_that_fails_leaves_nothing(
     with pytest.raises(ArchiveError, match="there already"):
         await out(databases[0], tmp_path / "a.tar", agent_ids=[agent])
     assert (tmp_path / "a.tar").read_text() == "mine"
+
+
+async def test_an_empty_folder_is_filled_and_stays(
+    databases: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = uuid4()
+    async with opened(databases[0], agent) as db:
+        await remember(db, 5)
+    (tmp_path / "in").mkdir()
+    monkeypatch.chdir(tmp_path / "in")
+
+    def full(self: Any, name: str, data: bytes) -> None:
+        if "memories" in name:
+            raise OSError(28, "No space left on device")
+        real(self, name, data)
+
+    real = _archive._Folder.add
+    with monkeypatch.context() as patch:
+        patch.setattr(_archive._Folder, "add", full)
+        with pytest.raises(OSError, match="No space left"):
+            await out(databases[0], Path(), agent_ids=[agent])
+    assert list(tmp_path.rglob("*")) == [tmp_path / "in"]
+    await out(databases[0], Path(), agent_ids=[agent])
+    with Archive(tmp_path / "in") as archive:
+        assert len(list(archive.verify())) == len(archive.parts)
+    (tmp_path / "in.tar").mkdir()
+    with pytest.raises(ArchiveError, match="there already"):
+        await out(databases[0], tmp_path / "in.tar", agent_ids=[agent])
+
+
+async def test_a_row_that_could_not_be_read_again_ends_the_export(
+    databases: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = uuid4()
+    async with opened(databases[0], agent) as db:
+        await db.ensure_agent_exists({"name": "Ada"})
+        await db.set_cache("large", "x" * 20_000)
+    monkeypatch.setattr(_archive, "_LARGEST", 10_000)
+    with pytest.raises(ArchiveError, match=r"cache-00001\.jsonl has a row that is too large"):
+        await out(databases[0], tmp_path / "a", agent_ids=[agent])
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_ids_and_paths_may_be_text(databases: list[str], tmp_path: Path) -> None:
+    agent = uuid4()
+    async with opened(databases[0], agent) as db:
+        await db.ensure_agent_exists({"name": "Ada"})
+    path = str(tmp_path / "a.tar")
+    await export_archive(databases[0], path, Config(), agent_ids=[str(agent).upper()])  # type: ignore[list-item]
+    async with opened(databases[1]) as db:
+        with Archive(path) as archive:
+            done = await import_archive(db, archive, agent_ids=[str(agent).upper()])  # type: ignore[list-item]
+            assert done.created == {"agents": 1}
+            with pytest.raises(ArgumentError, match="agent_ids must be a UUID"):
+                await import_archive(db, archive, agent_ids=["Ada"])  # type: ignore[list-item]
+    with pytest.raises(ArgumentError, match="agent_ids must be a collection"):
+        await export_archive("postgresql://nowhere.invalid/x", path, Config(), agent_ids=str(agent))  # type: ignore[arg-type]
+
+
+async def test_rows_that_a_policy_hides_are_an_error(databases: list[str], tmp_path: Path) -> None:
+    async with connected(databases[0]) as connection:
+        await connection.execute(
+            "ALTER TABLE elizasql.rooms ENABLE ROW LEVEL SECURITY; ALTER TABLE elizasql.rooms FORCE ROW LEVEL SECURITY"
+        )
+        try:
+            with pytest.raises(PermissionDeniedError, match="row-level security"):
+                await out(databases[0], tmp_path / "a")
+        finally:
+            await connection.execute(
+                "ALTER TABLE elizasql.rooms DISABLE ROW LEVEL SECURITY;"
+                "ALTER TABLE elizasql.rooms NO FORCE ROW LEVEL SECURITY"
+            )
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_message_that_answers_what_did_not_come_along_is_told(databases: list[str], tmp_path: Path) -> None:
+    one, other = databases
+    await clear(one)
+    await clear(other)
+    agent = uuid4()
+    async with opened(one, agent) as db:
+        await db.ensure_agent_exists({"name": "Ada"})
+        messages: list[Any] = []
+        for name in ("theirs", "hers"):
+            server = await db.create_message_server({"name": name, "sourceType": "x"})
+            channel = await db.create_channel({"messageServerId": server.id, "name": "c", "type": "GROUP"}, [])
+            root = messages[0].id if messages else None
+            message = {"channelId": channel.id, "authorId": uuid4(), "content": name, "inReplyToRootMessageId": root}
+            messages.append(await db.create_message(message))
+        await db.add_agent_to_message_server(server.id, agent)
+    await out(one, tmp_path / "a", agent_ids=[agent])
+    for _ in range(2):
+        told: list[tuple[str, str, str]] = []
+        summary = await into(
+            other,
+            tmp_path / "a",
+            refuse=lambda table, line, why, told=told: told.append((table, orjson.loads(line)["content"], str(why))),
+        )
+        assert told == [("central_messages", "hers", f"there is no message {messages[0].id} that it answers")]
+        assert summary.altered == {"central_messages": 1} and not +summary.refused
+    await out(one, tmp_path / "all")
+    told.clear()
+    await into(other, tmp_path / "all", refuse=lambda *each: told.append(each))
+    assert told == [] and await contents(other) == await contents(one)
+
+
+async def test_what_another_import_brings_meanwhile_is_not_refused(
+    db: DatabaseAdapter, raw: asyncpg.Connection[Any]
+) -> None:
+    row = {"agent_id": str(db.agent_id), "id": str(uuid4()), "source": "x", "type": "DM", "metadata": {}}
+    line = orjson.dumps({**row, "created_at": "2024-01-01T00:00:00Z"})
+    refused: list[Any] = []
+    summary = Summary()
+    async with raw.transaction():
+        await raw.fetch(SQL["import_rooms"].sql, f"[{line.decode()}]")
+        put = asyncio.ensure_future(_rows.put_lines(db, "rooms", [line], summary, lambda *each: refused.append(each)))
+        await blocked_pid(raw, put)
+    await put
+    assert refused == [] and not +summary.created and not +summary.refused
 
 
 async def test_an_import_that_is_interrupted_is_finished_by_the_next(
@@ -568,6 +723,11 @@ def part_of(path: Path, pattern: str) -> Path:
     return found
 
 
+def swap(path: Path, target: str) -> None:
+    path.unlink()
+    path.symlink_to(target)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -575,6 +735,17 @@ def part_of(path: Path, pattern: str) -> Path:
         (lambda path: (path / "manifest.json").write_text("{"), "manifest.json is damaged"),
         (lambda path: (path / "manifest.json").write_text("[]"), "manifest.json is damaged"),
         (lambda path: rewrite(path, lambda m: m.update(format=2)), "format 2, this version knows 1"),
+        (lambda path: rewrite(path, lambda m: m.update(format=0)), "manifest.json is damaged"),
+        (lambda path: rewrite(path, lambda m: m.pop("agents")), "manifest.json is damaged"),
+        (lambda path: rewrite(path, lambda m: m.pop("rows")), "manifest.json is damaged"),
+        (lambda path: rewrite(path, lambda m: m.update(agents=["Ada"])), "manifest.json is damaged"),
+        (lambda path: rewrite(path, lambda m: m.update(agents=[])), "manifest.json is damaged"),
+        (lambda path: rewrite(path, lambda m: m["agents"][0].update(id="Ada")), "manifest.json is damaged"),
+        (lambda path: rewrite(path, lambda m: m["agents"][0].update(dimension="384")), "manifest.json is damaged"),
+        (lambda path: rewrite(path, lambda m: m["parts"][0].update(rows="1")), "manifest.json is damaged"),
+        (lambda path: rewrite(path, lambda m: m["parts"][0].update(table=[])), "manifest.json is damaged"),
+        (lambda path: rewrite(path, lambda m: m["parts"][0].update(agent_id="Ada")), "manifest.json is damaged"),
+        (lambda path: rewrite(path, lambda m: [part.update(agent_id=None) for part in m["parts"]]), "is damaged"),
         (lambda path: rewrite(path, lambda m: m["parts"][0].pop("rows")), "manifest.json is damaged"),
         (lambda path: rewrite(path, lambda m: m["parts"][0].update(name="../x.jsonl")), "has the name"),
         (lambda path: rewrite(path, lambda m: m["parts"][0].update(name="/etc/passwd")), "has the name"),
@@ -582,6 +753,7 @@ def part_of(path: Path, pattern: str) -> Path:
         (lambda path: part_of(path, "memories-*").unlink(), "lacks .*memories-00001.jsonl"),
         (lambda path: part_of(path, "memories-*").write_text("{}"), "memories-00001.jsonl is damaged"),
         (lambda path: part_of(path, "*.npy").write_bytes(b""), "npy is damaged"),
+        (lambda path: swap(part_of(path, "memories-*"), "/dev/null"), "memories-00001.jsonl is no part"),
     ],
 )
 async def test_a_damaged_archive_is_refused_and_nothing_written(
@@ -595,22 +767,53 @@ async def test_a_damaged_archive_is_refused_and_nothing_written(
 
 
 async def test_vectors_are_checked_even_under_a_right_checksum(databases: list[str], made: Path) -> None:
-    def put(matrix: Any, **options: Any) -> None:
-        data = io.BytesIO()
-        np.save(data, matrix, **options)
-        part_of(made, "*.npy").write_bytes(data.getvalue())
+    def put(pattern: str, data: bytes) -> None:
+        path = part_of(made, pattern)
+        path.write_bytes(data)
 
         def change(manifest: dict[str, Any]) -> None:
-            (part,) = [part for part in manifest["parts"] if part["name"].endswith(".npy")]
-            part["bytes"], part["sha256"] = len(data.getvalue()), hashlib.sha256(data.getvalue()).hexdigest()
+            (part,) = [part for part in manifest["parts"] if path == made / part["name"]]
+            part["bytes"], part["sha256"] = len(data), hashlib.sha256(data).hexdigest()
 
         rewrite(made, change)
 
+    def saved(save: Callable[..., object], *values: Any, **options: Any) -> bytes:
+        data = io.BytesIO()
+        save(data, *values, **options)
+        return data.getvalue()
+
     good = np.ones((4, 384), np.float32)
-    for matrix in (good[:3], good * 0, good * np.nan, good[0], np.array([{}] * 4, object)):
-        put(matrix, allow_pickle=True)
+    bad = [good[:3], good * 0, good * np.nan, good[0], np.array([{}] * 4, object)]
+    too_large = {"descr": "<f4", "fortran_order": False, "shape": (10**12, 384)}
+    header = b"\x93NUMPY\x01\x00\x0b\x00{'descr': ("
+    for data in (
+        *(saved(np.save, matrix, allow_pickle=True) for matrix in bad),
+        saved(np.savez, good),
+        saved(np.lib.format.write_array_header_1_0, too_large),
+        header,
+    ):
+        put("*.npy", data)
         with pytest.raises(ArchiveError, match="cannot be read"):
             await into(databases[1], made)
+    put("*.npy", saved(np.save, good))
+    for line in (b"{}", b"[]", b'{"memory_id": 1}', b'{"memory_id": "x"}', b"{", b""):
+        put("embeddings-*.jsonl", b"\n".join([line] * 4))
+        with pytest.raises(ArchiveError, match="cannot be read"):
+            await into(databases[1], made)
+
+
+@pytest.mark.parametrize("compress", [bz2.compress, gzip.compress, lzma.compress])
+async def test_damage_that_the_compression_notices_is_refused(
+    databases: list[str], made: Path, tmp_path: Path, compress: Callable[[bytes], bytes]
+) -> None:
+    agent = UUID(json.loads((made / "manifest.json").read_text())["agents"][0]["id"])
+    await out(databases[0], tmp_path / "a.tar", agent_ids=[agent])
+    path = tmp_path / "packed"
+    whole = compress((tmp_path / "a.tar").read_bytes())
+    for place in range(0, len(whole), len(whole) // 50):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        with suppress(ArchiveError), Archive(path) as archive:  # no other error; some bytes do not matter
+            list(archive.verify())
 
 
 def test_other_files_are_no_archives(tmp_path: Path) -> None:
@@ -622,6 +825,9 @@ def test_other_files_are_no_archives(tmp_path: Path) -> None:
     for name in ("text", "empty.tar", "folder", "other.tar"):
         with pytest.raises(ArchiveError):
             Archive(tmp_path / name)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ArchiveError, match="is a pipe"):
+        Archive(tmp_path / "pipe")
     with pytest.raises(FileNotFoundError):
         Archive(tmp_path / "missing")
 

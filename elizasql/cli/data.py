@@ -18,7 +18,7 @@ import typer
 from elizasql import DatabaseAdapter, _codecs, _embedded
 from elizasql._statements import SQL
 from elizasql.config import Config
-from elizasql.errors import ArgumentError, ConfigurationError, ElizaSQLError
+from elizasql.errors import ArgumentError, ConfigurationError, ElizaSQLError, NotFoundError
 from elizasql.transfer import Archive, Summary, export_archive, import_archive
 from elizasql.transfer._report import Report
 
@@ -54,6 +54,8 @@ def export(
     json: Json = False,
 ) -> None:
     """Write agents with all that belongs to them into an archive, from one consistent snapshot."""
+    if str(path) == "-":
+        raise ArgumentError("an archive is a file or a folder: it cannot be written to standard output")
 
     async def work() -> dict[str, Any]:
         chosen = _read_agents(agent)
@@ -101,6 +103,8 @@ def import_(
     """Take over an archive, or with --from a database of ElizaOS. May be repeated: what is there stays as it is."""
     if (path is None) == (source is None):
         raise ArgumentError("give either an archive or --from")
+    if path is not None and dimension is not None:
+        raise ArgumentError("--dimension goes with --from: an archive holds vectors of one width for each agent")
     place_of_report = report or Path(f"elizasql-import-{datetime.now():%Y%m%d-%H%M%S}.jsonl")  # noqa: DTZ005
     told = Report(place_of_report)
 
@@ -150,12 +154,15 @@ async def _import_archive(
     data_dir: str | None,
 ) -> dict[str, Any]:
     with Archive(path) as archive:
-        agents = [each for each in archive.manifest["agents"] if chosen is None or UUID(each["id"]) in chosen]
+        agents = archive.find_agents(chosen)
         if dry_run:
-            for number, _ in enumerate(archive.verify(), 1):
-                advance("check", number, len(archive.parts))
-            rows = [{"table": name, "rows": count} for name, count in archive.manifest["rows"].items()]
-            return {"agents": agents, "tables": rows}
+            parts = archive.parts_of(agents)
+            rows: dict[str, int] = {}
+            for number, part in enumerate(archive.verify(parts), 1):
+                advance("check", number, len(parts))
+                if not part.name.endswith(".npy"):
+                    rows[part.table] = rows.get(part.table, 0) + part.rows
+            return {"agents": agents, "tables": [{"table": name, "rows": count} for name, count in rows.items()]}
         async with _place.reach(dsn, data_dir, create=True) as place:
             await server.bring_up_to_date(place)
             began = asyncio.get_running_loop().time()
@@ -170,7 +177,8 @@ async def finish(
 ) -> dict[str, Any]:
     """Put new vectors into the index, and say what was done."""
     began = asyncio.get_running_loop().time()
-    for agent_id in agents if index and summary.created["embeddings"] else ():
+    # Those that were there already, too: an earlier import may have been interrupted before it came to this.
+    for agent_id in agents if index and summary.read["embeddings"] else ():
         async with place.open(agent_id, timeout=_PATIENCE) as db:
             await _index(db, advance)
     return {
@@ -202,8 +210,11 @@ def index_(
 
     async def work() -> list[dict[str, Any]]:
         async with _place.reach(dsn, data_dir) as place:
+            chosen = _read_agents(agent)
             async with place.connect() as connection:
-                rows = await connection.fetch(SQL["list_agents_for_export"].sql, _read_agents(agent))
+                rows = await connection.fetch(SQL["list_agents_for_export"].sql, chosen)
+            if missing := set(chosen or ()) - {UUID(bytes=row["id"].bytes) for row in rows}:
+                raise NotFoundError(f"there is no agent {', '.join(sorted(map(str, missing)))}")
             moved = []
             with _out.progress(shown=not json) as advance:
                 for row in rows:
@@ -270,7 +281,7 @@ def restore(
             try:
                 await _run(
                     _place.load(None, str(unfinished)),
-                    *("pg_restore", "--exit-on-error", "--single-transaction", "--no-comments", "--dbname=elizasql"),
+                    *("pg_restore", "--exit-on-error", "--single-transaction", "--dbname=elizasql"),
                     str(path.resolve()),
                 )
             finally:

@@ -100,7 +100,8 @@ def _remarks(decisions: Decisions, source: str) -> list[str]:
         if count
     ]
     said += [
-        f"the table {name} (about {rows:,} rows) has no counterpart here and was left in {redact(source)}"
+        f"the table {name} ({'nobody knows how many' if rows is None else f'about {rows:,}'} rows) has no counterpart "
+        f"here and was left in {redact(source)}"
         for name, rows in decisions.left.items()
     ]
     return said

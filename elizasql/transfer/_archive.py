@@ -8,27 +8,32 @@ from __future__ import annotations
 
 import hashlib
 import io
+import lzma
 import os
 import re
 import shutil
 import tarfile
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
+from uuid import UUID
 
 import orjson
 
-from elizasql.errors import ElizaSQLError
+from elizasql import _codecs
+from elizasql.errors import ElizaSQLError, NotFoundError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 
 # Bytes: far above what `export_archive` makes of a part, far below what would hurt.
 _LARGEST = 256 << 20
+# What the modules for tar and the compressions say of a file that is not what it should be.
+_DAMAGE = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError)
 _NAME = re.compile(r"[a-z0-9_-]+(/[a-z0-9_-]+)*\.(jsonl|npy)")
 
 
@@ -65,7 +70,7 @@ class _Store(Protocol):
 class _Folder:
     def __init__(self, path: Path) -> None:
         self._path = path
-        path.mkdir(parents=True)
+        path.mkdir(exist_ok=True)
 
     def add(self, name: str, data: bytes) -> None:
         target = self._path / name
@@ -107,7 +112,13 @@ class Writer:
         self.parts: list[Part] = []
 
     def add(self, name: str, table: str, agent_id: str | None, rows: int, data: bytes) -> None:
-        """Add a part."""
+        """Add a part.
+
+        Raises:
+            ArchiveError: A row in it is larger than what is read again.
+        """
+        if len(data) > _LARGEST:
+            raise ArchiveError(f"{name} has a row that is too large for an archive: {len(data):,} bytes")
         self._store.add(name, data)
         self.parts.append(Part(name, table, agent_id, rows, len(data), hashlib.sha256(data).hexdigest()))
 
@@ -115,6 +126,17 @@ class Writer:
         """Add the manifest."""
         manifest = {"format": FORMAT, **facts, "parts": [asdict(part) for part in self.parts]}
         self._store.add(MANIFEST, orjson.dumps(manifest, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+
+
+def _reraise_real(error: Exception) -> None:
+    """Raise what the operating system said; gzip and bz2 say of damage that it is an OSError, one without a number."""
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error
+
+
+def _check_types(given: dict[str, Any], wanted: dict[str, Any]) -> None:
+    if not all(isinstance(given[name], kind) for name, kind in wanted.items()):
+        raise TypeError
 
 
 def tar_mode(path: Path) -> str | None:
@@ -128,26 +150,33 @@ def tar_mode(path: Path) -> str | None:
 def create(path: Path) -> Iterator[Writer]:
     """Write a new archive; it gets its name when all of it is on disk, and nothing is left of one that failed.
 
+    An empty folder that is there is filled, and stays when that fails: it may be one that cannot be replaced, such as
+    where a disk is mounted. While it lacks the manifest, it is no archive.
+
     Raises:
         ArchiveError: There is something of this name already.
     """
-    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+    mode = tar_mode(path)
+    fills = mode is None and path.is_dir() and not any(path.iterdir())
+    if os.path.lexists(path) and not fills:
         raise ArchiveError(f"{path} is there already: choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    mode = tar_mode(path)
+    unfinished = path if fills else path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         store: _Store = _Folder(unfinished) if mode is None else _Tar(unfinished, f"w:{mode}")
         try:
             yield Writer(store)
         finally:
             store.close()
-        unfinished.rename(path)
-    finally:
-        if unfinished.is_dir():
-            shutil.rmtree(unfinished)
-        else:
-            unfinished.unlink(missing_ok=True)
+        if not fills:
+            unfinished.rename(path)
+    except BaseException:
+        for each in list(unfinished.iterdir()) if fills else [unfinished]:
+            if each.is_dir():
+                shutil.rmtree(each)
+            else:
+                each.unlink(missing_ok=True)
+        raise
 
 
 class Archive:
@@ -159,23 +188,31 @@ class Archive:
         parts: In the order in which they go in.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         """Open it and read its manifest.
 
         Raises:
             ArchiveError: It is none, or of a newer format.
+            OSError: It is not there, or cannot be read.
         """
-        self.path = path
+        self.path = Path(path)
         self._tar: tarfile.TarFile | None = None
-        if not path.is_dir():
+        if self.path.is_fifo():
+            raise ArchiveError(
+                f"{self.path} is a pipe: an archive is read more than once, it must be a file or a folder"
+            )
+        if not self.path.is_dir():
             try:
-                self._tar = tarfile.open(path)  # noqa: SIM115
-            except (tarfile.TarError, EOFError, zlib.error) as error:
+                self._tar = tarfile.open(self.path)  # noqa: SIM115
+            except _DAMAGE as error:
+                _reraise_real(error)
                 what = str(error).partition(":")[0]  # what follows is a list of every compression that was tried
-                raise ArchiveError(f"{path} is no archive of elizasql: {what}") from None
+                raise ArchiveError(f"{self.path} is no archive of elizasql: {what}") from None
         try:
             self.manifest: dict[str, Any] = self._read_manifest()
             self.parts: list[Part] = [self._read_part(part) for part in self.manifest["parts"]]
+            if {part.agent_id for part in self.parts} - {None, *(agent["id"] for agent in self.manifest["agents"])}:
+                raise ArchiveError(f"{path}: {MANIFEST} is damaged")
         except BaseException:
             self.close()
             raise
@@ -185,24 +222,57 @@ class Archive:
         try:
             manifest = orjson.loads(data)
             number = manifest["format"]
-            if not isinstance(manifest["parts"], list) or not isinstance(number, int):
+            if type(number) is not int or number < 1:
                 raise TypeError
+            if number > FORMAT:
+                raise ArchiveError(
+                    f"{self.path} has format {number}, this version knows {FORMAT}: install a newer elizasql"
+                )
+            if not (isinstance(manifest["parts"], list) and isinstance(manifest["rows"], dict)):
+                raise TypeError
+            for agent in manifest["agents"]:
+                _check_types(agent, {"id": str, "name": str, "dimension": (int, type(None))})
+                agent["id"] = str(UUID(agent["id"]))
         except (ValueError, KeyError, TypeError):
             raise ArchiveError(f"{self.path}: {MANIFEST} is damaged") from None
-        if number > FORMAT:
-            raise ArchiveError(
-                f"{self.path} has format {number}, this version knows {FORMAT}: install a newer elizasql"
-            )
         return dict(manifest)
 
     def _read_part(self, given: Any) -> Part:
         try:
             part = Part(**given)
-        except TypeError:
+            _check_types(given, {"name": str, "table": str, "agent_id": (str, type(None)), "rows": int, "bytes": int})
+            if part.agent_id is not None:
+                part = replace(part, agent_id=str(UUID(part.agent_id)))
+            elif part.table == "embeddings":
+                raise TypeError
+        except (ValueError, TypeError):
             raise ArchiveError(f"{self.path}: {MANIFEST} is damaged") from None
-        if not (isinstance(part.name, str) and _NAME.fullmatch(part.name)):
+        if not _NAME.fullmatch(part.name):
             raise ArchiveError(f"{self.path}: a part has the name {part.name!r:.80}")
         return part
+
+    def find_agents(self, agent_ids: Collection[UUID] | None = None) -> list[dict[str, Any]]:
+        """Give what the manifest says of agents: id, name, dimension.
+
+        Args:
+            agent_ids: Which; None: all.
+
+        Raises:
+            ArgumentError: An id is none.
+            NotFoundError: It holds no such agent.
+        """
+        agents: list[dict[str, Any]] = self.manifest["agents"]
+        if agent_ids is None:
+            return agents
+        wanted = set(map(str, _codecs.as_ids(agent_ids, "agent_ids")))
+        if missing := wanted - {agent["id"] for agent in agents}:
+            raise NotFoundError(f"{self.path} holds no agent {', '.join(sorted(missing))}")
+        return [agent for agent in agents if agent["id"] in wanted]
+
+    def parts_of(self, agents: list[dict[str, Any]]) -> list[Part]:
+        """Give the parts of agents that `find_agents` gave, and what is shared."""
+        owners = {None, *(agent["id"] for agent in agents)}
+        return [part for part in self.parts if part.agent_id in owners]
 
     def __enter__(self) -> Archive:
         return self
@@ -230,9 +300,8 @@ class Archive:
         try:
             if self._tar is None:
                 path = self.path / name
-                size = path.stat().st_size
-                if size > _LARGEST:
-                    raise ArchiveError(f"{self.path}: {name} is too large for a part")
+                if path.stat().st_size > _LARGEST or not path.is_file():
+                    raise ArchiveError(f"{self.path}: {name} is no part")
                 return path.read_bytes()
             member = self._tar.getmember(name)
             file = self._tar.extractfile(member) if member.isreg() and member.size <= _LARGEST else None
@@ -242,11 +311,12 @@ class Archive:
         except (KeyError, FileNotFoundError, NotADirectoryError):
             what = "is no archive of elizasql, or not a complete one" if name == MANIFEST else f"lacks {name}"
             raise ArchiveError(f"{self.path} {what}") from None
-        except (tarfile.TarError, EOFError, zlib.error) as error:
+        except _DAMAGE as error:
+            _reraise_real(error)
             raise ArchiveError(f"{self.path} is damaged: {error}") from None
 
-    def verify(self) -> Iterator[Part]:
-        """Read every part and check it; give each that is in order."""
-        for part in self.parts:
+    def verify(self, parts: Iterable[Part] | None = None) -> Iterator[Part]:
+        """Read parts and check them; give each that is in order. None: all."""
+        for part in self.parts if parts is None else parts:
             self.read(part)
             yield part

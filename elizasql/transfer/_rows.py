@@ -66,6 +66,7 @@ PROBLEMS = {
     "fragment": "it is a fragment and its metadata lacks documentId or position",
     "document": "it is a document and its metadata lacks timestamp",
     "place": "another row has its place",
+    "reply": "there is no message {} that it answers",
 }
 
 
@@ -77,11 +78,13 @@ class Refused:
         position: In the batch.
         problem: A key of PROBLEMS.
         missing: The id that it points at, where there is nothing.
+        agent_id: Whose it is, of what points at rows of its own agent.
     """
 
     position: int
     problem: str
     missing: UUID | None
+    agent_id: UUID | None
 
     def __str__(self) -> str:
         said = PROBLEMS[self.problem]
@@ -135,14 +138,14 @@ async def put(db: DatabaseAdapter, statement: Statement, **params: Any) -> tuple
 
 
 def _read_refused(item: Mapping[str, Any]) -> Refused:
-    missing = item["missing"]
-    return Refused(item["position"], item["problem"], None if missing is None else UUID(missing))
+    missing, agent_id = item["missing"], item.get("agent_id")
+    return Refused(item["position"], item["problem"], missing and UUID(missing), agent_id and UUID(agent_id))
 
 
-# Told of a row that was refused: the table, its JSON line, and what is the matter.
+# Told of a row that was refused, or taken without something: the table, its JSON line, and what is the matter.
 Refuse = Callable[[str, bytes, Refused], None]
-# Asked to bring what is missing: gets the lines with what each lacks, and tells whether another try is worth it.
-Fetch = Callable[[str, list[tuple[bytes, Refused]]], Awaitable[bool]]
+# Asked to bring what rows of a table lack; tells whether another try is worth it.
+Fetch = Callable[[str, list[Refused]], Awaitable[bool]]
 
 
 async def put_lines(
@@ -157,14 +160,26 @@ async def put_lines(
     statement = SQL[BY_NAME[table].imports]
     created, refused = await put(db, statement, rows=as_array(lines))
     summary.created[table] += created
+    doubted = True
     while refused:
-        wanting = [(lines[each.position], each) for each in refused if each.missing is not None]
+        wanting = [each for each in refused if each.missing is not None]
         if fetch is None or not wanting or not await fetch(table, wanting):
-            break
-        again = [lines[each.position] for each in refused]
-        created, refused = await put(db, statement, rows=as_array(again))
+            # A statement that waited for another import does not see the rows of that one, and takes their places for
+            # taken; the next one does.
+            if not doubted or all(each.problem != "place" for each in refused):
+                break
+            doubted = False
+        lines = [lines[each.position] for each in refused]
+        created, refused = await put(db, statement, rows=as_array(lines))
         summary.created[table] += created
-        lines = again
     for each in refused:
         summary.refused[table] += 1
         refuse(table, lines[each.position], each)
+
+
+async def put_replies(db: DatabaseAdapter, lines: Sequence[bytes], summary: Summary, refuse: Refuse) -> None:
+    """Say of messages that were imported which one they answer; what answers nothing that is there goes to `refuse`."""
+    _, refused = await put(db, SQL["import_replies"], rows=as_array(lines))
+    for each in refused:
+        summary.altered["central_messages"] += 1
+        refuse("central_messages", lines[each.position], each)

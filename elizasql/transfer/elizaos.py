@@ -12,7 +12,6 @@ import functools
 from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 from uuid import UUID
 
 import asyncpg
@@ -21,11 +20,11 @@ import orjson
 from elizasql import DatabaseAdapter, _codecs
 from elizasql._statements import SQL, Statement, Statements, find_folder
 from elizasql.config import Config
-from elizasql.errors import ConfigurationError, EmbeddingError, PermissionDeniedError
+from elizasql.errors import ConfigurationError, EmbeddingError, NotFoundError, PermissionDeniedError
 from elizasql.types import DIMENSIONS
 
 from ._connection import Snapshot, snapshot
-from ._rows import Refused, Summary, as_array, put_lines
+from ._rows import Refused, Summary, put_lines, put_replies
 from .export import Advance, _silent
 from .importer import put_vectors
 
@@ -83,13 +82,13 @@ class Decisions:
         dimensions: The width of the vectors that are taken, of each agent that has any.
         found: How many vectors of which width each agent has.
         copied: Rows of other agents that became an agent's own, too, by table.
-        left: Tables of the source that have no counterpart here, and about how many rows each has.
+        left: Tables of the source that have no counterpart here, and about how many rows each has; None: nobody knows.
     """
 
     dimensions: dict[UUID, int] = field(default_factory=dict)
     found: dict[UUID, dict[int, int]] = field(default_factory=dict)
     copied: dict[str, int] = field(default_factory=dict)
-    left: dict[str, int] = field(default_factory=dict)
+    left: dict[str, int | None] = field(default_factory=dict)
 
 
 async def import_elizaos(
@@ -116,14 +115,16 @@ async def import_elizaos(
         advance: Told how far it is.
 
     Raises:
+        ArgumentError: An id is none.
         ConfigurationError: It is no database of the original.
+        NotFoundError: There is no such agent in it.
         PermissionDeniedError: The role does not see all rows there.
     """
-    given = None if agent_ids is None else list(agent_ids)
+    given = None if agent_ids is None else _codecs.as_ids(agent_ids, "agent_ids")
     if dimension is not None and dimension not in DIMENSIONS:
         raise ConfigurationError(f"dimension must be one of {', '.join(map(str, DIMENSIONS))}")
     try:
-        async with snapshot(_seeing_all(source), config) as opened:
+        async with snapshot(source, config) as opened:
             taking = _Taking(opened, db, given, tell, advance)
             await taking.decide(dimension)
             await taking.run()
@@ -134,12 +135,6 @@ async def import_elizaos(
             f"{error}: data isolation is on there; connect as a superuser or a role with BYPASSRLS"
         ) from error
     return taking.summary, taking.decisions
-
-
-def _seeing_all(source: str) -> str:
-    """Make the server refuse a query whose rows a policy would hide, instead of leaving them out."""
-    parts = urlsplit(source)
-    return urlunsplit(parts._replace(query=urlencode({**dict(parse_qsl(parts.query)), "row_security": "off"})))
 
 
 class _Taking:
@@ -172,7 +167,11 @@ class _Taking:
             )
         self._tables = set(tables)
         known = {table for _, _, table in _READS} | {"embeddings"}
-        self.decisions.left = {name: rows for name, rows in tables.items() if name not in known and rows}
+        self.decisions.left = {name: rows for name, rows in tables.items() if name not in known and rows != 0}
+        if self._agent_ids is not None:
+            agents = await self._source.fetch(reads()["find_agents"], agent_ids=self._agent_ids)
+            if missing_ids := set(self._agent_ids) - {UUID(bytes=row["id"].bytes) for row in agents}:
+                raise NotFoundError(f"there is no agent {', '.join(sorted(map(str, missing_ids)))}")
         if self._agent_ids is None:
             self._totals = dict((await self._source.fetch(reads()["count_rows"]))[0])
         rows = await self._source.fetch(reads()["find_dimensions"], agent_ids=self._agent_ids)
@@ -212,7 +211,7 @@ class _Taking:
             statement = reads()["read_central_messages"]
             async for rows in self._source.stream(statement, _CHUNK):
                 lines = [row["line"].encode() for row in rows if row["problem"] is None]
-                await self._db._executor.fetch_value(SQL["import_replies"], rows=as_array(lines))
+                await put_replies(self._db, lines, self.summary, self._refuse)
 
     async def _read(self, table: str, statement: Statement) -> AsyncIterator[list[bytes]]:
         """Give the rows of the source that can be taken; tell of the others, and of what is altered."""
@@ -238,17 +237,16 @@ class _Taking:
     def _refuse(self, table: str, line: bytes, why: Refused) -> None:
         self._tell(table, line, why)
 
-    async def _fetch(self, table: str, wanting: list[tuple[bytes, Refused]]) -> bool:
+    async def _fetch(self, table: str, wanting: list[Refused]) -> bool:
         """Copy what rows point at and another agent owns; True when there was something."""
         assert self._db is not None
-        wanted: dict[tuple[str, str, str], set[UUID]] = {}
-        for line, refused in wanting:
-            if refused.problem in _COPIES and refused.missing is not None:
-                agent = orjson.loads(line).get("agent_id")
-                wanted.setdefault((*_COPIES[refused.problem], agent), set()).add(refused.missing)
+        wanted: dict[tuple[str, str, UUID], set[UUID]] = {}
+        for refused in wanting:
+            if refused.problem in _COPIES and refused.agent_id is not None and refused.missing is not None:
+                wanted.setdefault((*_COPIES[refused.problem], refused.agent_id), set()).add(refused.missing)
         found = False
         for (target, name, agent), ids in wanted.items():
-            rows = await self._source.fetch(reads()[name], agent_id=UUID(agent), ids=sorted(ids))
+            rows = await self._source.fetch(reads()[name], agent_id=agent, ids=sorted(ids))
             if rows and target != table:
                 lines = [row["line"].encode() for row in rows]
                 before = self.summary.created[target]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Collection
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,7 +14,7 @@ import asyncpg
 import numpy as np
 import orjson
 
-from elizasql import _migrate
+from elizasql import _codecs, _migrate
 from elizasql._statements import SQL
 from elizasql.config import Config
 from elizasql.errors import NotFoundError
@@ -36,7 +37,7 @@ def _silent(*_: object) -> None:
 
 async def export_archive(
     address: str,
-    path: Path,
+    path: str | os.PathLike[str],
     config: Config,
     *,
     agent_ids: Collection[UUID] | None = None,
@@ -55,17 +56,19 @@ async def export_archive(
         The manifest without its parts: format, agents, rows of each table.
 
     Raises:
+        ArgumentError: An id is none.
         NotFoundError: There is no such agent.
-        ArchiveError: There is something of this name already.
+        ArchiveError: There is something of this name already, or a row is too large for an archive.
+        PermissionDeniedError: The role does not see all rows.
     """
+    given = None if agent_ids is None else _codecs.as_ids(agent_ids, "agent_ids")
     async with snapshot(address, config) as source:
-        given = None if agent_ids is None else list(agent_ids)
         agents = await source.fetch(SQL["list_agents_for_export"], agent_ids=given)
         if missing := set(given or ()) - {UUID(bytes=agent["id"].bytes) for agent in agents}:
             raise NotFoundError(f"there is no agent {', '.join(sorted(map(str, missing)))}")
-        with _archive.create(path) as writer:
+        with _archive.create(Path(path)) as writer:
             export = _Export(source, writer, advance, agents)
-            facts = await export.run(None if given is None else given)
+            facts = await export.run(given)
             writer.finish(**facts)
     return {"format": _archive.FORMAT, **facts}
 

@@ -12,10 +12,10 @@ import orjson
 
 from elizasql import DatabaseAdapter, _codecs
 from elizasql._statements import SQL
-from elizasql.errors import ArgumentError, EmbeddingDimensionError, NotFoundError
+from elizasql.errors import EmbeddingDimensionError
 
 from ._archive import Archive, ArchiveError, Part
-from ._rows import BY_NAME, Refuse, Refused, Summary, as_array, put, put_lines
+from ._rows import BY_NAME, Refuse, Refused, Summary, put, put_lines, put_replies
 from .export import Advance, _silent
 
 
@@ -36,24 +36,23 @@ async def import_archive(
         db: An adapter of the database, of whatever agent.
         archive: Where the rows come from.
         agent_ids: Only these agents; what is shared is taken in any case.
-        refuse: Told of each row that cannot be taken.
+        refuse: Told of each row that cannot be taken, or not as it was.
         advance: Told how far it is.
 
     Raises:
+        ArgumentError: An id is none.
         ArchiveError: It is damaged; nothing was written.
         NotFoundError: An agent is not in it.
         EmbeddingDimensionError: An agent is in the database with vectors of another width; nothing was written.
     """
-    wanted = None if agent_ids is None else {str(agent_id) for agent_id in agent_ids}
-    if missing := (wanted or set()) - {agent["id"] for agent in archive.manifest["agents"]}:
-        raise NotFoundError(f"{archive.path} holds no agent {', '.join(sorted(missing))}")
-    parts = [part for part in archive.parts if wanted is None or part.agent_id is None or part.agent_id in wanted]
+    agents = archive.find_agents(agent_ids)
+    parts = archive.parts_of(agents)
     for number, part in enumerate(parts, 1):
         if part.table != "embeddings" and part.table not in BY_NAME:
             raise ArchiveError(f"{archive.path}: this version knows no table {part.table!r:.40}")
         archive.read(part)
         advance("check", number, len(parts))
-    await _check_dimensions(db, archive, wanted)
+    await _check_dimensions(db, agents)
     summary = Summary()
     totals: dict[str, int] = {}
     for part in parts:
@@ -71,7 +70,7 @@ async def import_archive(
                 replies.append(part)
         advance(part.table, summary.read[part.table], totals[part.table])
     for part in replies:
-        await db._executor.fetch_value(SQL["import_replies"], rows=as_array(archive.read(part).splitlines()))
+        await put_replies(db, archive.read(part).splitlines(), summary, refuse)
     return summary
 
 
@@ -79,12 +78,8 @@ def _is_matrix(part: Part) -> bool:
     return part.name.endswith(".npy")
 
 
-async def _check_dimensions(db: DatabaseAdapter, archive: Archive, wanted: set[str] | None) -> None:
-    given = {
-        UUID(agent["id"]): agent["dimension"]
-        for agent in archive.manifest["agents"]
-        if agent["dimension"] is not None and (wanted is None or agent["id"] in wanted)
-    }
+async def _check_dimensions(db: DatabaseAdapter, agents: list[dict[str, Any]]) -> None:
+    given = {UUID(agent["id"]): agent["dimension"] for agent in agents if agent["dimension"] is not None}
     for row in await db._executor.fetch(SQL["get_dimensions_of"], agent_ids=list(given)):
         if row["dimension"] not in (None, given[row["id"]]):
             raise EmbeddingDimensionError(row["id"], locked=row["dimension"], given=given[row["id"]])
@@ -98,12 +93,14 @@ async def _put_embeddings(db: DatabaseAdapter, archive: Archive, part: Part, sum
     try:
         if beside is None:
             raise ValueError(f"{name} is missing")
-        matrix = np.load(io.BytesIO(archive.read(beside)), allow_pickle=False)
-        ids = [UUID(orjson.loads(line)["memory_id"]) for line in lines]
-        if matrix.shape[:1] != (len(ids),) or matrix.ndim != 2:
+        matrix = np.lib.format.read_array(io.BytesIO(archive.read(beside)), allow_pickle=False)
+        ids = [_codecs.as_id(orjson.loads(line)["memory_id"]) for line in lines]
+        if not ids or matrix.ndim != 2 or matrix.shape[0] != len(ids):
             raise ValueError("there are not as many vectors as ids")
         vectors = [_codecs.as_embedding(vector) for vector in matrix]
-    except (ValueError, KeyError, TypeError, ArgumentError) as error:
+    except ArchiveError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever numpy and orjson find wrong with it
         raise ArchiveError(f"{archive.path}: {part.name} cannot be read: {error}") from None
     summary.read["embeddings"] += len(ids)
     created, refused = await put_vectors(db, UUID(part.agent_id or ""), ids, vectors)

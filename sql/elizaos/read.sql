@@ -10,10 +10,14 @@
 -- rows were folded into it, itself included.
 
 -- name: list_source_tables()
--- The tables of the schema public, and about how many rows each has.
+-- The tables of the schema public, and about how many rows each has; NULL: some, but nobody has counted, as after a crash
+-- or in a PGlite.
 SELECT
     c.relname AS name,
-    greatest(c.reltuples, s.n_live_tup, 0)::bigint AS estimate
+    CASE
+        WHEN greatest(c.reltuples, s.n_live_tup) > 0 THEN greatest(c.reltuples, s.n_live_tup)::bigint
+        WHEN pg_relation_size(c.oid) = 0 THEN 0
+    END AS estimate
 FROM pg_catalog.pg_class AS c
 INNER JOIN pg_catalog.pg_namespace AS n ON c.relnamespace = n.oid
 LEFT JOIN pg_catalog.pg_stat_user_tables AS s ON c.oid = s.relid
@@ -24,6 +28,11 @@ ORDER BY c.relname;
 SELECT
     (SELECT count(*) FROM public.memories) AS memories,
     (SELECT count(*) FROM public.embeddings) AS embeddings;
+
+-- name: find_agents(agent_ids)
+SELECT t.id
+FROM public.agents AS t
+WHERE t.id = ANY(:agent_ids::uuid[]);
 
 -- name: find_dimensions(agent_ids)
 -- The widths of each agent's vectors, that of the newest vector first.
@@ -157,7 +166,8 @@ SELECT
         'metadata', coalesce(nullif(s.j -> 'metadata', 'null'), '{}'),
         'created_at', coalesce(s.j -> 'created_at', s.j -> 'createdAt')
     )::text AS line,
-    coalesce(
+    nullif(concat_ws(
+        '; ',
         CASE
             WHEN
                 coalesce(s.j ->> 'world_id', s.j ->> 'worldId') IS NOT NULL AND w.id IS NULL
@@ -168,7 +178,7 @@ SELECT
                 named.given !~ '^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$'
                 THEN 'message server ' || named.given || ' got an id made of its name'
         END
-    ) AS note,
+    ), '') AS note,
     NULL::text AS problem,
     1 AS copies
 FROM public.rooms AS t
@@ -356,12 +366,19 @@ CROSS JOIN LATERAL (SELECT to_jsonb(t) AS j) AS s
 WHERE :agent_ids::uuid[] IS NULL OR (coalesce(s.j ->> 'agent_id', s.j ->> 'agentId'))::uuid = ANY(:agent_ids);
 
 -- name: read_memories(agent_ids)
+-- A memory has the time that it was given, also one of microseconds for milliseconds: what lies outside of the calendar
+-- that Python knows, and could not be read, is moved to its end.
 SELECT
     jsonb_build_object(
         'agent_id', t.agent_id,
         'id', t.id,
         'type', t.type,
-        'created_at', t.created_at,
+        'created_at',
+        CASE
+            WHEN t.created_at < '0001-01-01' THEN '0001-01-01'
+            WHEN t.created_at > '9999-12-31 23:59:59.999999' THEN '9999-12-31 23:59:59.999999'
+            ELSE t.created_at
+        END,
         'content', t.content,
         'entity_id', t.entity_id,
         'room_id', t.room_id,
@@ -369,7 +386,15 @@ SELECT
         'unique', t."unique",
         'metadata', coalesce(nullif(t.metadata, 'null'), '{}')
     )::text AS line,
-    CASE WHEN t.world_id IS NOT NULL AND w.id IS NULL THEN 'there is no world ' || t.world_id END AS note,
+    nullif(concat_ws(
+        '; ',
+        CASE WHEN t.world_id IS NOT NULL AND w.id IS NULL THEN 'there is no world ' || t.world_id END,
+        CASE
+            WHEN
+                t.created_at NOT BETWEEN '0001-01-01' AND '9999-12-31 23:59:59.999999'
+                THEN 'its time lies outside the calendar: ' || t.created_at
+        END
+    ), '') AS note,
     NULL::text AS problem,
     1 AS copies
 FROM (
@@ -570,7 +595,8 @@ CROSS JOIN LATERAL (SELECT to_jsonb(t) AS j) AS s
 WHERE :agent_ids::uuid[] IS NULL OR (s.j ->> 'agent_id')::uuid = ANY(:agent_ids);
 
 -- name: read_channels()
--- Ids are text in the original. Two users may have several direct channels there: the oldest is kept for all.
+-- Ids are text in the original. Two users may have several direct channels there: of those that can be taken the oldest is
+-- kept for all.
 SELECT DISTINCT ON (canonical.kept_id)
     CASE WHEN problem.text IS NULL THEN jsonb_build_object(
         'id', s.j -> 'id',
@@ -593,15 +619,17 @@ LEFT JOIN (
     SELECT
         c.id,
         CASE
-            WHEN c.type = 'DM' AND c.name ~ '^DM-[0-9a-f-]{36}-[0-9a-f-]{36}$'
+            WHEN c.type = 'DM' AND c.name ~ '^DM-[0-9a-f-]{36}-[0-9a-f-]{36}$' AND known.is_id
                 THEN first_value(c.id) OVER (
                     PARTITION BY
-                        coalesce(to_jsonb(c) ->> 'message_server_id', to_jsonb(c) ->> 'server_id'), c.type, c.name
+                        coalesce(to_jsonb(c) ->> 'message_server_id', to_jsonb(c) ->> 'server_id'), c.type, c.name,
+                        known.is_id
                     ORDER BY c.created_at, c.id
                 )
             ELSE c.id
         END AS kept_id
     FROM public.channels AS c
+    CROSS JOIN LATERAL (SELECT c.id::text ~ '^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$' AS is_id) AS known
 ) AS canonical ON t.id = canonical.id
 CROSS JOIN
     LATERAL (SELECT CASE
@@ -626,15 +654,17 @@ LEFT JOIN (
     SELECT
         c.id,
         CASE
-            WHEN c.type = 'DM' AND c.name ~ '^DM-[0-9a-f-]{36}-[0-9a-f-]{36}$'
+            WHEN c.type = 'DM' AND c.name ~ '^DM-[0-9a-f-]{36}-[0-9a-f-]{36}$' AND known.is_id
                 THEN first_value(c.id) OVER (
                     PARTITION BY
-                        coalesce(to_jsonb(c) ->> 'message_server_id', to_jsonb(c) ->> 'server_id'), c.type, c.name
+                        coalesce(to_jsonb(c) ->> 'message_server_id', to_jsonb(c) ->> 'server_id'), c.type, c.name,
+                        known.is_id
                     ORDER BY c.created_at, c.id
                 )
             ELSE c.id
         END AS kept_id
     FROM public.channels AS c
+    CROSS JOIN LATERAL (SELECT c.id::text ~ '^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$' AS is_id) AS known
 ) AS canonical ON t.channel_id = canonical.id
 CROSS JOIN
     LATERAL (SELECT CASE
@@ -667,11 +697,19 @@ SELECT
         'created_at', coalesce(s.j -> 'created_at', s.j -> 'createdAt'),
         'updated_at', s.j -> 'updated_at'
     )::text ELSE s.j::text END AS line,
-    CASE
-        WHEN
-            canonical.kept_id <> t.channel_id
-            THEN 'its channel was ' || t.channel_id || ', one of several for two users'
-    END AS note,
+    nullif(concat_ws(
+        '; ',
+        CASE
+            WHEN
+                canonical.kept_id <> t.channel_id
+                THEN 'its channel was ' || t.channel_id || ', one of several for two users'
+        END,
+        CASE
+            WHEN
+                s.j ->> 'in_reply_to_root_message_id' !~ '^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$'
+                THEN 'the id of the message that it answers is no UUID: ' || (s.j ->> 'in_reply_to_root_message_id')
+        END
+    ), '') AS note,
     problem.text AS problem,
     1 AS copies
 FROM public.central_messages AS t
@@ -680,15 +718,17 @@ LEFT JOIN (
     SELECT
         c.id,
         CASE
-            WHEN c.type = 'DM' AND c.name ~ '^DM-[0-9a-f-]{36}-[0-9a-f-]{36}$'
+            WHEN c.type = 'DM' AND c.name ~ '^DM-[0-9a-f-]{36}-[0-9a-f-]{36}$' AND known.is_id
                 THEN first_value(c.id) OVER (
                     PARTITION BY
-                        coalesce(to_jsonb(c) ->> 'message_server_id', to_jsonb(c) ->> 'server_id'), c.type, c.name
+                        coalesce(to_jsonb(c) ->> 'message_server_id', to_jsonb(c) ->> 'server_id'), c.type, c.name,
+                        known.is_id
                     ORDER BY c.created_at, c.id
                 )
             ELSE c.id
         END AS kept_id
     FROM public.channels AS c
+    CROSS JOIN LATERAL (SELECT c.id::text ~ '^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$' AS is_id) AS known
 ) AS canonical ON t.channel_id = canonical.id
 CROSS JOIN LATERAL (SELECT CASE
     WHEN s.j ->> 'id' !~ '^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$' THEN 'its id is no UUID'
