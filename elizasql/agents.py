@@ -101,9 +101,10 @@ class Agents(Store):
     ) -> Agent:
         """Get the adapter's agent, and create it from `agent` when it is not there yet.
 
-        An agent that is there comes back as it is. Defaults of a new one: name "Unknown Agent", bio "An AI agent".
+        An agent that is there is only read, and comes back as it is. Defaults of a new one: name "Unknown Agent", bio
+        "An AI agent".
 
-        Statement: sql/agents.sql ensure_agent. Source: ensureAgentExists; differs: one upsert, no race.
+        Statement: sql/agents.sql ensure_agent. Source: ensureAgentExists; differs: one statement, no race.
         """
         given = Agent.read(agent if agent is not None else {})
         if given.get("id") is None:
