@@ -486,6 +486,14 @@ async def test_replaced_participants_are_never_a_mixture(
     assert await db.get_channel_participants(id) == [cyd]
 
 
+@pytest.mark.slow
+async def test_very_many_participants_are_replaced_in_time(db: DatabaseAdapter) -> None:
+    server, ids = await make_server(db), sorted(uuid4() for _ in range(100_000))
+    channel = await db.create_channel({"messageServerId": server, "name": "c", "type": "GROUP"}, ids[1:])
+    await db.update_channel(channel.id or "", {}, ids[:-1])
+    assert await db.get_channel_participants(channel.id or "") == ids[:-1]
+
+
 async def test_concurrent_replacements_leave_one_of_them(make_db: MakeAdapter) -> None:
     one, two = await make_db(), await make_db()
     id = await make_channel(one)
