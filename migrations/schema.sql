@@ -3033,10 +3033,6 @@ CREATE INDEX message_server_agents_agent_idx ON elizasql.message_server_agents U
 
 CREATE INDEX message_servers_created_at_idx ON elizasql.message_servers USING btree (created_at, id);
 
-CREATE INDEX pairing_allowlist_created_at_idx ON elizasql.pairing_allowlist USING btree (agent_id, channel, created_at, id);
-
-CREATE INDEX pairing_requests_created_at_idx ON elizasql.pairing_requests USING btree (agent_id, channel, created_at, id);
-
 CREATE INDEX participants_entity_idx ON elizasql.participants USING btree (agent_id, entity_id, room_id);
 
 CREATE INDEX relationships_source_idx ON elizasql.relationships USING btree (agent_id, source_entity_id, created_at, id);
