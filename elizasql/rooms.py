@@ -164,7 +164,7 @@ class Rooms(Store):
         return await self._executor.fetch_chunks(SQL["update_rooms"], chunks)
 
     async def delete_room(self, room_id: UUID | str, *, timeout: float | None = None) -> bool:
-        """Delete a room with its participants, memories, logs and components; False when there was none.
+        """Delete a room with its participants, memories, logs, goals and components; False when there was none.
 
         Statement: sql/rooms.sql delete_rooms. Source: deleteRoom; differs: this agent's only.
         """
