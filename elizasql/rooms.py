@@ -37,8 +37,7 @@ class Rooms(Store):
         Statement: sql/rooms.sql create_rooms. One round trip a chunk. Source: createRooms; differs: `serverId` is an
         alias of `messageServerId`, and an id that another agent has is no obstacle.
         """
-        ids, rows = self._read_all(Room, rooms)
-        self._need(rows, Room, "source", "type")
+        ids, rows = self._read_all(Room, rooms, needed=("source", "type"))
         order_by_id(rows)
         if rows:
             chunks = [{"agent_id": self.agent_id, "rooms": chunk} for chunk in self._encode_chunks(Room, rows, ids)]

@@ -74,8 +74,7 @@ class Tasks(Store):
 
         Statement: sql/tasks.sql create_tasks. One round trip a chunk. Source: createTasks.
         """
-        ids, rows = self._read_all(Task, tasks)
-        self._need(rows, Task, "name")
+        ids, rows = self._read_all(Task, tasks, needed=("name",))
         _check_attempts(rows, ids)
         positions = order_by_id(rows)
         if rows:
