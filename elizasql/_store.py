@@ -48,6 +48,7 @@ class Store:
         kind: type[Model],
         values: Iterable[object],
         *,
+        needed: Sequence[str] = (),
         new_ids: bool = True,
         twice: Literal["first", "last", "together"] = "first",
         read: Callable[[Any], dict[str, Any]] | None = None,
@@ -57,6 +58,7 @@ class Store:
         Args:
             kind: The model.
             values: Models or mappings.
+            needed: Fields that must be given.
             new_ids: Make an id for whatever has none; otherwise that is an error.
             twice: Of two rows with one id, which one counts; "together": what the later one sets, over the earlier.
             read: How a value is read; None: as the model does.
@@ -75,13 +77,14 @@ class Store:
             try:
                 row = (read or kind.read)(value)
                 self._check_agent(row)
+                if new_ids and row.get("id") is None:
+                    row["id"] = _codecs.new_id()
+                for name in ("id", *needed):
+                    if row.get(name) is None:
+                        raise ArgumentError(f"{name} is missing")
             except ArgumentError as error:
                 error.args = (f"{kind.__name__} at position {position}: {error}",)
                 raise
-            if row.get("id") is None:
-                if not new_ids:
-                    raise ArgumentError(f"{kind.__name__} at position {position}: id is missing")
-                row["id"] = _codecs.new_id()
             ids.append(row["id"])
             if twice == "first":
                 rows.setdefault(row["id"], row)
@@ -167,27 +170,36 @@ class Store:
                 raise
             return await self._executor.fetch_chunks(SQL[name], chunks)
 
-    def _encode_chunks(self, kind: type[Model], rows: Sequence[Mapping[str, Any]], ids: Sequence[UUID]) -> list[bytes]:
-        """Encode a batch as jsonb arrays, one for each chunk; the error of a value that is not JSON names its position.
+    def _encode_chunks(
+        self,
+        kind: type[Model],
+        rows: Sequence[Mapping[str, Any]],
+        ids: Iterable[UUID],
+        *,
+        form: Callable[[Sequence[Mapping[str, Any]]], object] = list,
+    ) -> list[bytes]:
+        """Encode a batch as jsonb, a value for each chunk; the error of one that is not JSON names its position.
 
         Args:
             kind: The model.
             rows: The fields, every id once.
             ids: The id of every value in the order given.
+            form: Makes the value of the rows of a chunk: an array of them, or something else.
         """
         try:
-            return [_codecs.encode_json(chunk, kind.__name__) for chunk in self._chunks(rows)]
+            return [_codecs.encode_json(form(chunk), kind.__name__) for chunk in self._chunks(rows)]
         except ArgumentError:
+            positions: dict[UUID, int] = {}
+            for position, id in enumerate(ids):
+                positions.setdefault(id, position)
             for row in rows:
-                _codecs.encode_json(row, f"{kind.__name__} at position {ids.index(row['id'])}")
+                _codecs.encode_json(row, f"{kind.__name__} at position {positions[row['id']]}")
             raise
 
-    def _need(self, rows: Iterable[Mapping[str, Any]], kind: type[Model], *names: str) -> None:
-        """Refuse rows that lack a field which creating one needs."""
-        for position, row in enumerate(rows):
-            for name in names:
-                if row.get(name) is None:
-                    raise ArgumentError(f"{kind.__name__} at position {position}: {name} is missing")
+
+def by_id(rows: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Give rows as an object by id, for the statements that look up what is given of each."""
+    return {str(row["id"]): row for row in rows}
 
 
 def order_by_id(rows: list[dict[str, Any]]) -> list[int]:

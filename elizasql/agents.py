@@ -9,7 +9,7 @@ from uuid import UUID
 
 from . import _codecs
 from ._statements import SQL
-from ._store import Store, order_by_id
+from ._store import Store, by_id, order_by_id
 from .errors import ArgumentError
 from .models import Agent, Model
 
@@ -76,8 +76,8 @@ class Agents(Store):
 
         Statement: sql/agents.sql create_agents. Source: createAgent; differs: a failure is an error, never False.
         """
-        _, rows = self._read_agents([agent])
-        return bool(await self._executor.fetch(SQL["create_agents"], agents=_codecs.encode_json(rows, "agents")))
+        _, chunks = self._read_agents([agent])
+        return bool(await self._executor.fetch_chunks(SQL["create_agents"], chunks))
 
     async def create_agents(
         self, agents: Iterable[Agent | Mapping[str, Any]], *, timeout: float | None = None
@@ -90,9 +90,8 @@ class Agents(Store):
         Statement: sql/agents.sql create_agents. One round trip a chunk. Source: createAgents; differs: an id is made
         where it is missing.
         """
-        ids, rows = self._read_agents(agents)
-        if rows:
-            chunks = [{"agents": _codecs.encode_json(chunk, "agents")} for chunk in self._chunks(rows)]
+        ids, chunks = self._read_agents(agents)
+        if chunks:
             await self._executor.fetch_chunks(SQL["create_agents"], chunks)
         return ids
 
@@ -101,9 +100,10 @@ class Agents(Store):
     ) -> Agent:
         """Get the adapter's agent, and create it from `agent` when it is not there yet.
 
-        An agent that is there comes back as it is. Defaults of a new one: name "Unknown Agent", bio "An AI agent".
+        An agent that is there is only read, and comes back as it is. Defaults of a new one: name "Unknown Agent", bio
+        "An AI agent".
 
-        Statement: sql/agents.sql ensure_agent. Source: ensureAgentExists; differs: one upsert, no race.
+        Statement: sql/agents.sql ensure_agent. Source: ensureAgentExists; differs: one statement, no race.
         """
         given = Agent.read(agent if agent is not None else {})
         if given.get("id") is None:
@@ -129,10 +129,7 @@ class Agents(Store):
         ids, rows = self._read_partial(Agent, agents, needed=("name",), fixed=_FIXED, new_ids=True)
         _refuse_twice(ids)
         if rows:
-            chunks = [
-                {"agents": _codecs.encode_json({str(row["id"]): row for row in chunk}, "agents")}
-                for chunk in self._chunks(rows)
-            ]
+            chunks = [{"agents": chunk} for chunk in self._encode_chunks(Agent, rows, ids, form=by_id)]
             await self._executor.fetch_chunks(SQL["upsert_agents"], chunks)
         return ids
 
@@ -192,9 +189,7 @@ class Agents(Store):
         _refuse_twice(ids)
         if not rows:
             return []
-        chunks = [
-            {"agents": _codecs.encode_json(chunk, "agents"), "required": required} for chunk in self._chunks(rows)
-        ]
+        chunks = [{"agents": chunk, "required": required} for chunk in self._encode_chunks(Agent, rows, ids)]
         return await self._executor.fetch_chunks(SQL["update_agents"], chunks)
 
     async def delete_agent(self, agent_id: UUID | str, *, timeout: float | None = None) -> bool:
@@ -237,10 +232,9 @@ class Agents(Store):
         return number
 
     def _read_agents(self, agents: Iterable[Agent | Mapping[str, Any]]) -> tuple[list[UUID], list[dict[str, Any]]]:
-        ids, rows = self._read_all(Agent, agents)
-        self._need(rows, Agent, "name")
+        ids, rows = self._read_all(Agent, agents, needed=("name",))
         order_by_id(rows)
-        return ids, rows
+        return ids, [{"agents": chunk} for chunk in self._encode_chunks(Agent, rows, ids)]
 
 
 def _split(value: Any) -> tuple[Any, Any]:
@@ -252,6 +246,8 @@ def _split(value: Any) -> tuple[Any, Any]:
 
 def _refuse_twice(ids: list[UUID]) -> None:
     """Refuse two changes of one agent in one statement: what becomes of settings depends on which comes first."""
-    if len(set(ids)) < len(ids):
-        twice = next(id for position, id in enumerate(ids) if id in ids[:position])
-        raise ArgumentError(f"agent {twice} is given twice")
+    seen: set[UUID] = set()
+    for id in ids:
+        if id in seen:
+            raise ArgumentError(f"agent {id} is given twice")
+        seen.add(id)

@@ -60,14 +60,12 @@ class Components(Store):
 
     async def _create_components(self, components: Iterable[Component | Mapping[str, Any]]) -> list[tuple[UUID, bool]]:
         """Give for each component the id that is stored, and whether it is new."""
-        asked, rows = self._read_all(Component, components)
-        self._need(rows, Component, *_NEEDED)
+        asked, rows = self._read_all(Component, components, needed=_NEEDED)
         rows.sort(key=_lock_order)
         if not rows:
             return []
         chunks = [
-            {"agent_id": self.agent_id, "components": _codecs.encode_json(chunk, "components")}
-            for chunk in self._chunks(rows)
+            {"agent_id": self.agent_id, "components": chunk} for chunk in self._encode_chunks(Component, rows, asked)
         ]
         stored: dict[UUID, tuple[UUID, bool]] = {}
         answers = await self._executor.fetch_chunks(SQL["create_components"], chunks)
@@ -92,6 +90,7 @@ class Components(Store):
         upsert, no race, and ids come back.
         """
         # By natural key, not by id: two with one id and different keys are an error that the server finds.
+        ids: list[UUID] = []
         keys: list[NaturalKey] = []
         rows: dict[NaturalKey, dict[str, Any]] = {}
         for position, component in enumerate(_batch(components)):
@@ -104,13 +103,14 @@ class Components(Store):
                 raise
             if row.get("id") is None:
                 row["id"] = _codecs.new_id()
+            ids.append(row["id"])
             keys.append(_natural_key(row))
             rows[keys[-1]] = row
         if not rows:
             return []
+        in_order = sorted(rows.values(), key=_lock_order)
         chunks = [
-            {"agent_id": self.agent_id, "components": _codecs.encode_json(chunk, "components")}
-            for chunk in self._chunks(sorted(rows.values(), key=_lock_order))
+            {"agent_id": self.agent_id, "components": chunk} for chunk in self._encode_chunks(Component, in_order, ids)
         ]
         stored = {_natural_key(row): row["id"] for row in await self._write_under_two_keys("upsert_components", chunks)}
         return [stored[key] for key in keys]
@@ -149,16 +149,12 @@ class Components(Store):
     async def _update_components(
         self, components: Iterable[Component | Mapping[str, Any]], *, required: bool
     ) -> list[Any]:
-        _, rows = self._read_partial(Component, components, fixed=_NEEDED)
+        ids, rows = self._read_partial(Component, components, fixed=_NEEDED)
         if not rows:
             return []
         chunks = [
-            {
-                "agent_id": self.agent_id,
-                "components": _codecs.encode_json(chunk, "components"),
-                "required": required,
-            }
-            for chunk in self._chunks(rows)
+            {"agent_id": self.agent_id, "components": chunk, "required": required}
+            for chunk in self._encode_chunks(Component, rows, ids)
         ]
         return await self._executor.fetch_chunks(SQL["update_components"], chunks)
 

@@ -8,7 +8,7 @@ from uuid import UUID
 
 from . import _codecs
 from ._statements import SQL
-from ._store import Store, order_by_id
+from ._store import Store, by_id, order_by_id
 from .errors import ArgumentError
 from .models import Component, Entity
 
@@ -51,8 +51,7 @@ class Entities(Store):
         order_by_id(rows)
         if rows:
             chunks = [
-                {"agent_id": self.agent_id, "entities": _codecs.encode_json(_own(chunk), "entities")}
-                for chunk in self._chunks(rows)
+                {"agent_id": self.agent_id, "entities": chunk} for chunk in self._encode_chunks(Entity, _own(rows), ids)
             ]
             await self._executor.fetch_chunks(SQL["create_entities"], chunks)
         return ids
@@ -81,11 +80,8 @@ class Entities(Store):
         ids, rows = self._read_partial(Entity, entities)
         if rows:
             chunks = [
-                {
-                    "agent_id": self.agent_id,
-                    "entities": _codecs.encode_json({str(row["id"]): row for row in _own(chunk)}, "entities"),
-                }
-                for chunk in self._chunks(rows)
+                {"agent_id": self.agent_id, "entities": chunk}
+                for chunk in self._encode_chunks(Entity, _own(rows), ids, form=by_id)
             ]
             await self._executor.fetch_chunks(SQL["upsert_entities"], chunks)
         return ids
@@ -120,21 +116,20 @@ class Entities(Store):
         await self._update_entities(entities, required=True)
 
     async def _update_entities(self, entities: Iterable[Entity | Mapping[str, Any]], *, required: bool) -> list[Any]:
-        _, rows = self._read_partial(Entity, entities, fixed=("created_at",))
+        ids, rows = self._read_partial(Entity, entities, fixed=("created_at",))
         if not rows:
             return []
         chunks = [
-            {
-                "agent_id": self.agent_id,
-                "entities": _codecs.encode_json(_own(chunk), "entities"),
-                "required": required,
-            }
-            for chunk in self._chunks(rows)
+            {"agent_id": self.agent_id, "entities": chunk, "required": required}
+            for chunk in self._encode_chunks(Entity, _own(rows), ids)
         ]
         return await self._executor.fetch_chunks(SQL["update_entities"], chunks)
 
     async def delete_entity(self, entity_id: UUID | str, *, timeout: float | None = None) -> bool:
-        """Delete an entity with its components, memberships, relationships, logs and memories; False: none there.
+        """Delete an entity and what points at it; False when there was none.
+
+        That is its components, and those of others that it is the source of; its memberships, relationships, goals,
+        logs and memories.
 
         Statement: sql/entities.sql delete_entities. Source: deleteEntity.
         """

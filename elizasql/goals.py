@@ -42,8 +42,7 @@ class Goals(Store):
 
         Statement: sql/goals.sql create_goals. One round trip a chunk.
         """
-        ids, rows = self._read_all(Goal, goals)
-        self._need(rows, Goal, "name")
+        ids, rows = self._read_all(Goal, goals, needed=("name",))
         positions = order_by_id(rows)
         if rows:
             encoded = zip(self._encode_chunks(Goal, rows, ids), self._chunks(positions), strict=True)

@@ -56,8 +56,7 @@ class Logs(Store):
 
         Statement: sql/logs.sql create_logs. One round trip a chunk. Source: createLogs; differs: gives the ids.
         """
-        ids, rows = self._read_all(Log, logs)
-        self._need(rows, Log, "entity_id", "room_id", "type", "body")
+        ids, rows = self._read_all(Log, logs, needed=("entity_id", "room_id", "type", "body"))
         if not rows:
             return []
         bodies = _encode_bodies(rows, ids)

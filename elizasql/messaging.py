@@ -65,11 +65,10 @@ class Messaging(Store):
 
         Statement: sql/messaging.sql create_message_servers. One round trip a chunk.
         """
-        ids, rows = self._read_all(MessageServer, servers)
-        self._need(rows, MessageServer, "name", "source_type")
+        ids, rows = self._read_all(MessageServer, servers, needed=("name", "source_type"))
         if not rows:
             return []
-        chunks = [{"servers": _codecs.encode_json(chunk, "servers")} for chunk in self._chunks(rows)]
+        chunks = [{"servers": chunk} for chunk in self._encode_chunks(MessageServer, rows, ids)]
         stored = await self._executor.fetch_chunks(SQL["create_message_servers"], chunks)
         found = {row["id"]: MessageServer(*row) for row in stored}
         return [found[id] for id in ids]
@@ -153,8 +152,7 @@ class Messaging(Store):
         of an id that is there the stored values come back.
         """
         participants = _codecs.as_ids(participant_ids, "participant_ids")
-        _, rows = self._read_all(Channel, [channel])
-        self._need(rows, Channel, "message_server_id", "name", "type")
+        _, rows = self._read_all(Channel, [channel], needed=("message_server_id", "name", "type"))
         chunk = {"channel": _codecs.encode_json(rows[0], "channel"), "participant_ids": participants}
         [row] = await self._write_under_two_keys("create_channel", [chunk])
         return Channel(*row)
@@ -340,15 +338,13 @@ class Messaging(Store):
 
         Statement: sql/messaging.sql create_messages. One round trip a chunk.
         """
-        ids, rows = self._read_all(ChannelMessage, messages)
-        self._need(rows, ChannelMessage, "channel_id", "author_id", "content")
+        ids, rows = self._read_all(ChannelMessage, messages, needed=("channel_id", "author_id", "content"))
         if not rows:
             return []
-        chunks: list[dict[str, Any]] = []
-        first = 0
-        for chunk in self._chunks(rows):
-            chunks.append({"messages": _codecs.encode_json(chunk, "messages"), "first": first})
-            first += len(chunk)
+        chunks = [
+            {"messages": chunk, "first": number * self.config.batch_size}
+            for number, chunk in enumerate(self._encode_chunks(ChannelMessage, rows, ids))
+        ]
         stored = await self._executor.fetch_chunks(SQL["create_messages"], chunks)
         found = {row["id"]: ChannelMessage(*row) for row in stored}
         return [found[id] for id in ids]

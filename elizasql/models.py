@@ -706,7 +706,7 @@ def _read_run_status(value: object, name: str) -> Any:
 
 def _read_objectives(value: object, name: str) -> list[Objective]:
     """Check the steps of a goal and make the ids that are missing; what else a step carries is kept."""
-    read: list[Objective] = []
+    read: dict[str, Objective] = {}
     for position, item in enumerate(_read_list(value, name)):
         where = f"{name}[{position}]"
         given = _read_object(item, where)
@@ -717,10 +717,10 @@ def _read_objectives(value: object, name: str) -> list[Objective]:
             "description": _codecs.as_text(given.get("description"), f"{where}.description"),
             "completed": _codecs.as_bool(given.get("completed", False), f"{where}.completed"),
         }
-        if any(step["id"] == other["id"] for other in read):
+        if step["id"] in read:
             raise ArgumentError(f"{where}.id is there twice: {step['id']!r:.80}")
-        read.append(step)
-    return read
+        read[step["id"]] = step
+    return list(read.values())
 
 
 def _read_counts(value: object, name: str) -> AgentRunCounts:  # noqa: ARG001 - the error names the key that is wrong

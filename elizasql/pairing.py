@@ -67,8 +67,7 @@ class Pairing(Store):
 
         Statement: sql/pairing.sql create_pairing_requests. One round trip a chunk. Source: createPairingRequests.
         """
-        ids, rows = self._read_all(PairingRequest, requests)
-        self._need(rows, PairingRequest, "channel", "sender_id", "code")
+        ids, rows = self._read_all(PairingRequest, requests, needed=("channel", "sender_id", "code"))
         order_by_id(rows)
         if rows:
             chunks = [
@@ -195,8 +194,7 @@ class Pairing(Store):
         Statement: sql/pairing.sql create_pairing_allowlist_entries. One round trip a chunk. Source:
         createPairingAllowlistEntries.
         """
-        ids, rows = self._read_all(PairingAllowlistEntry, entries)
-        self._need(rows, PairingAllowlistEntry, "channel", "sender_id")
+        ids, rows = self._read_all(PairingAllowlistEntry, entries, needed=("channel", "sender_id"))
         if not rows:
             return []
         chunks = [

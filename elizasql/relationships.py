@@ -60,15 +60,14 @@ class Relationships(Store):
         self, relationships: Iterable[Relationship | Mapping[str, Any]]
     ) -> list[tuple[UUID, bool]]:
         """Give for each relationship the id that is stored, and whether it is new."""
-        asked, rows = self._read_all(Relationship, relationships)
-        self._need(rows, Relationship, *_NEEDED)
+        asked, rows = self._read_all(Relationship, relationships, needed=_NEEDED)
         # By pair, as the statement orders each chunk, over all of them: so two batches cannot wait for each other.
         rows.sort(key=lambda row: tuple(row[name].int for name in _NEEDED))
         if not rows:
             return []
         chunks = [
-            {"agent_id": self.agent_id, "relationships": _codecs.encode_json(chunk, "relationships")}
-            for chunk in self._chunks(rows)
+            {"agent_id": self.agent_id, "relationships": chunk}
+            for chunk in self._encode_chunks(Relationship, rows, asked)
         ]
         stored: dict[UUID, tuple[UUID, bool]] = {}
         answers = await self._executor.fetch_chunks(SQL["create_relationships"], chunks)
@@ -109,16 +108,12 @@ class Relationships(Store):
     async def _update_relationships(
         self, relationships: Iterable[Relationship | Mapping[str, Any]], *, required: bool
     ) -> list[Any]:
-        _, rows = self._read_partial(Relationship, relationships)
+        ids, rows = self._read_partial(Relationship, relationships)
         if not rows:
             return []
         chunks = [
-            {
-                "agent_id": self.agent_id,
-                "relationships": _codecs.encode_json(chunk, "relationships"),
-                "required": required,
-            }
-            for chunk in self._chunks(rows)
+            {"agent_id": self.agent_id, "relationships": chunk, "required": required}
+            for chunk in self._encode_chunks(Relationship, rows, ids)
         ]
         return await self._executor.fetch_chunks(SQL["update_relationships"], chunks)
 

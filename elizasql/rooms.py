@@ -37,8 +37,7 @@ class Rooms(Store):
         Statement: sql/rooms.sql create_rooms. One round trip a chunk. Source: createRooms; differs: `serverId` is an
         alias of `messageServerId`, and an id that another agent has is no obstacle.
         """
-        ids, rows = self._read_all(Room, rooms)
-        self._need(rows, Room, "source", "type")
+        ids, rows = self._read_all(Room, rooms, needed=("source", "type"))
         order_by_id(rows)
         if rows:
             chunks = [{"agent_id": self.agent_id, "rooms": chunk} for chunk in self._encode_chunks(Room, rows, ids)]
@@ -164,7 +163,7 @@ class Rooms(Store):
         return await self._executor.fetch_chunks(SQL["update_rooms"], chunks)
 
     async def delete_room(self, room_id: UUID | str, *, timeout: float | None = None) -> bool:
-        """Delete a room with its participants, memories, logs and components; False when there was none.
+        """Delete a room with its participants, memories, logs, goals and components; False when there was none.
 
         Statement: sql/rooms.sql delete_rooms. Source: deleteRoom; differs: this agent's only.
         """

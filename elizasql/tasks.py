@@ -74,8 +74,7 @@ class Tasks(Store):
 
         Statement: sql/tasks.sql create_tasks. One round trip a chunk. Source: createTasks.
         """
-        ids, rows = self._read_all(Task, tasks)
-        self._need(rows, Task, "name")
+        ids, rows = self._read_all(Task, tasks, needed=("name",))
         _check_attempts(rows, ids)
         positions = order_by_id(rows)
         if rows:
@@ -124,7 +123,7 @@ class Tasks(Store):
         Args:
             room_id, entity_id, world_id: Only of these.
             tags: Only those that have all of these tags; none: no filter.
-            agent_ids: Taken for ElizaOS's sake: the adapter's agent; another one is refused.
+            agent_ids: Taken for ElizaOS's sake: the adapter's agent; another one is refused. Empty: no tasks.
             count: At most so many; None: all.
             limit: Another name of `count`.
             offset: Leave out so many of the oldest.
@@ -132,7 +131,8 @@ class Tasks(Store):
         Statement: sql/tasks.sql get_tasks, get_tasks_by_tags, get_tasks_of_room, get_tasks_of_entity or
         get_tasks_of_world. One round trip. Source: getTasks; differs: the entity filters, in a fixed order.
         """
-        for agent_id in [] if agent_ids is None else _codecs.as_ids(agent_ids, "agent_ids"):
+        agents = None if agent_ids is None else _codecs.as_ids(agent_ids, "agent_ids")
+        for agent_id in agents or ():
             self._check_agent({"agent_id": agent_id})
         params: dict[str, Any] = {
             "room_id": _codecs.as_optional_id(room_id, "room_id"),
@@ -142,6 +142,8 @@ class Tasks(Store):
             "count": as_limit(count, limit),
             "skip": _codecs.as_optional_count(offset, "offset"),
         }
+        if agents == []:
+            return []
         by_tags = "get_tasks_by_tags" if params["tags"] else "get_tasks"
         name = next((_BY_SCOPE[scope] for scope in _BY_SCOPE if params[scope] is not None), by_tags)
         return [Task(*row) for row in await self._executor.fetch(SQL[name], agent_id=self.agent_id, **params)]
@@ -181,8 +183,9 @@ class Tasks(Store):
             task_id: The task.
             task: Of a mapping its keys, of a model what is not None: name, description, room_id, world_id, entity_id,
                 tags, metadata (replaced as a whole), due_at, max_attempts. None clears what can be empty. A new
-                `due_at` counts from the end of a claim on, and ends the pause after a failure; the one that is there,
-                also cut to milliseconds, changes nothing. Whatever else is in it is left as it is.
+                `due_at` counts from the end of a claim on, unless success deletes the task, and ends the pause after a
+                failure; the one that is there, also cut to milliseconds, changes nothing. Whatever else is in it is
+                left as it is.
 
         Raises:
             ArgumentError: `name` or `max_attempts` is None, or a value does not fit.
@@ -227,7 +230,8 @@ class Tasks(Store):
     ) -> bool:
         """Change a task as `update_task` does, only while it is tagged "queue" and no worker has it; False otherwise.
 
-        Of concurrent callers whose change takes the tag away, exactly one gets True: it has the task.
+        Of concurrent callers whose change takes the tag away, exactly one gets True: it has the task, and a worker
+        whose lease had ended has lost it.
 
         Raises:
             As `update_task`.
@@ -327,7 +331,8 @@ class Tasks(Store):
 
         Args:
             task: As `claim_tasks` gave it.
-            again_in: None: delete it. Otherwise its attempts begin anew.
+            again_in: None: delete it. Otherwise its attempts begin anew; a `due_at` in the future that `update_task`
+                set during the claim counts in place of this.
 
         Statement: sql/tasks.sql complete_task or repeat_task. One round trip.
         """

@@ -50,7 +50,6 @@ CREATE TABLE elizasql.pairing_requests (
     CONSTRAINT pairing_requests_sender_key UNIQUE (agent_id, channel, sender_id),
     CONSTRAINT pairing_requests_agent_fkey FOREIGN KEY (agent_id) REFERENCES elizasql.agents (id) ON DELETE CASCADE
 );
-CREATE INDEX pairing_requests_created_at_idx ON elizasql.pairing_requests (agent_id, channel, created_at, id);
 
 CREATE TABLE elizasql.pairing_allowlist (
     agent_id uuid NOT NULL,
@@ -63,7 +62,6 @@ CREATE TABLE elizasql.pairing_allowlist (
     CONSTRAINT pairing_allowlist_sender_key UNIQUE (agent_id, channel, sender_id),
     CONSTRAINT pairing_allowlist_agent_fkey FOREIGN KEY (agent_id) REFERENCES elizasql.agents (id) ON DELETE CASCADE
 );
-CREATE INDEX pairing_allowlist_created_at_idx ON elizasql.pairing_allowlist (agent_id, channel, created_at, id);
 
 ALTER TABLE elizasql.worlds ALTER COLUMN agent_id SET (n_distinct = 10);
 ALTER TABLE elizasql.rooms ALTER COLUMN agent_id SET (n_distinct = 10);

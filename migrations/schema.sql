@@ -1336,8 +1336,13 @@ CREATE FUNCTION elizasql.replace_channel_participants(given_channel uuid, given_
     LANGUAGE plpgsql STRICT
     AS $$
 BEGIN
+    -- As a set, not "<> ALL": that compares everyone with everyone, a minute for 100,000.
     DELETE FROM elizasql.channel_participants
-    WHERE channel_id = given_channel AND entity_id <> ALL (given_entities);
+    WHERE channel_id = given_channel AND entity_id = ANY (ARRAY(
+        SELECT entity_id FROM elizasql.channel_participants WHERE channel_id = given_channel
+        EXCEPT
+        SELECT unnest(given_entities)
+    ));
     INSERT INTO elizasql.channel_participants (channel_id, entity_id)
     SELECT given_channel, given.id FROM unnest(given_entities) AS given (id) ORDER BY given.id
     ON CONFLICT (channel_id, entity_id) DO NOTHING;
@@ -3267,10 +3272,6 @@ CREATE INDEX memories_p15_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 CREATE INDEX message_server_agents_agent_idx ON elizasql.message_server_agents USING btree (agent_id);
 
 CREATE INDEX message_servers_created_at_idx ON elizasql.message_servers USING btree (created_at, id);
-
-CREATE INDEX pairing_allowlist_created_at_idx ON elizasql.pairing_allowlist USING btree (agent_id, channel, created_at, id);
-
-CREATE INDEX pairing_requests_created_at_idx ON elizasql.pairing_requests USING btree (agent_id, channel, created_at, id);
 
 CREATE INDEX participants_entity_idx ON elizasql.participants USING btree (agent_id, entity_id, room_id);
 

@@ -64,22 +64,38 @@ ON CONFLICT (id) DO NOTHING
 RETURNING id;
 
 -- name: ensure_agent(agent)^
--- Creates the agent or finds it, in one statement: of concurrent calls all get the same row.
--- The update changes nothing; it makes the row that is there come back.
-INSERT INTO elizasql.agents AS a (
-    id, name, username, system, bio, message_examples, post_examples, topics, adjectives, knowledge, plugins, settings,
-    style, enabled, server_id, created_at, updated_at
+-- Finds the agent or creates it, in one statement: of concurrent calls all get the same row. One that is there is only
+-- read, and so waits for nobody. The update changes nothing: it makes an agent come back that was made since the statement
+-- began.
+WITH found AS MATERIALIZED (
+    SELECT
+        id, name, username, system, bio, message_examples, post_examples, topics, adjectives, knowledge, plugins,
+        settings, style, enabled, server_id, created_at, updated_at
+    FROM elizasql.agents
+    WHERE id = (:agent::jsonb ->> 'id')::uuid
+),
+
+created AS (
+    INSERT INTO elizasql.agents AS a (
+        id, name, username, system, bio, message_examples, post_examples, topics, adjectives, knowledge, plugins,
+        settings, style, enabled, server_id, created_at, updated_at
+    )
+    SELECT
+        id, name, username, system, coalesce(bio, '["An AI agent"]'), coalesce(message_examples, '[]'),
+        coalesce(post_examples, '[]'), coalesce(topics, '[]'), coalesce(adjectives, '[]'), coalesce(knowledge, '[]'),
+        coalesce(plugins, '[]'), coalesce(settings, '{}'), coalesce(style, '{}'), coalesce(enabled, TRUE), server_id,
+        coalesce(created_at, statement_timestamp()), coalesce(updated_at, created_at, statement_timestamp())
+    FROM jsonb_populate_record(NULL::elizasql.agents, :agent::jsonb)
+    WHERE NOT EXISTS (SELECT FROM found)
+    ON CONFLICT (id) DO UPDATE SET name = a.name
+    RETURNING
+        id, name, username, system, bio, message_examples, post_examples, topics, adjectives, knowledge, plugins,
+        settings, style, enabled, server_id, created_at, updated_at
 )
-SELECT
-    id, name, username, system, coalesce(bio, '["An AI agent"]'), coalesce(message_examples, '[]'),
-    coalesce(post_examples, '[]'), coalesce(topics, '[]'), coalesce(adjectives, '[]'), coalesce(knowledge, '[]'),
-    coalesce(plugins, '[]'), coalesce(settings, '{}'), coalesce(style, '{}'), coalesce(enabled, TRUE), server_id,
-    coalesce(created_at, statement_timestamp()), coalesce(updated_at, created_at, statement_timestamp())
-FROM jsonb_populate_record(NULL::elizasql.agents, :agent::jsonb)
-ON CONFLICT (id) DO UPDATE SET id = a.id
-RETURNING
-    id, name, username, system, bio, message_examples, post_examples, topics, adjectives, knowledge, plugins, settings,
-    style, enabled, server_id, created_at, updated_at;
+
+SELECT * FROM found
+UNION ALL
+SELECT * FROM created;
 
 -- name: upsert_agents(agents)!
 -- Creates agents, or changes the fields that are given of those that are there, as update_agents does. agents: an

@@ -25,7 +25,8 @@ ON CONFLICT (agent_id, key_hash) DO UPDATE
         expires_at = excluded.expires_at;
 
 -- name: set_caches(agent_id, keys, key_hashes, values, ttls, swept)!
--- Deletes at most so many expired entries along the way, never one of the keys that are set.
+-- Deletes at most so many expired entries along the way, never one of the keys that are set. They are locked, and deleted
+-- by the key alone: by their time, too, each would be looked for among all that has expired, while the server knows of few.
 WITH expired AS MATERIALIZED (
     SELECT
         c.agent_id,
@@ -45,10 +46,7 @@ WITH expired AS MATERIALIZED (
 deleted AS (
     DELETE FROM elizasql.cache AS c
     USING expired
-    WHERE
-        c.agent_id = expired.agent_id
-        AND c.key_hash = expired.key_hash
-        AND c.expires_at <= statement_timestamp()
+    WHERE c.agent_id = expired.agent_id AND c.key_hash = expired.key_hash
 )
 
 INSERT INTO elizasql.cache (agent_id, key, value, expires_at)
@@ -127,10 +125,7 @@ WITH expired AS MATERIALIZED (
 deleted AS (
     DELETE FROM elizasql.cache AS c
     USING expired
-    WHERE
-        c.agent_id = expired.agent_id
-        AND c.key_hash = expired.key_hash
-        AND c.expires_at <= statement_timestamp()
+    WHERE c.agent_id = expired.agent_id AND c.key_hash = expired.key_hash
     RETURNING c.key_hash
 )
 

@@ -428,7 +428,7 @@ WHERE :required AND NOT EXISTS (SELECT FROM updated WHERE updated.id = g.id)
 HAVING count(*) > 0;
 
 -- name: delete_entities(agent_id, ids)$
--- Deletes entities and, by cascade, their components, memberships, relationships, logs and memories; gives how many.
+-- Deletes entities and, by cascade, their components, memberships, relationships, goals, logs and memories.
 -- Not repeatable: a second run finds nothing left to delete.
 WITH given AS MATERIALIZED (
     SELECT :agent_id::uuid AS agent, g.id

@@ -1,6 +1,7 @@
 -- Messaging: message servers, channels, participants and messages. Shared by all agents, so nothing starts from agent_id.
 -- Times are the statement's, not the transaction's: messages of one transaction stay in the order of their making.
--- "DO UPDATE SET id = ..." changes nothing; it makes the row that is there come back, also one committed meanwhile.
+-- "DO UPDATE SET name = ..." or "content = ..." changes nothing; it makes the row that is there come back, also one committed meanwhile. Not
+-- "SET id": it would wait for every transaction that points at the row, and they for it.
 
 -- name: create_message_servers(servers)
 -- Creates servers and gives the rows that are stored now: a server that is there already stays as it is.
@@ -10,7 +11,7 @@ SELECT
     coalesce(updated_at, created_at, statement_timestamp())
 FROM jsonb_populate_recordset(NULL::elizasql.message_servers, :servers::jsonb)
 ORDER BY id
-ON CONFLICT (id) DO UPDATE SET id = s.id
+ON CONFLICT (id) DO UPDATE SET name = s.name
 RETURNING id, name, source_type, source_id, metadata, created_at, updated_at;
 
 -- name: get_message_servers()
@@ -50,7 +51,7 @@ WITH channel AS (
         id, message_server_id, name, type, source_type, source_id, topic, coalesce(metadata, '{}'),
         coalesce(created_at, statement_timestamp()), coalesce(updated_at, created_at, statement_timestamp())
     FROM jsonb_populate_record(NULL::elizasql.channels, :channel::jsonb)
-    ON CONFLICT (id) DO UPDATE SET id = c.id
+    ON CONFLICT (id) DO UPDATE SET name = c.name
     RETURNING id, message_server_id, name, type, source_type, source_id, topic, metadata, created_at, updated_at
 ),
 
@@ -85,7 +86,7 @@ created AS (
         statement_timestamp(), statement_timestamp()
     WHERE NOT EXISTS (SELECT FROM found)
     ON CONFLICT (message_server_id, name) WHERE type = 'DM' AND name ~ '^DM-[0-9a-f-]{36}-[0-9a-f-]{36}$'
-    DO UPDATE SET id = c.id
+    DO UPDATE SET name = c.name
     RETURNING id, message_server_id, name, type, source_type, source_id, topic, metadata, created_at, updated_at
 ),
 
@@ -207,7 +208,7 @@ SELECT
     coalesce(metadata, '{}'), coalesce(created_at, made_at), coalesce(updated_at, created_at, made_at)
 FROM given
 ORDER BY id
-ON CONFLICT (id) DO UPDATE SET id = m.id
+ON CONFLICT (id) DO UPDATE SET content = m.content
 RETURNING
     id, channel_id, author_id, content, raw_message, in_reply_to_root_message_id, source_type, source_id, metadata,
     created_at, updated_at;

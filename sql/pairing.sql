@@ -11,7 +11,6 @@ CROSS JOIN
         SELECT id, agent_id, channel, sender_id, code, metadata, created_at, last_seen_at
         FROM elizasql.pairing_requests
         WHERE agent_id = :agent_id AND channel = given.channel
-        ORDER BY created_at, id
         OFFSET 0
     ) AS r
 ORDER BY given.position, r.created_at, r.id;
@@ -101,7 +100,6 @@ CROSS JOIN
         SELECT id, agent_id, channel, sender_id, metadata, created_at
         FROM elizasql.pairing_allowlist
         WHERE agent_id = :agent_id AND channel = given.channel
-        ORDER BY created_at, id
         OFFSET 0
     ) AS a
 ORDER BY given.position, a.created_at, a.id;

@@ -136,7 +136,7 @@ WHERE :required AND NOT EXISTS (SELECT FROM updated WHERE updated.id = g.id)
 HAVING count(*) > 0;
 
 -- name: delete_rooms(agent_id, ids)$
--- Deletes rooms and, by cascade, their participants, memories, logs and components; gives how many went.
+-- Deletes rooms and, by cascade, their participants, memories, logs, goals and components; gives how many went.
 -- Not repeatable: a second run finds nothing left to delete.
 WITH locked AS MATERIALIZED (
     SELECT of_id.agent_id, of_id.id

@@ -190,7 +190,7 @@ HAVING count(*) > 0;
 
 -- name: update_pending_task(agent_id, id, task)$
 -- As update_tasks, only while the task is tagged 'queue' and no worker has it. Of callers that take the tag away one wins:
--- the others wait for its row and find it changed.
+-- the others wait for its row and find it changed. It has the task then, and a claim whose lease has ended is lost.
 -- Not repeatable: a second run finds the tag taken away.
 UPDATE elizasql.tasks AS t
 SET
@@ -208,6 +208,7 @@ SET
             CASE WHEN change.comes THEN coalesce(p.due_at, statement_timestamp()) ELSE t.ready_at END
         FROM (SELECT g.given ? 'due_at' AND NOT elizasql.is_same_time(t.due_at, p.due_at) AS comes) AS change
     ),
+    claim_token = CASE WHEN NOT g.given ? 'tags' OR p.tags @> '{queue}' THEN t.claim_token END,
     updated_at = statement_timestamp()
 FROM (SELECT :task::jsonb AS given) AS g
 CROSS JOIN LATERAL jsonb_populate_record(NULL::elizasql.tasks, g.given) AS p
@@ -391,12 +392,23 @@ WHERE agent_id = :agent_id AND id = :id AND claim_token = :claim_token
 RETURNING TRUE AS done;
 
 -- name: repeat_task(agent_id, id, claim_token, delay)$
--- Ends a claim with success, and the task is due again after the delay.
+-- Ends a claim with success, and the task is due again after the delay. What is claimed is due: a due time in the future
+-- was set during the claim, and counts.
 -- Not repeatable: a second run finds the claim ended.
 UPDATE elizasql.tasks
 SET
-    due_at = statement_timestamp() + make_interval(secs => :delay),
-    ready_at = statement_timestamp() + make_interval(secs => :delay),
+    (due_at, ready_at) = (
+        SELECT
+            next.at AS due_at,
+            next.at AS ready_at
+        FROM (
+            SELECT
+                CASE
+                    WHEN due_at > statement_timestamp() THEN due_at
+                    ELSE statement_timestamp() + make_interval(secs => :delay)
+                END AS at
+        ) AS next
+    ),
     attempts = 0,
     claim_token = NULL,
     error = NULL,

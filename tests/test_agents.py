@@ -27,6 +27,7 @@ from elizasql import (
 from elizasql._statements import SQL
 
 from .conftest import MakeAdapter, make_scene
+from .locking import overtaken
 from .test_plans import indexes, plan_of, scans_a_table, session  # noqa: F401 - `session` is a fixture
 
 LONG_AGO = datetime(1980, 1, 1, tzinfo=timezone.utc)
@@ -403,6 +404,27 @@ async def test_concurrent_ensures_make_one_agent(make_db: MakeAdapter) -> None:
     agents = await asyncio.gather(*(db.ensure_agent_exists({"id": None, "name": f"{i}"}) for i in range(10)))
     assert len({agent.name for agent in agents}) == 1
     assert agents[0].bio == ["An AI agent"]
+
+
+async def test_an_agent_that_is_there_is_ensured_without_a_write_or_a_wait(
+    db: DatabaseAdapter, raw: asyncpg.Connection[Any]
+) -> None:
+    """Every process does it at its start, also while a long transaction changes the agent or writes what is its own."""
+    version = "SELECT xmin::text, ctid::text FROM elizasql.agents WHERE id = $1"
+    before = await raw.fetchrow(version, db.agent_id)
+    async with raw.transaction():
+        await raw.execute("SELECT FROM elizasql.agents WHERE id = $1 FOR UPDATE", db.agent_id)
+        assert (await db.ensure_agent_exists({"name": "another"}, timeout=20)).name == "test"
+    assert await raw.fetchrow(version, db.agent_id) == before
+
+
+async def test_an_agent_that_is_being_made_is_waited_for(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
+    db = await make_db()
+    await db.delete_agent(db.agent_id)
+    first = "INSERT INTO elizasql.agents (id, name) VALUES ($1, 'first')", db.agent_id
+    ensured = await overtaken(raw, db.ensure_agent_exists({"name": "second"}), first, ("SELECT 1",))
+    assert ensured == await db.get_agent(db.agent_id)
+    assert ensured.name == "first"
 
 
 # --- delete ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What the memory methods refuse, before anything is sent; and what they convert, exactly."""
+"""What is refused before anything is sent, by the memory methods above all; and what they convert, exactly."""
 
 from __future__ import annotations
 
@@ -1054,3 +1054,71 @@ async def test_a_search_looks_for_the_vector_that_it_was_given(db: DatabaseAdapt
         call = db.search_memories(embedding=query, table_name="messages", room_id=room)
         hits = await run_while_changed(call, lambda query=query: query.__setitem__(slice(None), VECTOR_B))  # type: ignore[misc]
         assert [hit.id for hit in hits] == [first, second]
+
+
+# --- batches of other rows ---
+
+PLACE = {"entityId": ID, "roomId": ID}
+PAIR = {"sourceEntityId": ID, "targetEntityId": ID}
+STEP = {"description": "d"}
+
+# A row of each kind, the last key of which is needed; and with a field that is not JSON.
+BATCHES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "create_agents": ({"name": "x"}, {"settings": {"a": 1j}}),
+    "create_components": ({**PLACE, "type": "t"}, {"data": {"a": 1j}}),
+    "create_entities": ({"id": ID}, {"metadata": {"a": 1j}}),
+    "create_goals": ({"name": "x"}, {"objectives": [{**STEP, "a": 1j}]}),
+    "create_logs": ({**PLACE, "type": "t", "body": {}}, {"body": {"a": 1j}}),
+    "create_message_servers": ({"name": "x", "sourceType": "t"}, {"metadata": {"a": 1j}}),
+    "create_messages": ({"channelId": ID, "authorId": ID, "content": "x"}, {"metadata": {"a": 1j}}),
+    "create_pairing_allowlist_entries": ({"channel": "c", "senderId": "s"}, {"metadata": {"a": 1j}}),
+    "create_pairing_requests": ({"channel": "c", "senderId": "s", "code": "x"}, {"metadata": {"a": 1j}}),
+    "create_relationships": (PAIR, {"metadata": {"a": 1j}}),
+    "create_rooms": ({"source": "s", "type": "t"}, {"metadata": {"a": 1j}}),
+    "create_tasks": ({"name": "x"}, {"metadata": {"a": 1j}}),
+    "update_agents": ({"id": ID}, {"settings": {"a": 1j}}),
+    "update_components": ({"id": ID}, {"data": {"a": 1j}}),
+    "update_entities": ({"id": ID}, {"metadata": {"a": 1j}}),
+    "update_relationships": ({"id": ID}, {"metadata": {"a": 1j}}),
+    "upsert_agents": ({"name": "x"}, {"settings": {"a": 1j}}),
+    "upsert_components": ({**PLACE, "type": "t", "data": {}}, {"data": {"a": 1j}}),
+    "upsert_entities": ({"id": ID}, {"metadata": {"a": 1j}}),
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+async def test_the_error_of_a_batch_names_the_position_of_the_wrong_row(
+    db: DatabaseAdapter, round_trips: list[str], name: str
+) -> None:
+    row, no_json = BATCHES[name]
+    method = getattr(db, name)
+    good = {**row, "id": uuid4()}
+    needed = list(row)[-1]
+    twice = [good, good] if "agents" not in name else [good, {**row, "id": uuid4()}]
+    lacking = {key: value for key, value in row.items() if key != needed}
+    for bad, match in ((lacking, " is missing"), ({**row, "id": uuid4(), **no_json}, " is not JSON")):
+        with refused(ArgumentError, round_trips, name, f"at position 2.*{match}"):
+            await method([*twice, bad])
+
+
+class CountedId(UUID):
+    """Counts how often one is compared."""
+
+    compared = 0
+
+    def __eq__(self, other: object) -> bool:
+        CountedId.compared += 1
+        return super().__eq__(other)
+
+    __hash__ = UUID.__hash__
+
+
+async def test_an_error_in_a_large_batch_is_found_in_one_pass(db: DatabaseAdapter, round_trips: list[str]) -> None:
+    CountedId.compared = 0
+    ids = [CountedId(int=number + 1) for number in range(1000)]
+    rows = [{"id": id, "name": "x"} for id in ids]
+    with refused(ArgumentError, round_trips, "what is not JSON", "at position 999"):
+        await db.create_tasks([*rows[:-1], {**rows[-1], "metadata": {"a": 1j}}])
+    with refused(ArgumentError, round_trips, "an id twice", "is given twice"):
+        await db.upsert_agents([*rows, rows[-1]])
+    assert CountedId.compared < 20 * len(ids)

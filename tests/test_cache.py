@@ -22,6 +22,7 @@ from elizasql._statements import SQL
 
 from .conftest import MakeAdapter
 from .skew import Skew, load
+from .test_plans import indexes, plan_of
 
 HOUR = timedelta(hours=1)
 
@@ -386,6 +387,14 @@ async def test_sweep_deletes_what_has_expired_and_nothing_else(
     for bad in wrong:
         with pytest.raises(ArgumentError):
             await db.sweep_cache(bad)
+
+
+async def test_what_has_expired_is_deleted_by_its_key(skew: Skew) -> None:
+    """While the server knows of nothing that has expired, its time looks as narrow, and leads through all that has."""
+    await skew.session.execute("UPDATE elizasql.cache SET expires_at = expires_at + interval '90 days'")
+    await skew.session.execute("ANALYZE elizasql.cache")
+    for name in ("sweep_cache", "set_caches"):
+        assert "cache_pkey" in indexes(await plan_of(skew.session, SQL[name], {})), name
 
 
 async def test_setting_entries_that_expire_sweeps_in_small_bits(

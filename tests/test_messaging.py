@@ -77,6 +77,41 @@ async def holder(dsn: str) -> AsyncIterator[asyncpg.Connection[Any]]:
     await connection.close()
 
 
+async def test_what_is_there_is_given_while_others_point_at_it(
+    db: DatabaseAdapter, raw: asyncpg.Connection[Any], holder: asyncpg.Connection[Any]
+) -> None:
+    """A create of what is there waits for no transaction that writes into it, and the other way round."""
+    server = await make_server(db)
+    channel = {"id": uuid4(), "messageServerId": server, "name": "c", "type": "GROUP"}
+    message = {"id": uuid4(), "channelId": channel["id"], "authorId": uuid4(), "content": "x"}
+    await db.create_channel(channel)
+    stored = await db.create_message(message)
+    write = (
+        ("INSERT INTO elizasql.channels (message_server_id, name, type) VALUES ($1, 'd', 'GROUP')", server),
+        (
+            "INSERT INTO elizasql.central_messages (channel_id, author_id, content, in_reply_to_root_message_id) "
+            "VALUES ($1, $2, 'y', $3)",
+            channel["id"],
+            uuid4(),
+            message["id"],
+        ),
+    )
+
+    async def create(adapter: DatabaseAdapter) -> None:
+        await adapter.create_message_server({"id": server, "name": "s", "sourceType": "t"}, timeout=20)
+        await adapter.create_channel(channel, timeout=20)
+        assert await adapter.create_message(message, timeout=20) == stored
+
+    async with raw.transaction():
+        for statement, *arguments in write:
+            await raw.execute(statement, *arguments)
+        await create(db)
+    async with db.transaction() as tx:
+        await create(tx)
+        for statement, *arguments in write:
+            await holder.execute(statement, *arguments, timeout=20)
+
+
 # --- message servers -------------------------------------------------------------------------------------------------
 
 
@@ -449,6 +484,14 @@ async def test_replaced_participants_are_never_a_mixture(
     await transaction.commit()
     await replacing
     assert await db.get_channel_participants(id) == [cyd]
+
+
+@pytest.mark.slow
+async def test_very_many_participants_are_replaced_in_time(db: DatabaseAdapter) -> None:
+    server, ids = await make_server(db), sorted(uuid4() for _ in range(100_000))
+    channel = await db.create_channel({"messageServerId": server, "name": "c", "type": "GROUP"}, ids[1:])
+    await db.update_channel(channel.id or "", {}, ids[:-1])
+    assert await db.get_channel_participants(channel.id or "") == ids[:-1]
 
 
 async def test_concurrent_replacements_leave_one_of_them(make_db: MakeAdapter) -> None:

@@ -251,7 +251,7 @@ async def test_list_arguments(db: DatabaseAdapter, round_trips: list[str]) -> No
     await queue(db, "a", "b", "c")
     assert names(await db.get_tasks(agent_ids=[db.agent_id], limit=2)) == ["a", "b"]
     assert names(await db.get_tasks(tags="queue", limit=1, count=1)) == ["a"]
-    assert await db.get_tasks(count=0) == []
+    assert await db.get_tasks(count=0) == await db.get_tasks(agent_ids=[]) == []
     assert names(await db.get_tasks_by_name("b", limit=1)) == ["b"]
     assert await db.get_tasks_by_name("b", offset=1) == []
     del round_trips[:]
@@ -402,6 +402,22 @@ async def test_pending_is_what_is_tagged_queue_and_unclaimed(db: DatabaseAdapter
     assert await db.update_pending_task(id, {"name": "late"}) is False
     await db.release_task(claimed)
     assert await db.update_pending_task(id, {"name": "late"}) is True
+
+
+async def test_an_ended_claim_is_lost_to_who_takes_the_tag_away(
+    db: DatabaseAdapter, raw: asyncpg.Connection[Any]
+) -> None:
+    await queue(db, "a", "b")
+    taken, edited = await db.claim_tasks(2)
+    await end_lease(raw, taken)
+    await end_lease(raw, edited)
+    assert await db.update_pending_task(taken.id or "", {"tags": ["running"]}) is True
+    assert await db.update_pending_task(edited.id or "", {"tags": ["queue", "x"], "description": "d"}) is True
+    assert await db.heartbeat_task(taken) is await db.complete_task(taken) is False
+    assert names(await db.get_tasks(tags=["running"])) == ["a"]
+    # Nobody took this one.
+    assert await db.update_pending_task(edited.id or "", {"description": "e"}) is True
+    assert await db.complete_task(edited) is True
 
 
 async def test_racing_updates_of_a_pending_task_have_one_winner(make_db: MakeAdapter) -> None:
@@ -590,6 +606,21 @@ async def test_completed_task_is_gone_or_due_again(db: DatabaseAdapter) -> None:
     (task,) = await db.claim_tasks()
     assert await db.complete_task(task, again_in=0) is True
     assert names(await db.claim_tasks()) == ["again"]
+
+
+async def test_a_due_time_that_came_during_the_claim_counts_more_than_a_repetition(db: DatabaseAdapter) -> None:
+    await queue(db, "later", "sooner", "past")
+    due = {"later": datetime(2100, 1, 1, tzinfo=timezone.utc), "past": START}
+    for task in await db.claim_tasks(3):
+        if task.name in due:
+            await db.update_task(task.id or "", {"due_at": due[task.name]})
+        assert await db.complete_task(task, again_in=3600) is True
+    found = {task.name: task for task in await db.get_tasks()}
+    assert found["later"].due_at == found["later"].ready_at == due["later"]
+    for name in ("sooner", "past"):
+        task = found[name]
+        assert task.due_at and task.updated_at
+        assert task.due_at - task.updated_at == timedelta(hours=1)
 
 
 async def test_released_task_is_as_before(db: DatabaseAdapter) -> None:
