@@ -35,7 +35,7 @@ from uuid import UUID
 
 from ._calls import current_deadline, spawn
 from ._executor import Executor
-from ._matrix import IncomparableError, Matrix
+from ._matrix import Matrix
 from ._statements import SQL
 from .config import Config
 from .errors import ElizaSQLError
@@ -367,11 +367,7 @@ class Resident:
         assert matrix is not None
         if changed:
             capacity = matrix.capacity
-            try:
-                matrix.put(changed)
-            except IncomparableError:
-                self._give_up(tier, _TOO_LARGE)
-                return
+            matrix.put(changed)
             self.stats.deltas += 1
             self.stats.changes += matrix.rows_in(changed)
             if matrix.capacity > capacity and not self._make_room(tier, matrix.footprint):
@@ -461,8 +457,6 @@ class Resident:
             # Searches go on in the database; if that cannot be reached, they tell.
             logger.warning("loading vectors of type %s is put off: %s", kind, error)
             tier.not_before = time.monotonic() + _FAILED
-        except IncomparableError:
-            tier.not_before = time.monotonic() + _TOO_LARGE
 
     async def _read(self, tier: Tier, kind: str, dimension: int, scope: Scope | None) -> None:
         """Measure a type, then read it page by page, each in a snapshot of its own; all counts as seen by the first.

@@ -271,7 +271,7 @@ BEGIN
 END
 $$;
 
-CREATE FUNCTION elizasql.near_duplicates_1024(given_agent uuid, types text[], rooms uuid[], worlds uuid[], entities uuid[], vectors public.vector[], uniques boolean[]) RETURNS boolean[]
+CREATE FUNCTION elizasql.near_duplicates_1024(given_agent uuid, ids uuid[], types text[], rooms uuid[], worlds uuid[], entities uuid[], vectors public.vector[], uniques boolean[], lock_types text[], lock_rooms uuid[]) RETURNS boolean[]
     LANGUAGE plpgsql
     AS $$
 DECLARE
@@ -282,12 +282,18 @@ DECLARE
 BEGIN
     FOR lock_key IN
         SELECT DISTINCT hashtextextended(given_agent::text || ' ' || coalesce(room::text, '-') || ' ' || kind, 0) AS k
-        FROM unnest(types, rooms, vectors, uniques) AS given (kind, room, vec, is_unique)
-        WHERE vec IS NOT NULL AND is_unique IS NULL
+        FROM unnest(lock_types, lock_rooms) AS given (kind, room)
         ORDER BY k
     LOOP
         PERFORM pg_advisory_xact_lock(lock_key);
     END LOOP;
+    vectors := ARRAY(
+        SELECT CASE WHEN present.id IS NULL THEN given.vec END
+        FROM unnest(ids, vectors) WITH ORDINALITY AS given (id, vec, position)
+        LEFT JOIN LATERAL (
+            SELECT m.id FROM elizasql.memories AS m WHERE m.agent_id = given_agent AND m.id = given.id LIMIT 1
+        ) AS present ON TRUE
+        ORDER BY given.position);
     IF cardinality(types) > 1 THEN
         WITH given AS MATERIALIZED (
             SELECT * FROM unnest(types, rooms, worlds, entities, vectors, uniques)
@@ -374,7 +380,7 @@ BEGIN
 END
 $$;
 
-CREATE FUNCTION elizasql.near_duplicates_1536(given_agent uuid, types text[], rooms uuid[], worlds uuid[], entities uuid[], vectors public.vector[], uniques boolean[]) RETURNS boolean[]
+CREATE FUNCTION elizasql.near_duplicates_1536(given_agent uuid, ids uuid[], types text[], rooms uuid[], worlds uuid[], entities uuid[], vectors public.vector[], uniques boolean[], lock_types text[], lock_rooms uuid[]) RETURNS boolean[]
     LANGUAGE plpgsql
     AS $$
 DECLARE
@@ -385,12 +391,18 @@ DECLARE
 BEGIN
     FOR lock_key IN
         SELECT DISTINCT hashtextextended(given_agent::text || ' ' || coalesce(room::text, '-') || ' ' || kind, 0) AS k
-        FROM unnest(types, rooms, vectors, uniques) AS given (kind, room, vec, is_unique)
-        WHERE vec IS NOT NULL AND is_unique IS NULL
+        FROM unnest(lock_types, lock_rooms) AS given (kind, room)
         ORDER BY k
     LOOP
         PERFORM pg_advisory_xact_lock(lock_key);
     END LOOP;
+    vectors := ARRAY(
+        SELECT CASE WHEN present.id IS NULL THEN given.vec END
+        FROM unnest(ids, vectors) WITH ORDINALITY AS given (id, vec, position)
+        LEFT JOIN LATERAL (
+            SELECT m.id FROM elizasql.memories AS m WHERE m.agent_id = given_agent AND m.id = given.id LIMIT 1
+        ) AS present ON TRUE
+        ORDER BY given.position);
     IF cardinality(types) > 1 THEN
         WITH given AS MATERIALIZED (
             SELECT * FROM unnest(types, rooms, worlds, entities, vectors, uniques)
@@ -477,7 +489,7 @@ BEGIN
 END
 $$;
 
-CREATE FUNCTION elizasql.near_duplicates_3072(given_agent uuid, types text[], rooms uuid[], worlds uuid[], entities uuid[], vectors public.vector[], uniques boolean[]) RETURNS boolean[]
+CREATE FUNCTION elizasql.near_duplicates_3072(given_agent uuid, ids uuid[], types text[], rooms uuid[], worlds uuid[], entities uuid[], vectors public.vector[], uniques boolean[], lock_types text[], lock_rooms uuid[]) RETURNS boolean[]
     LANGUAGE plpgsql
     AS $$
 DECLARE
@@ -488,12 +500,18 @@ DECLARE
 BEGIN
     FOR lock_key IN
         SELECT DISTINCT hashtextextended(given_agent::text || ' ' || coalesce(room::text, '-') || ' ' || kind, 0) AS k
-        FROM unnest(types, rooms, vectors, uniques) AS given (kind, room, vec, is_unique)
-        WHERE vec IS NOT NULL AND is_unique IS NULL
+        FROM unnest(lock_types, lock_rooms) AS given (kind, room)
         ORDER BY k
     LOOP
         PERFORM pg_advisory_xact_lock(lock_key);
     END LOOP;
+    vectors := ARRAY(
+        SELECT CASE WHEN present.id IS NULL THEN given.vec END
+        FROM unnest(ids, vectors) WITH ORDINALITY AS given (id, vec, position)
+        LEFT JOIN LATERAL (
+            SELECT m.id FROM elizasql.memories AS m WHERE m.agent_id = given_agent AND m.id = given.id LIMIT 1
+        ) AS present ON TRUE
+        ORDER BY given.position);
     IF cardinality(types) > 1 THEN
         WITH given AS MATERIALIZED (
             SELECT * FROM unnest(types, rooms, worlds, entities, vectors, uniques)
@@ -580,7 +598,7 @@ BEGIN
 END
 $$;
 
-CREATE FUNCTION elizasql.near_duplicates_384(given_agent uuid, types text[], rooms uuid[], worlds uuid[], entities uuid[], vectors public.vector[], uniques boolean[]) RETURNS boolean[]
+CREATE FUNCTION elizasql.near_duplicates_384(given_agent uuid, ids uuid[], types text[], rooms uuid[], worlds uuid[], entities uuid[], vectors public.vector[], uniques boolean[], lock_types text[], lock_rooms uuid[]) RETURNS boolean[]
     LANGUAGE plpgsql
     AS $$
 DECLARE
@@ -591,12 +609,18 @@ DECLARE
 BEGIN
     FOR lock_key IN
         SELECT DISTINCT hashtextextended(given_agent::text || ' ' || coalesce(room::text, '-') || ' ' || kind, 0) AS k
-        FROM unnest(types, rooms, vectors, uniques) AS given (kind, room, vec, is_unique)
-        WHERE vec IS NOT NULL AND is_unique IS NULL
+        FROM unnest(lock_types, lock_rooms) AS given (kind, room)
         ORDER BY k
     LOOP
         PERFORM pg_advisory_xact_lock(lock_key);
     END LOOP;
+    vectors := ARRAY(
+        SELECT CASE WHEN present.id IS NULL THEN given.vec END
+        FROM unnest(ids, vectors) WITH ORDINALITY AS given (id, vec, position)
+        LEFT JOIN LATERAL (
+            SELECT m.id FROM elizasql.memories AS m WHERE m.agent_id = given_agent AND m.id = given.id LIMIT 1
+        ) AS present ON TRUE
+        ORDER BY given.position);
     IF cardinality(types) > 1 THEN
         WITH given AS MATERIALIZED (
             SELECT * FROM unnest(types, rooms, worlds, entities, vectors, uniques)
@@ -683,7 +707,7 @@ BEGIN
 END
 $$;
 
-CREATE FUNCTION elizasql.near_duplicates_512(given_agent uuid, types text[], rooms uuid[], worlds uuid[], entities uuid[], vectors public.vector[], uniques boolean[]) RETURNS boolean[]
+CREATE FUNCTION elizasql.near_duplicates_512(given_agent uuid, ids uuid[], types text[], rooms uuid[], worlds uuid[], entities uuid[], vectors public.vector[], uniques boolean[], lock_types text[], lock_rooms uuid[]) RETURNS boolean[]
     LANGUAGE plpgsql
     AS $$
 DECLARE
@@ -694,12 +718,18 @@ DECLARE
 BEGIN
     FOR lock_key IN
         SELECT DISTINCT hashtextextended(given_agent::text || ' ' || coalesce(room::text, '-') || ' ' || kind, 0) AS k
-        FROM unnest(types, rooms, vectors, uniques) AS given (kind, room, vec, is_unique)
-        WHERE vec IS NOT NULL AND is_unique IS NULL
+        FROM unnest(lock_types, lock_rooms) AS given (kind, room)
         ORDER BY k
     LOOP
         PERFORM pg_advisory_xact_lock(lock_key);
     END LOOP;
+    vectors := ARRAY(
+        SELECT CASE WHEN present.id IS NULL THEN given.vec END
+        FROM unnest(ids, vectors) WITH ORDINALITY AS given (id, vec, position)
+        LEFT JOIN LATERAL (
+            SELECT m.id FROM elizasql.memories AS m WHERE m.agent_id = given_agent AND m.id = given.id LIMIT 1
+        ) AS present ON TRUE
+        ORDER BY given.position);
     IF cardinality(types) > 1 THEN
         WITH given AS MATERIALIZED (
             SELECT * FROM unnest(types, rooms, worlds, entities, vectors, uniques)
@@ -786,7 +816,7 @@ BEGIN
 END
 $$;
 
-CREATE FUNCTION elizasql.near_duplicates_768(given_agent uuid, types text[], rooms uuid[], worlds uuid[], entities uuid[], vectors public.vector[], uniques boolean[]) RETURNS boolean[]
+CREATE FUNCTION elizasql.near_duplicates_768(given_agent uuid, ids uuid[], types text[], rooms uuid[], worlds uuid[], entities uuid[], vectors public.vector[], uniques boolean[], lock_types text[], lock_rooms uuid[]) RETURNS boolean[]
     LANGUAGE plpgsql
     AS $$
 DECLARE
@@ -797,12 +827,18 @@ DECLARE
 BEGIN
     FOR lock_key IN
         SELECT DISTINCT hashtextextended(given_agent::text || ' ' || coalesce(room::text, '-') || ' ' || kind, 0) AS k
-        FROM unnest(types, rooms, vectors, uniques) AS given (kind, room, vec, is_unique)
-        WHERE vec IS NOT NULL AND is_unique IS NULL
+        FROM unnest(lock_types, lock_rooms) AS given (kind, room)
         ORDER BY k
     LOOP
         PERFORM pg_advisory_xact_lock(lock_key);
     END LOOP;
+    vectors := ARRAY(
+        SELECT CASE WHEN present.id IS NULL THEN given.vec END
+        FROM unnest(ids, vectors) WITH ORDINALITY AS given (id, vec, position)
+        LEFT JOIN LATERAL (
+            SELECT m.id FROM elizasql.memories AS m WHERE m.agent_id = given_agent AND m.id = given.id LIMIT 1
+        ) AS present ON TRUE
+        ORDER BY given.position);
     IF cardinality(types) > 1 THEN
         WITH given AS MATERIALIZED (
             SELECT * FROM unnest(types, rooms, worlds, entities, vectors, uniques)
@@ -1015,6 +1051,12 @@ CREATE FUNCTION elizasql.refuse_dimension(given_agent uuid, locked integer, give
     LANGUAGE plpgsql
     AS $$
 BEGIN
+    IF NOT EXISTS (SELECT FROM elizasql.agents WHERE id = given_agent) THEN
+        RAISE EXCEPTION 'agent % does not exist', given_agent
+            USING ERRCODE = 'foreign_key_violation', SCHEMA = 'elizasql', TABLE = 'memories',
+            CONSTRAINT = 'memories_agent_fkey',
+            DETAIL = format('Key (agent_id)=(%s) is not present in table "agents".', given_agent);
+    END IF;
     RAISE EXCEPTION 'agent % has vectors of width %, not %', given_agent, coalesce(locked::text, 'none'), given
         USING ERRCODE = 'foreign_key_violation', SCHEMA = 'elizasql', TABLE = 'embeddings',
         CONSTRAINT = 'embeddings_dimension_fkey',
@@ -1220,7 +1262,12 @@ CASE dimension
     WHEN 1536 THEN (dim_1536 IS NOT NULL)
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
-END))
+END)),
+    CONSTRAINT embeddings_range_check CHECK (
+CASE
+    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
+    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
+END)
 )
 PARTITION BY HASH (agent_id);
 
@@ -1251,7 +1298,12 @@ CASE dimension
     WHEN 1536 THEN (dim_1536 IS NOT NULL)
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
-END))
+END)),
+    CONSTRAINT embeddings_range_check CHECK (
+CASE
+    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
+    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
+END)
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1282,7 +1334,12 @@ CASE dimension
     WHEN 1536 THEN (dim_1536 IS NOT NULL)
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
-END))
+END)),
+    CONSTRAINT embeddings_range_check CHECK (
+CASE
+    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
+    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
+END)
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1313,7 +1370,12 @@ CASE dimension
     WHEN 1536 THEN (dim_1536 IS NOT NULL)
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
-END))
+END)),
+    CONSTRAINT embeddings_range_check CHECK (
+CASE
+    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
+    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
+END)
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1344,7 +1406,12 @@ CASE dimension
     WHEN 1536 THEN (dim_1536 IS NOT NULL)
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
-END))
+END)),
+    CONSTRAINT embeddings_range_check CHECK (
+CASE
+    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
+    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
+END)
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1375,7 +1442,12 @@ CASE dimension
     WHEN 1536 THEN (dim_1536 IS NOT NULL)
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
-END))
+END)),
+    CONSTRAINT embeddings_range_check CHECK (
+CASE
+    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
+    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
+END)
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1406,7 +1478,12 @@ CASE dimension
     WHEN 1536 THEN (dim_1536 IS NOT NULL)
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
-END))
+END)),
+    CONSTRAINT embeddings_range_check CHECK (
+CASE
+    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
+    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
+END)
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1437,7 +1514,12 @@ CASE dimension
     WHEN 1536 THEN (dim_1536 IS NOT NULL)
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
-END))
+END)),
+    CONSTRAINT embeddings_range_check CHECK (
+CASE
+    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
+    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
+END)
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1468,7 +1550,12 @@ CASE dimension
     WHEN 1536 THEN (dim_1536 IS NOT NULL)
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
-END))
+END)),
+    CONSTRAINT embeddings_range_check CHECK (
+CASE
+    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
+    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
+END)
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1499,7 +1586,12 @@ CASE dimension
     WHEN 1536 THEN (dim_1536 IS NOT NULL)
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
-END))
+END)),
+    CONSTRAINT embeddings_range_check CHECK (
+CASE
+    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
+    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
+END)
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1530,7 +1622,12 @@ CASE dimension
     WHEN 1536 THEN (dim_1536 IS NOT NULL)
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
-END))
+END)),
+    CONSTRAINT embeddings_range_check CHECK (
+CASE
+    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
+    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
+END)
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1561,7 +1658,12 @@ CASE dimension
     WHEN 1536 THEN (dim_1536 IS NOT NULL)
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
-END))
+END)),
+    CONSTRAINT embeddings_range_check CHECK (
+CASE
+    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
+    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
+END)
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1592,7 +1694,12 @@ CASE dimension
     WHEN 1536 THEN (dim_1536 IS NOT NULL)
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
-END))
+END)),
+    CONSTRAINT embeddings_range_check CHECK (
+CASE
+    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
+    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
+END)
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1623,7 +1730,12 @@ CASE dimension
     WHEN 1536 THEN (dim_1536 IS NOT NULL)
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
-END))
+END)),
+    CONSTRAINT embeddings_range_check CHECK (
+CASE
+    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
+    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
+END)
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1654,7 +1766,12 @@ CASE dimension
     WHEN 1536 THEN (dim_1536 IS NOT NULL)
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
-END))
+END)),
+    CONSTRAINT embeddings_range_check CHECK (
+CASE
+    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
+    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
+END)
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1685,7 +1802,12 @@ CASE dimension
     WHEN 1536 THEN (dim_1536 IS NOT NULL)
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
-END))
+END)),
+    CONSTRAINT embeddings_range_check CHECK (
+CASE
+    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
+    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
+END)
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1716,7 +1838,12 @@ CASE dimension
     WHEN 1536 THEN (dim_1536 IS NOT NULL)
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
-END))
+END)),
+    CONSTRAINT embeddings_range_check CHECK (
+CASE
+    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
+    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
+END)
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -2820,13 +2947,13 @@ CREATE INDEX logs_run_idx ON elizasql.logs USING btree (agent_id, run_id) WHERE 
 
 CREATE INDEX logs_type_idx ON elizasql.logs USING btree (agent_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_document_idx ON ONLY elizasql.memories USING btree (agent_id, ((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_document_idx ON ONLY elizasql.memories USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_entity_idx ON ONLY elizasql.memories USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
 CREATE INDEX memories_p00_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p00 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p00_agent_id_expr_idx ON elizasql.memories_p00 USING btree (agent_id, ((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p00_agent_id_lower_idx ON elizasql.memories_p00 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_room_idx ON ONLY elizasql.memories USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -2846,7 +2973,7 @@ CREATE INDEX memories_p00_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p01_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p01 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p01_agent_id_expr_idx ON elizasql.memories_p01 USING btree (agent_id, ((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p01_agent_id_lower_idx ON elizasql.memories_p01 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p01_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p01 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -2858,7 +2985,7 @@ CREATE INDEX memories_p01_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p02_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p02 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p02_agent_id_expr_idx ON elizasql.memories_p02 USING btree (agent_id, ((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p02_agent_id_lower_idx ON elizasql.memories_p02 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p02_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p02 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -2870,7 +2997,7 @@ CREATE INDEX memories_p02_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p03_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p03 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p03_agent_id_expr_idx ON elizasql.memories_p03 USING btree (agent_id, ((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p03_agent_id_lower_idx ON elizasql.memories_p03 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p03_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p03 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -2882,7 +3009,7 @@ CREATE INDEX memories_p03_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p04_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p04 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p04_agent_id_expr_idx ON elizasql.memories_p04 USING btree (agent_id, ((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p04_agent_id_lower_idx ON elizasql.memories_p04 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p04_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p04 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -2894,7 +3021,7 @@ CREATE INDEX memories_p04_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p05_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p05 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p05_agent_id_expr_idx ON elizasql.memories_p05 USING btree (agent_id, ((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p05_agent_id_lower_idx ON elizasql.memories_p05 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p05_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p05 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -2906,7 +3033,7 @@ CREATE INDEX memories_p05_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p06_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p06 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p06_agent_id_expr_idx ON elizasql.memories_p06 USING btree (agent_id, ((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p06_agent_id_lower_idx ON elizasql.memories_p06 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p06_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p06 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -2918,7 +3045,7 @@ CREATE INDEX memories_p06_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p07_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p07 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p07_agent_id_expr_idx ON elizasql.memories_p07 USING btree (agent_id, ((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p07_agent_id_lower_idx ON elizasql.memories_p07 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p07_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p07 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -2930,7 +3057,7 @@ CREATE INDEX memories_p07_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p08_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p08 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p08_agent_id_expr_idx ON elizasql.memories_p08 USING btree (agent_id, ((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p08_agent_id_lower_idx ON elizasql.memories_p08 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p08_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p08 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -2942,7 +3069,7 @@ CREATE INDEX memories_p08_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p09_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p09 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p09_agent_id_expr_idx ON elizasql.memories_p09 USING btree (agent_id, ((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p09_agent_id_lower_idx ON elizasql.memories_p09 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p09_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p09 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -2954,7 +3081,7 @@ CREATE INDEX memories_p09_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p10_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p10 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p10_agent_id_expr_idx ON elizasql.memories_p10 USING btree (agent_id, ((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p10_agent_id_lower_idx ON elizasql.memories_p10 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p10_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p10 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -2966,7 +3093,7 @@ CREATE INDEX memories_p10_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p11_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p11 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p11_agent_id_expr_idx ON elizasql.memories_p11 USING btree (agent_id, ((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p11_agent_id_lower_idx ON elizasql.memories_p11 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p11_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p11 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -2978,7 +3105,7 @@ CREATE INDEX memories_p11_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p12_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p12 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p12_agent_id_expr_idx ON elizasql.memories_p12 USING btree (agent_id, ((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p12_agent_id_lower_idx ON elizasql.memories_p12 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p12_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p12 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -2990,7 +3117,7 @@ CREATE INDEX memories_p12_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p13_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p13 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p13_agent_id_expr_idx ON elizasql.memories_p13 USING btree (agent_id, ((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p13_agent_id_lower_idx ON elizasql.memories_p13 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p13_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p13 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3002,7 +3129,7 @@ CREATE INDEX memories_p13_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p14_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p14 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p14_agent_id_expr_idx ON elizasql.memories_p14 USING btree (agent_id, ((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p14_agent_id_lower_idx ON elizasql.memories_p14 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p14_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p14 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3014,7 +3141,7 @@ CREATE INDEX memories_p14_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p15_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p15 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p15_agent_id_expr_idx ON elizasql.memories_p15 USING btree (agent_id, ((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p15_agent_id_lower_idx ON elizasql.memories_p15 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p15_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p15 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3256,7 +3383,7 @@ ALTER INDEX elizasql.embeddings_pkey ATTACH PARTITION elizasql.embeddings_p15_pk
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p00_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p00_agent_id_expr_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p00_agent_id_lower_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p00_agent_id_room_id_type_created_at_id_idx;
 
@@ -3270,7 +3397,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p00_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p01_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p01_agent_id_expr_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p01_agent_id_lower_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p01_agent_id_room_id_type_created_at_id_idx;
 
@@ -3284,7 +3411,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p01_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p02_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p02_agent_id_expr_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p02_agent_id_lower_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p02_agent_id_room_id_type_created_at_id_idx;
 
@@ -3298,7 +3425,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p02_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p03_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p03_agent_id_expr_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p03_agent_id_lower_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p03_agent_id_room_id_type_created_at_id_idx;
 
@@ -3312,7 +3439,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p03_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p04_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p04_agent_id_expr_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p04_agent_id_lower_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p04_agent_id_room_id_type_created_at_id_idx;
 
@@ -3326,7 +3453,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p04_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p05_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p05_agent_id_expr_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p05_agent_id_lower_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p05_agent_id_room_id_type_created_at_id_idx;
 
@@ -3340,7 +3467,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p05_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p06_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p06_agent_id_expr_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p06_agent_id_lower_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p06_agent_id_room_id_type_created_at_id_idx;
 
@@ -3354,7 +3481,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p06_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p07_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p07_agent_id_expr_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p07_agent_id_lower_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p07_agent_id_room_id_type_created_at_id_idx;
 
@@ -3368,7 +3495,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p07_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p08_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p08_agent_id_expr_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p08_agent_id_lower_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p08_agent_id_room_id_type_created_at_id_idx;
 
@@ -3382,7 +3509,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p08_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p09_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p09_agent_id_expr_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p09_agent_id_lower_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p09_agent_id_room_id_type_created_at_id_idx;
 
@@ -3396,7 +3523,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p09_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p10_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p10_agent_id_expr_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p10_agent_id_lower_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p10_agent_id_room_id_type_created_at_id_idx;
 
@@ -3410,7 +3537,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p10_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p11_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p11_agent_id_expr_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p11_agent_id_lower_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p11_agent_id_room_id_type_created_at_id_idx;
 
@@ -3424,7 +3551,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p11_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p12_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p12_agent_id_expr_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p12_agent_id_lower_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p12_agent_id_room_id_type_created_at_id_idx;
 
@@ -3438,7 +3565,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p12_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p13_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p13_agent_id_expr_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p13_agent_id_lower_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p13_agent_id_room_id_type_created_at_id_idx;
 
@@ -3452,7 +3579,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p13_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p14_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p14_agent_id_expr_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p14_agent_id_lower_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p14_agent_id_room_id_type_created_at_id_idx;
 
@@ -3466,7 +3593,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p14_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p15_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p15_agent_id_expr_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p15_agent_id_lower_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p15_agent_id_room_id_type_created_at_id_idx;
 
