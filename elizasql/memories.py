@@ -607,7 +607,8 @@ class Memories(Store):
         changes.
         Source: searchMemories; differs: uses an index, the threshold 0 means 0.
         """
-        vector = _codecs.as_embedding(embedding)
+        # A copy: the caller may change it while the server is asked.
+        vector = _codecs.as_embedding(embedding).copy()
         width = vector.shape[0]
         rest = (
             *(table_name, match_threshold, count, limit, unique, room_id, world_id, entity_id),
