@@ -1028,7 +1028,10 @@ def _cursor(cursor: Memory | Mapping[str, Any] | tuple[datetime, UUID] | None) -
     row = Memory.read(cursor)
     if row.get("created_at") is None or row.get("id") is None:
         raise ArgumentError("cursor needs created_at and id")
-    return row["created_at"], row["id"]
+    # The exact time is that of the row. Where it is gone, and JSON has cut the time, what else is of its millisecond is
+    # rather given twice than never.
+    time = _codecs.as_optional_end(row["created_at"], "cursor") if isinstance(cursor, Mapping) else row["created_at"]
+    return time, row["id"]
 
 
 def _unwrap(memory: Any) -> dict[str, Any]:

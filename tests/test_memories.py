@@ -494,6 +494,18 @@ async def test_pages_by_offset_and_by_cursor_cover_all_once(
             assert ids_of(by_offset) == ids_of(by_cursor) == ids_of(everything)
 
 
+async def test_pages_go_on_behind_a_memory_that_is_gone(db: DatabaseAdapter) -> None:
+    """JSON cuts times to milliseconds, and a batch is made in one."""
+    ids = await db.create_memories([Memory(content={}) for _ in range(50)], "messages")
+    seen: list[UUID | None] = []
+    cursor: dict[str, Any] | None = None
+    while page := await db.get_memories(table_name="messages", count=10, cursor=cursor):
+        seen += ids_of(page)
+        cursor = page[-1].to_dict()
+        await db.delete_memories([memory.id for memory in page])  # type: ignore[misc]
+    assert seen == ids[::-1]
+
+
 async def test_get_by_ids_rooms_and_worlds(db: DatabaseAdapter, agent_world: Scene, library: list[Memory]) -> None:
     some = [library[20].id, library[3].id, uuid4(), library[40].id]
     assert ids_of(await db.get_memories_by_ids(some)) == [library[3].id, library[20].id, library[40].id]  # type: ignore[arg-type]
