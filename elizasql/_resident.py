@@ -298,7 +298,12 @@ class Resident:
         tier = self._find_tier(params["type"], vector.shape[0])
         now = time.monotonic()
         scope = next(({name: params[name]} for name in _COUNTS if params[name] is not None), None)
-        large = now < tier.large_until if tier.matrix is None else tier.matrix.size > self._most(vector.shape[0])
+        most = self._most(vector.shape[0])
+        large = now < tier.large_until if tier.matrix is None else tier.matrix.size > most
+        if large and tier.matrix is not None and tier.loaded_size <= most and now >= tier.not_before:
+            # It has grown, by rows that are gone perhaps: nobody tells of these, and no search meets them any more.
+            tier.not_before = now + _TOO_LARGE
+            self._begin_load(tier, params["type"], vector.shape[0])
         found = None
         if scope is not None or not large:
             tier.used = now

@@ -897,6 +897,37 @@ async def test_more_vectors_than_are_compared(mind: Mind, make_db: MakeAdapter) 
     await mind.check(query)
 
 
+async def test_rows_that_are_gone_do_not_make_a_type_large(mind: Mind, make_db: MakeAdapter) -> None:
+    db = await make_db(mind.db.agent_id, **RESIDENT, resident_max_vectors=100)
+    query = some_vectors(1, seed=8)[0]
+    for _ in range(2):
+        ids = await mind.remember(some_vectors(90, seed=len(mind.ids)))
+        assert len(await db.search_memories(embedding=query, table_name=TABLE)) == 10
+        await mind.writer.delete_memories(ids)
+    ids = await mind.remember(some_vectors(20))
+    tier = db._resident._tiers[TABLE, 384]
+    assert tier.matrix is not None and tier.matrix.size > 100
+    misses = db._resident.stats.misses
+    assert len(await db.search_memories(embedding=query, table_name=TABLE, count=20)) == 20
+    assert db._resident.stats.misses == misses + 1
+    if tier.loading is not None:
+        await tier.loading
+    assert len(await db.search_memories(embedding=query, table_name=TABLE, count=20)) == 20
+    assert db._resident.stats.misses == misses + 1
+    assert tier.matrix.size == 20
+    # One that is large all the same is looked at once.
+    await mind.remember(some_vectors(90, seed=3))
+    tier.not_before = 0.0
+    await db.search_memories(embedding=query, table_name=TABLE)
+    await db.search_memories(embedding=query, table_name=TABLE)
+    assert tier.loading is not None
+    await tier.loading
+    assert tier.loaded_size == 110
+    tier.not_before = 0.0
+    await db.search_memories(embedding=query, table_name=TABLE)
+    assert tier.loading is None
+
+
 async def test_a_large_type_is_loaded_for_those_who_ask_of_parts(
     mind: Mind, make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
