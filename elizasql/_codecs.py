@@ -101,10 +101,8 @@ def encode_json(value: object, name: str = "value") -> bytes:
             return b"\x01" + text
         # What was written is cleaned, not `value`: the text may stand in a dataclass or an enumeration.
         value = orjson.loads(text)
-    except TypeError as error:
-        # orjson refuses unpaired surrogates with the same error as everything else that it cannot write.
-        if "surrogate" not in str(error):
-            raise ArgumentError(f"{name} is not JSON: {error}") from None
+    except TypeError:
+        pass  # an unpaired surrogate, or what has a form that orjson does not know
     try:
         return b"\x01" + orjson.dumps(_clean_json(value), option=_JSON_OPTIONS, default=_write_other)
     except (TypeError, RecursionError) as error:
@@ -129,14 +127,29 @@ def _clean_json(value: Any) -> Any:
     if isinstance(value, str):
         return clean_text(value)
     if isinstance(value, Mapping):
-        return {clean_text(key) if isinstance(key, str) else key: _clean_json(item) for key, item in value.items()}
+        return {_clean_key(key): _clean_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_clean_json(item) for item in value]
     if isinstance(value, Enum):
         return _clean_json(value.value)
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: _clean_json(getattr(value, field.name)) for field in fields(value) if field.name[0] != "_"}
+    if isinstance(value, np.ndarray):
+        return _densify(value)
     return value
+
+
+def _clean_key(key: Any) -> Any:
+    if isinstance(key, str):
+        return clean_text(key)
+    return str(key) if isinstance(key, UUID) else key
+
+
+def _densify(array: NDArray[Any]) -> Any:
+    """Give an array as orjson writes it: dense, in the machine's byte order, of numbers or times."""
+    if array.dtype.kind in "OU":
+        return _clean_json(array.tolist())
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("=")) if array.ndim else array[()]
 
 
 def _decode_json(data: bytes) -> Any:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 from uuid import UUID
 
 from ._calls import spawn, within
@@ -75,7 +76,7 @@ class Indexer:
         total: int = await self._executor.fetch_value(SQL["count_unindexed_embeddings"], agent_id=self._agent_id)
         done = 0
         while done < total:
-            moved = await self._move_batch()
+            moved = await self._move_batch(settle=True)
             if not moved:
                 break
             done += moved
@@ -99,7 +100,7 @@ class Indexer:
     async def build(self) -> int:
         """Build the index of the agent's partition when it has none, the tail in it; give how many vectors moved."""
         try:
-            moved: int = await self._executor.fetch_value(SQL["build_index"], agent_id=self._agent_id)
+            moved = await self._fetch_count("build_index", settle=True)
         except BaseException:
             self.restore()
             raise
@@ -159,11 +160,22 @@ class Indexer:
             await asyncio.sleep(0.005)  # an event would cost every call; this loop runs off the callers' path
         return True
 
-    async def _move_batch(self) -> int:
-        moved: int = await self._executor.fetch_value(
-            SQL["index_embeddings"], agent_id=self._agent_id, batch_size=self._config.index_batch_size
-        )
+    async def _move_batch(self, *, settle: bool = False) -> int:
+        moved = await self._fetch_count("index_embeddings", settle=settle, batch_size=self._config.index_batch_size)
         self._moved += moved
+        return moved
+
+    async def _fetch_count(self, name: str, *, settle: bool, **params: Any) -> int:
+        """Run a statement that moves vectors and gives their number.
+
+        Args:
+            name: Of the statement.
+            settle: The number matters: when an answer is lost, a second run would not count what the first has moved.
+            **params: Of the statement, without the agent.
+        """
+        chunk = {"agent_id": self._agent_id, **params}
+        [row] = await self._executor.fetch_chunks(SQL[name], [chunk], settle=settle)
+        moved: int = row[0]
         return moved
 
     async def _analyze_when_it_pays(self) -> None:

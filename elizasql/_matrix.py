@@ -40,10 +40,6 @@ _of_thread = threading.local()
 _ROW_OVERHEAD = 208
 
 
-class IncomparableError(ValueError):
-    """A vector without a direction, which only raw SQL can have stored: the server ranks it by rules of its own."""
-
-
 @dataclass(frozen=True, slots=True)
 class Found:
     """What `Matrix.search` found.
@@ -150,18 +146,12 @@ class Matrix:
             content: Rows, one after the other.
             start: The first one to take.
             count: How many; -1: all from there on.
-
-        Raises:
-            IncomparableError: One has no direction. Nothing was changed.
         """
         width = self._row.itemsize
         rows = np.frombuffer(content, self._row, count, start * width)
         vectors = rows["vector"].astype(np.float32)
-        squares = np.einsum("ij,ij->i", vectors, vectors)
-        # Beyond these the server's sums of squares may become zero or infinite.
-        if not bool(((squares > 1e-30) & (squares < 1e30)).all()):
-            raise IncomparableError
-        vectors /= np.sqrt(squares)[:, None]
+        # A check of the table sees to it that each has a direction.
+        vectors /= np.sqrt(np.einsum("ij,ij->i", vectors, vectors))[:, None]
         self._reserve(self.size + len(rows))
         places, codes = self._places, self._codes
         at = np.empty(len(rows), np.intp)

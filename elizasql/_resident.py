@@ -35,7 +35,7 @@ from uuid import UUID
 
 from ._calls import current_deadline, spawn
 from ._executor import Executor
-from ._matrix import IncomparableError, Matrix
+from ._matrix import Matrix
 from ._statements import SQL
 from .config import Config
 from .errors import ElizaSQLError
@@ -298,7 +298,12 @@ class Resident:
         tier = self._find_tier(params["type"], vector.shape[0])
         now = time.monotonic()
         scope = next(({name: params[name]} for name in _COUNTS if params[name] is not None), None)
-        large = now < tier.large_until if tier.matrix is None else tier.matrix.size > self._most(vector.shape[0])
+        most = self._most(vector.shape[0])
+        large = now < tier.large_until if tier.matrix is None else tier.matrix.size > most
+        if large and tier.matrix is not None and tier.loaded_size <= most and now >= tier.not_before:
+            # It has grown, by rows that are gone perhaps: nobody tells of these, and no search meets them any more.
+            tier.not_before = now + _TOO_LARGE
+            self._begin_load(tier, params["type"], vector.shape[0])
         found = None
         if scope is not None or not large:
             tier.used = now
@@ -367,11 +372,7 @@ class Resident:
         assert matrix is not None
         if changed:
             capacity = matrix.capacity
-            try:
-                matrix.put(changed)
-            except IncomparableError:
-                self._give_up(tier, _TOO_LARGE)
-                return
+            matrix.put(changed)
             self.stats.deltas += 1
             self.stats.changes += matrix.rows_in(changed)
             if matrix.capacity > capacity and not self._make_room(tier, matrix.footprint):
@@ -461,8 +462,6 @@ class Resident:
             # Searches go on in the database; if that cannot be reached, they tell.
             logger.warning("loading vectors of type %s is put off: %s", kind, error)
             tier.not_before = time.monotonic() + _FAILED
-        except IncomparableError:
-            tier.not_before = time.monotonic() + _TOO_LARGE
 
     async def _read(self, tier: Tier, kind: str, dimension: int, scope: Scope | None) -> None:
         """Measure a type, then read it page by page, each in a snapshot of its own; all counts as seen by the first.

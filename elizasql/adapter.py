@@ -174,7 +174,7 @@ class DatabaseAdapter(
         Raises:
             PermissionDeniedError: `rebuild` is True, and the role does not own the tables.
 
-        Statement: sql/embeddings.sql index_embeddings, one round trip a batch; or drop_index and build_index.
+        Statement: sql/embeddings.sql index_embeddings, one transaction a batch; or drop_index and build_index.
         """
         self._refuse_in_transaction("index_memories")
         try:

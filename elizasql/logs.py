@@ -311,7 +311,11 @@ def _cursor(cursor: Cursor | None) -> tuple[datetime | None, UUID | None]:
     given = Log.read(cursor)
     if given.get("created_at") is None or given.get("id") is None:
         raise ArgumentError("cursor needs created_at and id")
-    return given["created_at"], given["id"]
+    # As in `get_memories`: where the log is gone, and JSON has cut its time, rather twice than never.
+    time = (
+        _codecs.as_optional_end(given["created_at"], "cursor") if isinstance(cursor, Mapping) else given["created_at"]
+    )
+    return time, given["id"]
 
 
 def _encode_bodies(rows: Iterable[Mapping[str, Any]], ids: Sequence[UUID]) -> dict[UUID, bytes]:

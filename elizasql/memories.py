@@ -20,7 +20,7 @@ from ._indexer import Indexer
 from ._loader import Loader
 from ._resident import Resident
 from ._statements import SQL, Statement
-from ._store import Store, as_limit
+from ._store import Store, as_limit, order_by_id
 from .config import Config
 from .errors import ArgumentError, EmbeddingDimensionError, NotFoundError
 from .models import LoadSummary, Memory
@@ -182,15 +182,15 @@ class Memories(Store):
         return await self._create(ids, rows, await self._width_of(rows)) if rows else []
 
     async def _create(self, ids: list[UUID], rows: list[dict[str, Any]], given: int | None) -> list[UUID]:
-        undecided = any(row["unique"] is None and row["embedding"] is not None for row in rows)
+        undecided = {
+            (row["type"], row["room_id"]) for row in rows if row["unique"] is None and row["embedding"] is not None
+        }
         name = "create_memories_marking_duplicates" if undecided else "create_memories"
-        chunks: list[dict[str, Any]] = []
-        for chunk in self._chunks(rows):
-            columns = _columns(chunk)
-            if not undecided:
-                columns["uniques"] = [value is not False for value in columns["uniques"]]
-            first = len(chunks) * self.config.batch_size
-            chunks.append({"agent_id": self.agent_id, "indexed": self._inline, "first": first, **columns})
+        chunks = self._batch(rows, undecided=bool(undecided))
+        if undecided:
+            for chunk in chunks:
+                chunk |= {"lock_types": [], "lock_rooms": []}
+            chunks[0]["lock_types"], chunks[0]["lock_rooms"] = map(list, zip(*undecided, strict=True))
         await self._write(SQL.at(name, given or 384), chunks, given)
         return ids
 
@@ -280,15 +280,9 @@ class Memories(Store):
         if not rows:
             return []
         given = await self._width_of(rows)
-        chunks: list[dict[str, Any]] = []
-        for chunk in self._chunks(rows):
-            columns = _columns(chunk)
-            kept = [row["id"] for row in chunk if row["unique"] is None]
-            columns["uniques"] = [value is not False for value in columns["uniques"]]
-            first = len(chunks) * self.config.batch_size
-            chunks.append(
-                {"agent_id": self.agent_id, "indexed": self._inline, "first": first, "keep_unique": kept, **columns}
-            )
+        chunks = self._batch(rows)
+        for chunk, part in zip(chunks, self._chunks(rows), strict=True):
+            chunk["keep_unique"] = [row["id"] for row in part if row["unique"] is None]
         await self._write(SQL.at("upsert_memories", given or 384), chunks, given)
         return ids
 
@@ -613,7 +607,8 @@ class Memories(Store):
         changes.
         Source: searchMemories; differs: uses an index, the threshold 0 means 0.
         """
-        vector = _codecs.as_embedding(embedding)
+        # A copy: the caller may change it while the server is asked.
+        vector = _codecs.as_embedding(embedding).copy()
         width = vector.shape[0]
         rest = (
             *(table_name, match_threshold, count, limit, unique, room_id, world_id, entity_id),
@@ -851,8 +846,9 @@ class Memories(Store):
         """Refuse a width that is not the agent's.
 
         Asks the server where this adapter knows of none or of another: somebody may have locked or moved the agent.
+        Where there is none, the server refuses the write itself, for want of a width or of an agent.
         """
-        if width != self._dimension and width != (locked := await self.get_embedding_dimension()):
+        if width != self._dimension and (locked := await self.get_embedding_dimension()) not in (None, width):
             raise EmbeddingDimensionError(self.agent_id, locked=locked, given=width)
 
     def _learn(self, dimension: int | None) -> None:
@@ -861,16 +857,28 @@ class Memories(Store):
             self._dimension = dimension
             self._resident.forget()
 
-    async def _load(self, rows: Sequence[dict[str, Any]], *, skip: bool) -> list[Any]:
+    async def _load(self, rows: list[dict[str, Any]], *, skip: bool) -> list[Any]:
         """Store a batch of a load, in one transaction of the background's."""
         given = await self._width_of(rows)
-        chunks: list[dict[str, Any]] = []
-        for chunk in self._chunks(rows):
-            columns = _columns(chunk)
-            columns["uniques"] = [value is not False for value in columns["uniques"]]
-            first = len(chunks) * self.config.batch_size
-            chunks.append({"agent_id": self.agent_id, "first": first, "skip": skip, **columns})
+        chunks = [{**chunk, "skip": skip} for chunk in self._batch(rows)]
         return await self._write_on(self._background, SQL.at("load_memories", given or 384), chunks, settle=True)
+
+    def _batch(self, rows: list[dict[str, Any]], *, undecided: bool = False) -> list[dict[str, Any]]:
+        """Give what a batch statement takes, chunk by chunk; the rows are ordered by id, over all chunks.
+
+        Args:
+            rows: What to store, every id once; they are put in this order.
+            undecided: Near-duplicates are looked for, also among those before in the batch: the order stays.
+        """
+        positions = list(range(len(rows))) if undecided else order_by_id(rows)
+        chunks: list[dict[str, Any]] = []
+        for chunk, where in zip(self._chunks(rows), self._chunks(positions), strict=True):
+            columns = _columns(chunk)
+            if not undecided:
+                columns["uniques"] = [value is not False for value in columns["uniques"]]
+            about = {"agent_id": self.agent_id, "positions": where, "begins": not chunks, "indexed": self._inline}
+            chunks.append(about | columns)
+        return chunks
 
     async def _write(self, statement: Statement, chunks: list[dict[str, Any]], given: int | None) -> list[Any]:
         """Run a write, and tell the indexer."""
@@ -1020,7 +1028,10 @@ def _cursor(cursor: Memory | Mapping[str, Any] | tuple[datetime, UUID] | None) -
     row = Memory.read(cursor)
     if row.get("created_at") is None or row.get("id") is None:
         raise ArgumentError("cursor needs created_at and id")
-    return row["created_at"], row["id"]
+    # The exact time is that of the row. Where it is gone, and JSON has cut the time, what else is of its millisecond is
+    # rather given twice than never.
+    time = _codecs.as_optional_end(row["created_at"], "cursor") if isinstance(cursor, Mapping) else row["created_at"]
+    return time, row["id"]
 
 
 def _unwrap(memory: Any) -> dict[str, Any]:

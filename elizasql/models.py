@@ -798,7 +798,7 @@ def _plain(value: Any) -> Any:
         return str(value)
     if isinstance(value, datetime):
         # Whole milliseconds, without the float of timestamp(), which is off by one in rare cases.
-        return (value - _EPOCH) // _MILLISECOND
+        return (_codecs.as_time(value, "a time") - _EPOCH) // _MILLISECOND
     if isinstance(value, np.ndarray):
         return value.tolist()
     if isinstance(value, Model):

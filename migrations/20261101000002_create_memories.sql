@@ -35,8 +35,8 @@ CREATE INDEX memories_room_idx ON elizasql.memories (agent_id, room_id, type, cr
 CREATE INDEX memories_entity_idx ON elizasql.memories (agent_id, entity_id, type, created_at DESC, id DESC);
 CREATE INDEX memories_world_idx ON elizasql.memories (agent_id, world_id, type, created_at DESC, id DESC)
 WHERE world_id IS NOT NULL;
--- The fragments of a document, found when the document is deleted.
-CREATE INDEX memories_document_idx ON elizasql.memories (agent_id, (metadata ->> 'documentId'))
+-- The fragments of a document, found when the document is deleted, in whatever case they write its id.
+CREATE INDEX memories_document_idx ON elizasql.memories (agent_id, lower(metadata ->> 'documentId'))
 WHERE metadata ? 'documentId';
 -- An edit distance of k bounds the difference of the lengths by k: the range of lengths is the exact prefilter.
 CREATE INDEX memories_text_length_idx ON elizasql.memories (agent_id, type, length(content ->> 'text'))
@@ -74,6 +74,24 @@ CREATE TABLE elizasql.embeddings (
             WHEN 1536 THEN dim_1536 IS NOT NULL
             WHEN 3072 THEN dim_3072 IS NOT NULL
             ELSE FALSE
+        END
+    ),
+    -- What no search could find must not be here, not by raw SQL either: HNSW holds half precision, of which 65504 is the
+    -- largest number and 2^-24 the smallest that is not rounded to zero, and what is zero has no direction. One vector
+    -- that it cannot hold would keep it from being built. For nearly all vectors the norm tells.
+    CONSTRAINT embeddings_range_check CHECK (
+        CASE
+            WHEN
+                vector_norm(coalesce(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) BETWEEN 0.00001 AND 65504
+                THEN TRUE
+            ELSE
+                65504::real >= ALL(coalesce(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)::real[])
+                AND (-65504)::real <= ALL(coalesce(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)::real[])
+                AND (
+                    (2 ^ -24)::real <= ANY(coalesce(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)::real[])
+                    OR (-(2 ^ -24))::real
+                    >= ANY(coalesce(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)::real[])
+                )
         END
     )
 ) PARTITION BY HASH (agent_id);
@@ -170,14 +188,16 @@ EXECUTE FUNCTION elizasql.stamp_embedding();
 ALTER TABLE elizasql.embeddings ENABLE ALWAYS TRIGGER embeddings_stamp_new;
 ALTER TABLE elizasql.embeddings ENABLE ALWAYS TRIGGER embeddings_stamp_changed;
 
--- near_duplicates_N(agent, types, rooms, worlds, entities, embeddings, uniques) -> boolean[]: for each memory of a
--- batch that is about to be created, whether one of cosine similarity >= 0.95 is there already, in the same scope
+-- near_duplicates_N(agent, ids, types, rooms, worlds, entities, embeddings, uniques, ...) -> boolean[]: for each memory
+-- of a batch that is about to be created, whether one of cosine similarity >= 0.95 is there already, in the same scope
 -- (agent, type, and room, world and entity where given) or earlier in the batch. Memories without an embedding, or whose
--- "unique" is given, are not looked up.
+-- "unique" is given, are not looked up. What is given for an id that is there already is not going to be stored, and
+-- counts as if it had no embedding.
 --
 -- A function, because a statement does not see rows that were committed while it waited for a lock, and the inner
--- statements of a volatile function do: of concurrent near-duplicates exactly one stays unique. The locks are held to
--- the end of the transaction and taken in one order, so that two batches cannot wait for each other.
+-- statements of a volatile function do: of concurrent near-duplicates exactly one stays unique. The locks, one for
+-- each type and room that is looked into, are held to the end of the transaction. A batch takes all of its own with its
+-- first chunk, lock_types and lock_rooms, and in one order, so that two batches cannot wait for each other.
 --
 -- A scope of up to 2,000 rows is compared exactly, through the index of the narrowest one that is given. For a larger one
 -- HNSW gives the ten nearest of all that the agent has, whatever their room, world and entity: where none of them is that
@@ -214,7 +234,8 @@ BEGIN
     FOREACH dim IN ARRAY ARRAY[384, 512, 768, 1024, 1536, 3072] LOOP
         EXECUTE replace(replace($template$
 CREATE FUNCTION elizasql.near_duplicates_384(
-    given_agent uuid, types text[], rooms uuid[], worlds uuid[], entities uuid[], vectors vector[], uniques boolean[]
+    given_agent uuid, ids uuid[], types text[], rooms uuid[], worlds uuid[], entities uuid[], vectors vector[],
+    uniques boolean[], lock_types text[], lock_rooms uuid[]
 ) RETURNS boolean[] LANGUAGE plpgsql VOLATILE AS $body$
 DECLARE
     duplicates boolean[] := array_fill(FALSE, ARRAY[cardinality(types)]);
@@ -229,12 +250,18 @@ DECLARE
 BEGIN
     FOR lock_key IN
         SELECT DISTINCT hashtextextended(given_agent::text || ' ' || coalesce(room::text, '-') || ' ' || kind, 0) AS k
-        FROM unnest(types, rooms, vectors, uniques) AS given (kind, room, vec, is_unique)
-        WHERE vec IS NOT NULL AND is_unique IS NULL
+        FROM unnest(lock_types, lock_rooms) AS given (kind, room)
         ORDER BY k
     LOOP
         PERFORM pg_advisory_xact_lock(lock_key);
     END LOOP;
+    vectors := ARRAY(
+        SELECT CASE WHEN present.id IS NULL THEN given.vec END
+        FROM unnest(ids, vectors) WITH ORDINALITY AS given (id, vec, position)
+        LEFT JOIN LATERAL (
+            SELECT m.id FROM elizasql.memories AS m WHERE m.agent_id = given_agent AND m.id = given.id LIMIT 1
+        ) AS present ON TRUE
+        ORDER BY given.position);
     IF cardinality(types) > 1 THEN
         WITH given AS MATERIALIZED (
             SELECT * FROM unnest(types, rooms, worlds, entities, vectors, uniques)
@@ -414,9 +441,9 @@ DROP TABLE elizasql.embeddings;
 DROP TABLE elizasql.memories;
 DROP FUNCTION elizasql.stamp_embedding();
 DROP FUNCTION elizasql.copy_scope_to_embedding();
-DROP FUNCTION elizasql.near_duplicates_384(uuid, text[], uuid[], uuid[], uuid[], vector[], boolean[]);
-DROP FUNCTION elizasql.near_duplicates_512(uuid, text[], uuid[], uuid[], uuid[], vector[], boolean[]);
-DROP FUNCTION elizasql.near_duplicates_768(uuid, text[], uuid[], uuid[], uuid[], vector[], boolean[]);
-DROP FUNCTION elizasql.near_duplicates_1024(uuid, text[], uuid[], uuid[], uuid[], vector[], boolean[]);
-DROP FUNCTION elizasql.near_duplicates_1536(uuid, text[], uuid[], uuid[], uuid[], vector[], boolean[]);
-DROP FUNCTION elizasql.near_duplicates_3072(uuid, text[], uuid[], uuid[], uuid[], vector[], boolean[]);
+DROP FUNCTION elizasql.near_duplicates_384;
+DROP FUNCTION elizasql.near_duplicates_512;
+DROP FUNCTION elizasql.near_duplicates_768;
+DROP FUNCTION elizasql.near_duplicates_1024;
+DROP FUNCTION elizasql.near_duplicates_1536;
+DROP FUNCTION elizasql.near_duplicates_3072;

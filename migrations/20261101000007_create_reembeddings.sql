@@ -26,10 +26,17 @@ ALTER TABLE elizasql.embeddings ADD COLUMN text_hash bigint;
 ALTER TABLE elizasql.embeddings DROP CONSTRAINT embeddings_pkey;
 ALTER TABLE elizasql.embeddings ADD CONSTRAINT embeddings_pkey PRIMARY KEY (agent_id, memory_id, dimension);
 
--- Ends a statement that reads or writes vectors of a width that is not in force; the detail is for the library.
+-- Ends a statement that reads or writes vectors of a width that is not in force; the detail is for the library. Where
+-- there is no agent, what a foreign key would say is said instead.
 CREATE FUNCTION elizasql.refuse_dimension(given_agent uuid, locked integer, given integer) RETURNS boolean
 LANGUAGE plpgsql AS $$
 BEGIN
+    IF NOT EXISTS (SELECT FROM elizasql.agents WHERE id = given_agent) THEN
+        RAISE EXCEPTION 'agent % does not exist', given_agent
+            USING ERRCODE = 'foreign_key_violation', SCHEMA = 'elizasql', TABLE = 'memories',
+            CONSTRAINT = 'memories_agent_fkey',
+            DETAIL = format('Key (agent_id)=(%s) is not present in table "agents".', given_agent);
+    END IF;
     RAISE EXCEPTION 'agent % has vectors of width %, not %', given_agent, coalesce(locked::text, 'none'), given
         USING ERRCODE = 'foreign_key_violation', SCHEMA = 'elizasql', TABLE = 'embeddings',
         CONSTRAINT = 'embeddings_dimension_fkey',

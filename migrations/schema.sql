@@ -271,7 +271,7 @@ BEGIN
 END
 $$;
 
-CREATE FUNCTION elizasql.near_duplicates_1024(given_agent uuid, types text[], rooms uuid[], worlds uuid[], entities uuid[], vectors public.vector[], uniques boolean[]) RETURNS boolean[]
+CREATE FUNCTION elizasql.near_duplicates_1024(given_agent uuid, ids uuid[], types text[], rooms uuid[], worlds uuid[], entities uuid[], vectors public.vector[], uniques boolean[], lock_types text[], lock_rooms uuid[]) RETURNS boolean[]
     LANGUAGE plpgsql
     AS $$
 DECLARE
@@ -287,12 +287,18 @@ DECLARE
 BEGIN
     FOR lock_key IN
         SELECT DISTINCT hashtextextended(given_agent::text || ' ' || coalesce(room::text, '-') || ' ' || kind, 0) AS k
-        FROM unnest(types, rooms, vectors, uniques) AS given (kind, room, vec, is_unique)
-        WHERE vec IS NOT NULL AND is_unique IS NULL
+        FROM unnest(lock_types, lock_rooms) AS given (kind, room)
         ORDER BY k
     LOOP
         PERFORM pg_advisory_xact_lock(lock_key);
     END LOOP;
+    vectors := ARRAY(
+        SELECT CASE WHEN present.id IS NULL THEN given.vec END
+        FROM unnest(ids, vectors) WITH ORDINALITY AS given (id, vec, position)
+        LEFT JOIN LATERAL (
+            SELECT m.id FROM elizasql.memories AS m WHERE m.agent_id = given_agent AND m.id = given.id LIMIT 1
+        ) AS present ON TRUE
+        ORDER BY given.position);
     IF cardinality(types) > 1 THEN
         WITH given AS MATERIALIZED (
             SELECT * FROM unnest(types, rooms, worlds, entities, vectors, uniques)
@@ -414,7 +420,7 @@ BEGIN
 END
 $$;
 
-CREATE FUNCTION elizasql.near_duplicates_1536(given_agent uuid, types text[], rooms uuid[], worlds uuid[], entities uuid[], vectors public.vector[], uniques boolean[]) RETURNS boolean[]
+CREATE FUNCTION elizasql.near_duplicates_1536(given_agent uuid, ids uuid[], types text[], rooms uuid[], worlds uuid[], entities uuid[], vectors public.vector[], uniques boolean[], lock_types text[], lock_rooms uuid[]) RETURNS boolean[]
     LANGUAGE plpgsql
     AS $$
 DECLARE
@@ -430,12 +436,18 @@ DECLARE
 BEGIN
     FOR lock_key IN
         SELECT DISTINCT hashtextextended(given_agent::text || ' ' || coalesce(room::text, '-') || ' ' || kind, 0) AS k
-        FROM unnest(types, rooms, vectors, uniques) AS given (kind, room, vec, is_unique)
-        WHERE vec IS NOT NULL AND is_unique IS NULL
+        FROM unnest(lock_types, lock_rooms) AS given (kind, room)
         ORDER BY k
     LOOP
         PERFORM pg_advisory_xact_lock(lock_key);
     END LOOP;
+    vectors := ARRAY(
+        SELECT CASE WHEN present.id IS NULL THEN given.vec END
+        FROM unnest(ids, vectors) WITH ORDINALITY AS given (id, vec, position)
+        LEFT JOIN LATERAL (
+            SELECT m.id FROM elizasql.memories AS m WHERE m.agent_id = given_agent AND m.id = given.id LIMIT 1
+        ) AS present ON TRUE
+        ORDER BY given.position);
     IF cardinality(types) > 1 THEN
         WITH given AS MATERIALIZED (
             SELECT * FROM unnest(types, rooms, worlds, entities, vectors, uniques)
@@ -557,7 +569,7 @@ BEGIN
 END
 $$;
 
-CREATE FUNCTION elizasql.near_duplicates_3072(given_agent uuid, types text[], rooms uuid[], worlds uuid[], entities uuid[], vectors public.vector[], uniques boolean[]) RETURNS boolean[]
+CREATE FUNCTION elizasql.near_duplicates_3072(given_agent uuid, ids uuid[], types text[], rooms uuid[], worlds uuid[], entities uuid[], vectors public.vector[], uniques boolean[], lock_types text[], lock_rooms uuid[]) RETURNS boolean[]
     LANGUAGE plpgsql
     AS $$
 DECLARE
@@ -573,12 +585,18 @@ DECLARE
 BEGIN
     FOR lock_key IN
         SELECT DISTINCT hashtextextended(given_agent::text || ' ' || coalesce(room::text, '-') || ' ' || kind, 0) AS k
-        FROM unnest(types, rooms, vectors, uniques) AS given (kind, room, vec, is_unique)
-        WHERE vec IS NOT NULL AND is_unique IS NULL
+        FROM unnest(lock_types, lock_rooms) AS given (kind, room)
         ORDER BY k
     LOOP
         PERFORM pg_advisory_xact_lock(lock_key);
     END LOOP;
+    vectors := ARRAY(
+        SELECT CASE WHEN present.id IS NULL THEN given.vec END
+        FROM unnest(ids, vectors) WITH ORDINALITY AS given (id, vec, position)
+        LEFT JOIN LATERAL (
+            SELECT m.id FROM elizasql.memories AS m WHERE m.agent_id = given_agent AND m.id = given.id LIMIT 1
+        ) AS present ON TRUE
+        ORDER BY given.position);
     IF cardinality(types) > 1 THEN
         WITH given AS MATERIALIZED (
             SELECT * FROM unnest(types, rooms, worlds, entities, vectors, uniques)
@@ -700,7 +718,7 @@ BEGIN
 END
 $$;
 
-CREATE FUNCTION elizasql.near_duplicates_384(given_agent uuid, types text[], rooms uuid[], worlds uuid[], entities uuid[], vectors public.vector[], uniques boolean[]) RETURNS boolean[]
+CREATE FUNCTION elizasql.near_duplicates_384(given_agent uuid, ids uuid[], types text[], rooms uuid[], worlds uuid[], entities uuid[], vectors public.vector[], uniques boolean[], lock_types text[], lock_rooms uuid[]) RETURNS boolean[]
     LANGUAGE plpgsql
     AS $$
 DECLARE
@@ -716,12 +734,18 @@ DECLARE
 BEGIN
     FOR lock_key IN
         SELECT DISTINCT hashtextextended(given_agent::text || ' ' || coalesce(room::text, '-') || ' ' || kind, 0) AS k
-        FROM unnest(types, rooms, vectors, uniques) AS given (kind, room, vec, is_unique)
-        WHERE vec IS NOT NULL AND is_unique IS NULL
+        FROM unnest(lock_types, lock_rooms) AS given (kind, room)
         ORDER BY k
     LOOP
         PERFORM pg_advisory_xact_lock(lock_key);
     END LOOP;
+    vectors := ARRAY(
+        SELECT CASE WHEN present.id IS NULL THEN given.vec END
+        FROM unnest(ids, vectors) WITH ORDINALITY AS given (id, vec, position)
+        LEFT JOIN LATERAL (
+            SELECT m.id FROM elizasql.memories AS m WHERE m.agent_id = given_agent AND m.id = given.id LIMIT 1
+        ) AS present ON TRUE
+        ORDER BY given.position);
     IF cardinality(types) > 1 THEN
         WITH given AS MATERIALIZED (
             SELECT * FROM unnest(types, rooms, worlds, entities, vectors, uniques)
@@ -843,7 +867,7 @@ BEGIN
 END
 $$;
 
-CREATE FUNCTION elizasql.near_duplicates_512(given_agent uuid, types text[], rooms uuid[], worlds uuid[], entities uuid[], vectors public.vector[], uniques boolean[]) RETURNS boolean[]
+CREATE FUNCTION elizasql.near_duplicates_512(given_agent uuid, ids uuid[], types text[], rooms uuid[], worlds uuid[], entities uuid[], vectors public.vector[], uniques boolean[], lock_types text[], lock_rooms uuid[]) RETURNS boolean[]
     LANGUAGE plpgsql
     AS $$
 DECLARE
@@ -859,12 +883,18 @@ DECLARE
 BEGIN
     FOR lock_key IN
         SELECT DISTINCT hashtextextended(given_agent::text || ' ' || coalesce(room::text, '-') || ' ' || kind, 0) AS k
-        FROM unnest(types, rooms, vectors, uniques) AS given (kind, room, vec, is_unique)
-        WHERE vec IS NOT NULL AND is_unique IS NULL
+        FROM unnest(lock_types, lock_rooms) AS given (kind, room)
         ORDER BY k
     LOOP
         PERFORM pg_advisory_xact_lock(lock_key);
     END LOOP;
+    vectors := ARRAY(
+        SELECT CASE WHEN present.id IS NULL THEN given.vec END
+        FROM unnest(ids, vectors) WITH ORDINALITY AS given (id, vec, position)
+        LEFT JOIN LATERAL (
+            SELECT m.id FROM elizasql.memories AS m WHERE m.agent_id = given_agent AND m.id = given.id LIMIT 1
+        ) AS present ON TRUE
+        ORDER BY given.position);
     IF cardinality(types) > 1 THEN
         WITH given AS MATERIALIZED (
             SELECT * FROM unnest(types, rooms, worlds, entities, vectors, uniques)
@@ -986,7 +1016,7 @@ BEGIN
 END
 $$;
 
-CREATE FUNCTION elizasql.near_duplicates_768(given_agent uuid, types text[], rooms uuid[], worlds uuid[], entities uuid[], vectors public.vector[], uniques boolean[]) RETURNS boolean[]
+CREATE FUNCTION elizasql.near_duplicates_768(given_agent uuid, ids uuid[], types text[], rooms uuid[], worlds uuid[], entities uuid[], vectors public.vector[], uniques boolean[], lock_types text[], lock_rooms uuid[]) RETURNS boolean[]
     LANGUAGE plpgsql
     AS $$
 DECLARE
@@ -1002,12 +1032,18 @@ DECLARE
 BEGIN
     FOR lock_key IN
         SELECT DISTINCT hashtextextended(given_agent::text || ' ' || coalesce(room::text, '-') || ' ' || kind, 0) AS k
-        FROM unnest(types, rooms, vectors, uniques) AS given (kind, room, vec, is_unique)
-        WHERE vec IS NOT NULL AND is_unique IS NULL
+        FROM unnest(lock_types, lock_rooms) AS given (kind, room)
         ORDER BY k
     LOOP
         PERFORM pg_advisory_xact_lock(lock_key);
     END LOOP;
+    vectors := ARRAY(
+        SELECT CASE WHEN present.id IS NULL THEN given.vec END
+        FROM unnest(ids, vectors) WITH ORDINALITY AS given (id, vec, position)
+        LEFT JOIN LATERAL (
+            SELECT m.id FROM elizasql.memories AS m WHERE m.agent_id = given_agent AND m.id = given.id LIMIT 1
+        ) AS present ON TRUE
+        ORDER BY given.position);
     IF cardinality(types) > 1 THEN
         WITH given AS MATERIALIZED (
             SELECT * FROM unnest(types, rooms, worlds, entities, vectors, uniques)
@@ -1255,6 +1291,12 @@ CREATE FUNCTION elizasql.refuse_dimension(given_agent uuid, locked integer, give
     LANGUAGE plpgsql
     AS $$
 BEGIN
+    IF NOT EXISTS (SELECT FROM elizasql.agents WHERE id = given_agent) THEN
+        RAISE EXCEPTION 'agent % does not exist', given_agent
+            USING ERRCODE = 'foreign_key_violation', SCHEMA = 'elizasql', TABLE = 'memories',
+            CONSTRAINT = 'memories_agent_fkey',
+            DETAIL = format('Key (agent_id)=(%s) is not present in table "agents".', given_agent);
+    END IF;
     RAISE EXCEPTION 'agent % has vectors of width %, not %', given_agent, coalesce(locked::text, 'none'), given
         USING ERRCODE = 'foreign_key_violation', SCHEMA = 'elizasql', TABLE = 'embeddings',
         CONSTRAINT = 'embeddings_dimension_fkey',
@@ -1465,7 +1507,12 @@ CASE dimension
     WHEN 1536 THEN (dim_1536 IS NOT NULL)
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
-END))
+END)),
+    CONSTRAINT embeddings_range_check CHECK (
+CASE
+    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
+    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
+END)
 )
 PARTITION BY HASH (agent_id);
 
@@ -1496,7 +1543,12 @@ CASE dimension
     WHEN 1536 THEN (dim_1536 IS NOT NULL)
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
-END))
+END)),
+    CONSTRAINT embeddings_range_check CHECK (
+CASE
+    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
+    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
+END)
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1527,7 +1579,12 @@ CASE dimension
     WHEN 1536 THEN (dim_1536 IS NOT NULL)
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
-END))
+END)),
+    CONSTRAINT embeddings_range_check CHECK (
+CASE
+    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
+    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
+END)
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1558,7 +1615,12 @@ CASE dimension
     WHEN 1536 THEN (dim_1536 IS NOT NULL)
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
-END))
+END)),
+    CONSTRAINT embeddings_range_check CHECK (
+CASE
+    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
+    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
+END)
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1589,7 +1651,12 @@ CASE dimension
     WHEN 1536 THEN (dim_1536 IS NOT NULL)
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
-END))
+END)),
+    CONSTRAINT embeddings_range_check CHECK (
+CASE
+    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
+    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
+END)
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1620,7 +1687,12 @@ CASE dimension
     WHEN 1536 THEN (dim_1536 IS NOT NULL)
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
-END))
+END)),
+    CONSTRAINT embeddings_range_check CHECK (
+CASE
+    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
+    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
+END)
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1651,7 +1723,12 @@ CASE dimension
     WHEN 1536 THEN (dim_1536 IS NOT NULL)
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
-END))
+END)),
+    CONSTRAINT embeddings_range_check CHECK (
+CASE
+    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
+    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
+END)
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1682,7 +1759,12 @@ CASE dimension
     WHEN 1536 THEN (dim_1536 IS NOT NULL)
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
-END))
+END)),
+    CONSTRAINT embeddings_range_check CHECK (
+CASE
+    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
+    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
+END)
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1713,7 +1795,12 @@ CASE dimension
     WHEN 1536 THEN (dim_1536 IS NOT NULL)
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
-END))
+END)),
+    CONSTRAINT embeddings_range_check CHECK (
+CASE
+    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
+    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
+END)
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1744,7 +1831,12 @@ CASE dimension
     WHEN 1536 THEN (dim_1536 IS NOT NULL)
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
-END))
+END)),
+    CONSTRAINT embeddings_range_check CHECK (
+CASE
+    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
+    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
+END)
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1775,7 +1867,12 @@ CASE dimension
     WHEN 1536 THEN (dim_1536 IS NOT NULL)
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
-END))
+END)),
+    CONSTRAINT embeddings_range_check CHECK (
+CASE
+    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
+    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
+END)
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1806,7 +1903,12 @@ CASE dimension
     WHEN 1536 THEN (dim_1536 IS NOT NULL)
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
-END))
+END)),
+    CONSTRAINT embeddings_range_check CHECK (
+CASE
+    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
+    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
+END)
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1837,7 +1939,12 @@ CASE dimension
     WHEN 1536 THEN (dim_1536 IS NOT NULL)
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
-END))
+END)),
+    CONSTRAINT embeddings_range_check CHECK (
+CASE
+    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
+    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
+END)
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1868,7 +1975,12 @@ CASE dimension
     WHEN 1536 THEN (dim_1536 IS NOT NULL)
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
-END))
+END)),
+    CONSTRAINT embeddings_range_check CHECK (
+CASE
+    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
+    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
+END)
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1899,7 +2011,12 @@ CASE dimension
     WHEN 1536 THEN (dim_1536 IS NOT NULL)
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
-END))
+END)),
+    CONSTRAINT embeddings_range_check CHECK (
+CASE
+    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
+    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
+END)
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1930,7 +2047,12 @@ CASE dimension
     WHEN 1536 THEN (dim_1536 IS NOT NULL)
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
-END))
+END)),
+    CONSTRAINT embeddings_range_check CHECK (
+CASE
+    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
+    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
+END)
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1961,7 +2083,12 @@ CASE dimension
     WHEN 1536 THEN (dim_1536 IS NOT NULL)
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
-END))
+END)),
+    CONSTRAINT embeddings_range_check CHECK (
+CASE
+    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
+    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
+END)
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -3065,13 +3192,13 @@ CREATE INDEX logs_run_idx ON elizasql.logs USING btree (agent_id, run_id) WHERE 
 
 CREATE INDEX logs_type_idx ON elizasql.logs USING btree (agent_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_document_idx ON ONLY elizasql.memories USING btree (agent_id, ((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_document_idx ON ONLY elizasql.memories USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_entity_idx ON ONLY elizasql.memories USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
 CREATE INDEX memories_p00_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p00 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p00_agent_id_expr_idx ON elizasql.memories_p00 USING btree (agent_id, ((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p00_agent_id_lower_idx ON elizasql.memories_p00 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_room_idx ON ONLY elizasql.memories USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3091,7 +3218,7 @@ CREATE INDEX memories_p00_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p01_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p01 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p01_agent_id_expr_idx ON elizasql.memories_p01 USING btree (agent_id, ((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p01_agent_id_lower_idx ON elizasql.memories_p01 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p01_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p01 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3103,7 +3230,7 @@ CREATE INDEX memories_p01_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p02_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p02 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p02_agent_id_expr_idx ON elizasql.memories_p02 USING btree (agent_id, ((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p02_agent_id_lower_idx ON elizasql.memories_p02 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p02_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p02 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3115,7 +3242,7 @@ CREATE INDEX memories_p02_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p03_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p03 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p03_agent_id_expr_idx ON elizasql.memories_p03 USING btree (agent_id, ((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p03_agent_id_lower_idx ON elizasql.memories_p03 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p03_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p03 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3127,7 +3254,7 @@ CREATE INDEX memories_p03_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p04_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p04 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p04_agent_id_expr_idx ON elizasql.memories_p04 USING btree (agent_id, ((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p04_agent_id_lower_idx ON elizasql.memories_p04 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p04_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p04 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3139,7 +3266,7 @@ CREATE INDEX memories_p04_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p05_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p05 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p05_agent_id_expr_idx ON elizasql.memories_p05 USING btree (agent_id, ((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p05_agent_id_lower_idx ON elizasql.memories_p05 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p05_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p05 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3151,7 +3278,7 @@ CREATE INDEX memories_p05_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p06_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p06 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p06_agent_id_expr_idx ON elizasql.memories_p06 USING btree (agent_id, ((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p06_agent_id_lower_idx ON elizasql.memories_p06 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p06_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p06 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3163,7 +3290,7 @@ CREATE INDEX memories_p06_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p07_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p07 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p07_agent_id_expr_idx ON elizasql.memories_p07 USING btree (agent_id, ((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p07_agent_id_lower_idx ON elizasql.memories_p07 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p07_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p07 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3175,7 +3302,7 @@ CREATE INDEX memories_p07_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p08_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p08 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p08_agent_id_expr_idx ON elizasql.memories_p08 USING btree (agent_id, ((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p08_agent_id_lower_idx ON elizasql.memories_p08 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p08_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p08 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3187,7 +3314,7 @@ CREATE INDEX memories_p08_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p09_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p09 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p09_agent_id_expr_idx ON elizasql.memories_p09 USING btree (agent_id, ((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p09_agent_id_lower_idx ON elizasql.memories_p09 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p09_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p09 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3199,7 +3326,7 @@ CREATE INDEX memories_p09_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p10_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p10 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p10_agent_id_expr_idx ON elizasql.memories_p10 USING btree (agent_id, ((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p10_agent_id_lower_idx ON elizasql.memories_p10 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p10_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p10 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3211,7 +3338,7 @@ CREATE INDEX memories_p10_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p11_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p11 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p11_agent_id_expr_idx ON elizasql.memories_p11 USING btree (agent_id, ((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p11_agent_id_lower_idx ON elizasql.memories_p11 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p11_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p11 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3223,7 +3350,7 @@ CREATE INDEX memories_p11_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p12_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p12 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p12_agent_id_expr_idx ON elizasql.memories_p12 USING btree (agent_id, ((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p12_agent_id_lower_idx ON elizasql.memories_p12 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p12_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p12 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3235,7 +3362,7 @@ CREATE INDEX memories_p12_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p13_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p13 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p13_agent_id_expr_idx ON elizasql.memories_p13 USING btree (agent_id, ((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p13_agent_id_lower_idx ON elizasql.memories_p13 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p13_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p13 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3247,7 +3374,7 @@ CREATE INDEX memories_p13_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p14_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p14 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p14_agent_id_expr_idx ON elizasql.memories_p14 USING btree (agent_id, ((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p14_agent_id_lower_idx ON elizasql.memories_p14 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p14_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p14 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3259,7 +3386,7 @@ CREATE INDEX memories_p14_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p15_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p15 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p15_agent_id_expr_idx ON elizasql.memories_p15 USING btree (agent_id, ((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p15_agent_id_lower_idx ON elizasql.memories_p15 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p15_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p15 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3497,7 +3624,7 @@ ALTER INDEX elizasql.embeddings_pkey ATTACH PARTITION elizasql.embeddings_p15_pk
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p00_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p00_agent_id_expr_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p00_agent_id_lower_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p00_agent_id_room_id_type_created_at_id_idx;
 
@@ -3511,7 +3638,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p00_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p01_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p01_agent_id_expr_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p01_agent_id_lower_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p01_agent_id_room_id_type_created_at_id_idx;
 
@@ -3525,7 +3652,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p01_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p02_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p02_agent_id_expr_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p02_agent_id_lower_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p02_agent_id_room_id_type_created_at_id_idx;
 
@@ -3539,7 +3666,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p02_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p03_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p03_agent_id_expr_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p03_agent_id_lower_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p03_agent_id_room_id_type_created_at_id_idx;
 
@@ -3553,7 +3680,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p03_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p04_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p04_agent_id_expr_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p04_agent_id_lower_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p04_agent_id_room_id_type_created_at_id_idx;
 
@@ -3567,7 +3694,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p04_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p05_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p05_agent_id_expr_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p05_agent_id_lower_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p05_agent_id_room_id_type_created_at_id_idx;
 
@@ -3581,7 +3708,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p05_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p06_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p06_agent_id_expr_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p06_agent_id_lower_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p06_agent_id_room_id_type_created_at_id_idx;
 
@@ -3595,7 +3722,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p06_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p07_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p07_agent_id_expr_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p07_agent_id_lower_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p07_agent_id_room_id_type_created_at_id_idx;
 
@@ -3609,7 +3736,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p07_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p08_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p08_agent_id_expr_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p08_agent_id_lower_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p08_agent_id_room_id_type_created_at_id_idx;
 
@@ -3623,7 +3750,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p08_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p09_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p09_agent_id_expr_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p09_agent_id_lower_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p09_agent_id_room_id_type_created_at_id_idx;
 
@@ -3637,7 +3764,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p09_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p10_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p10_agent_id_expr_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p10_agent_id_lower_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p10_agent_id_room_id_type_created_at_id_idx;
 
@@ -3651,7 +3778,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p10_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p11_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p11_agent_id_expr_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p11_agent_id_lower_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p11_agent_id_room_id_type_created_at_id_idx;
 
@@ -3665,7 +3792,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p11_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p12_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p12_agent_id_expr_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p12_agent_id_lower_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p12_agent_id_room_id_type_created_at_id_idx;
 
@@ -3679,7 +3806,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p12_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p13_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p13_agent_id_expr_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p13_agent_id_lower_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p13_agent_id_room_id_type_created_at_id_idx;
 
@@ -3693,7 +3820,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p13_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p14_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p14_agent_id_expr_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p14_agent_id_lower_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p14_agent_id_room_id_type_created_at_id_idx;
 
@@ -3707,7 +3834,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p14_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p15_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p15_agent_id_expr_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p15_agent_id_lower_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p15_agent_id_room_id_type_created_at_id_idx;
 

@@ -37,18 +37,19 @@ SELECT
     agent_id, id, type, room_id, world_id, entity_id, "unique", 384, :indexed, :embedding
 FROM created;
 
--- name: create_memories(agent_id, ids, types, created_ats, contents, entity_ids, room_ids, world_ids, uniques, metadatas, embeddings, indexed, first)!
+-- name: create_memories(agent_id, ids, types, created_ats, contents, entity_ids, room_ids, world_ids, uniques, metadatas, embeddings, positions, begins, indexed)!
 -- Stores many memories with the embeddings that they have, all or none. "unique" is given for each.
--- Memories without a time get the statement's, a microsecond apart, so that their order stays the input's;
--- first: how many memories of the batch went before this chunk.
+-- Memories without a time get the batch's, as many microseconds later as their position in the batch says: their order
+-- stays the input's. begins: this is the first chunk of the batch.
 WITH given AS (
-    SELECT *
+    SELECT
+        *,
+        (SELECT elizasql.batch_time(:begins)) + position * interval '1 microsecond' AS made_at
     FROM unnest(
         :ids::uuid[], :types::text[], :created_ats::timestamptz[], :contents::jsonb[], :entity_ids::uuid[],
-        :room_ids::uuid[], :world_ids::uuid[], :uniques::boolean[], :metadatas::jsonb[], :embeddings::vector[]
-    ) WITH ORDINALITY AS g (
-        id, type, created_at, content, entity_id, room_id, world_id, is_unique, metadata, embedding, position
-    )
+        :room_ids::uuid[], :world_ids::uuid[], :uniques::boolean[], :metadatas::jsonb[], :embeddings::vector[],
+        :positions::bigint[]
+    ) AS g (id, type, created_at, content, entity_id, room_id, world_id, is_unique, metadata, embedding, position)
 ),
 
 created AS (
@@ -59,7 +60,7 @@ created AS (
         :agent_id,
         id,
         type,
-        coalesce(created_at, statement_timestamp() + (:first::bigint + position) * interval '1 microsecond'),
+        coalesce(created_at, made_at),
         content,
         entity_id,
         room_id, world_id, is_unique, metadata
@@ -78,26 +79,29 @@ FROM given AS g
 INNER JOIN created ON g.id = created.id
 WHERE g.embedding IS NOT NULL;
 
--- name: create_memories_marking_duplicates(agent_id, ids, types, created_ats, contents, entity_ids, room_ids, world_ids, uniques, metadatas, embeddings, indexed, first)!
+-- name: create_memories_marking_duplicates(agent_id, ids, types, created_ats, contents, entity_ids, room_ids, world_ids, uniques, metadatas, embeddings, positions, begins, indexed, lock_types, lock_rooms)!
 -- As create_memories, and a NULL in uniques is decided here: false for a near-duplicate of what is there already.
 -- The function takes locks and looks anew after it has them, which one statement alone cannot do.
+-- lock_types, lock_rooms: with the first chunk of a batch, each pair that the batch looks into.
 WITH verdict AS MATERIALIZED (
     SELECT
         elizasql.near_duplicates_384(
-            :agent_id, :types::text[], :room_ids::uuid[], :world_ids::uuid[], :entity_ids::uuid[],
-            :embeddings::vector[], :uniques::boolean[]
+            :agent_id, :ids::uuid[], :types::text[], :room_ids::uuid[], :world_ids::uuid[], :entity_ids::uuid[],
+            :embeddings::vector[], :uniques::boolean[], :lock_types::text[], :lock_rooms::uuid[]
         ) AS duplicates
 ),
 
 given AS (
-    SELECT g.*
+    SELECT
+        g.*,
+        (SELECT elizasql.batch_time(:begins)) + g.position * interval '1 microsecond' AS made_at
     FROM verdict, unnest(
         :ids::uuid[], :types::text[], :created_ats::timestamptz[], :contents::jsonb[], :entity_ids::uuid[],
         :room_ids::uuid[], :world_ids::uuid[], :uniques::boolean[], :metadatas::jsonb[], :embeddings::vector[],
-        verdict.duplicates
-    ) WITH ORDINALITY AS g (
-        id, type, created_at, content, entity_id, room_id, world_id, is_unique, metadata, embedding, is_duplicate,
-        position
+        :positions::bigint[], verdict.duplicates
+    ) AS g (
+        id, type, created_at, content, entity_id, room_id, world_id, is_unique, metadata, embedding, position,
+        is_duplicate
     )
 ),
 
@@ -109,7 +113,7 @@ created AS (
         :agent_id,
         id,
         type,
-        coalesce(created_at, statement_timestamp() + (:first::bigint + position) * interval '1 microsecond'),
+        coalesce(created_at, made_at),
         content,
         entity_id,
         room_id, world_id, coalesce(is_unique, NOT is_duplicate), metadata
@@ -128,7 +132,7 @@ FROM given AS g
 INNER JOIN created ON g.id = created.id
 WHERE g.embedding IS NOT NULL;
 
--- name: load_memories(agent_id, ids, types, created_ats, contents, entity_ids, room_ids, world_ids, uniques, metadatas, embeddings, first, skip)
+-- name: load_memories(agent_id, ids, types, created_ats, contents, entity_ids, room_ids, world_ids, uniques, metadatas, embeddings, positions, begins, skip)
 -- As create_memories, for a bulk load: gives how many were stored, how many vectors with them, and how many of these
 -- went past the tail.
 -- skip: what is there already keeps its row; otherwise it undoes the statement.
@@ -139,13 +143,14 @@ WHERE g.embedding IS NOT NULL;
 -- COPY into a temporary table and INSERT from there 259. What takes the time are foreign keys and b-trees.
 -- Not repeatable: a second run finds what the first one stored.
 WITH given AS (
-    SELECT *
+    SELECT
+        *,
+        (SELECT elizasql.batch_time(:begins)) + position * interval '1 microsecond' AS made_at
     FROM unnest(
         :ids::uuid[], :types::text[], :created_ats::timestamptz[], :contents::jsonb[], :entity_ids::uuid[],
-        :room_ids::uuid[], :world_ids::uuid[], :uniques::boolean[], :metadatas::jsonb[], :embeddings::vector[]
-    ) WITH ORDINALITY AS g (
-        id, type, created_at, content, entity_id, room_id, world_id, is_unique, metadata, embedding, position
-    )
+        :room_ids::uuid[], :world_ids::uuid[], :uniques::boolean[], :metadatas::jsonb[], :embeddings::vector[],
+        :positions::bigint[]
+    ) AS g (id, type, created_at, content, entity_id, room_id, world_id, is_unique, metadata, embedding, position)
 ),
 
 created AS (
@@ -156,7 +161,7 @@ created AS (
         :agent_id,
         id,
         type,
-        coalesce(created_at, statement_timestamp() + (:first::bigint + position) * interval '1 microsecond'),
+        coalesce(created_at, made_at),
         content,
         entity_id,
         room_id, world_id, is_unique, metadata
@@ -191,17 +196,18 @@ SELECT
     END AS refused
 FROM (SELECT count(*) AS stored FROM created) AS counted;
 
--- name: upsert_memories(agent_id, ids, types, created_ats, contents, entity_ids, room_ids, world_ids, uniques, keep_unique, metadatas, embeddings, indexed, first)!
+-- name: upsert_memories(agent_id, ids, types, created_ats, contents, entity_ids, room_ids, world_ids, uniques, keep_unique, metadatas, embeddings, positions, begins, indexed)!
 -- Stores memories or, where the id is there, replaces content, metadata, "unique" and the embedding, each where given.
 -- Type, entity, room, world and time of a memory that is there stay. keep_unique: ids whose "unique" was not given.
 WITH given AS (
-    SELECT *
+    SELECT
+        *,
+        (SELECT elizasql.batch_time(:begins)) + position * interval '1 microsecond' AS made_at
     FROM unnest(
         :ids::uuid[], :types::text[], :created_ats::timestamptz[], :contents::jsonb[], :entity_ids::uuid[],
-        :room_ids::uuid[], :world_ids::uuid[], :uniques::boolean[], :metadatas::jsonb[], :embeddings::vector[]
-    ) WITH ORDINALITY AS g (
-        id, type, created_at, content, entity_id, room_id, world_id, is_unique, metadata, embedding, position
-    )
+        :room_ids::uuid[], :world_ids::uuid[], :uniques::boolean[], :metadatas::jsonb[], :embeddings::vector[],
+        :positions::bigint[]
+    ) AS g (id, type, created_at, content, entity_id, room_id, world_id, is_unique, metadata, embedding, position)
 ),
 
 stored AS (
@@ -212,7 +218,7 @@ stored AS (
         :agent_id,
         id,
         type,
-        coalesce(created_at, statement_timestamp() + (:first::bigint + position) * interval '1 microsecond'),
+        coalesce(created_at, made_at),
         content,
         entity_id,
         room_id, world_id, is_unique, metadata
@@ -594,7 +600,7 @@ WITH doomed AS (
     FROM elizasql.memories
     WHERE
         agent_id = :agent_id AND metadata ? 'documentId'
-        AND metadata ->> 'documentId' = ANY((:ids::uuid[])::text[])
+        AND lower(metadata ->> 'documentId') = ANY((:ids::uuid[])::text[])
 ),
 
 deleted AS (
@@ -622,7 +628,7 @@ doomed AS (
     INNER JOIN elizasql.memories AS fragment
         ON
             fragment.agent_id = :agent_id AND fragment.metadata ? 'documentId'
-            AND fragment.metadata ->> 'documentId' = chosen.id::text
+            AND lower(fragment.metadata ->> 'documentId') = chosen.id::text
 ),
 
 deleted AS (

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from elizasql import ArgumentError, DatabaseAdapter, EmbeddingDimensionError, EmbeddingError, Memory, _codecs
+from elizasql import ArgumentError, DatabaseAdapter, EmbeddingDimensionError, EmbeddingError, Memory, Room, _codecs
 from elizasql._statements import SQL
 from elizasql.types import DIMENSIONS
 
@@ -1044,16 +1044,27 @@ async def test_a_change_after_the_call_has_begun_is_not_stored(make_db: MakeAdap
         assert bits(found[id].embedding) == bits(VECTOR_A)
 
 
-async def test_a_search_looks_for_the_vector_that_it_was_given(db: DatabaseAdapter, agent_world: Scene) -> None:
-    first, second = await db.create_memories(
-        [{"content": {}, "roomId": agent_world.room, "embedding": vector} for vector in (VECTOR_A, VECTOR_B)],
-        "messages",
+@pytest.mark.parametrize("way", ["in the database", "by an adapter that knows no width", "in the process"])
+async def test_a_search_looks_for_the_vector_that_it_was_given(make_db: MakeAdapter, way: str) -> None:
+    early = await make_db(dimension=None)
+    writer = await make_db(early.agent_id)
+    room = await writer.create_room(Room(source="t", type="DM"))
+    # What the query is changed to is nearly orthogonal to all of them.
+    vectors = (np.random.default_rng(5).normal(size=(40, WIDTH)) + 1).astype(np.float32)
+    vectors[:, 0] = np.arange(40) / 100
+    other = np.zeros(WIDTH, np.float32)
+    other[0] = 1
+    ids = await writer.create_memories(
+        [{"content": {}, "roomId": room, "embedding": vector, "unique": True} for vector in vectors], "messages"
     )
-    for room in (None, agent_world.room):
-        query = VECTOR_A.copy()
-        call = db.search_memories(embedding=query, table_name="messages", room_id=room)
-        hits = await run_while_changed(call, lambda query=query: query.__setitem__(slice(None), VECTOR_B))  # type: ignore[misc]
-        assert [hit.id for hit in hits] == [first, second]
+    db = early
+    if way != "by an adapter that knows no width":
+        db = await make_db(early.agent_id, resident="required" if way == "in the process" else "off")
+    query = vectors[0].copy()
+    call = db.search_memories(embedding=query, table_name="messages", room_id=room, count=1)
+    hits = await run_while_changed(call, lambda: query.__setitem__(slice(None), other))
+    assert [hit.id for hit in hits] == [ids[0]]
+    assert db._resident.stats.hits == (way == "in the process")
 
 
 # --- batches of other rows ---

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from elizasql import ConfigurationError, ConnectionLostError, DatabaseAdapter, Memory
+from elizasql.types import DIMENSIONS
 
 from .conftest import MakeAdapter
 
@@ -127,6 +128,42 @@ async def test_rebuild_moves_everything_and_keeps_answers(make_db: MakeAdapter, 
         for row in await raw.fetch("SELECT indexdef FROM pg_indexes WHERE indexname LIKE 'embeddings_p%_dim_384_hnsw'")
     }
     assert len(definitions) == 1
+
+
+def with_first(first: float, rest: float = 0.0) -> str:
+    return str([first] + [rest] * 383)
+
+
+@pytest.mark.parametrize(
+    "vector",
+    [with_first(0.0), with_first(2.0**-25), with_first(65504.5, 1.0), with_first(-1e30), with_first(1e-30, 1e-30)],
+)
+async def test_what_no_index_can_hold_is_not_there(
+    db: DatabaseAdapter, raw: asyncpg.Connection[Any], vector: str
+) -> None:
+    """One such vector would stop the indexing of its agent; whoever writes it is refused, and told which row it is."""
+    _, bad = await write(db, 2)
+    with pytest.raises(asyncpg.CheckViolationError) as caught:
+        await raw.execute(
+            "UPDATE elizasql.embeddings SET dim_384 = $3::text::vector WHERE agent_id = $1 AND memory_id = $2",
+            *(db.agent_id, bad, vector),
+        )
+    assert caught.value.constraint_name == "embeddings_range_check"
+    assert str(bad) in str(caught.value.detail)
+    assert await db.index_memories() == 2
+
+
+@pytest.mark.parametrize("dimension", DIMENSIONS)
+async def test_the_greatest_and_the_smallest_are_indexed(make_db: MakeAdapter, dimension: int) -> None:
+    db = await make_db(dimension=dimension)
+    extremes = np.zeros((6, dimension), np.float32)
+    extremes[0], extremes[1] = 65504, -65504
+    extremes[range(2, 6), range(4)] = 65504, -65504, 2.0**-24, -(2.0**-24)
+    ids = await db.create_memories([Memory(content={}, embedding=v, unique=True) for v in extremes], "messages")
+    assert await db.index_memories() == 6
+    assert await db.index_memories(rebuild=True) == 0
+    for id, vector in zip(ids, extremes, strict=True):
+        assert (await db.search_memories(embedding=vector, table_name="messages", count=1))[0].id == id
 
 
 async def test_close_ends_the_task_in_the_middle_of_its_work(

@@ -11,6 +11,7 @@ import asyncpg
 import numpy as np
 import pytest
 
+import elizasql
 from elizasql import (
     ArgumentError,
     CheckError,
@@ -25,6 +26,7 @@ from elizasql import (
 )
 
 from .conftest import MakeAdapter, Scene, make_scene
+from .locking import blocked_pid, locked
 
 T0 = datetime(2026, 1, 1, tzinfo=timezone.utc)
 
@@ -108,11 +110,33 @@ async def test_batch_gives_ids_in_order_and_the_first_of_an_id_counts(db: Databa
 
 
 async def test_batch_without_times_keeps_its_order(make_db: MakeAdapter) -> None:
+    """Whatever the ids: the chunks go by them, the times do not."""
     db = await make_db(batch_size=20)
     agent_world = await make_scene(db)
-    await db.create_memories([memory(agent_world, str(i)) for i in range(50)], "messages")
+    batches = [[memory(agent_world, f"{name} {i}", id=uuid4()) for i in range(50)] for name in ("a", "b", "c")]
+    for row in batches[1]:
+        row.embedding = vector(1)
+    await db.create_memories(batches[0], "messages")
+    async with db.transaction() as tx:
+        await tx.create_memories(batches[1], "messages")
+        await tx.upsert_memories(batches[2], "messages")
     newest_first = await db.get_memories(table_name="messages")
-    assert [m.content["text"] for m in newest_first] == [str(i) for i in reversed(range(50))]  # type: ignore[index]
+    assert [m.id for m in reversed(newest_first)] == [m.id for batch in batches for m in batch]
+
+
+async def test_a_batch_is_ordered_by_id_over_its_chunks(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
+    """One that waits for its first row holds no other."""
+    db = await make_db(batch_size=2)
+    scene = await make_scene(db)
+    ids = sorted(uuid4() for _ in range(6))
+    batch = [memory(scene, id=id) for id in reversed(ids)]
+    await db.create_memories(batch, "messages")
+    async with locked(raw, ids[0]):
+        waiting = asyncio.ensure_future(db.upsert_memories(batch, "messages"))
+        await blocked_pid(raw, waiting)
+        question = "SELECT id FROM elizasql.memories WHERE agent_id = $1 FOR UPDATE NOWAIT"
+        assert len(await raw.fetch(question, db.agent_id)) == 6
+    assert await waiting == ids[::-1]
 
 
 async def test_batch_of_several_types_and_of_the_batch_contract(db: DatabaseAdapter, agent_world: Scene) -> None:
@@ -179,6 +203,25 @@ async def test_an_embedding_needs_a_locked_dimension(make_db: MakeAdapter) -> No
     assert await db.count_memories() == 0
     assert await db.search_memories(embedding=vector(1), table_name="messages") == []
     await db.create_memory(memory(scene), "messages")
+
+
+async def test_a_vector_of_an_agent_that_is_not_there(dsn: str) -> None:
+    """Whoever is not there lacks more than a width."""
+    given = Memory(content={"text": "hello"}, embedding=vector(1))
+    async with elizasql.connect(agent_id=uuid4(), dsn=dsn, indexing="manual") as db:
+        for call in (
+            lambda: db.create_memory(given, "messages"),
+            lambda: db.create_memory(given, "messages", unique=True),
+            lambda: db.create_memories([given, given], "messages"),
+            lambda: db.upsert_memories([given], "messages"),
+            lambda: db.load_memories([given], "messages"),
+            lambda: db.create_memory(Memory(content={}), "messages"),
+        ):
+            with pytest.raises(ForeignKeyError, match=str(db.agent_id)) as caught:
+                await call()
+            assert (caught.value.constraint, caught.value.table) == ("memories_agent_fkey", "memories")
+        assert await db.update_memory({"id": uuid4(), "embedding": vector(1)}) is False
+        assert await db.search_memories(embedding=vector(1), table_name="messages") == []
 
 
 async def test_a_lock_by_another_adapter_is_found(make_db: MakeAdapter) -> None:
@@ -275,6 +318,24 @@ async def test_near_duplicates_within_a_batch_and_against_the_index(
     assert [stored[id] for id in ids] == [False, True, False, True, True, True, False]
 
 
+async def test_what_is_not_stored_has_no_near_duplicates(make_db: MakeAdapter) -> None:
+    """A memory that is there keeps its vector: what a batch gives for it in vain is like nothing."""
+    db = await make_db(batch_size=2)
+    scene = await make_scene(db)
+    there = await db.create_memory(memory(scene, embedding=vector(1)), "messages")
+    batch = [
+        memory(scene, "in vain", id=there, embedding=vector(2)),
+        memory(scene, "like what was in vain", embedding=vector(2)),
+        memory(scene, "like the stored", embedding=vector(1)),
+        memory(scene, "in vain, and unlike", id=there, embedding=vector(3)),
+        memory(scene, "like the second", embedding=vector(2)),
+    ]
+    ids = await db.create_memories(batch, "messages")
+    stored = {m.id: m for m in await db.get_memories_by_ids(ids)}
+    assert [stored[id].unique for id in ids] == [True, True, False, True, False]
+    assert stored[there].content == {"text": "hello"}
+
+
 async def test_of_concurrent_near_duplicates_exactly_one_is_unique(make_db: MakeAdapter) -> None:
     db = await make_db(pool_max_size=8)
     scene = await make_scene(db)
@@ -295,8 +356,11 @@ async def test_of_concurrent_near_duplicates_exactly_one_is_unique(make_db: Make
         assert len(uniques) == 16 and uniques.count(True) == 1
 
 
-async def test_batches_over_rooms_in_opposite_order_do_not_block_each_other(make_db: MakeAdapter) -> None:
-    db = await make_db(pool_max_size=8)
+@pytest.mark.parametrize("batch_size", [2, 1000])
+async def test_batches_over_rooms_in_opposite_order_do_not_block_each_other(
+    make_db: MakeAdapter, batch_size: int
+) -> None:
+    db = await make_db(pool_max_size=8, batch_size=batch_size)
     scene = await make_scene(db)
     rooms = await db.create_rooms([Room(source="t", type="GROUP") for _ in range(6)])
     for turn in range(4):
@@ -313,6 +377,7 @@ async def test_batches_over_rooms_in_opposite_order_do_not_block_each_other(make
             )
         )
     assert await db.count_memories() == 4 * 8 * 6
+    assert db._meter.retries == 0
 
 
 # --- read ------------------------------------------------------------------------------------------------------------
@@ -427,6 +492,18 @@ async def test_pages_by_offset_and_by_cursor_cover_all_once(
                 last = page[-1]
                 cursor = [last, (last.created_at, last.id), last.to_dict()][size % 3]
             assert ids_of(by_offset) == ids_of(by_cursor) == ids_of(everything)
+
+
+async def test_pages_go_on_behind_a_memory_that_is_gone(db: DatabaseAdapter) -> None:
+    """JSON cuts times to milliseconds, and a batch is made in one."""
+    ids = await db.create_memories([Memory(content={}) for _ in range(50)], "messages")
+    seen: list[UUID | None] = []
+    cursor: dict[str, Any] | None = None
+    while page := await db.get_memories(table_name="messages", count=10, cursor=cursor):
+        seen += ids_of(page)
+        cursor = page[-1].to_dict()
+        await db.delete_memories([memory.id for memory in page])  # type: ignore[misc]
+    assert seen == ids[::-1]
 
 
 async def test_get_by_ids_rooms_and_worlds(db: DatabaseAdapter, agent_world: Scene, library: list[Memory]) -> None:
@@ -584,7 +661,7 @@ async def test_delete_takes_fragments_and_vectors_along(
     fragments = [
         memory(
             agent_world,
-            metadata={"type": "fragment", "documentId": str(owner), "position": i},
+            metadata={"type": "fragment", "documentId": str(owner).upper() if i % 2 else str(owner), "position": i},
             embedding=vector(i),
             unique=True,
         )
@@ -608,7 +685,7 @@ async def test_delete_all_of_rooms(db: DatabaseAdapter, agent_world: Scene, raw:
     await db.create_memories([memory(agent_world, str(i), room_id=room) for i in range(3)], "messages")
     await db.create_memory(memory(agent_world, "kept"), "facts")
     await db.create_memory(memory(agent_world, id=document, metadata={"type": "document", "timestamp": 1}), "documents")
-    fragment = {"type": "fragment", "documentId": str(document), "position": 0}
+    fragment = {"type": "fragment", "documentId": str(document).upper(), "position": 0}
     await db.create_memory(memory(agent_world, room_id=room, metadata=fragment), "fragments")
     assert await db.delete_all_memories(agent_world.room, "messages") == 20
     assert await db.delete_all_memories(agent_world.room, "documents") == 2

@@ -303,6 +303,11 @@ def test_the_milliseconds_are_those_that_have_passed(moment: datetime) -> None:
     assert timedelta(0) <= moment - back < timedelta(milliseconds=1)
 
 
+def test_a_time_without_its_zone_has_no_milliseconds() -> None:
+    with pytest.raises(ArgumentError, match="must have a time zone"):
+        Room(created_at=datetime(2025, 1, 1)).to_dict()  # noqa: DTZ001
+
+
 def test_one_text_stands_for_a_list_of_one() -> None:
     assert Entity.from_dict({"names": "Ann"}).names == ["Ann"]
     assert Agent.from_dict({"bio": "A poet."}).bio == ["A poet."]

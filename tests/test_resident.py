@@ -291,16 +291,6 @@ def test_the_matrix_with_equal_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
     assert model.matrix.search(vector, 10) is None
 
 
-def test_the_matrix_refuses_what_has_no_direction() -> None:
-    model = Model(5, 384, 10)
-    for strange in (np.zeros(384, np.float32), np.full(384, 1e-22, np.float32), np.full(384, 1e18, np.float32)):
-        rows = [(uuid4(), None, None, None, True, some_vectors(1)[0]), (uuid4(), None, None, None, True, strange)]
-        with pytest.raises(_matrix.IncomparableError):
-            model.matrix.put(as_sent(rows))
-        assert model.matrix.size == 10
-        model.check(some_vectors(1)[0], 3)
-
-
 def test_the_footprint_is_about_the_estimate() -> None:
     for dimension, size in ((384, 3000), (1536, 500)):
         model = Model(1, dimension, size)
@@ -878,22 +868,6 @@ async def test_another_life_of_the_server(mind: Mind) -> None:
     assert mind.resident.stats.loads == 2
 
 
-async def test_vectors_that_only_the_server_can_rank(mind: Mind) -> None:
-    await mind.remember(some_vectors(50))
-    query = some_vectors(1, seed=8)[0]
-    await mind.check(query)
-    zero = _codecs._HEADERS[384] + bytes(4 * 384)
-    update = "UPDATE elizasql.embeddings SET dim_384 = $3 WHERE agent_id = $1 AND memory_id = $2"
-    await mind.raw.execute(update, mind.db.agent_id, mind.ids[0], zero)
-    found = await mind.search(query, count=50)
-    assert [id for id, _ in found] == [id for id, _ in await mind.exact(query, count=50)]
-    assert found[-1][0] == mind.ids[0] and math.isnan(found[-1][1])
-    assert mind.tier.matrix is None
-    mind.tier.not_before = 0.0
-    assert len(await mind.search(query, count=50)) == 50
-    assert mind.tier.matrix is None and mind.resident.stats.loads == 1
-
-
 # --- limits ----------------------------------------------------------------------------------------------------------
 
 
@@ -921,6 +895,37 @@ async def test_more_vectors_than_are_compared(mind: Mind, make_db: MakeAdapter) 
     mind.resident._give_up(mind.tier, 0.0)
     mind.tier.large_until = 0.0
     await mind.check(query)
+
+
+async def test_rows_that_are_gone_do_not_make_a_type_large(mind: Mind, make_db: MakeAdapter) -> None:
+    db = await make_db(mind.db.agent_id, **RESIDENT, resident_max_vectors=100)
+    query = some_vectors(1, seed=8)[0]
+    for _ in range(2):
+        ids = await mind.remember(some_vectors(90, seed=len(mind.ids)))
+        assert len(await db.search_memories(embedding=query, table_name=TABLE)) == 10
+        await mind.writer.delete_memories(ids)
+    ids = await mind.remember(some_vectors(20))
+    tier = db._resident._tiers[TABLE, 384]
+    assert tier.matrix is not None and tier.matrix.size > 100
+    misses = db._resident.stats.misses
+    assert len(await db.search_memories(embedding=query, table_name=TABLE, count=20)) == 20
+    assert db._resident.stats.misses == misses + 1
+    if tier.loading is not None:
+        await tier.loading
+    assert len(await db.search_memories(embedding=query, table_name=TABLE, count=20)) == 20
+    assert db._resident.stats.misses == misses + 1
+    assert tier.matrix.size == 20
+    # One that is large all the same is looked at once.
+    await mind.remember(some_vectors(90, seed=3))
+    tier.not_before = 0.0
+    await db.search_memories(embedding=query, table_name=TABLE)
+    await db.search_memories(embedding=query, table_name=TABLE)
+    assert tier.loading is not None
+    await tier.loading
+    assert tier.loaded_size == 110
+    tier.not_before = 0.0
+    await db.search_memories(embedding=query, table_name=TABLE)
+    assert tier.loading is None
 
 
 async def test_a_large_type_is_loaded_for_those_who_ask_of_parts(

@@ -344,6 +344,33 @@ async def test_deep_json(db: DatabaseAdapter, text: str) -> None:
         await db.create_memory({"content": content}, "messages")
 
 
+ARRAYS: dict[str, Any] = {
+    "strided": np.arange(6)[::2],
+    "transposed": np.arange(6.0).reshape(2, 3).T,
+    "big-endian": np.arange(3, dtype=">f4"),
+    "without an axis": np.array(1.5),
+    "texts": np.array(["a", "b"]),
+    "objects": np.array([1, "a", None], dtype=object),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+async def test_an_array_is_written_whatever_its_layout(db: DatabaseAdapter, name: str) -> None:
+    id = await db.create_memory({"content": {"array": ARRAYS[name], "text": "\ud800"}}, "messages")
+    memory = await db.get_memory_by_id(id)
+    assert memory is not None
+    assert memory.content == {"array": ARRAYS[name].tolist(), "text": REPLACEMENT}
+
+
+async def test_an_id_that_was_given_back_is_a_key(db: DatabaseAdapter) -> None:
+    """As one of uuid's own class is."""
+    (id,) = [memory.id for memory in await db.get_memories_by_ids([await db.create_memory({"content": {}}, "facts")])]
+    await db.update_memory({"id": id, "content": {id: 1}, "metadata": {"seen": {id: UUID(int=1)}}})
+    memory = await db.get_memory_by_id(str(id))
+    assert memory is not None
+    assert (memory.content, memory.metadata) == ({str(id): 1}, {"seen": {str(id): str(UUID(int=1))}})
+
+
 async def test_odd_keys(db: DatabaseAdapter) -> None:
     content: dict[str, Any] = {
         "": "empty",

@@ -236,6 +236,32 @@ async def test_deletion_of_several_chunks_is_counted_right(
     assert await check(server.dsn, ledger) == []
 
 
+@pytest.mark.parametrize("lost", ["the answer of a batch", "its end", "the end of a build"])
+async def test_vectors_that_are_moved_into_the_index_are_counted_right(
+    proxy: Proxy, make_db: MakeAdapter, chance: random.Random, lost: str
+) -> None:
+    """Repeated, a batch would not count what it has moved before."""
+    db = await make_db(dsn=proxy.dsn, index_batch_size=4)
+    await db.create_memories([memory_of(id, 1) for id in ids_of(chance, 10)], TYPE)
+    rules: list[Rule] = []
+
+    def lose(done: int, total: int) -> None:
+        if not rules:
+            rules.append(
+                proxy.when("server", b"D", "reset")
+                if "answer" in lost
+                else proxy.when("server", b"C", "reset", holding=COMMIT)
+            )
+
+    if lost == "the end of a build":
+        lose(0, 10)
+        assert await db.index_memories(rebuild=True) == 10
+    else:
+        assert await db.index_memories(lose) == 10
+    assert rules[0].count == 1
+    assert (await db.stats())["unindexed"] == 0
+
+
 @pytest.mark.parametrize("kind", ["transaction", "batch", "load"])
 @pytest.mark.parametrize("size", [1, 3])
 async def test_ends_are_found_out_when_every_connection_is_lost(
