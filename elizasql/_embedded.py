@@ -479,7 +479,7 @@ class _Cluster:
     def dsn(self, user: str, database: str = _NAME) -> str:
         """Spell out all that a driver would otherwise take from its environment."""
         host = quote(str(self._socket_dir()), safe="/")
-        return f"postgresql://{user}@/{database}?host={host}&port=5432&sslmode=disable"
+        return f"postgresql://{user}@/{database}?host={host}&port=5432&sslmode=disable&target_session_attrs=any"
 
     # -- the server over SQL ---------------------------------------------------------------------------------------
 
@@ -495,7 +495,7 @@ class _Cluster:
                 return "its database is being made"
         except (asyncio.TimeoutError, TimeoutError):  # two classes in Python 3.10
             return "no answer from the server"
-        except PermissionError:
+        except (PermissionError, asyncpg.ClientConfigurationError):
             raise
         except OSError as error:
             return f"no process listens, but one of an earlier server may still run ({error.strerror or error})"

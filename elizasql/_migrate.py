@@ -31,6 +31,9 @@ TABLE = "elizasql.schema_migrations"
 # What a connection string says of TLS besides the mode, and dbmate's driver has to read itself.
 _FILES = ("sslcert", "sslkey", "sslrootcert")
 
+# Settings of dbmate and of its driver that are none of ours.
+_LEAKS = re.compile("DBMATE_|PG(?!SSL(?:CERT|KEY|ROOTCERT)$)")
+
 
 def known_versions(folder: Path | None = None) -> list[str]:
     """Give the versions of the migration files, oldest first."""
@@ -106,8 +109,9 @@ async def run_dbmate(*words: str, dsn: str, config: Config, folder: Path | None 
     url = await _look_up(config.migration_dsn or dsn, config, schema)
     with tempfile.TemporaryDirectory(prefix="elizasql-") as empty:
         # An empty working folder, since dbmate reads a .env file there; the address goes through the environment, since
-        # a command line is readable by every user of the machine.
-        environ = {name: value for name, value in os.environ.items() if not name.startswith("DBMATE_")}
+        # a command line is readable by every user of the machine. What libpq's variables say is in the address, but for
+        # the files of TLS: dbmate's driver takes more of them than ours, refuses some, and may go elsewhere by others.
+        environ = {name: value for name, value in os.environ.items() if not _LEAKS.match(name)}
         try:
             process = await asyncio.create_subprocess_exec(
                 str(_find_dbmate()),

@@ -24,13 +24,14 @@ import numpy as np
 import pytest
 
 import elizasql
-from elizasql import DatabaseAdapter, Log, Task
+from elizasql import DatabaseAdapter, Log, Task, _embedded
 from elizasql.__main__ import main
 from elizasql.cli import doctor, look, queries
 from elizasql.cli import server as cli_server
 from elizasql.cli._destructive import find_destructive, split_migration
 from elizasql.transfer import _rows as transfer_rows
-from tests.conftest import make_scene
+from elizasql.types import DIMENSIONS
+from tests.conftest import MakeAdapter, make_scene
 from tests.elizaos_schema import TABLES as ELIZAOS_TABLES
 
 pytestmark = pytest.mark.timeout(180)
@@ -314,6 +315,44 @@ def test_down_while_others_use_it(run: Run, folder: Path) -> None:
     assert other.communicate(timeout=60)[1] == "" and other.returncode == 0
 
 
+def test_up_in_a_folder_with_modules_of_ones_own(folder: Path, tmp_path: Path) -> None:
+    for name in ("queue", "random", "select", "numpy"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not yours')")
+    # The program that is installed does not look for modules where it is run, unlike python -m.
+    program = ["-c", "import sys; sys.path.remove(''); from elizasql.__main__ import main; sys.exit(main())"]
+    for word in ("up", "down"):
+        done = subprocess.run(
+            [sys.executable, *program, word, "--data-dir", folder], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_what_is_ended_takes_the_server_along(run: Run, folder: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """Such as by closing the terminal."""
+    assert run("migrate", "up", "--data-dir", folder).code == 0
+    for interrupt in (signal.default_int_handler, signal.SIG_IGN):  # the second in the background of a script
+        before = signal.signal(signal.SIGINT, interrupt)
+        try:
+            tail = process("tail", "--follow", "--agent", uuid4(), "--data-dir", folder, cwd=tmp_path)
+        finally:
+            signal.signal(signal.SIGINT, before)
+        with tail:
+            while _embedded._Cluster(folder).postmaster() is None:
+                assert tail.poll() is None
+            tail.send_signal(number)
+            assert tail.communicate(timeout=60) == ("", "elizasql: interrupted\n") and tail.returncode == 130
+        assert not cli_server.is_running(folder)
+    with process(
+        "psql", "--data-dir", folder, "--", "-c", "\\echo here", "-c", "SELECT pg_sleep(100)", cwd=tmp_path
+    ) as psql:
+        assert psql.stdout is not None and psql.stdout.readline() == "here\n"
+        psql.send_signal(number)
+        psql.communicate(timeout=60)
+        assert psql.returncode == 1
+    assert not cli_server.is_running(folder)
+
+
 def test_up_where_it_cannot_be(run: Run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     run("up", "--data-dir", tmp_path / "file").fails(3, "is a file")
@@ -472,6 +511,40 @@ def test_psql_runs_what_it_is_given(dsn: str, tmp_path: Path) -> None:
         assert psql.communicate(timeout=60) == ("42\n", "") and psql.returncode == 0
     with process("psql", "--", "-c", "SELEC", cwd=tmp_path, POSTGRES_URL=dsn) as psql:
         assert "syntax error" in psql.communicate(timeout=60)[1] and psql.returncode == 1
+
+
+FOREIGN = {
+    "PGSERVICE": "nowhere",
+    "PGHOSTADDR": "127.0.0.1",
+    "PGREQUIREAUTH": "scram-sha-256",
+    "PGREQUIREPEER": "nobody",
+    "PGCHANNELBINDING": "require",
+    "PGOPTIONS": "-c default_transaction_read_only=on",
+    "PGDATESTYLE": "German",
+    "PGCLIENTENCODING": "LATIN1",
+    "PGTARGETSESSIONATTRS": "standby",
+    "PGSSLMODE": "verify-full",
+    "PGPORT": "1",
+}
+
+
+def test_what_is_set_for_other_servers_does_not_lead_away(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder whose name libpq must not misread, too."""
+    for name, value in FOREIGN.items():
+        monkeypatch.setenv(name, value)
+    home = folder / "my data+%41 ü"
+    folder.mkdir()
+    assert run("up", "--data-dir", home).code == 0
+    try:
+        with process("psql", "--data-dir", home, "--", "-Atc", "SELECT current_user", cwd=tmp_path) as psql:
+            assert psql.communicate(timeout=60) == ("elizasql\n", "")
+        assert run("backup", "b.dump", "--data-dir", home).code == 0
+    finally:
+        assert run("down", "--data-dir", home).code == 0
+    said = run("restore", "b.dump", "--data-dir", folder / "two")
+    assert said.code == 0, said
 
 
 def test_a_password_stays_out_of_the_command_line() -> None:
