@@ -554,6 +554,20 @@ def test_a_password_stays_out_of_the_command_line() -> None:
     assert SECRET not in shown and environ["PGPASSWORD"] == SECRET
 
 
+def test_a_socket_that_is_elsewhere_is_found(run: Run, folder: Path) -> None:
+    """By root, too, for whom another user runs the server."""
+    home = folder / ("x" * 100)
+    folder.mkdir()
+    assert run("up", "--data-dir", home).code == 0
+    try:
+        assert (home / "socket").is_file()
+        assert run("status", "--data-dir", home, "--json").json["running"] is True
+        assert run("backup", "b.dump", "--data-dir", home).code == 0
+        assert run("restore", "b.dump", "--data-dir", folder / ("y" * 100)).code == 0
+    finally:
+        assert run("down", "--data-dir", home).code == 0
+
+
 @pytest.fixture
 def busy(dsn: str) -> UUID:
     """Give an agent with memories, logs and tasks."""

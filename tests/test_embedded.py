@@ -9,6 +9,7 @@ import os
 import pwd
 import random
 import re
+import resource
 import shutil
 import signal
 import stat
