@@ -148,6 +148,19 @@ def process(*arguments: object, cwd: Path, **environ: str) -> subprocess.Popen[s
     )
 
 
+def shell(redirection: str, *arguments: object, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run a command with its streams redirected as a shell does."""
+    clean = {name: value for name, value in os.environ.items() if name not in ("POSTGRES_URL", "PGLITE_DATA_DIR")}
+    return subprocess.run(
+        ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, "-m", "elizasql", *map(str, arguments)],
+        cwd=cwd,
+        env={**clean, **environ},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+    )
+
+
 # --- the command itself ----------------------------------------------------------------------------------------------
 
 
@@ -224,6 +237,37 @@ def test_without_the_extra_one_line_says_so_and_the_demo_works(tmp_path: Path) -
 
 
 # --- servers that are not there --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_streams_that_are_closed_or_full(dsn: str, busy: UUID, tmp_path: Path, options: list[str]) -> None:
+    for redirection in (">&-", "2>&-", "<&- >&- 2>&-"):
+        said = shell(redirection, "index", "--agent", busy, *options, cwd=tmp_path, POSTGRES_URL=dsn)
+        assert (said.returncode, said.stderr) == (0, ""), (redirection, said)
+    # What is wrong goes nowhere rather than to where the answer is expected.
+    said = shell("2>&-", "stats", "--agent", "nobody", *options, cwd=tmp_path, POSTGRES_URL=dsn)
+    assert (said.returncode, said.stdout) == (2, "")
+    if Path("/dev/full").exists():
+        said = shell(">/dev/full", "stats", "--agent", busy, *options, cwd=tmp_path, POSTGRES_URL=dsn)
+        assert said.returncode == 1 and said.stderr.count("\n") == 1 and "No space left" in said.stderr, said
+
+
+def test_letters_that_the_terminal_has_not(dsn: str, tmp_path: Path) -> None:
+    agent = uuid4()
+
+    async def rename(db: DatabaseAdapter) -> None:
+        await db.update_agent(agent, {"name": "Zoë"})
+
+    with_agent(dsn, rename, agent)
+    poor = {"POSTGRES_URL": dsn, "PYTHONIOENCODING": "ascii"}
+    said = shell("", "stats", "--agent", agent, cwd=tmp_path, **poor)
+    assert (said.returncode, said.stderr) == (0, "") and "Zo?" in said.stdout
+    said = shell("", "stats", "--agent", agent, "--json", cwd=tmp_path, **poor)
+    assert json.loads(said.stdout)["agents"][0]["name"] == "Zoë"
+    # A folder whose name is not UTF-8 can be named in a message all the same.
+    for options in ([], ["--json"]):
+        said = shell("", "stats", "--data-dir", os.fsdecode(b"\xff"), *options, cwd=tmp_path)
+        assert said.returncode == 3 and "\ufffd: `elizasql up` makes one" in said.stderr, said
 
 
 @pytest.mark.parametrize("command", ["stats", "tail", "tasks", "status", "psql", "migrate up", "migrate status"])
