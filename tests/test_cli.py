@@ -484,6 +484,44 @@ def test_folders_of_ones_own(run: Run, empty_database: str, tmp_path: Path, monk
     run("migrate", "up", *both).fails(1, "syntax error")
 
 
+def test_a_database_of_a_newer_library(run: Run, empty_database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTGRES_URL", empty_database)
+    monkeypatch.setenv("ELIZA_ALLOW_DESTRUCTIVE_MIGRATIONS", "true")
+    assert run("migrate", "up").code == 0
+    asyncio.run(as_admin(empty_database, "INSERT INTO elizasql.schema_migrations VALUES ('29990101000000')"))
+    for words in (["up"], ["up", "--dry-run"], ["down"], ["status"]):
+        run("migrate", *words).fails(1, "migrated to 29990101000000, this library knows .*: install a newer elizasql")
+    assert "reembeddings" in asyncio.run(tables_of(empty_database, "elizasql"))
+
+
+def test_a_server_that_no_adapter_takes_is_not_migrated(
+    run: Run, empty_database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POSTGRES_URL", empty_database)
+    asyncio.run(as_admin(empty_database, "UPDATE pg_extension SET extversion = '0.8.0' WHERE extname = 'vector'"))
+    run("migrate", "up").fails(1, r"pgvector 0\.8\.4 or newer is needed")
+    assert asyncio.run(tables_of(empty_database, "elizasql")) == set()
+    # What others keep in it is their own business.
+    write(tmp_path / "shop", "20260101000000_a.sql", "CREATE TABLE things (id int);")
+    assert run("migrate", "up", "--dir", tmp_path / "shop").code == 0
+
+
+def test_files_are_those_that_dbmate_takes(
+    run: Run, empty_database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POSTGRES_URL", empty_database)
+    write(tmp_path / "shop", "0001-init.sql", "CREATE TABLE things (id int);")
+    write(tmp_path / "shop", "0002.sql", "CREATE TABLE more (id int);")
+    done = run("migrate", "up", "--dir", tmp_path / "shop", "--json")
+    assert [step["file"] for step in done.json] == ["0001-init.sql", "0002.sql"]
+    assert asyncio.run(tables_of(empty_database, "shop")) == {"things", "more", "schema_migrations"}
+    # Of two with one version it would apply the first and count the second as applied.
+    write(tmp_path / "shop", "0002_b.sql", "CREATE TABLE lost (id int);")
+    run("migrate", "up", "--dir", tmp_path / "shop").fails(2, r"0002\.sql and 0002_b\.sql have one version")
+    made = {run("migrate", "new", name, "--dir", "at_once", "--json").json["file"][:22] for name in "abcd"}
+    assert len(made) == 4
+
+
 def test_new_migration(run: Run, tmp_path: Path) -> None:
     made = run("migrate", "new", "Add Invoices!", "--dir", "plugins/shop", "--json")
     path = Path(made.json["file"])
