@@ -821,6 +821,47 @@ def test_doctor_finds_what_is_broken(run: Run, empty_database: str, monkeypatch:
     assert findings(admin, "role")[0]["severity"] == "warning"
 
 
+def test_doctor_for_a_role_with_few_rights(run: Run, empty_database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTGRES_URL", empty_database)
+    assert run("migrate", "up").code == 0
+    role = f"app_{uuid4().hex}"
+    needed = """
+        DO $$ DECLARE name regclass; BEGIN
+            FOR name IN SELECT oid FROM pg_class WHERE relnamespace = 'elizasql'::regnamespace
+                AND relkind IN ('r', 'p') AND NOT relispartition AND relname <> 'schema_migrations'
+            LOOP EXECUTE format('GRANT SELECT, INSERT, UPDATE, DELETE ON %s TO {role}', name); END LOOP;
+        END $$"""
+
+    async def look_with_others(address: str) -> Said:
+        """Ask while other roles have connections."""
+        others = [await asyncpg.connect(empty_database.replace("//elizasql@", "//postgres@")) for _ in range(3)]
+        said = await asyncio.to_thread(run, "doctor", "--json", "--dsn", address)
+        for other in others:
+            await other.close()
+        return said
+
+    asyncio.run(
+        as_admin(
+            empty_database,
+            f"CREATE ROLE {role} LOGIN",
+            f"GRANT USAGE ON SCHEMA elizasql TO {role}",
+            f"GRANT SELECT ON elizasql.schema_migrations TO {role}",
+            needed.replace("{role}", role),
+        )
+    )
+    try:
+        app = empty_database.replace("//elizasql@", f"//{role}@")
+        said = asyncio.run(look_with_others(app))
+        assert said.code == 0, said
+        assert re.match("3 sessions of other roles are hidden", findings(said, "role")[1]["finding"])
+        assert int(findings(said, "connections")[0]["finding"].split()[0]) >= 4
+        asyncio.run(as_admin(empty_database, f"REVOKE UPDATE, DELETE ON elizasql.memories FROM {role}"))
+        (lacking,) = findings(run("doctor", "--json", "--dsn", app), "privileges")
+        assert lacking["finding"] == "the role lacks UPDATE/DELETE on elizasql.memories"
+    finally:
+        asyncio.run(as_admin(empty_database, f"DROP OWNED BY {role}", f"DROP ROLE {role}"))
+
+
 def test_doctor_on_rows_that_cannot_be_made_here() -> None:
     def told(found: Iterable[doctor.Finding]) -> list[tuple[str, str]]:
         return [(finding.check, finding.severity) for finding in found]
@@ -830,7 +871,7 @@ def test_doctor_on_rows_that_cannot_be_made_here() -> None:
         "data_checksums": "off", "autovacuum": "off", "track_counts": "off", "collation_changed": True,
         "xid_age": 2_000_000_000, "idle_slots": 2, "is_above_policies": False, "may_migrate": False,
         "connections": 90, "free_for_all": 97, "shared_buffers": 1 << 27, "effective_cache_size": 1 << 28,
-        "maintenance_work_mem": 1 << 26,
+        "maintenance_work_mem": 1 << 26, "hidden": 3,
     }  # fmt: skip
     assert told(doctor.check_settings(server)) == [  # type: ignore[arg-type]
         ("encoding", "error"),
@@ -844,20 +885,26 @@ def test_doctor_on_rows_that_cannot_be_made_here() -> None:
         ("vacuum", "error"),
         ("replication", "warning"),
     ]
-    assert told(doctor.check_role(server)) == [("role", "ok"), ("role", "note")]  # type: ignore[arg-type]
+    assert told(doctor.check_role(server)) == [("role", "ok"), ("role", "note"), ("role", "note")]  # type: ignore[arg-type]
     assert doctor.check_connections(server, 20).severity == "warning"  # type: ignore[arg-type]
     for skew, severity in ((0.1, "ok"), (-3.0, "warning"), (120.0, "error")):
         assert doctor.check_clock(skew).severity == severity
     assert "behind" in doctor.check_clock(-3).finding
 
-    def index(size: int, scans: int = 0, method: str = "btree") -> dict[str, Any]:
+    def index(size: int, scans: int = 0, method: str = "btree", name: str = "i") -> dict[str, Any]:
         table = "elizasql.embeddings_p00"
-        return {"name": "i", "table_name": table, "is_valid": True, "is_unique": False, "method": method,
-                "scans": scans, "bytes": size}  # fmt: skip
+        return {"name": f"elizasql.{name}", "table_name": table, "is_valid": "_cc" not in name, "is_unique": False,
+                "method": method, "scans": scans, "bytes": size}  # fmt: skip
 
-    vectors = [index(0, method="hnsw") for _ in range(5)]
-    large = [*vectors, index(1 << 30, method="hnsw"), index(1 << 28)]
+    names = [f"embeddings_p00_dim_{dimension}_hnsw" for dimension in DIMENSIONS]
+    vectors = [index(0, method="hnsw", name=name) for name in names[1:]]
+    large = [*vectors, index(1 << 30, method="hnsw", name=names[0]), index(1 << 28)]
     assert [finding.severity for finding in doctor.check_indexes(large)] == ["note", "note", "ok"]  # type: ignore[arg-type]
+    # One more, of the user's own, does not stand in for one that is missing; what a rebuild has left is one too many.
+    more = [*vectors, index(0, method="hnsw", name="mine"), index(0, method="hnsw", name=f"{names[1]}_ccnew")]
+    left, missing = doctor.check_indexes(more)  # type: ignore[arg-type]
+    assert left.remedy == f"DROP INDEX elizasql.{names[1]}_ccnew" and missing.finding.startswith("1 HNSW indexes are")
+    assert [each.severity for each in doctor.check_indexes([*large, *more])] == ["error", "note", "note"]  # type: ignore[arg-type]
     for embedded, remedy in ((False, "raise shared_buffers"), (True, "stop the server once")):
 
         def memory(indexes: list[dict[str, Any]], embedded: bool = embedded) -> list[doctor.Finding]:
@@ -868,8 +915,7 @@ def test_doctor_on_rows_that_cannot_be_made_here() -> None:
         assert [finding.severity for finding in said] == ["note", "note"]
         assert said[0].remedy.startswith(remedy)
 
-    table = {"name": "elizasql.t", "live": 10_000, "dead": 20_000, "modified": 5_000, "analyzed_at": None, "bytes": 1,
-             "lacking": []}  # fmt: skip
+    table = {"name": "elizasql.t", "live": 10_000, "dead": 20_000, "modified": 5_000, "analyzed_at": None, "bytes": 1}
     assert told(doctor.check_tables([table])) == [("statistics", "warning"), ("bloat", "warning")]  # type: ignore[list-item]
     waiting = {"pid": 7, "application_name": "", "state": "idle in transaction", "seconds": 600.0}
     (long,) = doctor.check_transactions([waiting])  # type: ignore[list-item]
