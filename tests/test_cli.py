@@ -707,6 +707,9 @@ def test_task_of_an_ended_lease_waits_until_it_is_due() -> None:
     task.due_at = now + timedelta(hours=1)
     assert look.state_of(task, now) == "waiting"
     assert look.state_of(task, now - timedelta(seconds=1)) == "claimed"
+    task.attempts = 5
+    assert look.state_of(task, now) == "dead"
+    assert look.state_of(task, now - timedelta(seconds=1)) == "claimed"  # a worker has it for the last time
 
 
 def test_which_agent(on_server: Run, busy: UUID, run: Run, empty_database: str) -> None:
@@ -718,6 +721,47 @@ def test_which_agent(on_server: Run, busy: UUID, run: Run, empty_database: str) 
     only = with_agent(empty_database, lambda db: db.set_cache("a", 1))  # type: ignore[arg-type, return-value]
     assert run("tail", "--dsn", empty_database) == Said(0, "", "")
     assert str(only)
+
+
+async def test_what_is_new_for_tail(make_db: MakeAdapter) -> None:
+    db = await make_db()
+    scene = await make_scene(db)
+
+    async def log(number: int, created_at: datetime | None = None) -> None:
+        await db.log(
+            Log(entity_id=scene.entity, room_id=scene.room, type="a", body={"n": number}, created_at=created_at)
+        )
+
+    def numbers(logs: list[Log]) -> list[Any]:
+        return [(log.body or {})["n"] for log in logs]
+
+    assert await look._newer(db, None, []) == []
+    for number in range(250):
+        await log(number)
+    assert numbers(await look._newer(db, None, [])) == [*range(249, -1, -1)]
+    known = await db.get_logs(count=100)
+    assert await look._newer(db, None, known) == []
+    for number in range(250, 400):
+        await log(number)
+    await log(400, known[5].created_at)  # was committed late
+    assert numbers(await look._newer(db, None, known)) == [*range(399, 249, -1), 400]
+    assert await look._newer(db, "b", known) == []
+
+
+def test_tail_follows_and_repeats_nothing(dsn: str, busy: UUID, tmp_path: Path) -> None:
+    environ = {"POSTGRES_URL": dsn, "PYTHONUNBUFFERED": "1"}
+    with process("tail", "-f", "-n", "1", "--agent", busy, cwd=tmp_path, **environ) as tail:
+        assert tail.stdout is not None
+        assert '"n":2' in tail.stdout.readline()
+
+        async def log(db: DatabaseAdapter) -> None:
+            (old,) = await db.get_logs(count=1)
+            await db.log(Log(entity_id=old.entity_id, room_id=old.room_id, type="action", body={"n": 3}))
+
+        with_agent(dsn, log, busy)
+        assert '{"n":3}' in tail.stdout.readline()
+        tail.send_signal(signal.SIGINT)
+        assert tail.communicate(timeout=60)[0] == ""
 
 
 def test_ctrl_c_is_130_and_one_line(dsn: str, busy: UUID, tmp_path: Path) -> None:
