@@ -1029,6 +1029,8 @@ def test_explain_says_when_a_table_is_read_as_a_whole() -> None:
     [
         (["delete_memory", "memory_id=x"], "no method that reads"),
         (["__init__"], "no method that reads"),
+        (["is_ready"], "no method that reads"),
+        (["find_or_create_dm_channel", "user1_id=x", "user2_id=y", "server_id=z"], "no method that reads"),
         (["search_memories", "embedding"], "NAME=VALUE"),
         (["get_memories", "table_name=facts", "nope=1"], "nope"),
         (["get_memories", "table_name=facts", "room_id=here"], "room_id must be a UUID"),
