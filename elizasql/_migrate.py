@@ -24,7 +24,7 @@ import asyncpg
 from . import _pool
 from ._statements import SQL, find_folder
 from .config import Config, redact
-from .errors import ElizaSQLError, MigrationError
+from .errors import ElizaSQLError, MigrationError, translate
 
 TABLE = "elizasql.schema_migrations"
 
@@ -155,11 +155,20 @@ async def _look_up(dsn: str, config: Config, schema: str | None) -> str:
         connection = await _pool.connect(dsn, replace(config, dsn=dsn))  # whose errors name it
     except ElizaSQLError as error:
         raise MigrationError(f"no connection for migrations to {redact(dsn)}: {error}") from error
-    connection.terminate()
-    return _for_dbmate(connection, dsn, schema)
+    try:
+        path = None
+        if schema is not None:
+            # Types of the extension are found wherever it is, as a rule in public.
+            places = ["public", (await _pool.look_at(connection)).vector_schema or "public"]
+            path = ",".join([schema, *(f'"{place}"' for place in dict.fromkeys(places))])
+    except Exception as error:
+        raise translate(error) from error
+    finally:
+        connection.terminate()
+    return _for_dbmate(connection, dsn, path)
 
 
-def _for_dbmate(connection: asyncpg.Connection[Any], dsn: str, schema: str | None = None) -> str:
+def _for_dbmate(connection: asyncpg.Connection[Any], dsn: str, path: str | None = None) -> str:
     """Say what asyncpg found out in the connection string, the environment and the user's files.
 
     dbmate's driver reads some forms of an address otherwise and others not at all, takes one host, has other defaults,
@@ -175,8 +184,8 @@ def _for_dbmate(connection: asyncpg.Connection[Any], dsn: str, schema: str | Non
         # "prefer" has found that the server speaks TLS; what is stricter stays.
         mode = found.sslmode.name.replace("_", "-")
         query["sslmode"] = mode if mode.startswith("verify") else "require"
-    if schema is not None:
-        query["search_path"] = f"{schema},public"  # the extension vector is in public, as a rule
+    if path is not None:
+        query["search_path"] = path
     return f"postgres://{user}@/{quote(found.database, safe='')}?{urlencode(query)}"
 
 

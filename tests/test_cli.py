@@ -484,6 +484,18 @@ def test_folders_of_ones_own(run: Run, empty_database: str, tmp_path: Path, monk
     run("migrate", "up", *both).fails(1, "syntax error")
 
 
+def test_folder_of_ones_own_where_the_extension_is_elsewhere(run: Run, empty_database: str, tmp_path: Path) -> None:
+    moved = ['CREATE SCHEMA "Ex"', 'GRANT USAGE ON SCHEMA "Ex" TO PUBLIC', 'ALTER EXTENSION vector SET SCHEMA "Ex"']
+    asyncio.run(as_admin(empty_database, *moved))
+    write(tmp_path / "shop", "20260101000000_a.sql", "CREATE TABLE things (v vector(3));")
+    assert run("migrate", "up", "--dir", tmp_path / "shop", "--dsn", empty_database).code == 0
+    assert asyncio.run(tables_of(empty_database, "shop")) == {"things", "schema_migrations"}
+    asyncio.run(as_admin(empty_database, "DROP EXTENSION vector CASCADE"))
+    write(tmp_path / "shop", "20260102000000_b.sql", "CREATE TABLE more (id int);")
+    assert run("migrate", "up", "--dir", tmp_path / "shop", "--dsn", empty_database).code == 0
+    assert asyncio.run(tables_of(empty_database, "shop")) == {"things", "more", "schema_migrations"}
+
+
 def test_a_database_of_a_newer_library(run: Run, empty_database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POSTGRES_URL", empty_database)
     monkeypatch.setenv("ELIZA_ALLOW_DESTRUCTIVE_MIGRATIONS", "true")
