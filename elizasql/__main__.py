@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from elizasql import __version__, cli
 
@@ -11,6 +13,9 @@ from elizasql import __version__, cli
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and give the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - for good
     if argv[:1] == ["demo"]:
         from elizasql import demo  # noqa: PLC0415 - no other command needs it
 

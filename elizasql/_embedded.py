@@ -176,7 +176,10 @@ async def acquire(data_dir: str | os.PathLike[str], *, start_timeout: float = 12
     if sys.platform == "win32":
         raise EmbeddedServerError("The embedded server needs a POSIX system: set POSTGRES_URL to a server of your own")
     deadline = time.monotonic() + start_timeout
-    cluster = _Cluster(Path(data_dir))
+    try:
+        cluster = _Cluster(Path(data_dir))
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, or a NUL
+        raise EmbeddedServerError(f"{os.fspath(data_dir)!r} cannot be a data directory: {error}") from error
     try:
         await _in_thread(cluster.claim)
         async with cluster.lifecycle(deadline):
@@ -205,7 +208,6 @@ class _Cluster:
         self.home: Path = home.expanduser().resolve()
         self.data: Path = self.home / "data"
         self.log: Path = self.home / "server.log"
-        self.user: tuple[int, int] | None = None  # uid and gid of the server; None: the same as ours
         self.log_start: int = 0
         self.process: subprocess.Popen[bytes] | None = None  # when it was started here
         self.starts: int = 0
@@ -215,7 +217,7 @@ class _Cluster:
     # -- the folder ------------------------------------------------------------------------------------------------
 
     def claim(self) -> None:
-        """Make the folder, or make sure that it is ours, and choose the server's user."""
+        """Make the folder, or make sure that it is ours."""
         created = True
         try:
             self.home.mkdir(mode=0o700, parents=True)
@@ -229,13 +231,17 @@ class _Cluster:
                     f"{self.home} is not empty and not a data directory of elizasql; it was left as it is. "
                     "Set PGLITE_DATA_DIR to a new or empty folder"
                 ) from None
-        if os.geteuid() == 0:
-            self.user = self._server_user()
-            if created:
-                os.chown(self.home, *self.user)
+        if self.user and created:
+            os.chown(self.home, *self.user)
 
-    def _server_user(self) -> tuple[int, int]:
-        """Choose who runs the server for root, whom PostgreSQL refuses: whoever owns the data, else a system user."""
+    @functools.cached_property
+    def user(self) -> tuple[int, int] | None:
+        """Uid and gid of the server; None: the same as ours.
+
+        For root, whom PostgreSQL refuses, it is whoever owns the data, else a system user.
+        """
+        if os.geteuid() != 0:
+            return None
         for path in (self.data, self.home):
             with contextlib.suppress(FileNotFoundError):
                 status = path.lstat()
@@ -265,12 +271,10 @@ class _Cluster:
         """Replace a file as a whole, durably. Under `lifecycle`."""
         new = path.with_name(f"{path.name}.new")
         new.unlink(missing_ok=True)
-        fd = self._open(new, os.O_WRONLY | os.O_EXCL)
-        try:
-            os.write(fd, text.encode())
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        with os.fdopen(self._open(new, os.O_WRONLY | os.O_EXCL), "wb") as file:
+            file.write(text.encode())  # all of it: on a disk that fills up just now os.write would stop short
+            file.flush()
+            os.fsync(file.fileno())
         new.replace(path)
 
     def _private_dir(self, path: Path) -> None:
@@ -479,7 +483,7 @@ class _Cluster:
     def dsn(self, user: str, database: str = _NAME) -> str:
         """Spell out all that a driver would otherwise take from its environment."""
         host = quote(str(self._socket_dir()), safe="/")
-        return f"postgresql://{user}@/{database}?host={host}&port=5432&sslmode=disable"
+        return f"postgresql://{user}@/{database}?host={host}&port=5432&sslmode=disable&target_session_attrs=any"
 
     # -- the server over SQL ---------------------------------------------------------------------------------------
 
@@ -495,7 +499,7 @@ class _Cluster:
                 return "its database is being made"
         except (asyncio.TimeoutError, TimeoutError):  # two classes in Python 3.10
             return "no answer from the server"
-        except PermissionError:
+        except (PermissionError, asyncpg.ClientConfigurationError):
             raise
         except OSError as error:
             return f"no process listens, but one of an earlier server may still run ({error.strerror or error})"

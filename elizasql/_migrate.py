@@ -23,12 +23,15 @@ import asyncpg
 from . import _pool
 from ._statements import SQL, find_folder
 from .config import Config, redact
-from .errors import ElizaSQLError, MigrationError
+from .errors import ElizaSQLError, MigrationError, translate
 
 TABLE = "elizasql.schema_migrations"
 
 # What a connection string says of TLS besides the mode, and dbmate's driver has to read itself.
 _FILES = ("sslcert", "sslkey", "sslrootcert")
+
+# Settings of dbmate and of its driver that are none of ours.
+_LEAKS = re.compile("DBMATE_|PG(?!SSL(?:CERT|KEY|ROOTCERT)$)")
 
 
 def known_versions(folder: Path | None = None) -> list[str]:
@@ -105,8 +108,9 @@ async def run_dbmate(*words: str, dsn: str, config: Config, folder: Path | None 
     url = await _look_up(config.migration_dsn or dsn, config, schema)
     with tempfile.TemporaryDirectory(prefix="elizasql-") as empty:
         # An empty working folder, since dbmate reads a .env file there; the address goes through the environment, since
-        # a command line is readable by every user of the machine.
-        environ = {name: value for name, value in os.environ.items() if not name.startswith("DBMATE_")}
+        # a command line is readable by every user of the machine. What libpq's variables say is in the address, but for
+        # the files of TLS: dbmate's driver takes more of them than ours, refuses some, and may go elsewhere by others.
+        environ = {name: value for name, value in os.environ.items() if not _LEAKS.match(name)}
         try:
             process = await asyncio.create_subprocess_exec(
                 str(_find_dbmate()),
@@ -150,11 +154,20 @@ async def _look_up(dsn: str, config: Config, schema: str | None) -> str:
         connection = await _pool.connect(dsn, config)
     except ElizaSQLError as error:
         raise MigrationError(f"no connection for migrations to {redact(dsn)}: {error}") from error
-    connection.terminate()
-    return _for_dbmate(connection, dsn, schema)
+    try:
+        path = None
+        if schema is not None:
+            # Types of the extension are found wherever it is, as a rule in public.
+            places = ["public", (await _pool.look_at(connection)).vector_schema or "public"]
+            path = ",".join([schema, *(f'"{place}"' for place in dict.fromkeys(places))])
+    except Exception as error:
+        raise translate(error) from error
+    finally:
+        connection.terminate()
+    return _for_dbmate(connection, dsn, path)
 
 
-def _for_dbmate(connection: asyncpg.Connection[Any], dsn: str, schema: str | None = None) -> str:
+def _for_dbmate(connection: asyncpg.Connection[Any], dsn: str, path: str | None = None) -> str:
     """Say what asyncpg found out in the connection string, the environment and the user's files.
 
     dbmate's driver reads some forms of an address otherwise and others not at all, takes one host, has other defaults,
@@ -170,8 +183,8 @@ def _for_dbmate(connection: asyncpg.Connection[Any], dsn: str, schema: str | Non
         # "prefer" has found that the server speaks TLS; what is stricter stays.
         mode = found.sslmode.name.replace("_", "-")
         query["sslmode"] = mode if mode.startswith("verify") else "require"
-    if schema is not None:
-        query["search_path"] = f"{schema},public"  # the extension vector is in public, as a rule
+    if path is not None:
+        query["search_path"] = path
     return f"postgres://{user}@/{quote(found.database, safe='')}?{urlencode(query)}"
 
 

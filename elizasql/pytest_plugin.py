@@ -70,7 +70,8 @@ def elizasql_server() -> Iterator[Server]:
 
 
 async def _migrate(dsn: str) -> None:
-    async with elizasql.connect(agent_id=uuid4(), dsn=dsn, indexing="manual", pool_min_size=0):
+    # Whatever the project's own settings say of its own server.
+    async with elizasql.connect(agent_id=uuid4(), dsn=dsn, migrate=True, indexing="manual", pool_min_size=0):
         pass
 
 

@@ -16,7 +16,7 @@ SELECT
     pg_database_size(current_database()) AS bytes,
     (
         SELECT count(*) FROM pg_catalog.pg_stat_activity
-        WHERE datname = current_database() AND backend_type = 'client backend'
+        WHERE datname = current_database() AND coalesce(backend_type = 'client backend', usesysid IS NOT NULL)
     ) AS connections,
     current_setting('max_connections')::integer AS max_connections;
 
@@ -59,7 +59,8 @@ GROUP BY m.type
 ORDER BY memories DESC, m.type ASC;
 
 -- name: check_server()^
--- What the server is and how it is set, in plain numbers: sizes in bytes, times in seconds.
+-- What the server is and how it is set, in plain numbers: sizes in bytes, times in seconds. Of sessions of other roles
+-- an ordinary role learns little more than that there are any: not of which kind they are.
 SELECT
     current_setting('server_version_num')::integer AS version,
     current_setting('server_encoding') AS encoding,
@@ -74,7 +75,14 @@ SELECT
     pg_size_bytes(current_setting('maintenance_work_mem')) AS maintenance_work_mem,
     current_setting('max_connections')::integer
     - current_setting('superuser_reserved_connections')::integer AS free_for_all,
-    (SELECT count(*) FROM pg_catalog.pg_stat_activity WHERE backend_type = 'client backend') AS connections,
+    (
+        SELECT count(*) FROM pg_catalog.pg_stat_activity
+        WHERE coalesce(backend_type = 'client backend', usesysid IS NOT NULL)
+    ) AS connections,
+    (
+        SELECT count(*) FROM pg_catalog.pg_stat_activity
+        WHERE datname = current_database() AND usesysid IS NOT NULL AND backend_type IS NULL
+    ) AS hidden,
     extract(EPOCH FROM clock_timestamp())::double precision AS clock,
     pg_backend_pid() AS pid,
     pg_database_size(current_database()) AS bytes,
@@ -119,23 +127,34 @@ WHERE n.nspname = 'elizasql'
 ORDER BY i.relname;
 
 -- name: list_tables()
--- Every table of the schema that holds rows, with what the statistics say of it and what the role may not do with it.
+-- Every table of the schema that holds rows, with what the statistics say of it.
 SELECT
     'elizasql.' || t.relname AS name,
     coalesce(s.n_live_tup, 0) AS live,
     coalesce(s.n_dead_tup, 0) AS dead,
     coalesce(s.n_mod_since_analyze, 0) AS modified,
     greatest(s.last_analyze, s.last_autoanalyze) AS analyzed_at,
-    pg_total_relation_size(t.oid) AS bytes,
-    array(
-        SELECT p.privilege
-        FROM unnest('{SELECT,INSERT,UPDATE,DELETE}'::text[]) AS p (privilege)
-        WHERE NOT has_table_privilege(t.oid, p.privilege)
-    ) AS lacking
+    pg_total_relation_size(t.oid) AS bytes
 FROM pg_catalog.pg_class AS t
 INNER JOIN pg_catalog.pg_namespace AS n ON t.relnamespace = n.oid
 LEFT JOIN pg_catalog.pg_stat_user_tables AS s ON t.oid = s.relid
 WHERE n.nspname = 'elizasql' AND t.relkind = 'r'
+ORDER BY t.relname;
+
+-- name: list_lacking_privileges()
+-- What the role may not do with the tables that it needs. Partitions are not among them: an adapter without rights on
+-- its agent's goes through the partitioned tables. Of the migrations it reads which are applied.
+SELECT
+    'elizasql.' || t.relname AS name,
+    array_agg(p.privilege ORDER BY p.position) AS lacking
+FROM pg_catalog.pg_class AS t
+INNER JOIN pg_catalog.pg_namespace AS n ON t.relnamespace = n.oid
+CROSS JOIN unnest('{SELECT,INSERT,UPDATE,DELETE}'::text[]) WITH ORDINALITY AS p (privilege, position)
+WHERE
+    n.nspname = 'elizasql' AND t.relkind IN ('r', 'p') AND NOT t.relispartition
+    AND NOT has_table_privilege(t.oid, p.privilege)
+    AND (t.relname <> 'schema_migrations' OR p.privilege = 'SELECT')
+GROUP BY t.relname
 ORDER BY t.relname;
 
 -- name: list_tails()

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 from .test_documentation import run
 
@@ -21,3 +27,35 @@ def test_the_demo_finds_its_memories_again(tmp_path: Path, server_dir: Path) -> 
     own = run(["-m", "elizasql", "demo", "--file", str(notes)], tmp_path, data)
     assert own.returncode == 0, own.stderr
     assert "stored    2 memories of notes.txt" in own.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "pattern"),
+    [
+        ('"$@" >&-', 0, ""),
+        ('"$@" 2>&1 >/dev/full', 1, "elizasql demo: No space left on device\n"),
+        # The reader takes one line; the demo has written it before it goes on.
+        ('{ "$@"; echo $? >&2; } | read line', 0, "0\n"),
+    ],
+)
+def test_output_that_nobody_takes(tmp_path: Path, server_dir: Path, command: str, code: int, pattern: str) -> None:
+    if "/dev/full" in command and not Path("/dev/full").exists():
+        pytest.skip("no device that is full")
+    program = [sys.executable, "-u", "-m", "elizasql.demo", "--data-dir", str(server_dir.parent / "demo")]
+    said = subprocess.run(
+        ["sh", "-c", command, "sh", *program], cwd=tmp_path, capture_output=True, text=True, timeout=110
+    )
+    assert (said.returncode, said.stdout + said.stderr) == (code, pattern)
+
+
+def test_ctrl_c_is_one_line(tmp_path: Path, server_dir: Path) -> None:
+    program = [sys.executable, "-m", "elizasql", "demo", "--data-dir", str(server_dir.parent / "demo-interrupted")]
+    environ = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        program, cwd=tmp_path, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as demo:
+        assert demo.stdout is not None
+        assert demo.stdout.readline().startswith("embedder")
+        demo.send_signal(signal.SIGINT)
+        assert demo.communicate(timeout=60)[1] == "elizasql demo: interrupted\n"
+    assert demo.returncode == 130

@@ -9,6 +9,7 @@ import os
 import pwd
 import random
 import re
+import resource
 import shutil
 import signal
 import stat
@@ -387,7 +388,8 @@ async def test_speed_of_joining(stopped: Path) -> None:
 async def test_environment_of_the_caller_does_not_matter(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
         "PGPORT": "6543", "PGDATA": "/nowhere", "PGHOST": "example.invalid", "PGUSER": "x", "PGDATABASE": "x",
-        "PGSSLMODE": "verify-full", "PGPASSWORD": "x", "LC_ALL": "xx_XX", "TZ": "Mars/Olympus",
+        "PGSSLMODE": "verify-full", "PGPASSWORD": "x", "PGTARGETSESSIONATTRS": "standby", "LC_ALL": "xx_XX",
+        "TZ": "Mars/Olympus",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     server = await acquire(stopped)
@@ -824,6 +826,35 @@ async def test_server_started_by_hand(stopped: Path) -> None:
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(20)
+
+
+@pytest.mark.parametrize("path", ["a\0b", "loop", "loop/below"])
+async def test_path_that_cannot_be(tmp_path: Path, path: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(EmbeddedServerError):
+        await acquire(tmp_path / path)
+
+
+async def test_setting_of_the_caller_that_rules_it_out(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGSSLNEGOTIATION", "direct")
+    with pytest.raises(EmbeddedServerError, match="direct TLS requires"):
+        await acquire(stopped)
+
+
+def test_file_that_the_disk_cannot_hold_is_not_kept_in_part(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for a disk that has room for the beginning."""
+    cluster = _embedded._Cluster(tmp_path)
+    (tmp_path / "conf").write_text("before")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            cluster._write(tmp_path / "conf", "x" * 3000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "conf").read_text() == "before"
+    cluster._write(tmp_path / "conf", "after")
+    assert (tmp_path / "conf").read_text() == "after"
 
 
 async def test_large_log_is_cut(stopped: Path) -> None:

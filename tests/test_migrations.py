@@ -536,6 +536,23 @@ async def test_settings_of_dbmate_do_not_leak_in(fresh: str, tmp_path: Path, mon
     assert [path.name for path in tmp_path.iterdir()] == [".env"]
 
 
+async def test_settings_of_libpq_do_not_lead_away(fresh: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver that connects does not look at them; dbmate's would go elsewhere, or refuse them."""
+    settings = {
+        "PGSERVICE": "nowhere",
+        "PGHOSTADDR": "127.0.0.1",
+        "PGREQUIREAUTH": "scram-sha-256",
+        "PGOPTIONS": "-c default_transaction_read_only=on",
+        "PGDATESTYLE": "German",
+        "PGCLIENTENCODING": "LATIN1",
+        "PGSSLCRL": "/nowhere",
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    await open_and_close(fresh)
+    assert await applied(fresh) == VERSIONS
+
+
 # --- where dbmate goes -----------------------------------------------------------------------------------------------
 
 

@@ -108,6 +108,12 @@ def test_the_server_and_its_folder_go_with_the_run(pytester: pytest.Pytester) ->
     assert [path.name for path in place.iterdir() if path.name.startswith("esql-")] == []
 
 
+def test_settings_of_the_project_are_for_its_own_server(pytester: pytest.Pytester) -> None:
+    pytester.makefile(".env", **{"": "ELIZASQL_MIGRATE=false\nPOSTGRES_URL=postgresql://nowhere/x\n"})
+    pytester.makepyfile("def test_it(elizasql_sync_db):\n    assert elizasql_sync_db.count_agents() == 1\n")
+    run(pytester).assert_outcomes(passed=1)
+
+
 def test_nothing_is_started_where_no_fixture_is_asked_for(pytester: pytest.Pytester) -> None:
     place = pytester.mkdir("temporary")
     pytester.makepyfile(

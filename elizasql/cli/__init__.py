@@ -1,15 +1,17 @@
 """The command `elizasql`; needs the extra `cli`: pip install 'elizasql[cli]'.
 
-Exit codes: 0 done; 1 failed; 2 used wrongly; 3 the server cannot be reached or does not run; 130 interrupted. An error
-is one line on standard error (with `--json` one line of JSON); what a command gives goes to standard output.
+Exit codes: 0 done; 1 failed; 2 used wrongly; 3 the server cannot be reached or does not run; 130 interrupted, by
+Ctrl-C, SIGTERM or a terminal that was closed. An error is one line on standard error (with `--json` one line of JSON);
+what a command gives goes to standard output.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
-__all__ = ["main"]
+__all__ = ["give_up_output", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,3 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"elizasql: {error.name} is missing: pip install 'elizasql[cli]'", file=sys.stderr)
         return 1
     return _app.run(sys.argv[1:] if argv is None else argv)
+
+
+def give_up_output() -> None:
+    """Let nothing more go to standard output, not even what the interpreter finds in its buffer at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

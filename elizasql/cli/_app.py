@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated
 
 import orjson
@@ -15,7 +19,7 @@ import typer
 from elizasql import __version__
 from elizasql.errors import ArgumentError, DeadlineError, ElizaSQLError, EmbeddedServerError, UnavailableError
 
-from . import _out, data, doctor, look, migrate, queries, reembed, server
+from . import _out, data, doctor, give_up_output, look, migrate, queries, reembed, server
 
 FAILED, USAGE, UNAVAILABLE, INTERRUPTED = 1, 2, 3, 130
 
@@ -52,6 +56,38 @@ def run(argv: Sequence[str]) -> int:
     """Run a command and give the exit code; see elizasql.cli for what they mean."""
     # What the library logs about retries and slow calls would stand between our lines.
     logging.getLogger("elizasql").addHandler(logging.NullHandler())
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            if "--json" in argv:
+                stream.reconfigure(encoding="utf-8")  # JSON is, whatever the terminal is
+            else:
+                stream.reconfigure(errors="replace")  # a memory may hold letters that the terminal has not
+    with _ended_in_order():
+        return _run(argv)
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Take SIGTERM, and the SIGHUP of a terminal that is closed, as Ctrl-C: what was started is stopped again."""
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    for number in numbers:
+        signal.signal(number, _interrupt)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _interrupt(*_: object) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a script
+        raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)
+
+
+def _run(argv: Sequence[str]) -> int:
     try:
         code = app(args=list(argv), prog_name="elizasql", standalone_mode=False)
         sys.stdout.flush()
@@ -60,7 +96,7 @@ def run(argv: Sequence[str]) -> int:
         # the interpreter's exit.
         if not isinstance(error.__context__ if isinstance(error, SystemExit) else error, BrokenPipeError):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        give_up_output()
         return 0
     except (KeyboardInterrupt, typer.Abort) as error:
         return _complain("interrupted", error, INTERRUPTED, argv)

@@ -49,7 +49,8 @@ def answer(**words: str) -> None:
     os.dup2(os.open(os.devnull, os.O_RDWR), 1)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Keep the server that is named on the command line up, as nobody's child."""
     if os.fork():
         os._exit(0)
     sys.exit(asyncio.run(keep(Path(sys.argv[1]))))

@@ -15,8 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-# What a memory holds must not move the cursor or colour the terminal.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# What a memory holds must not move the cursor or colour the terminal; surrogates, as in names of files that are not
+# UTF-8, cannot be written at all.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "red"}
 

@@ -299,7 +299,7 @@ def restore(
 
 async def _run(config: Config, program: str, *arguments: str) -> None:
     """Run one of PostgreSQL's programs on the embedded server as its superuser."""
-    shown, environ = server.for_libpq(_embedded._Cluster(config.data_dir).dsn("postgres"))
+    shown, environ = server.for_libpq(_embedded._Cluster(config.data_dir).dsn("postgres"), embedded=True)
     target = [] if program == "pg_restore" else [shown]
     where = {"PGHOST": str(_embedded._Cluster(config.data_dir)._socket_dir()), "PGUSER": "postgres", "PGPORT": "5432"}
     process = await asyncio.create_subprocess_exec(

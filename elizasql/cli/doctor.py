@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -16,6 +17,7 @@ import typer
 from elizasql import _migrate, _pool
 from elizasql._statements import SQL
 from elizasql.errors import ConfigurationError, ElizaSQLError, MigrationError
+from elizasql.types import DIMENSIONS
 
 from . import _out, _place
 from ._place import DataDir, Dsn, Json, Place
@@ -110,8 +112,14 @@ async def examine(place: Place, connection: asyncpg.Connection[Any]) -> AsyncIte
         return
     yield await check_session(place)
     indexes = await connection.fetch(SQL["list_indexes"].sql)
+    lacking = await connection.fetch(SQL["list_lacking_privileges"].sql)
     tables = await connection.fetch(SQL["list_tables"].sql)
-    for finding in (*check_indexes(indexes), *check_tables(tables), *check_memory(row, indexes, place.embedded)):
+    for finding in (
+        *check_indexes(indexes),
+        *check_privileges(lacking),
+        *check_tables(tables),
+        *check_memory(row, indexes, place.embedded),
+    ):
         yield finding
     for finding in check_tails(await connection.fetch(SQL["list_tails"].sql)):
         yield finding
@@ -180,6 +188,13 @@ def check_role(row: asyncpg.Record) -> Iterator[Finding]:
         )
     else:
         yield Finding("role", "ok", "no superuser, bound by policies")
+    if row["hidden"]:
+        yield Finding(
+            "role",
+            "note",
+            f"{row['hidden']} sessions of other roles are hidden from it: their transactions cannot be looked at",
+            "GRANT pg_read_all_stats to it, or ask as another role",
+        )
     if not row["may_migrate"]:
         yield Finding(
             "role",
@@ -306,16 +321,17 @@ def check_indexes(rows: Sequence[asyncpg.Record]) -> Iterator[Finding]:
     """Find indexes that are broken, missing, or never read."""
     broken = [row for row in rows if not row["is_valid"]]
     for row in broken:
-        yield Finding(
-            "indexes", "error", f"{row['name']} is invalid: no search uses it", f"REINDEX INDEX {row['name']}"
-        )
-    vectors = [row for row in rows if row["method"] == "hnsw"]
+        # What is left of a REINDEX CONCURRENTLY that did not end is one too many.
+        leftover = re.search(r"_cc(new|old)\d*$", row["name"])
+        remedy = f"{'DROP' if leftover else 'REINDEX'} INDEX {row['name']}"
+        yield Finding("indexes", "error", f"{row['name']} is invalid: no search uses it", remedy)
+    vectors = {row["name"] for row in rows if row["method"] == "hnsw"}
     partitions = {row["table_name"] for row in rows if row["table_name"].startswith("elizasql.embeddings_p")}
-    if missing := 6 * len(partitions) - len(vectors):
+    if missing := {f"{name}_dim_{dimension}_hnsw" for name in partitions for dimension in DIMENSIONS} - vectors:
         yield Finding(
             "indexes",
             "error",
-            f"{missing} HNSW indexes are missing: searches of their agents scan everything",
+            f"{len(missing)} HNSW indexes are missing: searches of their agents scan everything",
             "elizasql index --rebuild makes the ones of the agents that there are; migrations/schema.sql has them all",
         )
     unused = [row for row in rows if row["scans"] == 0 and not row["is_unique"] and row["bytes"] > 64 * _MB]
@@ -330,13 +346,17 @@ def check_indexes(rows: Sequence[asyncpg.Record]) -> Iterator[Finding]:
         yield Finding("indexes", "ok", f"{len(rows)} indexes are valid, {len(vectors)} of them HNSW")
 
 
-def check_tables(rows: Sequence[asyncpg.Record]) -> Iterator[Finding]:
-    """Find privileges that lack, statistics that are old, and dead rows that nobody has removed."""
-    lacking = [f"{'/'.join(row['lacking'])} on {row['name']}" for row in rows if row["lacking"]]
+def check_privileges(rows: Sequence[asyncpg.Record]) -> Iterator[Finding]:
+    """Find what the role may not do with the tables."""
+    lacking = [f"{'/'.join(row['lacking'])} on {row['name']}" for row in rows]
     if lacking:
         more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
         remedy = "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA elizasql TO the role"
         yield Finding("privileges", "error", f"the role lacks {', '.join(lacking[:3])}{more}", remedy)
+
+
+def check_tables(rows: Sequence[asyncpg.Record]) -> Iterator[Finding]:
+    """Find statistics that are old, and dead rows that nobody has removed."""
     stale = [row for row in rows if row["modified"] > max(1000, 0.2 * row["live"])]
     for row in stale:
         when = "never" if row["analyzed_at"] is None else f"{row['analyzed_at']:%Y-%m-%d %H:%M}"
@@ -348,7 +368,7 @@ def check_tables(rows: Sequence[asyncpg.Record]) -> Iterator[Finding]:
         yield Finding(
             "bloat", "warning", said, f"VACUUM ANALYZE {row['name']}; REINDEX its HNSW index if it stays slow"
         )
-    if not (lacking or stale or bloated):
+    if not (stale or bloated):
         yield Finding(
             "tables", "ok", f"{sum(row['bytes'] for row in rows) / _MB:,.0f} MB, statistics and space in order"
         )

@@ -15,8 +15,8 @@ from elizasql._statements import SQL
 from . import _out, _place
 from ._place import AgentId, DataDir, Dsn, Json
 
-# Seconds between two looks for new logs.
-_PAUSE = 1.0
+# Seconds between two looks for new logs, and how many are remembered: one that was committed late stands among them.
+_PAUSE, _WINDOW = 1.0, 100
 
 
 def add_to(app: typer.Typer) -> None:
@@ -70,28 +70,33 @@ def tail(
         async with _place.reach(dsn, data_dir) as place:
             chosen = await place.choose_agent(agent)
             async with place.open(chosen) as db:
-                shown = await db.get_logs(type=type, count=count)
-                _show_logs(shown, json=json)
+                known = await db.get_logs(type=type, count=max(count, _WINDOW))
+                _show_logs(known[:count], json=json)
                 while follow:
                     await asyncio.sleep(_PAUSE)
-                    new = await _newer(db, type, {log.id for log in shown})
+                    new = await _newer(db, type, known)
                     _show_logs(new, json=json)
-                    shown = (new + shown)[:1000]
+                    known = (new + known)[:_WINDOW]
 
     asyncio.run(work())
 
 
-async def _newer(db: DatabaseAdapter, type: str | None, known: set[Any]) -> list[Log]:
-    """Give the logs that are newer than all that are known, newest first."""
+async def _newer(db: DatabaseAdapter, type: str | None, known: list[Log]) -> list[Log]:
+    """Give the logs that have come since, newest first: those above the oldest that is known, and not known."""
+    ids, oldest = {log.id for log in known}, min(map(_rank, known), default=None)
     new: list[Log] = []
-    page = await db.get_logs(type=type, count=100)
+    page = await db.get_logs(type=type, count=_WINDOW)
     while page:
-        fresh = [log for log in page if log.id not in known]
-        new += fresh
-        if len(fresh) < len(page) or not known:
+        above = [log for log in page if oldest is None or _rank(log) > oldest]
+        new += [log for log in above if log.id not in ids]
+        if len(above) < len(page):
             break
-        page = await db.get_logs(type=type, count=100, cursor=page[-1])
+        page = await db.get_logs(type=type, count=_WINDOW, cursor=page[-1])
     return new
+
+
+def _rank(log: Log) -> tuple[Any, Any]:
+    return log.created_at, log.id
 
 
 def _show_logs(logs: list[Log], *, json: bool) -> None:
@@ -134,9 +139,9 @@ def state_of(task: Task, now: datetime) -> str:
     """Say in a word how a task stands."""
     if "queue" not in (task.tags or []):
         return "not for workers"
-    if (task.attempts or 0) >= (task.max_attempts or 1):
-        return "dead"
     held = task.ready_at is not None and task.ready_at > now
     if task.claim_token is not None and held:
         return "claimed"
+    if (task.attempts or 0) >= (task.max_attempts or 1):
+        return "dead"
     return "waiting" if held or (task.due_at is not None and task.due_at > now) else "ready"

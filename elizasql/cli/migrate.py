@@ -6,13 +6,13 @@ import asyncio
 import os
 import re
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from elizasql import _migrate
+from elizasql import _migrate, _pool
 from elizasql._statements import find_folder
 from elizasql.errors import ArgumentError, MigrationError
 
@@ -22,7 +22,7 @@ from ._place import DataDir, Dsn, Json, Place
 
 PERMISSION = "ELIZA_ALLOW_DESTRUCTIVE_MIGRATIONS"
 _RESERVED = re.compile(r"public|elizasql|migrations|information_schema|pg_.*")
-_FILE = re.compile(r"(\d+)_(.*)\.sql")
+_FILE = re.compile(r"(\d+).*\.sql")  # what dbmate takes for a migration
 
 app: typer.Typer = typer.Typer(
     help="Bring the schema up to date, or back.", no_args_is_help=True, rich_markup_mode=None
@@ -61,6 +61,15 @@ class Source:
         """Give the migration files, oldest first."""
         return sorted(path for path in self.path.iterdir() if _FILE.fullmatch(path.name))
 
+    def check(self) -> None:
+        """Refuse two files of one version: when the first is applied, dbmate counts the other as applied, too."""
+        found: dict[str, str] = {}
+        for path in self.files():
+            version = re.sub(r"\D.*", "", path.name)
+            if version in found:
+                raise ArgumentError(f"--dir: {found[version]} and {path.name} have one version: rename one of them")
+            found[version] = path.name
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -82,9 +91,9 @@ def read_sources(given: list[str] | None) -> list[Source]:
         path = Path(folder if equals else text).expanduser()
         if not path.is_dir():
             raise ArgumentError(f"--dir: there is no folder {path}")
-        sources.append(
-            Source(name_schema(schema if equals else path.resolve().name, given=bool(equals)), path.resolve())
-        )
+        source = Source(name_schema(schema if equals else path.resolve().name, given=bool(equals)), path.resolve())
+        source.check()
+        sources.append(source)
     schemas = [source.schema for source in sources]
     if twice := sorted({name for name in schemas if schemas.count(name) > 1}):
         raise ArgumentError(f"--dir: two folders for the schema {twice[0]}: name one of them with SCHEMA=FOLDER")
@@ -115,7 +124,7 @@ def up(
             _show([_step(source, path, down=False) for source in sources for path in source.files()], json, dry_run)
             return
         async with _place.reach(dsn, data_dir, create=True) as place:
-            await _look(place)
+            await _look(place, sources, check=True)
             pending = [step for source in sources for step in await _pending(place, source)]
             if not dry_run:
                 _refuse_destructive([step for step in pending if step.schema != "elizasql"])
@@ -139,7 +148,7 @@ def down(
 
     async def work() -> None:
         async with _place.reach(dsn, data_dir) as place:
-            await _look(place)
+            await _look(place, sources)
             steps = []
             for source in sources:
                 applied = [name for name, done in await _versions(place, source) if done]
@@ -162,7 +171,7 @@ def status(dirs: Dirs = None, dsn: Dsn = None, data_dir: DataDir = None, json: J
 
     async def work() -> None:
         async with _place.reach(dsn, data_dir) as place:
-            await _look(place)
+            await _look(place, sources)
             rows = [
                 {"schema": source.schema, "file": name, "applied": done}
                 for source in sources
@@ -193,7 +202,10 @@ def new(
     if dir.resolve() == find_folder("migrations").resolve():
         raise ArgumentError("--dir: elizasql's own migrations come with elizasql: choose a folder of your own")
     dir.mkdir(parents=True, exist_ok=True)
-    path = dir / f"{datetime.now(timezone.utc):%Y%m%d%H%M%S}_{cleaned}.sql"
+    now = datetime.now(timezone.utc)
+    while any(dir.glob(f"{now:%Y%m%d%H%M%S}*.sql")):  # made in the same second
+        now += timedelta(seconds=1)
+    path = dir / f"{now:%Y%m%d%H%M%S}_{cleaned}.sql"
     with path.open("x", encoding="utf-8") as file:
         file.write("-- migrate:up\n\n\n-- migrate:down\n\n")
     if json:
@@ -205,10 +217,19 @@ def new(
 # --- what they have in common ----------------------------------------------------------------------------------------
 
 
-async def _look(place: Place) -> None:
-    """See whether there is a server at all."""
-    async with place.connect(ready=False):
-        pass
+async def _look(place: Place, sources: list[Source], *, check: bool = False) -> None:
+    """See whether there is a server at all; for our own migrations, whether they are the newest that it has had.
+
+    Args:
+        place: The server.
+        sources: The folders that are meant.
+        check: Refuse for our own migrations a server that no adapter would take.
+    """
+    async with place.connect(ready=False) as connection, _pool.steady(connection, place.config):
+        if any(source.folder is None for source in sources):
+            if check:
+                (await _pool.look_at(connection)).check()
+            await _migrate.pending_versions(connection)
 
 
 async def _run(place: Place, source: Source, command: str) -> str:

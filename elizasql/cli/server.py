@@ -12,7 +12,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
 
 import orjson
 import typer
@@ -96,10 +96,18 @@ def _start_keeper(data_dir: Path) -> None:
     """Start the process that uses the server until it is told to end, unless there is one."""
     if find_keeper(data_dir) is not None:
         return
-    command = [sys.executable, "-m", "elizasql.cli._keeper", str(data_dir.resolve())]
+    # With the modules that this process has: "-m" would look for them in the working folder first, where a project may
+    # have a queue.py or a tasks.py of its own.
+    places = [os.path.abspath(place) for place in sys.path]  # noqa: PTH100
+    code = f"import sys; sys.path[:] = {places!r}; from elizasql.cli._keeper import main; main()"
     # It forks and leaves a process that is nobody's child; its pipe tells when the server is up.
     with subprocess.Popen(  # noqa: S603 - this very program
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+        [sys.executable, "-c", code, str(data_dir.resolve())],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd="/",  # it must not keep a file system busy
+        start_new_session=True,
     ) as process:
         assert process.stdout is not None
         answer = process.stdout.readline()
@@ -231,34 +239,55 @@ def psql(context: typer.Context, dsn: Dsn = None, data_dir: DataDir = None) -> N
 
     async def work() -> int:
         async with _place.reach(dsn, data_dir) as place:
-            return run_psql(place.address, context.args)
+            return run_psql(place, context.args)
 
     code = asyncio.run(work())
     if code:
         raise typer.Exit(3 if code == 2 else 1)
 
 
-def run_psql(address: str, arguments: list[str]) -> int:
+def run_psql(place: Place, arguments: list[str]) -> int:
     """Run psql in the foreground; the password travels in the environment, which others cannot read."""
-    shown, environ = for_libpq(address)
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is psql's, which ends a query with it
-    try:
-        return subprocess.run([find_program("psql"), shown, *arguments], env=environ, check=False).returncode  # noqa: S603
-    finally:
-        signal.signal(signal.SIGINT, before)
+    shown, environ = for_libpq(place.address, embedded=place.embedded)
+    with subprocess.Popen([find_program("psql"), shown, *arguments], env=environ) as psql:  # noqa: S603
+
+        def pass_on(number: int, _: object) -> None:
+            psql.send_signal(number)
+
+        # Ctrl-C is psql's, which ends a query with it, and comes to it from the terminal.
+        ours: dict[signal.Signals, Any] = {
+            signal.SIGINT: signal.SIG_IGN,
+            signal.SIGTERM: pass_on,
+            signal.SIGHUP: pass_on,
+        }
+        before = {number: signal.signal(number, handler) for number, handler in ours.items()}
+        try:
+            return psql.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
-def for_libpq(address: str) -> tuple[str, dict[str, str]]:
-    """Split a connection string into one that may be seen, and an environment that holds the password."""
+def for_libpq(address: str, *, embedded: bool = False) -> tuple[str, dict[str, str]]:
+    """Split a connection string into one that may be seen, and an environment that holds the password.
+
+    Args:
+        address: The connection string.
+        embedded: It is the embedded server's, and says all: what the user has set for other servers (PGSERVICE,
+            PGHOSTADDR, ...) would lead there.
+    """
     parts = urlsplit(address)
     user, at, host = parts.netloc.rpartition("@")
     name, _, password = user.partition(":")
     query = dict(parse_qsl(parts.query))
     password = unquote(password) or query.pop("password", "")
-    environ = {"PGAPPNAME": "elizasql", **os.environ}
+    others = {name: value for name, value in os.environ.items() if not (embedded and name.startswith("PG"))}
+    environ = {"PGAPPNAME": "elizasql", **others}
     if password:
         environ["PGPASSWORD"] = password
-    return urlunsplit(parts._replace(netloc=f"{name}{at}{host}", query=urlencode(query))), environ
+    # libpq takes "+" as it is.
+    shown = parts._replace(netloc=f"{name}{at}{host}", query=urlencode(query, quote_via=quote))
+    return urlunsplit(shown), environ
 
 
 def find_program(name: str) -> str:

@@ -18,6 +18,7 @@ from uuid import NAMESPACE_OID, UUID, uuid5
 
 import elizasql
 from elizasql import Agent, DatabaseAdapter, Entity, Memory, Room, World
+from elizasql.cli import give_up_output
 from elizasql.demo.embedders import MODEL, Embedder, HashingEmbedder, best_embedder
 from elizasql.demo.show import Answer, Hit, Progress, table
 from elizasql.demo.text import (
@@ -50,13 +51,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 when all went well, 1 when the file holds no line or the database fails, 2 when the file
-        cannot be read.
+        cannot be read, 130 when it was interrupted.
     """
     parser = argparse.ArgumentParser("elizasql demo", description="An agent remembers a conversation and answers.")
     parser.add_argument("--file", help="a text file of yours, one memory a line (`Name: text` gives the speaker)")
     parser.add_argument("--data-dir", help="where the embedded server keeps its data (default: as configured)")
     parser.add_argument("--dsn", help="a PostgreSQL server of yours in place of the embedded one")
     options = parser.parse_args(argv)
+    try:
+        code = _main(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has seen enough
+        give_up_output()
+        return 0
+    except KeyboardInterrupt:
+        print("elizasql demo: interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:
+        give_up_output()
+        print(f"elizasql demo: {error.strerror or error}", file=sys.stderr)
+        return 1
+    return code
+
+
+def _main(options: argparse.Namespace) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a memory may hold letters that this terminal has not
     path = Path(options.file) if options.file else CONVERSATION

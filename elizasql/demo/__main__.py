@@ -2,7 +2,7 @@
 
 import sys
 
-from elizasql.demo import main
+from elizasql.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["demo", *sys.argv[1:]]))
