@@ -198,7 +198,10 @@ class Meter:
         if seconds >= self._slow_call:
             logger.warning("%s took %.3f s%s", name, seconds, "" if error is None else f" ({type(error).__name__})")
         if self._observe is not None:
-            self._observe(name, started, seconds, error)
+            try:
+                self._observe(name, started, seconds, error)
+            except Exception:  # of the application's SDK: the call has its own result
+                logger.warning("%s could not be recorded", name, exc_info=True)
 
     def snapshot(self) -> dict[str, dict[str, Any]]:
         """Give for each method that was called: count, errors by type, mean, p50, p95, p99 and longest, in seconds."""

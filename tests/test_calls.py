@@ -367,6 +367,22 @@ def test_address_is_told_without_secrets(address: str, wanted: dict[str, Any]) -
     assert found == {"db.system.name": "postgresql", "db.namespace": "agents", **wanted}
 
 
+async def test_recording_that_fails_changes_no_result(
+    db: DatabaseAdapter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As with a span processor of the application that raises."""
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(db._meter, "_observe", broken)
+    id = await db.create_memory(memory(), "messages")
+    assert await db.get_memory_by_id(id) is not None
+    with pytest.raises(elizasql.ForeignKeyError):
+        await db.create_memory(memory(room_id=uuid4()), "messages")
+    assert caplog.text.count("could not be recorded") == 3
+
+
 def test_without_opentelemetry_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "opentelemetry", None)
     assert _telemetry.observer("postgresql://a/b") is None
