@@ -195,12 +195,29 @@ async def test_task_that_a_call_starts_has_not_its_limit() -> None:
     async def running() -> object:
         return _calls._running.get()
 
-    token = _calls._running.set((1.0, None))
-    try:
+    with _calls.within(1.0):
         assert await _calls.spawn(running(), "test") is None
-        assert await asyncio.create_task(running()) == (1.0, None)
-    finally:
-        _calls._running.reset(token)
+        assert await asyncio.create_task(running()) is not None
+
+
+async def test_task_that_outlives_the_call_in_which_it_was_begun(db: DatabaseAdapter) -> None:
+    """Such as a worker that the source of a load, or what makes vectors, begins for good at its first use."""
+    over = asyncio.Event()
+    tasks: list[asyncio.Task[float]] = []
+
+    async def work() -> float:
+        await over.wait()
+        assert await db.count_memories() == 1
+        return _calls.current_deadline(60.0) - time.monotonic()
+
+    async def source() -> AsyncIterator[Memory]:
+        tasks.append(asyncio.create_task(work()))
+        yield memory()
+
+    await db.load_memories(source(), "messages", timeout=20.0)
+    over.set()
+    assert await tasks[0] > 30.0, "the load's limit is not the worker's"
+    assert db._meter.snapshot()["count_memories"]["count"] == 1
 
 
 # --- the figures -----------------------------------------------------------------------------------------------------
