@@ -346,8 +346,9 @@ class Executor:
 
     def _fail(self, error: Exception, connection: Any, permit: int, *, used: bool) -> _Failed:
         """Judge a failure after the connection was taken, and let go of it."""
-        if isinstance(error, asyncpg.InternalClientError):
-            self.lane.drop(connection)  # the driver has lost its place in the conversation
+        if isinstance(error, (asyncpg.InternalClientError, asyncpg.ReadOnlySQLTransactionError)):
+            # The driver has lost its place in the conversation; or it is a standby's, since a failover.
+            self.lane.drop(connection)
         failed = _Failed(error, classify(error, sent=True, lost=not is_open(connection)), connection, used=used)
         if isinstance(error, (asyncio.TimeoutError, TimeoutError)):
             # Too little time, or a dead server? Its answer to the cancellation tells.
@@ -359,8 +360,6 @@ class Executor:
         if isinstance(error, asyncpg.PostgresError) and _is_free(connection):
             self.lane.keep(connection)
         else:
-            if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
-                self.lane.drop(connection)
             self.lane.give_back(connection)
         return failed
 
@@ -548,6 +547,8 @@ class _TransactionExecutor(Executor):
                     self._cut_short = name
                 if not isinstance(error, Exception):
                     raise
+                if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
+                    await self.lane.replace()  # the caller may try again: not on this one, nor on one like it
                 if isinstance(error, asyncpg.InternalClientError):
                     self.lane.drop(self._connection)
                 raise self._explain(error, name) from error

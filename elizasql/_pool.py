@@ -199,8 +199,10 @@ class Lane:
         self._vector_schema = vector_schema
         self._min_size = min_size
         self._patient = patient
-        # Who has a place of asyncpg's pool: connections in use, kept or on their way back, and attempts to make one.
-        self._places: set[Any] = set()
+        # Who has a place of asyncpg's pool: connections in use, kept or on their way back, and attempts to make one;
+        # and the generation of each.
+        self._places: dict[Any, int] = {}
+        self._generation = 0
         self._kept: list[Any] = []
         self._waiters: deque[asyncio.Future[Any]] = deque()
         self._returning: set[asyncio.Task[None]] = set()
@@ -310,7 +312,7 @@ class Lane:
         idle = self.pool.get_idle_size() > 0
         # What it waits for is the network alone: it has a place for each that we ask for.
         task = spawn(self._connect(), "elizasql-connect")
-        self._places.add(task)
+        self._places[task] = self._generation
         self._connecting.add(task)
         task.add_done_callback(self._connecting.discard)
         try:
@@ -327,7 +329,7 @@ class Lane:
 
     def _arrive(self, task: asyncio.Task[Any]) -> Any:
         """Give the connection that an attempt has made, which takes its place."""
-        self._places.discard(task)
+        generation = self._places.pop(task)
         try:
             connection = task.result()
         except BaseException as error:
@@ -336,7 +338,7 @@ class Lane:
                 # Nobody but `close` cancels an attempt: the caller was not cancelled.
                 raise ClosedError("the connections were closed meanwhile") from error
             raise
-        self._places.add(connection)
+        self._places[connection] = generation
         return connection
 
     def _come_late(self, task: asyncio.Task[Any], late: Late) -> None:
@@ -366,9 +368,12 @@ class Lane:
 
     def keep(self, connection: Any) -> None:
         """End a call that went well: its connection is free, and in no transaction."""
-        if connection not in self._places:
+        generation = self._places.get(connection)
+        if generation is None:
             return  # it was dropped meanwhile
-        if not self._hand_over(connection):
+        if generation != self._generation:
+            self.give_back(connection)
+        elif not self._hand_over(connection):
             self._kept.append(connection)
             if self._sweep is None:
                 self._sweep = asyncio.get_running_loop().call_later(_KEEP, self._begin_sweep)
@@ -412,7 +417,7 @@ class Lane:
 
     def _free(self, connection: Any) -> None:
         if connection in self._places:
-            self._places.remove(connection)
+            del self._places[connection]
             self._wake()
 
     async def let_go(self) -> None:
@@ -423,7 +428,8 @@ class Lane:
             await asyncio.wait(self._returning)
 
     async def replace(self) -> None:
-        """Let every connection that is free now be replaced by a new one before it is used again."""
+        """Let every connection that there is be replaced by a new one before another call gets it."""
+        self._generation += 1
         while self._kept:
             self.give_back(self._kept.pop())
         await self.pool.expire_connections()
