@@ -367,6 +367,8 @@ class Executor:
         failed.permit = permit
         if isinstance(failed.error, UnknownOutcomeError):
             self._breaker.leave(permit)  # the tries to settle it have spoken
+        elif failed.stale and self._breaker.state == "half_open":
+            self._breaker.leave(permit)  # a probe that the server has not heard of: the next try asks it
         elif is_answer(failed.error, failed.outcome):
             self._breaker.succeed(permit)
         else:
@@ -427,11 +429,7 @@ class Executor:
     _UNDO: tuple[Statement, ...] = (SQL["roll_back_transaction"],)
 
     async def _begin_on(self, connection: Any, deadline: float) -> None:
-        try:
-            await _send(connection, self._BEGIN, deadline)
-        except BaseException:
-            self.lane.drop(connection)  # nobody knows whether it was begun
-            raise
+        await _send(connection, self._BEGIN, deadline)
 
     async def _commit_on(self, connection: Any, deadline: float) -> None:
         """End a transaction; when its end is lost, find out how it ended.
@@ -547,10 +545,10 @@ class _TransactionExecutor(Executor):
                     self._cut_short = name
                 if not isinstance(error, Exception):
                     raise
-                if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
-                    await self.lane.replace()  # the caller may try again: not on this one, nor on one like it
                 if isinstance(error, asyncpg.InternalClientError):
                     self.lane.drop(self._connection)
+                if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
+                    await self.lane.replace()  # the caller may try again: not on this one, nor on one like it
                 raise self._explain(error, name) from error
         finally:
             self._turn.pass_on()

@@ -243,7 +243,7 @@ class Lane:
                 connect=_hosts.connect,
                 connection_class=_Connection,
                 timeout=config.connection_timeout,
-                command_timeout=config.timeout,
+                command_timeout=config.connection_timeout,  # for what asyncpg asks by itself: each call has its own
                 # Above the number of texts in use, 1,100 with agents in all 16 partitions: with a cache of 100 and 130
                 # texts in use a call takes 257 us instead of 70.
                 statement_cache_size=2048 if config.prepared_statements else 0,
@@ -391,19 +391,22 @@ class Lane:
 
     async def _return(self, connection: Any, then: Callable[[bool], None] | None) -> None:
         answered = False
-        bare = connection._con  # what the pool takes out of its cover
+        patience = self._config.connection_timeout
         try:
-            if is_open(connection) and connection.is_in_transaction():
-                await connection.execute(SQL["roll_back_transaction"].sql, timeout=self._config.connection_timeout)
-            # asyncpg asks the server to cancel what is running, and waits for its answer.
-            await self.pool.release(connection, timeout=self._config.connection_timeout)
-            answered = bare is not None and not bare.is_closed()
+            if is_open(connection):
+                # asyncpg has asked the server to cancel what is running; its answer says what became of a BEGIN, too.
+                await connection._protocol._wait_for_cancellation(patience)
+                if connection.is_in_transaction():
+                    await connection.execute(SQL["roll_back_transaction"].sql, timeout=patience)
+                answered = is_open(connection)
+            await self.pool.release(connection, timeout=patience)
         except BaseException as error:
             # What the call gives or raises is known already, and the server undoes what it was not told to.
             logger.debug("a connection is dropped that could not be released", exc_info=True)
             self.drop(connection)
             if not isinstance(error, Exception):
                 raise
+            await self.replace()  # a server that is silent on one may be so on all
         finally:
             self._free(connection)
             if then is not None:
