@@ -435,6 +435,28 @@ async def test_closing_ends_in_time_in_a_black_hole(proxy: Proxy, make_db: MakeA
     await proxy.heal(cut=True)
 
 
+async def test_closing_waits_for_everything_at_once(proxy: Proxy, make_db: MakeAdapter) -> None:
+    """Four workers' notifications, and calls in both lanes, have the time of one."""
+    db = await make_db(dsn=proxy.dsn, timeout=60.0, connection_timeout=1.0)
+    tasks: list[asyncio.Task[Any]] = [asyncio.create_task(anext(db.wait_for_tasks())) for _ in range(4)]
+
+    async def all_listen() -> bool:
+        # Each looks once at first, and again as soon as it listens.
+        return bool(db._meter.snapshot().get("claim_tasks", {"count": 0})["count"] >= 8 and not db._executor.in_flight)
+
+    await until(all_listen, "all listen")
+    proxy.hold()
+    tasks += [asyncio.create_task(db.get_memory_by_id(uuid4())), asyncio.create_task(db.index_memories())]
+    await asyncio.sleep(0)
+    began = time.monotonic()
+    await db.close(timeout=1.0)
+    # What listens, the calls, and the connections of both lanes, one after the other.
+    assert time.monotonic() - began <= 1.0 + 1.0 + 2.0 + GRACE
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(result) for result in results] == [elizasql.ClosedError] * 6
+    await proxy.heal(cut=True)
+
+
 async def test_closing_ends_calls_that_wait_for_a_connection(proxy: Proxy, make_db: MakeAdapter) -> None:
     """The attempt to connect is given up, and those behind it need not wait either; nobody has cancelled them."""
     db = await make_db(dsn=proxy.dsn, timeout=60.0, connection_timeout=60.0, pool_max_size=1)
