@@ -419,6 +419,14 @@ async def test_settings_are_in_force_on_every_connection(make_db: MakeAdapter) -
     assert _pool.session_settings(db.config)["application_name"] == "ada"
 
 
+async def test_prepared_statements_do_not_expire(db: DatabaseAdapter) -> None:
+    """asyncpg closes the expired ones in the next call that prepares one, a round trip each, without a time limit."""
+    for lane in (db._executor.lane, db._background.lane):
+        connection, _ = await lane.acquire(5)
+        assert connection._stmt_cache.get_max_lifetime() == 0
+        lane.keep(connection)
+
+
 async def test_settings_survive_use(db: DatabaseAdapter) -> None:
     """Nothing is reset when a connection is given back, so nothing may be set."""
     pool = db._executor.lane.pool
