@@ -157,6 +157,14 @@ async def connect(dsn: str, config: Config) -> asyncpg.Connection[Any]:
         raise _explain(error, config) from error
 
 
+# What the server says to a setting of the session that it does not know, cannot change, or whose value does not fit.
+_REFUSED_SETTINGS = (
+    asyncpg.UndefinedObjectError,
+    asyncpg.CantChangeRuntimeParamError,
+    asyncpg.InvalidParameterValueError,
+)
+
+
 def _explain(error: Exception, config: Config) -> ElizaSQLError:
     if isinstance(error, (asyncio.TimeoutError, TimeoutError)):
         return ConnectionLostError(f"no connection to {config.where} within {config.connection_timeout:g} s")
@@ -164,6 +172,8 @@ def _explain(error: Exception, config: Config) -> ElizaSQLError:
     if isinstance(made, InternalError) and isinstance(error, (ValueError, OverflowError)):
         # Of the address: a port that is none, or fewer ports than hosts.
         return ConfigurationError(f"{config.where}: {error}")
+    if isinstance(error, _REFUSED_SETTINGS):
+        return ConfigurationError(f"{config.where}: {made}; the address sets it, as all that the driver does not know")
     return made
 
 

@@ -359,8 +359,13 @@ async def test_partitions_are_named_where_that_changes_nothing(dsn: str, server_
         await admin.close()
 
 
-async def test_address_that_the_driver_does_not_take(dsn: str) -> None:
-    await assert_hidden(elizasql.ConfigurationError, with_query(dsn, sslmode="sometimes"))
+@pytest.mark.parametrize(
+    "setting", [{"sslmode": "sometimes"}, {"channel_binding": "require"}, {"ssl": "true"}, {"statement_timeout": "x"}]
+)
+async def test_address_that_the_driver_or_the_server_does_not_take(dsn: str, setting: dict[str, str]) -> None:
+    """Other clients know more than asyncpg, or leave out what they do not know; the error names what it is."""
+    error = await assert_hidden(elizasql.ConfigurationError, with_query(dsn, **setting))
+    assert next(iter(setting)) in str(error)
 
 
 # --- what the server must be -----------------------------------------------------------------------------------------
