@@ -44,6 +44,10 @@ T = TypeVar("T")
 Arguments = list[Any]
 Work = Callable[[Any, float], Awaitable[Any]]
 
+# What speaks of the connection, where another one does better: it leads to a standby since a failover, or what it knows
+# of types and statements is no longer so.
+_OUTDATED = (asyncpg.ReadOnlySQLTransactionError, asyncpg.InvalidCachedStatementError, asyncpg.InternalServerError)
+
 # Seconds that a rollback has in any case, also when the call that failed has none left.
 _UNDO_TIME = 0.5
 
@@ -346,9 +350,8 @@ class Executor:
 
     def _fail(self, error: Exception, connection: Any, permit: int, *, used: bool) -> _Failed:
         """Judge a failure after the connection was taken, and let go of it."""
-        if isinstance(error, (asyncpg.InternalClientError, asyncpg.ReadOnlySQLTransactionError)):
-            # The driver has lost its place in the conversation; or it is a standby's, since a failover.
-            self.lane.drop(connection)
+        if isinstance(error, (asyncpg.InternalClientError, *_OUTDATED)):
+            self.lane.drop(connection)  # the driver has lost its place in the conversation, or it is of no use any more
         failed = _Failed(error, classify(error, sent=True, lost=not is_open(connection)), connection, used=used)
         if isinstance(error, (asyncio.TimeoutError, TimeoutError)):
             # Too little time, or a dead server? Its answer to the cancellation tells.
@@ -547,7 +550,7 @@ class _TransactionExecutor(Executor):
                     raise
                 if isinstance(error, asyncpg.InternalClientError):
                     self.lane.drop(self._connection)
-                if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
+                if isinstance(error, _OUTDATED):
                     await self.lane.replace()  # the caller may try again: not on this one, nor on one like it
                 raise self._explain(error, name) from error
         finally:

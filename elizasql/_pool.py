@@ -182,6 +182,16 @@ class _Connection(asyncpg.Connection):  # type: ignore[misc]
 
     __slots__ = ()
 
+    async def _introspect_types(self, typeoids: Any, timeout: float | None) -> Any:
+        """Learn types while the connection is made; no later, when asyncpg would read `vector` as text.
+
+        A type that is new then is that of an extension which was created anew, as by a dump that was restored: the
+        codecs belong to the one that is gone.
+        """
+        if self._pool_holder is not None:
+            raise asyncpg.InvalidCachedStatementError("the types that this connection knows have been made anew")
+        return await super()._introspect_types(typeoids, timeout)
+
     async def close(self, *, timeout: float | None = None) -> None:
         """Close in good order, or cut what cannot be closed any more."""
         with suppress(OSError, asyncio.TimeoutError, asyncpg.PostgresConnectionError):
