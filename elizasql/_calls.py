@@ -28,11 +28,33 @@ F = TypeVar("F", bound=Callable[..., Any])
 _UNBOUNDED = "__elizasql_unbounded__"
 _LIMIT = "__elizasql_limit__"
 
-# The call that is running: when it must have ended, by `time.monotonic`, and the meter of its adapter, None: of any.
-# Not the adapter itself: what is begun meanwhile, such as a timer, may keep this for long after the call.
-_running: contextvars.ContextVar[tuple[float, Meter | None] | None] = contextvars.ContextVar(
-    "elizasql_running", default=None
-)
+
+class _Call:
+    """A call that is running.
+
+    A timer or a task of the caller's code that is begun meanwhile may keep this for long after the call, and is no part
+    of it any more: so it knows whether the call is over, and does not hold the adapter.
+
+    Attributes:
+        deadline: When it must have ended, by `time.monotonic`.
+        meter: Of its adapter, None: of any.
+        over: Whether it has ended.
+    """
+
+    __slots__ = ("deadline", "meter", "over")
+
+    def __init__(self, deadline: float, meter: Meter | None) -> None:
+        self.deadline = deadline
+        self.meter = meter
+        self.over = False
+
+
+_running: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("elizasql_running", default=None)
+
+
+def _current_call() -> _Call | None:
+    call = _running.get()
+    return None if call is None or call.over else call
 
 
 def current_deadline(default: float, meter: Meter | None = None) -> float:
@@ -42,25 +64,26 @@ def current_deadline(default: float, meter: Meter | None = None) -> float:
         default: Seconds.
         meter: Of the adapter that asks: inside of a call of another one both hold.
     """
-    running = _running.get()
+    running = _current_call()
     if running is None:
         return time.monotonic() + default
-    deadline, caller = running
-    if meter is None or caller is None or caller is meter:
-        return deadline
-    return min(deadline, time.monotonic() + default)
+    if meter is None or running.meter is None or running.meter is meter:
+        return running.deadline
+    return min(running.deadline, time.monotonic() + default)
 
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
     """Give what runs in the block so many seconds, and never more than the running call has left."""
-    outer = _running.get()
+    outer = _current_call()
     deadline = time.monotonic() + seconds
-    token = _running.set((deadline, None) if outer is None else (min(outer[0], deadline), outer[1]))
+    call = _Call(deadline, None) if outer is None else _Call(min(outer.deadline, deadline), outer.meter)
+    token = _running.set(call)
     try:
         yield
     finally:
         _running.reset(token)
+        call.over = True
 
 
 def unbounded(method: F) -> F:
@@ -107,13 +130,14 @@ def _bounded(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[A
     @functools.wraps(method)
     async def call(self: Any, *args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
         meter = self._meter
-        outer = _running.get()
-        if outer is not None and timeout is None and outer[1] is meter:
+        outer = _current_call()
+        if outer is not None and timeout is None and outer.meter is meter:
             return await method(self, *args, **kwargs)
         limit = _as_timeout(timeout) if timeout is not None else own_limit or self.config.timeout
         started = clock()
         deadline = started + limit
-        token = _running.set((deadline if outer is None else min(deadline, outer[0]), meter))
+        running = _Call(deadline if outer is None else min(deadline, outer.deadline), meter)
+        token = _running.set(running)
         failed: BaseException | None = None
         try:
             return await method(self, *args, **kwargs)
@@ -122,6 +146,7 @@ def _bounded(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[A
             raise
         finally:
             _running.reset(token)
+            running.over = True
             meter.record(name, started, clock() - started, failed)
 
     return call
@@ -198,7 +223,10 @@ class Meter:
         if seconds >= self._slow_call:
             logger.warning("%s took %.3f s%s", name, seconds, "" if error is None else f" ({type(error).__name__})")
         if self._observe is not None:
-            self._observe(name, started, seconds, error)
+            try:
+                self._observe(name, started, seconds, error)
+            except Exception:  # of the application's SDK: the call has its own result
+                logger.warning("%s could not be recorded", name, exc_info=True)
 
     def snapshot(self) -> dict[str, dict[str, Any]]:
         """Give for each method that was called: count, errors by type, mean, p50, p95, p99 and longest, in seconds."""

@@ -44,6 +44,10 @@ T = TypeVar("T")
 Arguments = list[Any]
 Work = Callable[[Any, float], Awaitable[Any]]
 
+# What speaks of the connection, where another one does better: it leads to a standby since a failover, or what it knows
+# of types and statements is no longer so.
+_OUTDATED = (asyncpg.ReadOnlySQLTransactionError, asyncpg.InvalidCachedStatementError, asyncpg.InternalServerError)
+
 # Seconds that a rollback has in any case, also when the call that failed has none left.
 _UNDO_TIME = 0.5
 
@@ -346,8 +350,8 @@ class Executor:
 
     def _fail(self, error: Exception, connection: Any, permit: int, *, used: bool) -> _Failed:
         """Judge a failure after the connection was taken, and let go of it."""
-        if isinstance(error, asyncpg.InternalClientError):
-            self.lane.drop(connection)  # the driver has lost its place in the conversation
+        if isinstance(error, (asyncpg.InternalClientError, *_OUTDATED)):
+            self.lane.drop(connection)  # the driver has lost its place in the conversation, or it is of no use any more
         failed = _Failed(error, classify(error, sent=True, lost=not is_open(connection)), connection, used=used)
         if isinstance(error, (asyncio.TimeoutError, TimeoutError)):
             # Too little time, or a dead server? Its answer to the cancellation tells.
@@ -359,8 +363,6 @@ class Executor:
         if isinstance(error, asyncpg.PostgresError) and _is_free(connection):
             self.lane.keep(connection)
         else:
-            if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
-                self.lane.drop(connection)
             self.lane.give_back(connection)
         return failed
 
@@ -368,6 +370,8 @@ class Executor:
         failed.permit = permit
         if isinstance(failed.error, UnknownOutcomeError):
             self._breaker.leave(permit)  # the tries to settle it have spoken
+        elif failed.stale and self._breaker.state == "half_open":
+            self._breaker.leave(permit)  # a probe that the server has not heard of: the next try asks it
         elif is_answer(failed.error, failed.outcome):
             self._breaker.succeed(permit)
         else:
@@ -428,11 +432,7 @@ class Executor:
     _UNDO: tuple[Statement, ...] = (SQL["roll_back_transaction"],)
 
     async def _begin_on(self, connection: Any, deadline: float) -> None:
-        try:
-            await _send(connection, self._BEGIN, deadline)
-        except BaseException:
-            self.lane.drop(connection)  # nobody knows whether it was begun
-            raise
+        await _send(connection, self._BEGIN, deadline)
 
     async def _commit_on(self, connection: Any, deadline: float) -> None:
         """End a transaction; when its end is lost, find out how it ended.
@@ -550,6 +550,8 @@ class _TransactionExecutor(Executor):
                     raise
                 if isinstance(error, asyncpg.InternalClientError):
                     self.lane.drop(self._connection)
+                if isinstance(error, _OUTDATED):
+                    await self.lane.replace()  # the caller may try again: not on this one, nor on one like it
                 raise self._explain(error, name) from error
         finally:
             self._turn.pass_on()

@@ -158,6 +158,14 @@ async def connect(dsn: str, config: Config) -> asyncpg.Connection[Any]:
         raise _explain(error, dsn, config) from error
 
 
+# What the server says to a setting of the session that it does not know, cannot change, or whose value does not fit.
+_REFUSED_SETTINGS = (
+    asyncpg.UndefinedObjectError,
+    asyncpg.CantChangeRuntimeParamError,
+    asyncpg.InvalidParameterValueError,
+)
+
+
 def _explain(error: Exception, dsn: str, config: Config) -> ElizaSQLError:
     where = redact(dsn)
     if isinstance(error, (asyncio.TimeoutError, TimeoutError)):
@@ -166,6 +174,8 @@ def _explain(error: Exception, dsn: str, config: Config) -> ElizaSQLError:
     if isinstance(made, InternalError) and isinstance(error, (ValueError, OverflowError)):
         # Of the address: a port that is none, or fewer ports than hosts.
         return ConfigurationError(f"{where}: {error}")
+    if isinstance(error, _REFUSED_SETTINGS):
+        return ConfigurationError(f"{where}: {made}; the address sets it, as all that the driver does not know")
     if isinstance(made, UnavailableError):
         # The system's word for an unknown host does not name it.
         made.args = (f"no connection to {where}: {made}",)
@@ -176,6 +186,16 @@ class _Connection(asyncpg.Connection):  # type: ignore[misc]
     """asyncpg's, whose end is no error when the server was gone before: the pool closes in tasks that nobody awaits."""
 
     __slots__ = ()
+
+    async def _introspect_types(self, typeoids: Any, timeout: float | None) -> Any:
+        """Learn types while the connection is made; no later, when asyncpg would read `vector` as text.
+
+        A type that is new then is that of an extension which was created anew, as by a dump that was restored: the
+        codecs belong to the one that is gone.
+        """
+        if self._pool_holder is not None:
+            raise asyncpg.InvalidCachedStatementError("the types that this connection knows have been made anew")
+        return await super()._introspect_types(typeoids, timeout)
 
     async def close(self, *, timeout: float | None = None) -> None:
         """Close in good order, or cut what cannot be closed any more."""
@@ -204,8 +224,10 @@ class Lane:
         self._vector_schema = vector_schema
         self._min_size = min_size
         self._patient = patient
-        # Who has a place of asyncpg's pool: connections in use, kept or on their way back, and attempts to make one.
-        self._places: set[Any] = set()
+        # Who has a place of asyncpg's pool: connections in use, kept or on their way back, and attempts to make one;
+        # and the generation of each.
+        self._places: dict[Any, int] = {}
+        self._generation = 0
         self._kept: list[Any] = []
         self._waiters: deque[asyncio.Future[Any]] = deque()
         self._returning: set[asyncio.Task[None]] = set()
@@ -246,10 +268,13 @@ class Lane:
                 connect=_hosts.connect,
                 connection_class=_Connection,
                 timeout=config.connection_timeout,
-                command_timeout=config.timeout,
+                command_timeout=config.connection_timeout,  # for what asyncpg asks by itself: each call has its own
                 # Above the number of texts in use, 1,100 with agents in all 16 partitions: with a cache of 100 and 130
                 # texts in use a call takes 257 us instead of 70.
                 statement_cache_size=2048 if config.prepared_statements else 0,
+                # Otherwise each is prepared anew every 5 minutes, and the caller who does so waits without limit while
+                # asyncpg closes all that have expired, one round trip each.
+                max_cached_statement_lifetime=0,
                 server_settings=session_settings(config),
             )
         except Exception as error:
@@ -315,7 +340,7 @@ class Lane:
         idle = self.pool.get_idle_size() > 0
         # What it waits for is the network alone: it has a place for each that we ask for.
         task = spawn(self._connect(), "elizasql-connect")
-        self._places.add(task)
+        self._places[task] = self._generation
         self._connecting.add(task)
         task.add_done_callback(self._connecting.discard)
         try:
@@ -332,7 +357,7 @@ class Lane:
 
     def _arrive(self, task: asyncio.Task[Any]) -> Any:
         """Give the connection that an attempt has made, which takes its place."""
-        self._places.discard(task)
+        generation = self._places.pop(task)
         try:
             connection = task.result()
         except BaseException as error:
@@ -341,7 +366,7 @@ class Lane:
                 # Nobody but `close` cancels an attempt: the caller was not cancelled.
                 raise ClosedError("the connections were closed meanwhile") from error
             raise
-        self._places.add(connection)
+        self._places[connection] = generation
         return connection
 
     def _come_late(self, task: asyncio.Task[Any], late: Late) -> None:
@@ -371,9 +396,12 @@ class Lane:
 
     def keep(self, connection: Any) -> None:
         """End a call that went well: its connection is free, and in no transaction."""
-        if connection not in self._places:
+        generation = self._places.get(connection)
+        if generation is None:
             return  # it was dropped meanwhile
-        if not self._hand_over(connection):
+        if generation != self._generation:
+            self.give_back(connection)
+        elif not self._hand_over(connection):
             self._kept.append(connection)
             if self._sweep is None:
                 self._sweep = asyncio.get_running_loop().call_later(_KEEP, self._begin_sweep)
@@ -391,19 +419,22 @@ class Lane:
 
     async def _return(self, connection: Any, then: Callable[[bool], None] | None) -> None:
         answered = False
-        bare = connection._con  # what the pool takes out of its cover
+        patience = self._config.connection_timeout
         try:
-            if is_open(connection) and connection.is_in_transaction():
-                await connection.execute(SQL["roll_back_transaction"].sql, timeout=self._config.connection_timeout)
-            # asyncpg asks the server to cancel what is running, and waits for its answer.
-            await self.pool.release(connection, timeout=self._config.connection_timeout)
-            answered = bare is not None and not bare.is_closed()
+            if is_open(connection):
+                # asyncpg has asked the server to cancel what is running; its answer says what became of a BEGIN, too.
+                await connection._protocol._wait_for_cancellation(patience)
+                if connection.is_in_transaction():
+                    await connection.execute(SQL["roll_back_transaction"].sql, timeout=patience)
+                answered = is_open(connection)
+            await self.pool.release(connection, timeout=patience)
         except BaseException as error:
             # What the call gives or raises is known already, and the server undoes what it was not told to.
             logger.debug("a connection is dropped that could not be released", exc_info=True)
             self.drop(connection)
             if not isinstance(error, Exception):
                 raise
+            await self.replace()  # a server that is silent on one may be so on all
         finally:
             self._free(connection)
             if then is not None:
@@ -417,7 +448,7 @@ class Lane:
 
     def _free(self, connection: Any) -> None:
         if connection in self._places:
-            self._places.remove(connection)
+            del self._places[connection]
             self._wake()
 
     async def let_go(self) -> None:
@@ -428,7 +459,8 @@ class Lane:
             await asyncio.wait(self._returning)
 
     async def replace(self) -> None:
-        """Let every connection that is free now be replaced by a new one before it is used again."""
+        """Let every connection that there is be replaced by a new one before another call gets it."""
+        self._generation += 1
         while self._kept:
             self.give_back(self._kept.pop())
         await self.pool.expire_connections()

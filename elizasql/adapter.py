@@ -248,10 +248,8 @@ class DatabaseAdapter(
             try:
                 await self._indexer.stop()
                 await self._resident.close()
-                for listener in tuple(self._listeners):
-                    await listener.close()
-                await self._executor.drain(timeout)
-                await self._background.drain(timeout)
+                await asyncio.gather(*(listener.close() for listener in self._listeners))
+                await asyncio.gather(self._executor.drain(timeout), self._background.drain(timeout))
             except BaseException:
                 # What is waited for no longer ends by itself.
                 for listener in self._listeners:

@@ -11,7 +11,7 @@
     │   └── EmbeddingDimensionError   another width than the agent is locked to: `locked`, `given`
     ├── NotFoundError                 P0002: the row that the call is about does not exist
     ├── ReembeddingError              the agent cannot move to another width of embeddings now: `missing`
-    ├── UnavailableError              no answer from the server; a later try may succeed, except UnknownOutcomeError
+    ├── UnavailableError              no answer; 25006: no writes; a later try may succeed, except UnknownOutcomeError
     │   ├── ConnectionLostError       08*, 25P03, 57P01, 57P02, 57P03, a refused or broken connection
     │   ├── PoolTimeoutError          no pooled connection became free in time
     │   ├── CircuitOpenError          the server failed too often; refused without asking it: `retry_after`
@@ -181,7 +181,7 @@ class ReembeddingError(ElizaSQLError):
 
 
 class UnavailableError(ElizaSQLError):
-    """The server gave no answer."""
+    """The server gave no answer, or takes no writes at the moment, as a standby does."""
 
     retryable = True
 
@@ -318,6 +318,8 @@ _BY_SQLSTATE: dict[str, type[ElizaSQLError]] = {
     "21": DataError,
     "22": DataError,
     "23": IntegrityError,
+    # After a failover another connection may lead to the primary.
+    "25006": UnavailableError,
     "25": TransactionError,
     "28": PermissionDeniedError,
     "3D": ConfigurationError,

@@ -372,8 +372,13 @@ async def test_partitions_are_named_where_that_changes_nothing(dsn: str, server_
         await admin.close()
 
 
-async def test_address_that_the_driver_does_not_take(dsn: str) -> None:
-    await assert_hidden(elizasql.ConfigurationError, with_query(dsn, sslmode="sometimes"))
+@pytest.mark.parametrize(
+    "setting", [{"sslmode": "sometimes"}, {"channel_binding": "require"}, {"ssl": "true"}, {"statement_timeout": "x"}]
+)
+async def test_address_that_the_driver_or_the_server_does_not_take(dsn: str, setting: dict[str, str]) -> None:
+    """Other clients know more than asyncpg, or leave out what they do not know; the error names what it is."""
+    error = await assert_hidden(elizasql.ConfigurationError, with_query(dsn, **setting))
+    assert next(iter(setting)) in str(error)
 
 
 # --- what the server must be -----------------------------------------------------------------------------------------
@@ -430,6 +435,14 @@ async def test_settings_are_in_force_on_every_connection(make_db: MakeAdapter) -
         await pool.release(connection)
     assert _pool.session_settings(db.config)["hnsw.ef_search"] == "77"
     assert _pool.session_settings(db.config)["application_name"] == "ada"
+
+
+async def test_prepared_statements_do_not_expire(db: DatabaseAdapter) -> None:
+    """asyncpg closes the expired ones in the next call that prepares one, a round trip each, without a time limit."""
+    for lane in (db._executor.lane, db._background.lane):
+        connection, _ = await lane.acquire(5)
+        assert connection._stmt_cache.get_max_lifetime() == 0
+        lane.keep(connection)
 
 
 async def test_settings_survive_use(db: DatabaseAdapter) -> None:

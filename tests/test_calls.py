@@ -195,12 +195,29 @@ async def test_task_that_a_call_starts_has_not_its_limit() -> None:
     async def running() -> object:
         return _calls._running.get()
 
-    token = _calls._running.set((1.0, None))
-    try:
+    with _calls.within(1.0):
         assert await _calls.spawn(running(), "test") is None
-        assert await asyncio.create_task(running()) == (1.0, None)
-    finally:
-        _calls._running.reset(token)
+        assert await asyncio.create_task(running()) is not None
+
+
+async def test_task_that_outlives_the_call_in_which_it_was_begun(db: DatabaseAdapter) -> None:
+    """Such as a worker that the source of a load, or what makes vectors, begins for good at its first use."""
+    over = asyncio.Event()
+    tasks: list[asyncio.Task[float]] = []
+
+    async def work() -> float:
+        await over.wait()
+        assert await db.count_memories() == 1
+        return _calls.current_deadline(60.0) - time.monotonic()
+
+    async def source() -> AsyncIterator[Memory]:
+        tasks.append(asyncio.create_task(work()))
+        yield memory()
+
+    await db.load_memories(source(), "messages", timeout=20.0)
+    over.set()
+    assert await tasks[0] > 30.0, "the load's limit is not the worker's"
+    assert db._meter.snapshot()["count_memories"]["count"] == 1
 
 
 # --- the figures -----------------------------------------------------------------------------------------------------
@@ -365,6 +382,22 @@ async def test_spans_and_durations(dsn: str, make_db: MakeAdapter, monkeypatch: 
 def test_address_is_told_without_secrets(address: str, wanted: dict[str, Any]) -> None:
     found = _telemetry._attributes(address)
     assert found == {"db.system.name": "postgresql", "db.namespace": "agents", **wanted}
+
+
+async def test_recording_that_fails_changes_no_result(
+    db: DatabaseAdapter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As with a span processor of the application that raises."""
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(db._meter, "_observe", broken)
+    id = await db.create_memory(memory(), "messages")
+    assert await db.get_memory_by_id(id) is not None
+    with pytest.raises(elizasql.ForeignKeyError):
+        await db.create_memory(memory(room_id=uuid4()), "messages")
+    assert caplog.text.count("could not be recorded") == 3
 
 
 def test_without_opentelemetry_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,13 +13,26 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import asyncpg
+import numpy as np
 import pytest
 
 import elizasql
 from elizasql import DatabaseAdapter
 from tests.faults.conftest import MakeAdapter, make_room
-from tests.faults.harness import TYPE, Ledger, Workload, check, content_of, memory_of, new_id, pool_is_whole
-from tests.faults.server import FaultServer, until
+from tests.faults.harness import (
+    TYPE,
+    WIDTH,
+    Ledger,
+    Workload,
+    check,
+    content_of,
+    embedding_of,
+    has_embedding,
+    memory_of,
+    new_id,
+    pool_is_whole,
+)
+from tests.faults.server import FaultServer, until, with_database
 
 
 @pytest.fixture
@@ -238,6 +251,45 @@ async def test_plan_that_no_longer_fits_is_made_anew(make_db: MakeAdapter, serve
             assert found is not None and found.source == "test"
             assert [room.id for room in await db.get_rooms_by_ids([room])] == [room]
     assert (await db.health())["breaker"]["failures"] == 0
+
+
+async def test_types_that_were_made_anew(make_db: MakeAdapter, server: FaultServer) -> None:
+    """A dump was restored under a running process: the types have other numbers, the driver's codecs not."""
+    async with server.admin() as admin:
+        await admin.execute("DROP DATABASE IF EXISTS restored WITH (FORCE)")
+        await admin.execute("CREATE DATABASE restored")
+    dsn = with_database(server.admin_dsn, "restored")
+    async with elizasql.connect(agent_id=uuid4(), dsn=dsn, indexing="manual", pool_max_size=3, resident="off") as db:
+        chance = random.Random(1)
+        ids = [id for id in (new_id(chance) for _ in range(20)) if has_embedding(id)]
+
+        async def begin() -> None:
+            await db.ensure_agent_exists({"name": "x"})
+            await db.ensure_embedding_dimension(WIDTH)
+
+        async def use(id: UUID) -> None:
+            await db.create_memory(memory_of(id, 1), TYPE)
+            found = await db.get_memory_by_id(id, include_embedding=True)
+            assert found is not None and isinstance(found.embedding, np.ndarray)
+            await db.search_memories(embedding=embedding_of(id, 1), table_name=TYPE)
+
+        await begin()
+        await asyncio.gather(*(use(id) for id in ids[:3]))
+        async with server.admin("restored") as admin:
+            await admin.execute("DROP SCHEMA elizasql CASCADE; DROP EXTENSION vector CASCADE")
+        async with elizasql.connect(agent_id=uuid4(), dsn=dsn, indexing="manual", application_name="restores"):
+            pass
+        await begin()
+        refused = 0
+        for id in ids[3:]:
+            try:
+                await use(id)
+            except elizasql.InternalError:
+                refused += 1  # what was prepared for the old types; once for a connection
+        assert refused <= 3
+        assert db._connections.breaker.failures == 0
+    async with server.admin() as admin:
+        await admin.execute("DROP DATABASE restored WITH (FORCE)")
 
 
 async def test_plan_that_no_longer_fits_in_a_transaction(make_db: MakeAdapter, server: FaultServer) -> None:

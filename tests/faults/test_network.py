@@ -435,6 +435,28 @@ async def test_closing_ends_in_time_in_a_black_hole(proxy: Proxy, make_db: MakeA
     await proxy.heal(cut=True)
 
 
+async def test_closing_waits_for_everything_at_once(proxy: Proxy, make_db: MakeAdapter) -> None:
+    """Four workers' notifications, and calls in both lanes, have the time of one."""
+    db = await make_db(dsn=proxy.dsn, timeout=60.0, connection_timeout=1.0)
+    tasks: list[asyncio.Task[Any]] = [asyncio.create_task(anext(db.wait_for_tasks())) for _ in range(4)]
+
+    async def all_listen() -> bool:
+        # Each looks once at first, and again as soon as it listens.
+        return bool(db._meter.snapshot().get("claim_tasks", {"count": 0})["count"] >= 8 and not db._executor.in_flight)
+
+    await until(all_listen, "all listen")
+    proxy.hold()
+    tasks += [asyncio.create_task(db.get_memory_by_id(uuid4())), asyncio.create_task(db.index_memories())]
+    await asyncio.sleep(0)
+    began = time.monotonic()
+    await db.close(timeout=1.0)
+    # What listens, the calls, and the connections of both lanes, one after the other.
+    assert time.monotonic() - began <= 1.0 + 1.0 + 2.0 + GRACE
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(result) for result in results] == [elizasql.ClosedError] * 6
+    await proxy.heal(cut=True)
+
+
 async def test_closing_ends_calls_that_wait_for_a_connection(proxy: Proxy, make_db: MakeAdapter) -> None:
     """The attempt to connect is given up, and those behind it need not wait either; nobody has cancelled them."""
     db = await make_db(dsn=proxy.dsn, timeout=60.0, connection_timeout=60.0, pool_max_size=1)
@@ -535,6 +557,101 @@ async def test_breaker_spares_a_server_that_is_silent(
     await until(closed, "the breaker closes", 20)
     assert breaker.opened >= 1
     assert await db.get_memory_by_id(uuid4()) is None
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+async def test_limit_that_passes_at_the_begin_of_a_transaction_is_no_silence(
+    proxy: Proxy, make_db: MakeAdapter, server: FaultServer, prepared: bool
+) -> None:
+    """The server answers the cancellation, and by that what has become of the BEGIN; the connection serves again."""
+    db = await make_db(dsn=proxy.dsn, pool_max_size=1, batch_size=1, prepared_statements=prepared, failure_threshold=1)
+    chance = random.Random(1)
+    lane = db._connections.interactive
+    connection, _ = await lane.acquire(5)
+    pid = connection.get_server_pid()
+    lane.keep(connection)
+    held = proxy.when("server", b"C", "hold", holding=b"BEGIN")
+    memories = [memory_of(new_id(chance), 1) for _ in range(2)]
+    with pytest.raises(elizasql.DeadlineError):
+        await db.create_memories(memories, TYPE, timeout=SHORT)
+    assert held.count == 1
+    await proxy.heal()
+    await lane.let_go()
+    assert db._connections.breaker.failures == 0
+    assert db._connections.breaker.state == "closed"
+    assert await db.count_memories() == 0
+    assert await server.backends(db.config.application_name) == [pid]
+    await server.no_idle_transactions(db.config.application_name)
+    await pool_is_whole(db)
+
+
+@pytest.mark.parametrize("why", ["the connections are to be replaced", "another adapter opened them with little time"])
+async def test_limit_that_the_server_acted_on_is_no_silence(
+    proxy: Proxy, make_db: MakeAdapter, server: FaultServer, why: str
+) -> None:
+    first = await make_db(dsn=proxy.dsn, timeout=0.2 if "another" in why else LONG)
+    db = await make_db(dsn=proxy.dsn, timeout=LONG)
+    assert db._connections is first._connections
+    id = await db.create_memory(memory_of(new_id(random.Random(1)), 1), TYPE)
+    await db.update_memory({"id": id, "content": {"text": "x"}})
+    lane = db._connections.interactive
+    proxy.latency = 0.15
+    async with server.admin() as admin, admin.transaction():
+        await admin.execute("SELECT FROM elizasql.memories WHERE id = $1 FOR UPDATE", id)
+        task = asyncio.create_task(db.update_memory({"id": id, "content": {"text": "y"}}, timeout=1.0))
+
+        async def waits() -> bool:
+            return bool(await admin.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"))
+
+        await until(waits, "the update waits")
+        if "replaced" in why:
+            await lane.replace()
+        with pytest.raises(elizasql.DeadlineError):
+            await task
+        await lane.let_go()
+    assert db._connections.breaker.failures == 0
+    proxy.latency = 0.0
+    assert await db.update_memory({"id": id, "content": {"text": "z"}})
+
+
+async def test_probe_on_a_connection_that_died_meanwhile(proxy: Proxy, make_db: MakeAdapter) -> None:
+    """A router has forgotten it while nobody was let through: that is no sign that the server is still down."""
+    db = await make_db(dsn=proxy.dsn, pool_min_size=1, failure_threshold=1, reset_timeout=0.0)
+    breaker = db._connections.breaker
+    await db.count_memories()
+    await db._connections.interactive.let_go()
+    breaker.fail(breaker.enter())
+    assert breaker.opened == 1
+    forgotten = proxy.when("client", b"B", "reset")
+    assert await db.count_memories() == 0
+    assert forgotten.count == 1
+    assert breaker.opened == 1
+    for _ in range(2):
+        assert await db.count_memories() == 0
+    assert (breaker.state, breaker.opened) == ("closed", 1)
+
+
+async def test_one_silent_connection_speaks_for_the_others(proxy: Proxy, make_db: MakeAdapter) -> None:
+    """As after a failover of which nobody was told: one caller waits in vain, and not one for each connection."""
+    db = await make_db(dsn=proxy.dsn, pool_max_size=4, connection_timeout=SHORT)
+    lane = db._connections.interactive
+    connections = [(await lane.acquire(5))[0] for _ in range(4)]
+    for connection in connections:
+        lane.keep(connection)
+    silent = proxy.when("client", b"PB", "hold", times=None)
+    with pytest.raises(elizasql.DeadlineError):
+        await db.get_memory_by_id(uuid4(), timeout=SHORT)
+    proxy.accepting = "reset"  # nor does anybody hear of the cancellation
+    await lane.let_go()
+    assert silent.count == 1
+    proxy.accepting = "pass"
+    proxy._rules.clear()
+    for link in list(proxy._links):
+        link.flow.clear()
+    for _ in range(4):
+        assert await db.get_memory_by_id(uuid4(), timeout=LONG) is None
+    await proxy.heal(cut=True)
+    await pool_is_whole(db)
 
 
 async def broken_within(db: DatabaseAdapter, timeout: float) -> ElizaSQLError | None:

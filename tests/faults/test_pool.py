@@ -269,3 +269,48 @@ async def test_server_that_is_full_for_a_while(make_db: MakeAdapter, server: Fau
     assert await tasks[1] == id
     await tasks[0]
     await pool_is_whole(db)
+
+
+# --- connections that are of no use any more -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["call", "batch", "transaction", "savepoint"])
+async def test_connections_to_a_standby_are_replaced(make_db: MakeAdapter, server: FaultServer, kind: str) -> None:
+    """All were made before the failover. One try tells; inside a transaction the caller has to make the next one."""
+    db = await make_db(pool_max_size=3, batch_size=1)
+    lane, chance = db._connections.interactive, random.Random(1)
+    memories = [memory_of(new_id(chance), 1) for _ in range(2)]
+    connections = [(await lane.acquire(5))[0] for _ in range(3)]
+    pids = {connection.get_server_pid() for connection in connections}
+    for connection in connections:
+        # As on a server that was a standby when they were made: for the session, whatever is asked of it.
+        await connection.execute("SET default_transaction_read_only = on")
+        lane.keep(connection)
+
+    async def write() -> None:
+        if kind == "call":
+            await db.create_memory(memories[0], TYPE)
+        elif kind == "batch":
+            await db.create_memories(memories, TYPE)
+        else:
+            async with db.transaction() as tx:
+                if kind == "transaction":
+                    await tx.create_memory(memories[0], TYPE)
+                else:
+                    async with tx.transaction() as inner:
+                        await inner.create_memories(memories, TYPE)
+
+    if kind in ("transaction", "savepoint"):
+        with pytest.raises(elizasql.UnavailableError) as caught:
+            await write()
+        assert (caught.value.sqlstate, caught.value.retryable) == ("25006", True)
+        await write()
+        assert db._meter.retries == 0
+    else:
+        await write()
+        assert db._meter.retries == 1
+    await lane.let_go()
+    await db.create_memory(memory_of(new_id(chance), 1), TYPE)
+    assert not pids & set(await server.backends(db.config.application_name))
+    assert db._connections.breaker.failures == 0
+    await pool_is_whole(db)
