@@ -60,6 +60,9 @@ _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 # What `UUID` reads beyond this, such as "0x..." or digits of other scripts, is more likely a mistake than an id.
 _UUID = re.compile("(urn:uuid:)?[{]?[0-9a-fA-F-]{32,36}[}]?")
 
+# Bytes that the server takes as one jsonb; with several such the message would end the connection.
+_MOST_JSON = 1 << 28
+
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 
@@ -93,20 +96,27 @@ def encode_json(value: object, name: str = "value") -> bytes:
     """Encode a value as the server's binary jsonb.
 
     UUIDs, datetimes and numpy arrays are written as their JSON forms; NaN and infinities become null, as in
-    JavaScript. Raises ArgumentError for what JSON cannot hold, integers beyond 64 bits included.
+    JavaScript. Raises ArgumentError for what JSON cannot hold, integers beyond 64 bits included, and for more than the
+    server takes.
     """
     try:
         text = orjson.dumps(value, option=_JSON_OPTIONS, default=_write_other)
         if b"\\u0000" not in text:
-            return b"\x01" + text
+            return _as_jsonb(text, name)
         # What was written is cleaned, not `value`: the text may stand in a dataclass or an enumeration.
         value = orjson.loads(text)
     except TypeError:
         pass  # an unpaired surrogate, or what has a form that orjson does not know
     try:
-        return b"\x01" + orjson.dumps(_clean_json(value), option=_JSON_OPTIONS, default=_write_other)
+        return _as_jsonb(orjson.dumps(_clean_json(value), option=_JSON_OPTIONS, default=_write_other), name)
     except (TypeError, RecursionError) as error:
         raise ArgumentError(f"{name} is not JSON: {error}") from None
+
+
+def _as_jsonb(text: bytes, name: str) -> bytes:
+    if len(text) > _MOST_JSON:
+        raise ArgumentError(f"{name} has {len(text) >> 20} MB as JSON, more than the {_MOST_JSON >> 20} MB of a jsonb")
+    return b"\x01" + text
 
 
 def _write_other(value: object) -> str:

@@ -19,6 +19,10 @@ from .models import Model
 T = TypeVar("T")
 
 
+# The server takes no message of 1 GB, and ends the connection: 60 documents of 20 MB could not be stored together.
+_CHUNK_BYTES = 1 << 26
+
+
 class Store:
     """A part of the adapter: statements of one domain, scoped to one agent.
 
@@ -152,10 +156,22 @@ class Store:
         if given is not None and given != self.agent_id:
             raise ArgumentError(f"agent_id is {given}, but this adapter belongs to agent {self.agent_id}")
 
-    def _chunks(self, rows: Sequence[T]) -> Iterator[Sequence[T]]:
-        """Cut a batch into the pieces that one statement takes."""
-        for start in range(0, len(rows), self.config.batch_size):
-            yield rows[start : start + self.config.batch_size]
+    def _chunks(self, rows: Sequence[T], weigh: Callable[[T], int] | None = None) -> Iterator[Sequence[T]]:
+        """Cut a batch into the pieces that one statement takes.
+
+        Args:
+            rows: `config.batch_size` of them make a piece.
+            weigh: Gives the bytes of a row, where it may have many: fewer rows make a piece then.
+        """
+        start = size = 0
+        for position, row in enumerate(rows):
+            weight = 0 if weigh is None else weigh(row)
+            if position - start == self.config.batch_size or (size and size + weight > _CHUNK_BYTES):
+                yield rows[start:position]
+                start, size = position, 0
+            size += weight
+        if rows:
+            yield rows[start:]
 
     async def _write_under_two_keys(self, name: str, chunks: Sequence[dict[str, Any]]) -> list[asyncpg.Record]:
         """Run a batch write whose rows have two unique keys, of which ON CONFLICT heeds one.

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import islice
 from numbers import Real
 from typing import Any, Literal
 from uuid import UUID
@@ -281,8 +282,9 @@ class Memories(Store):
             return []
         given = await self._width_of(rows)
         chunks = self._batch(rows)
-        for chunk, part in zip(chunks, self._chunks(rows), strict=True):
-            chunk["keep_unique"] = [row["id"] for row in part if row["unique"] is None]
+        open_ids = {row["id"] for row in rows if row["unique"] is None}
+        for chunk in chunks:
+            chunk["keep_unique"] = [id for id in chunk["ids"] if id in open_ids]
         await self._write(SQL.at("upsert_memories", given or 384), chunks, given)
         return ids
 
@@ -333,7 +335,7 @@ class Memories(Store):
                 "indexed": self._inline,
                 "required": required,
             }
-            for chunk in self._chunks(rows)
+            for chunk in self._chunks(rows, _weigh)
         ]
         return await self._write(SQL.at("update_memories", given or 384), chunks, given)
 
@@ -870,10 +872,11 @@ class Memories(Store):
             rows: What to store, every id once; they are put in this order.
             undecided: Near-duplicates are looked for, also among those before in the batch: the order stays.
         """
-        positions = list(range(len(rows))) if undecided else order_by_id(rows)
+        positions = iter(range(len(rows)) if undecided else order_by_id(rows))
         chunks: list[dict[str, Any]] = []
-        for chunk, where in zip(self._chunks(rows), self._chunks(positions), strict=True):
+        for chunk in self._chunks(rows, _weigh):
             columns = _columns(chunk)
+            where = list(islice(positions, len(chunk)))
             if not undecided:
                 columns["uniques"] = [value is not False for value in columns["uniques"]]
             about = {"agent_id": self.agent_id, "positions": where, "begins": not chunks, "indexed": self._inline}
@@ -1048,6 +1051,10 @@ def _unwrap(memory: Any) -> dict[str, Any]:
     if memory.get("unique") is not None:
         fields["unique"] = _codecs.as_bool(memory["unique"], "unique")
     return fields
+
+
+def _weigh(row: Mapping[str, Any]) -> int:
+    return len(row.get("content") or b"") + len(row.get("metadata") or b"")
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

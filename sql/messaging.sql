@@ -1,7 +1,7 @@
 -- Messaging: message servers, channels, participants and messages. Shared by all agents, so nothing starts from agent_id.
 -- Times are the statement's, not the transaction's: messages of one transaction stay in the order of their making.
--- "DO UPDATE SET name = ..." or "content = ..." changes nothing; it makes the row that is there come back, also one committed meanwhile. Not
--- "SET id": it would wait for every transaction that points at the row, and they for it.
+-- "DO UPDATE SET name = ..." or "content = ..." changes nothing; it makes the row that is there come back, also one
+-- committed meanwhile. Not "SET id": it would wait for every transaction that points at the row, and they for it.
 
 -- name: create_message_servers(servers)
 -- Creates servers and gives the rows that are stored now: a server that is there already stays as it is.

@@ -1133,3 +1133,17 @@ async def test_an_error_in_a_large_batch_is_found_in_one_pass(db: DatabaseAdapte
     with refused(ArgumentError, round_trips, "an id twice", "is given twice"):
         await db.upsert_agents([*rows, rows[-1]])
     assert CountedId.compared < 20 * len(ids)
+
+
+async def test_json_that_is_larger_than_a_jsonb_is_refused(
+    db: DatabaseAdapter, round_trips: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_codecs, "_MOST_JSON", 1 << 20)
+    large = {"text": "x" * (1 << 20)}
+    with refused(ArgumentError, round_trips, "a large content", "content has 1 MB as JSON"):
+        await db.create_memory({"content": large}, "messages")
+    with refused(ArgumentError, round_trips, "a large content after others", "at position 1.*content has 1 MB"):
+        await db.create_memories([{"content": {}}, {"content": large}], "messages")
+    with refused(ArgumentError, round_trips, "a large cleaned text", "value has 3 MB"):
+        await db.set_cache("key", "\0" * (1 << 20))
+    await db.create_memory({"content": {"text": "x" * ((1 << 20) - 20)}}, "messages")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import asyncpg
 import numpy as np
 import pytest
 
-from elizasql import Agent, DatabaseAdapter, Entity, Memory, Room, World, _codecs
+from elizasql import Agent, DatabaseAdapter, Entity, Memory, Room, World, _codecs, _store
 from elizasql._statements import SQL
 
 from .conftest import MakeAdapter, Scene, make_scene
@@ -112,6 +112,28 @@ async def test_a_batch_takes_one_round_trip_a_chunk_and_one_transaction(
         kinds = [text.split()[0].rstrip(";") for text in round_trips]
         # The one before the end asks for the transaction's id, by which a lost end is settled.
         assert kinds[0] == "BEGIN" and kinds[-1] == "COMMIT" and len(kinds) == 4 + 3, round_trips
+
+
+async def test_a_batch_of_large_memories_takes_more(
+    db: DatabaseAdapter, agent_world: Scene, round_trips: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server takes no message of 1 GB."""
+    monkeypatch.setattr(_store, "_CHUNK_BYTES", 10_000)
+    sizes = [4_000, 4_000, 4_000, 20_000, 10, 10, 9_000, 9_900]
+    memories = [
+        Memory(id=UUID(int=n + 1), content={"text": "x" * size}, embedding=V[n % len(V)], unique=n != 2)
+        for n, size in enumerate(sizes)
+    ]
+    for call in (db.create_memories, db.upsert_memories):
+        round_trips.clear()
+        await call(memories, "messages")
+        assert len([text for text in round_trips if "INSERT" in text]) == 5, round_trips
+        for n, size in enumerate(sizes):
+            stored = await db.get_memory_by_id(UUID(int=n + 1))
+            assert stored is not None and stored.content == {"text": "x" * size} and stored.unique is (n != 2)
+    round_trips.clear()
+    await db.update_memories(memories)
+    assert len([text for text in round_trips if "UPDATE" in text]) == 5
 
 
 async def test_empty_input_takes_none(db: DatabaseAdapter, agent_world: Scene, round_trips: list[str]) -> None:
