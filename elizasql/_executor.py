@@ -350,6 +350,7 @@ class Executor:
 
     def _fail(self, error: Exception, connection: Any, permit: int, *, used: bool) -> _Failed:
         """Judge a failure after the connection was taken, and let go of it."""
+        error = _as_lost(error, connection)
         if isinstance(error, (asyncpg.InternalClientError, *_OUTDATED)):
             self.lane.drop(connection)  # the driver has lost its place in the conversation, or it is of no use any more
         failed = _Failed(error, classify(error, sent=True, lost=not is_open(connection)), connection, used=used)
@@ -552,7 +553,7 @@ class _TransactionExecutor(Executor):
                     self.lane.drop(self._connection)
                 if isinstance(error, _OUTDATED):
                     await self.lane.replace()  # the caller may try again: not on this one, nor on one like it
-                raise self._explain(error, name) from error
+                raise self._explain(_as_lost(error, self._connection), name) from error
         finally:
             self._turn.pass_on()
 
@@ -695,6 +696,15 @@ class _Turn:
 def _expire(waiter: asyncio.Future[bool]) -> None:
     if not waiter.done():
         waiter.set_result(False)
+
+
+def _as_lost(error: Exception, connection: Any) -> Exception:
+    """Give what asyncpg means when a connection is cut between the two steps of a new statement: it falls over None."""
+    if not isinstance(error, AttributeError) or is_open(connection):
+        return error
+    made = asyncpg.ConnectionDoesNotExistError("the connection was cut")
+    made.__cause__ = error
+    return made
 
 
 def _is_free(connection: Any) -> bool:

@@ -371,6 +371,15 @@ def test_up_in_a_folder_with_modules_of_ones_own(folder: Path, tmp_path: Path) -
         assert done.returncode == 0, done.stderr
 
 
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """Let processes begin with a SIGHUP that ends them: under nohup it is ignored, by them too."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("heeded")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_what_is_ended_takes_the_server_along(run: Run, folder: Path, tmp_path: Path, number: signal.Signals) -> None:
     """Such as by closing the terminal."""

@@ -355,6 +355,34 @@ async def test_close_does_not_wait_for_ever(make_db: MakeAdapter, raw: asyncpg.C
     assert await gone(raw, name)
 
 
+async def test_a_connection_that_is_cut_between_the_steps_of_a_statement_is_lost(
+    make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `close` does with what is still running; asyncpg raises an AttributeError then."""
+    db = await make_db(base_delay=0.001)
+    real = asyncpg.Connection._get_statement
+    cuts = 0
+
+    async def cut(self: Any, query: str, *args: Any, **kwargs: Any) -> Any:
+        nonlocal cuts
+        prepared = await real(self, query, *args, **kwargs)
+        if cuts and "elizasql" in query:
+            cuts -= 1
+            self.terminate()
+        return prepared
+
+    monkeypatch.setattr(asyncpg.Connection, "_get_statement", cut)
+    cuts = 2
+    assert await db.count_memories() == 0 and cuts == 0
+    cuts = 1
+    with pytest.raises(elizasql.ConnectionLostError, match="count_memories"):
+        async with db.transaction() as tx:
+            await tx.count_memories()
+    cuts = 1
+    with pytest.raises(elizasql.UnknownOutcomeError):
+        await db.delete_agent(uuid4())
+
+
 @pytest.mark.parametrize("shared", [True, False])
 async def test_close_that_is_cancelled_anywhere(
     make_db: MakeAdapter, raw: asyncpg.Connection[Any], shared: bool
