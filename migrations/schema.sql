@@ -1508,11 +1508,7 @@ CASE dimension
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
 END)),
-    CONSTRAINT embeddings_range_check CHECK (
-CASE
-    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
-    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
-END)
+    CONSTRAINT embeddings_range_check CHECK ((public.l2_norm((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::public.halfvec) > (0)::double precision))
 )
 PARTITION BY HASH (agent_id);
 
@@ -1544,11 +1540,7 @@ CASE dimension
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
 END)),
-    CONSTRAINT embeddings_range_check CHECK (
-CASE
-    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
-    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
-END)
+    CONSTRAINT embeddings_range_check CHECK ((public.l2_norm((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::public.halfvec) > (0)::double precision))
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1580,11 +1572,7 @@ CASE dimension
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
 END)),
-    CONSTRAINT embeddings_range_check CHECK (
-CASE
-    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
-    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
-END)
+    CONSTRAINT embeddings_range_check CHECK ((public.l2_norm((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::public.halfvec) > (0)::double precision))
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1616,11 +1604,7 @@ CASE dimension
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
 END)),
-    CONSTRAINT embeddings_range_check CHECK (
-CASE
-    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
-    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
-END)
+    CONSTRAINT embeddings_range_check CHECK ((public.l2_norm((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::public.halfvec) > (0)::double precision))
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1652,11 +1636,7 @@ CASE dimension
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
 END)),
-    CONSTRAINT embeddings_range_check CHECK (
-CASE
-    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
-    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
-END)
+    CONSTRAINT embeddings_range_check CHECK ((public.l2_norm((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::public.halfvec) > (0)::double precision))
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1688,11 +1668,7 @@ CASE dimension
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
 END)),
-    CONSTRAINT embeddings_range_check CHECK (
-CASE
-    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
-    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
-END)
+    CONSTRAINT embeddings_range_check CHECK ((public.l2_norm((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::public.halfvec) > (0)::double precision))
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1724,11 +1700,7 @@ CASE dimension
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
 END)),
-    CONSTRAINT embeddings_range_check CHECK (
-CASE
-    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
-    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
-END)
+    CONSTRAINT embeddings_range_check CHECK ((public.l2_norm((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::public.halfvec) > (0)::double precision))
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1760,11 +1732,7 @@ CASE dimension
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
 END)),
-    CONSTRAINT embeddings_range_check CHECK (
-CASE
-    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
-    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
-END)
+    CONSTRAINT embeddings_range_check CHECK ((public.l2_norm((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::public.halfvec) > (0)::double precision))
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1796,11 +1764,7 @@ CASE dimension
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
 END)),
-    CONSTRAINT embeddings_range_check CHECK (
-CASE
-    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
-    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
-END)
+    CONSTRAINT embeddings_range_check CHECK ((public.l2_norm((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::public.halfvec) > (0)::double precision))
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1832,11 +1796,7 @@ CASE dimension
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
 END)),
-    CONSTRAINT embeddings_range_check CHECK (
-CASE
-    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
-    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
-END)
+    CONSTRAINT embeddings_range_check CHECK ((public.l2_norm((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::public.halfvec) > (0)::double precision))
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1868,11 +1828,7 @@ CASE dimension
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
 END)),
-    CONSTRAINT embeddings_range_check CHECK (
-CASE
-    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
-    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
-END)
+    CONSTRAINT embeddings_range_check CHECK ((public.l2_norm((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::public.halfvec) > (0)::double precision))
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1904,11 +1860,7 @@ CASE dimension
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
 END)),
-    CONSTRAINT embeddings_range_check CHECK (
-CASE
-    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
-    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
-END)
+    CONSTRAINT embeddings_range_check CHECK ((public.l2_norm((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::public.halfvec) > (0)::double precision))
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1940,11 +1892,7 @@ CASE dimension
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
 END)),
-    CONSTRAINT embeddings_range_check CHECK (
-CASE
-    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
-    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
-END)
+    CONSTRAINT embeddings_range_check CHECK ((public.l2_norm((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::public.halfvec) > (0)::double precision))
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -1976,11 +1924,7 @@ CASE dimension
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
 END)),
-    CONSTRAINT embeddings_range_check CHECK (
-CASE
-    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
-    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
-END)
+    CONSTRAINT embeddings_range_check CHECK ((public.l2_norm((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::public.halfvec) > (0)::double precision))
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -2012,11 +1956,7 @@ CASE dimension
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
 END)),
-    CONSTRAINT embeddings_range_check CHECK (
-CASE
-    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
-    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
-END)
+    CONSTRAINT embeddings_range_check CHECK ((public.l2_norm((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::public.halfvec) > (0)::double precision))
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -2048,11 +1988,7 @@ CASE dimension
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
 END)),
-    CONSTRAINT embeddings_range_check CHECK (
-CASE
-    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
-    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
-END)
+    CONSTRAINT embeddings_range_check CHECK ((public.l2_norm((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::public.halfvec) > (0)::double precision))
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
@@ -2084,11 +2020,7 @@ CASE dimension
     WHEN 3072 THEN (dim_3072 IS NOT NULL)
     ELSE false
 END)),
-    CONSTRAINT embeddings_range_check CHECK (
-CASE
-    WHEN ((public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) >= (0.00001)::double precision) AND (public.vector_norm(COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072)) <= (65504)::double precision)) THEN true
-    ELSE (((65504)::real >= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (('-65504'::integer)::real <= ALL ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) AND (((((2)::double precision ^ ('-24'::integer)::double precision))::real <= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[])) OR (((- ((2)::double precision ^ ('-24'::integer)::double precision)))::real >= ANY ((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::real[]))))
-END)
+    CONSTRAINT embeddings_range_check CHECK ((public.l2_norm((COALESCE(dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072))::public.halfvec) > (0)::double precision))
 )
 WITH (toast_tuple_target='8160', autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
