@@ -195,7 +195,7 @@ class Archive:
             ArchiveError: It is none, or of a newer format.
             OSError: It is not there, or cannot be read.
         """
-        self.path = Path(path)
+        self.path: Path = Path(path)
         self._tar: tarfile.TarFile | None = None
         if self.path.is_fifo():
             raise ArchiveError(
