@@ -702,7 +702,7 @@ def _as_lost(error: Exception, connection: Any) -> Exception:
     """Give what asyncpg means when a connection is cut between the two steps of a new statement: it falls over None."""
     if not isinstance(error, AttributeError) or is_open(connection):
         return error
-    made = asyncpg.ConnectionDoesNotExistError("the connection was cut")
+    made: Exception = asyncpg.ConnectionDoesNotExistError("the connection was cut")
     made.__cause__ = error
     return made
 

@@ -848,10 +848,15 @@ class Memories(Store):
         """Refuse a width that is not the agent's.
 
         Asks the server where this adapter knows of none or of another: somebody may have locked or moved the agent.
-        Where there is none, the server refuses the write itself, for want of a width or of an agent.
+        Where there is no agent, the server says so of the write.
         """
-        if width != self._dimension and (locked := await self.get_embedding_dimension()) not in (None, width):
-            raise EmbeddingDimensionError(self.agent_id, locked=locked, given=width)
+        if width == self._dimension:
+            return
+        found = await self._executor.fetch_row(SQL["get_embedding_dimension"], agent_id=self.agent_id)
+        if found is not None:
+            self._learn(found[0])
+            if found[0] != width:
+                raise EmbeddingDimensionError(self.agent_id, locked=found[0], given=width)
 
     def _learn(self, dimension: int | None) -> None:
         """Take note of the width in force, which the server has told."""

@@ -571,16 +571,25 @@ async def test_a_lock_that_comes_in_the_middle_of_a_write_is_no_contradiction(
     make_db: MakeAdapter, raw: Raw, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     db = await make_db(dimension=None)
-    real = DatabaseAdapter.get_embedding_dimension
+    real = db._executor.fetch_row
 
-    async def locked_meanwhile(self: DatabaseAdapter) -> int | None:
+    async def locked_meanwhile(statement: Any, **params: Any) -> Any:
+        assert statement.name == "get_embedding_dimension"
         await raw.execute("UPDATE elizasql.agents SET embedding_dimension = 384 WHERE id = $1", db.agent_id)
-        return await real(self)
+        return await real(statement, **params)
 
-    monkeypatch.setattr(DatabaseAdapter, "get_embedding_dimension", locked_meanwhile)
+    monkeypatch.setattr(db._executor, "fetch_row", locked_meanwhile)
     # To refuse 384 because the agent is locked at 384 would be nonsense.
     id = await db.create_memory({"content": {"mark": 1}, "embedding": vector_of(384, 1)}, "messages")
     assert await look(raw, db.agent_id) == {id: (1, 1)}
+
+
+async def test_a_vector_for_an_agent_without_a_width_is_refused_also_where_no_memory_would_get_it(
+    make_db: MakeAdapter,
+) -> None:
+    db = await make_db(dimension=None)
+    with pytest.raises(EmbeddingDimensionError, match="No embedding dimension is set"):
+        await db.update_memory({"id": uuid4(), "embedding": vector_of(384, 1)})
 
 
 # --- batches that meet ---
