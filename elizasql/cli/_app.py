@@ -109,6 +109,10 @@ def _run(argv: Sequence[str]) -> int:
     except ElizaSQLError as error:
         return _complain(str(error), error, FAILED, argv)
     except OSError as error:
+        try:
+            sys.stdout.flush()
+        except OSError:  # it was the output's: what is left of it would fail again at the interpreter's exit
+            give_up_output()
         where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
         return _complain(f"{where}{error.strerror or error}", error, FAILED, argv)
     except MemoryError as error:

@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         give_up_output()
         return 0
     except KeyboardInterrupt:
+        sys.unraisablehook = lambda _: None  # what was cut in the middle of its making complains when it goes
         print("elizasql demo: interrupted", file=sys.stderr)
         return 130
     except OSError as error:
