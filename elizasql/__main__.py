@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - for good
+    # Ctrl-C may come before what was to run has begun; one line says that, and Python would add another.
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     if argv[:1] == ["demo"]:
         from elizasql import demo  # noqa: PLC0415 - no other command needs it
 

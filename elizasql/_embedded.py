@@ -62,6 +62,7 @@ _INCLUDE = "include 'elizasql.conf'"
 _NAME = "elizasql"  # the application's role and database
 _SOCKET = ".s.PGSQL.5432"
 _MAX_STARTS = 5  # in one call, when something kills it
+_WITHDRAW = 10.0  # seconds to wait for the end of a server whose starter was cancelled
 _BUFFER_STEP = 256 << 20  # so that elizasql.conf is not written anew at each start
 _LOG_MAX, _LOG_KEEP = 8 << 20, 1 << 20
 # Nothing of the caller's environment: PGPORT, PGDATA and their like are settings to the server too.
@@ -350,8 +351,16 @@ class _Cluster:
         except BaseException:
             # A recovery goes on alone: stopping it with every caller that gives up would begin it anew each time.
             if self.process is not None and not self.recovering:
-                self.process.send_signal(signal.SIGINT)
+                await self._withdraw(self.process)
             raise
+
+    async def _withdraw(self, process: subprocess.Popen[bytes]) -> None:
+        """Stop a server that we have begun and do not wait for any more; it has no other user yet."""
+        until = time.monotonic() + _WITHDRAW
+        while process.poll() is None and time.monotonic() < until:
+            # Again and again: where ours ignores SIGINT, so does what was not yet the server when it came.
+            process.send_signal(signal.SIGINT)
+            await asyncio.sleep(0.01)
 
     async def _died(self, process: subprocess.Popen[bytes]) -> None:
         """Judge the end of a server that we have just started: return when another start may go better."""
@@ -814,14 +823,15 @@ def _fsync_dir(path: Path) -> None:
 
 async def _in_thread(function: Callable[[], _T]) -> _T:
     """Run blocking work; when cancelled, wait for it all the same: it works under a lock that we are about to drop."""
-    task = asyncio.ensure_future(asyncio.to_thread(function))
+    # No task: those are cancelled, and so over, when Ctrl-C is raised in the event loop.
+    future = asyncio.get_running_loop().run_in_executor(None, function)
     try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        while not task.done():
+        return await asyncio.shield(future)
+    except BaseException:
+        while not future.done():
             with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait([task])
-        task.exception()  # nobody else will ask for it
+                await asyncio.wait([future])
+        future.exception()  # nobody else will ask for it
         raise
 
 

@@ -381,8 +381,6 @@ def heeded() -> Iterator[None]:
     signal.signal(signal.SIGHUP, before)
 
 
-# Slow, because it fails now and then on a busy machine: one that is ended while the server starts may leave it running.
-@pytest.mark.slow
 @pytest.mark.usefixtures("heeded")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_what_is_ended_takes_the_server_along(run: Run, folder: Path, tmp_path: Path, number: signal.Signals) -> None:

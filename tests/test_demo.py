@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+
+from elizasql.__main__ import main
 
 from .test_documentation import run
 
@@ -46,6 +50,22 @@ def test_output_that_nobody_takes(tmp_path: Path, server_dir: Path, command: str
         ["sh", "-c", command, "sh", *program], cwd=tmp_path, capture_output=True, text=True, timeout=110
     )
     assert (said.returncode, said.stdout + said.stderr) == (code, pattern)
+
+
+@pytest.mark.parametrize(("command", "name"), [("demo", "elizasql demo"), ("doctor", "elizasql")])
+def test_ctrl_c_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, name: str
+) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # to be restored
+    monkeypatch.setattr(asyncio, "run", interrupted)  # with a coroutine that was never awaited
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert main([command, "--data-dir", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == f"{name}: interrupted\n"
+    assert said == []
 
 
 def test_ctrl_c_is_one_line(tmp_path: Path, server_dir: Path) -> None:

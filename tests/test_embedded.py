@@ -16,6 +16,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -653,10 +654,60 @@ async def test_cancelled_start_leaves_nothing(home: Path) -> None:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await (await task).release()
-        await until(lambda: not running(home))
+        assert not running(home)
         assert not list(home.glob("data.tmp-*"))
         assert set(_embedded._locks) <= held
     await (await acquire(home)).release()
+
+
+@pytest.mark.parametrize("ignored", [False, True])  # True: in the background of a script
+async def test_start_that_is_cancelled_at_once_is_taken_back(
+    stopped: Path, monkeypatch: pytest.MonkeyPatch, ignored: bool
+) -> None:
+    started = asyncio.Event()
+
+    async def check(self: object, deadline: float) -> str:
+        started.set()
+        return "not yet"
+
+    monkeypatch.setattr(_embedded._Cluster, "_check", check)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        task = asyncio.create_task(acquire(stopped))
+        await started.wait()
+        task.cancel()
+        await asyncio.wait({task})
+        assert task.cancelled() and not running(stopped)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_start_that_ctrl_c_cuts_is_taken_back(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is raised in the event loop where asyncio does not take the signal; then every task is cancelled."""
+    start, goes_on = _embedded._Cluster._start, threading.Event()
+    loop: asyncio.AbstractEventLoop
+    server: subprocess.Popen[bytes] | None = None
+
+    def start_late(self: _embedded._Cluster, server_lock: int) -> None:
+        nonlocal server
+        loop.call_soon_threadsafe(interrupt)
+        assert goes_on.wait(60)
+        start(self, server_lock)
+        server = self.process
+
+    def interrupt() -> None:
+        loop.call_soon(goes_on.set)
+        raise KeyboardInterrupt
+
+    async def work() -> None:
+        nonlocal loop
+        loop = asyncio.get_running_loop()
+        await acquire(stopped)
+
+    monkeypatch.setattr(_embedded._Cluster, "_start", start_late)
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(work())
+    assert server is not None and server.poll() is not None and not running(stopped)
 
 
 async def test_recovery_goes_on_when_its_caller_gives_up(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -239,33 +239,43 @@ def psql(context: typer.Context, dsn: Dsn = None, data_dir: DataDir = None) -> N
 
     async def work() -> int:
         async with _place.reach(dsn, data_dir) as place:
-            return run_psql(place, context.args)
+            return await run_psql(place, context.args)
 
     code = asyncio.run(work())
     if code:
         raise typer.Exit(3 if code == 2 else 1)
 
 
-def run_psql(place: Place, arguments: list[str]) -> int:
+async def run_psql(place: Place, arguments: list[str]) -> int:
     """Run psql in the foreground; the password travels in the environment, which others cannot read."""
     shown, environ = for_libpq(place.address, embedded=place.embedded)
-    with subprocess.Popen([find_program("psql"), shown, *arguments], env=environ) as psql:  # noqa: S603
+    command = [find_program("psql"), shown, *arguments]
+    psql: subprocess.Popen[bytes] | None = None
+    early: list[int] = []
 
-        def pass_on(number: int, _: object) -> None:
+    def pass_on(number: int, _: object) -> None:
+        if psql is None:
+            early.append(number)
+        else:
             psql.send_signal(number)
 
-        # Ctrl-C is psql's, which ends a query with it, and comes to it from the terminal.
-        ours: dict[signal.Signals, Any] = {
-            signal.SIGINT: signal.SIG_IGN,
-            signal.SIGTERM: pass_on,
-            signal.SIGHUP: pass_on,
-        }
-        before = {number: signal.signal(number, handler) for number, handler in ours.items()}
-        try:
+    # Ctrl-C is psql's, which ends a query with it, and comes to it from the terminal. By a handler and not by SIG_IGN,
+    # which psql would inherit.
+    ours: dict[signal.Signals, Any] = {
+        signal.SIGINT: lambda *_: None,
+        signal.SIGTERM: pass_on,
+        signal.SIGHUP: pass_on,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in ours.items()}
+    try:
+        await asyncio.sleep(0)  # what has come to us before these handlers were there is raised here
+        with subprocess.Popen(command, env=environ) as psql:  # noqa: S603, ASYNC220 - in the foreground
+            for number in early:
+                psql.send_signal(number)
             return psql.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def for_libpq(address: str, *, embedded: bool = False) -> tuple[str, dict[str, str]]:
