@@ -351,16 +351,9 @@ class _Cluster:
         except BaseException:
             # A recovery goes on alone: stopping it with every caller that gives up would begin it anew each time.
             if self.process is not None and not self.recovering:
-                await self._withdraw(self.process)
+                # In a thread, which goes on when the caller is cancelled once more.
+                await _in_thread(functools.partial(_withdraw, self.process))
             raise
-
-    async def _withdraw(self, process: subprocess.Popen[bytes]) -> None:
-        """Stop a server that we have begun and do not wait for any more; it has no other user yet."""
-        until = time.monotonic() + _WITHDRAW
-        while process.poll() is None and time.monotonic() < until:
-            # Again and again: where ours ignores SIGINT, so does what was not yet the server when it came.
-            process.send_signal(signal.SIGINT)
-            await asyncio.sleep(0.01)
 
     async def _died(self, process: subprocess.Popen[bytes]) -> None:
         """Judge the end of a server that we have just started: return when another start may go better."""
@@ -819,6 +812,15 @@ def _fsync_dir(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _withdraw(process: subprocess.Popen[bytes]) -> None:
+    """Stop a server that we have begun and do not wait for any more; it has no other user yet. Blocks."""
+    until = time.monotonic() + _WITHDRAW
+    while process.poll() is None and time.monotonic() < until:
+        # Again and again: where ours ignores SIGINT, so does what was not yet the server when it came.
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.01)
 
 
 async def _in_thread(function: Callable[[], _T]) -> _T:
