@@ -14,6 +14,7 @@ import shutil
 import sys
 import sysconfig
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
@@ -128,7 +129,8 @@ async def run_dbmate(*words: str, dsn: str, config: Config, folder: Path | None 
         try:
             answer, said = await process.communicate()
         except BaseException:
-            process.kill()
+            with suppress(ProcessLookupError):  # it may have ended just now
+                process.kill()
             await process.wait()
             raise
     if process.returncode:

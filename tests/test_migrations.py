@@ -426,6 +426,19 @@ async def test_open_that_is_cancelled_ends_dbmate(
     await open_and_close(fresh)
 
 
+async def test_cancellation_that_comes_with_the_end_of_dbmate(fresh: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = asyncio.subprocess.Process.communicate
+
+    async def communicate(self: asyncio.subprocess.Process) -> None:
+        await real(self)
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(asyncio.subprocess.Process, "communicate", communicate)
+    with pytest.raises(asyncio.CancelledError):
+        await elizasql.open(agent_id=uuid4(), dsn=fresh)
+    assert await applied(fresh) == VERSIONS
+
+
 async def test_dbmate_is_missing(fresh: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
