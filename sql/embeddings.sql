@@ -24,8 +24,9 @@
 -- opened, and to the transaction's end (2 us); known_ef is what was found when the scope was measured.
 --
 -- While an agent moves to another width there are rows of both. A search reads those of its own, and is refused where
--- that is not the width in force: one look at the agent's row, in the snapshot of the search. Rows of both are counted,
--- where only the order of magnitude is asked for.
+-- that is not the width in force: one look at the agent's row, in the snapshot of the search. An agent that has no width
+-- has no rows either, and nothing to refuse. Rows of both widths are counted, where only the order of magnitude is asked
+-- for.
 
 -- name: search_memories(embedding, agent_id, type, by_hnsw, known_ef, ef_search, only_unique, threshold, count, candidates, include_embedding)
 -- The nearest memories of a type, over everything that the agent has; and whether HNSW was the way.
@@ -146,7 +147,7 @@ WHERE
     (
         SELECT
             CASE
-                WHEN a.embedding_dimension = 384 THEN TRUE
+                WHEN coalesce(a.embedding_dimension, 384) = 384 THEN TRUE
                 ELSE elizasql.refuse_dimension(a.id, a.embedding_dimension, 384)
             END
         FROM elizasql.agents AS a
@@ -235,7 +236,7 @@ WHERE
     (
         SELECT
             CASE
-                WHEN a.embedding_dimension = 384 THEN TRUE
+                WHEN coalesce(a.embedding_dimension, 384) = 384 THEN TRUE
                 ELSE elizasql.refuse_dimension(a.id, a.embedding_dimension, 384)
             END
         FROM elizasql.agents AS a
@@ -363,7 +364,7 @@ WHERE
     (
         SELECT
             CASE
-                WHEN a.embedding_dimension = 384 THEN TRUE
+                WHEN coalesce(a.embedding_dimension, 384) = 384 THEN TRUE
                 ELSE elizasql.refuse_dimension(a.id, a.embedding_dimension, 384)
             END
         FROM elizasql.agents AS a
@@ -563,7 +564,7 @@ WHERE
     (
         SELECT
             CASE
-                WHEN a.embedding_dimension = 384 THEN TRUE
+                WHEN coalesce(a.embedding_dimension, 384) = 384 THEN TRUE
                 ELSE elizasql.refuse_dimension(a.id, a.embedding_dimension, 384)
             END
         FROM elizasql.agents AS a

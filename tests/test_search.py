@@ -239,7 +239,7 @@ async def test_the_tail_does_not_hide_what_hnsw_has_not_reached(
         others[:, 0] = 0
         others *= np.sqrt(1 - similarity**2) / np.linalg.norm(others, axis=1, keepdims=True)
         others[:, 0] = similarity
-        about = {"room_id": scene.room, "entity_id": scene.entity, "world_id": scene.world}
+        about: dict[str, Any] = {"room_id": scene.room, "entity_id": scene.entity, "world_id": scene.world}
         return [Memory(content={}, embedding=vector, unique=unique, **about) for vector in others]
 
     await alone.create_memories([*memories(2500, 0.9, unique=False), *memories(8, 0.5, unique=True)], "messages")
@@ -388,6 +388,28 @@ async def test_a_wrong_width_is_refused_without_a_search(db: DatabaseAdapter, ro
         await db.search_memories(embedding=np.ones(768), table_name="messages")
     assert (caught.value.locked, caught.value.given) == (384, 768)
     assert round_trips == [SQL["get_embedding_dimension"].sql]
+
+
+@pytest.mark.parametrize("way", ["off", "required", "transaction"])
+async def test_an_agent_that_was_made_anew_has_nothing_to_search(make_db: MakeAdapter, way: str) -> None:
+    """Its adapter still knows the width of the one that was deleted; the new one has none."""
+    db = await make_db(resident="off" if way == "transaction" else way)
+    vector = np.ones(384, np.float32)
+    about: dict[str, Any] = {"embedding": vector, "table_name": "messages"}
+    await db.create_memory(Memory(content={}, embedding=vector, unique=True), "messages")
+    assert len(await db.search_memories(**about)) == 1
+    await db.delete_agent(db.agent_id)
+    assert await db.search_memories(**about) == []
+    await db.ensure_agent_exists({"name": "anew"})
+    if way == "transaction":
+        async with db.transaction() as tx:
+            assert await tx.search_memories(**about) == []
+            assert await tx.get_memories(table_name="messages") == []
+    else:
+        assert await db.search_memories(**about) == []
+    await db.ensure_embedding_dimension(512)
+    with pytest.raises(EmbeddingDimensionError):
+        await db.search_memories(**about)
 
 
 async def test_other_worlds_and_entities_are_left_out(db: DatabaseAdapter, agent_world: Scene) -> None:
