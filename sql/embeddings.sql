@@ -15,7 +15,8 @@
 -- third of the graph, are scanned exactly through the b-tree. The size of the graph is its partition's, found by the
 -- type's oldest row: without an order the generic plan made a bitmap of all the agent's rows for it, 5 ms for 100,000.
 -- Whatever was chosen, when HNSW yields fewer rows than asked for, the same statement scans the scope exactly: never
--- fewer than min(count, matches) rows. Who measured a moment ago says what was chosen then, by_hnsw: 1.4 ms instead of
+-- fewer than min(count, matches) rows. Those of the tail do not count for that: they may make up the number, and be
+-- further than what HNSW has not reached. Who measured a moment ago says what was chosen then, by_hnsw: 1.4 ms instead of
 -- 3.0 for a world of 74,000 rows.
 --
 -- HNSW keeps as many candidates as the search asks for, ef_search, and more where the graph hides more: times size^0.25
@@ -23,8 +24,9 @@
 -- opened, and to the transaction's end (2 us); known_ef is what was found when the scope was measured.
 --
 -- While an agent moves to another width there are rows of both. A search reads those of its own, and is refused where
--- that is not the width in force: one look at the agent's row, in the snapshot of the search. Rows of both are counted,
--- where only the order of magnitude is asked for.
+-- that is not the width in force: one look at the agent's row, in the snapshot of the search. An agent that has no width
+-- has no rows either, and nothing to refuse. Rows of both widths are counted, where only the order of magnitude is asked
+-- for.
 
 -- name: search_memories(embedding, agent_id, type, by_hnsw, known_ef, ef_search, only_unique, threshold, count, candidates, include_embedding)
 -- The nearest memories of a type, over everything that the agent has; and whether HNSW was the way.
@@ -82,17 +84,6 @@ nearest AS MATERIALIZED (
         ORDER BY dim_384::halfvec(384) <=> :embedding::vector::halfvec(384)
         LIMIT :candidates::bigint
     ) AS by_index
-    UNION ALL
-    SELECT
-        memory_id,
-        dim_384 <=> :embedding AS distance
-    FROM elizasql.embeddings
-    WHERE
-        agent_id = :agent_id AND type = :type
-        AND dimension = 384
-        AND ("unique" OR NOT :only_unique)
-        AND NOT indexed
-        AND (SELECT choice.by_hnsw FROM choice)
 ),
 
 enough AS MATERIALIZED (
@@ -118,6 +109,18 @@ best AS (
             agent_id = :agent_id AND type = :type
             AND dimension = 384
             AND ("unique" OR NOT :only_unique)
+            AND NOT indexed
+            AND (SELECT choice.by_hnsw FROM choice)
+        UNION ALL
+        SELECT
+            memory_id,
+            dim_384 <=> :embedding AS distance
+        FROM elizasql.embeddings
+        WHERE
+            agent_id = :agent_id AND type = :type
+            AND dimension = 384
+            AND ("unique" OR NOT :only_unique)
+            AND (indexed OR NOT (SELECT choice.by_hnsw FROM choice))
             AND NOT (SELECT enough.yes FROM enough)
     ) AS ranked
     ORDER BY distance, memory_id
@@ -144,7 +147,7 @@ WHERE
     (
         SELECT
             CASE
-                WHEN a.embedding_dimension = 384 THEN TRUE
+                WHEN coalesce(a.embedding_dimension, 384) = 384 THEN TRUE
                 ELSE elizasql.refuse_dimension(a.id, a.embedding_dimension, 384)
             END
         FROM elizasql.agents AS a
@@ -173,16 +176,6 @@ WITH nearest AS MATERIALIZED (
         ORDER BY dim_384::halfvec(384) <=> :embedding::vector::halfvec(384)
         LIMIT :candidates::bigint
     ) AS by_index
-    UNION ALL
-    SELECT
-        memory_id,
-        dim_384 <=> :embedding AS distance
-    FROM elizasql.embeddings
-    WHERE
-        agent_id = :agent_id AND type = :type
-        AND dimension = 384
-        AND ("unique" OR NOT :only_unique)
-        AND NOT indexed
 ),
 
 enough AS MATERIALIZED (
@@ -208,6 +201,17 @@ best AS (
             agent_id = :agent_id AND type = :type
             AND dimension = 384
             AND ("unique" OR NOT :only_unique)
+            AND NOT indexed
+        UNION ALL
+        SELECT
+            memory_id,
+            dim_384 <=> :embedding AS distance
+        FROM elizasql.embeddings
+        WHERE
+            agent_id = :agent_id AND type = :type
+            AND dimension = 384
+            AND ("unique" OR NOT :only_unique)
+            AND indexed
             AND NOT (SELECT enough.yes FROM enough)
     ) AS ranked
     ORDER BY distance, memory_id
@@ -232,7 +236,7 @@ WHERE
     (
         SELECT
             CASE
-                WHEN a.embedding_dimension = 384 THEN TRUE
+                WHEN coalesce(a.embedding_dimension, 384) = 384 THEN TRUE
                 ELSE elizasql.refuse_dimension(a.id, a.embedding_dimension, 384)
             END
         FROM elizasql.agents AS a
@@ -297,17 +301,6 @@ nearest AS MATERIALIZED (
         ORDER BY dim_384::halfvec(384) <=> :embedding::vector::halfvec(384)
         LIMIT :candidates::bigint
     ) AS by_index
-    UNION ALL
-    SELECT
-        memory_id,
-        dim_384 <=> :embedding AS distance
-    FROM elizasql.embeddings
-    WHERE
-        agent_id = :agent_id AND room_id = :room_id AND type = :type
-        AND dimension = 384
-        AND ("unique" OR NOT :only_unique)
-        AND NOT indexed
-        AND (SELECT choice.by_hnsw FROM choice)
 ),
 
 enough AS MATERIALIZED (
@@ -333,6 +326,18 @@ best AS (
             agent_id = :agent_id AND room_id = :room_id AND type = :type
             AND dimension = 384
             AND ("unique" OR NOT :only_unique)
+            AND NOT indexed
+            AND (SELECT choice.by_hnsw FROM choice)
+        UNION ALL
+        SELECT
+            memory_id,
+            dim_384 <=> :embedding AS distance
+        FROM elizasql.embeddings
+        WHERE
+            agent_id = :agent_id AND room_id = :room_id AND type = :type
+            AND dimension = 384
+            AND ("unique" OR NOT :only_unique)
+            AND (indexed OR NOT (SELECT choice.by_hnsw FROM choice))
             AND NOT (SELECT enough.yes FROM enough)
     ) AS ranked
     ORDER BY distance, memory_id
@@ -359,7 +364,7 @@ WHERE
     (
         SELECT
             CASE
-                WHEN a.embedding_dimension = 384 THEN TRUE
+                WHEN coalesce(a.embedding_dimension, 384) = 384 THEN TRUE
                 ELSE elizasql.refuse_dimension(a.id, a.embedding_dimension, 384)
             END
         FROM elizasql.agents AS a
@@ -462,20 +467,6 @@ nearest AS MATERIALIZED (
         ORDER BY dim_384::halfvec(384) <=> :embedding::vector::halfvec(384)
         LIMIT :candidates::bigint
     ) AS by_index
-    UNION ALL
-    SELECT
-        memory_id,
-        dim_384 <=> :embedding AS distance
-    FROM elizasql.embeddings
-    WHERE
-        agent_id = :agent_id AND type = :type
-        AND dimension = 384
-        AND (:room_id::uuid IS NULL OR room_id = :room_id)
-        AND (:entity_id::uuid IS NULL OR entity_id = :entity_id)
-        AND (:world_id::uuid IS NULL OR world_id = :world_id)
-        AND ("unique" OR NOT :only_unique)
-        AND NOT indexed
-        AND (SELECT choice.by_hnsw FROM choice)
 ),
 
 enough AS MATERIALIZED (
@@ -498,11 +489,26 @@ best AS (
             dim_384 <=> :embedding AS distance
         FROM elizasql.embeddings
         WHERE
+            agent_id = :agent_id AND type = :type
+            AND dimension = 384
+            AND (:room_id::uuid IS NULL OR room_id = :room_id)
+            AND (:entity_id::uuid IS NULL OR entity_id = :entity_id)
+            AND (:world_id::uuid IS NULL OR world_id = :world_id)
+            AND ("unique" OR NOT :only_unique)
+            AND NOT indexed
+            AND (SELECT choice.by_hnsw FROM choice)
+        UNION ALL
+        SELECT
+            memory_id,
+            dim_384 <=> :embedding AS distance
+        FROM elizasql.embeddings
+        WHERE
             agent_id = :agent_id AND room_id = :room_id AND type = :type
             AND dimension = 384
             AND (:entity_id::uuid IS NULL OR entity_id = :entity_id)
             AND (:world_id::uuid IS NULL OR world_id = :world_id)
             AND ("unique" OR NOT :only_unique)
+            AND (indexed OR NOT (SELECT choice.by_hnsw FROM choice))
             AND NOT (SELECT enough.yes FROM enough)
             AND (SELECT narrowest.name FROM narrowest) = 'room'
         UNION ALL
@@ -516,6 +522,7 @@ best AS (
             AND (:room_id::uuid IS NULL OR room_id = :room_id)
             AND (:world_id::uuid IS NULL OR world_id = :world_id)
             AND ("unique" OR NOT :only_unique)
+            AND (indexed OR NOT (SELECT choice.by_hnsw FROM choice))
             AND NOT (SELECT enough.yes FROM enough)
             AND (SELECT narrowest.name FROM narrowest) = 'entity'
         UNION ALL
@@ -529,6 +536,7 @@ best AS (
             AND (:room_id::uuid IS NULL OR room_id = :room_id)
             AND (:entity_id::uuid IS NULL OR entity_id = :entity_id)
             AND ("unique" OR NOT :only_unique)
+            AND (indexed OR NOT (SELECT choice.by_hnsw FROM choice))
             AND NOT (SELECT enough.yes FROM enough)
             AND (SELECT narrowest.name FROM narrowest) = 'world'
     ) AS ranked
@@ -556,7 +564,7 @@ WHERE
     (
         SELECT
             CASE
-                WHEN a.embedding_dimension = 384 THEN TRUE
+                WHEN coalesce(a.embedding_dimension, 384) = 384 THEN TRUE
                 ELSE elizasql.refuse_dimension(a.id, a.embedding_dimension, 384)
             END
         FROM elizasql.agents AS a

@@ -169,7 +169,7 @@ known AS MATERIALIZED (
         AND (
             SELECT
                 CASE
-                    WHEN a.embedding_dimension = 384 THEN TRUE
+                    WHEN coalesce(a.embedding_dimension, 384) = 384 THEN TRUE
                     ELSE elizasql.refuse_dimension(a.id, a.embedding_dimension, 384)
                 END
             FROM elizasql.agents AS a

@@ -225,6 +225,35 @@ async def test_a_scope_that_shrinks_after_it_was_measured(loaded: Loaded) -> Non
         assert {hit.id for hit in hits} == ids
 
 
+@pytest.mark.parametrize("filters", [(), ("room_id",), ("entity_id",), ("world_id",), ("room_id", "entity_id")])
+async def test_the_tail_does_not_hide_what_hnsw_has_not_reached(
+    alone: DatabaseAdapter, make_db: MakeAdapter, dsn: str, filters: tuple[str, ...]
+) -> None:
+    """HNSW ends its scan among those that do not match; the tail has enough rows, but further ones."""
+    scene = await make_scene(alone)
+    rng = np.random.default_rng(5)
+    query = np.eye(1, 384, dtype=np.float32)[0]
+
+    def memories(number: int, similarity: float, unique: bool) -> list[Memory]:
+        others = rng.normal(size=(number, 384))
+        others[:, 0] = 0
+        others *= np.sqrt(1 - similarity**2) / np.linalg.norm(others, axis=1, keepdims=True)
+        others[:, 0] = similarity
+        about: dict[str, Any] = {"room_id": scene.room, "entity_id": scene.entity, "world_id": scene.world}
+        return [Memory(content={}, embedding=vector, unique=unique, **about) for vector in others]
+
+    await alone.create_memories([*memories(2500, 0.9, unique=False), *memories(8, 0.5, unique=True)], "messages")
+    await alone.index_memories(rebuild=True)
+    await alone.create_memories(memories(12, 0.1, unique=True), "messages")
+    db = await make_db(alone.agent_id, dsn=f"{dsn}{'&' if '?' in dsn else '?'}hnsw.max_scan_tuples=200")
+    scope = {name: getattr(scene, name.removesuffix("_id")) for name in filters}
+    for _ in range(2):
+        hits = await db.search_memories(embedding=query, table_name="messages", unique=True, **scope)
+        assert [round(hit.similarity or 0, 1) for hit in hits] == [0.5] * 8 + [0.1] * 2
+        # HNSW was the way, the first time and from then on.
+        assert [by_hnsw for by_hnsw, *_ in db._measured.values()] == [True]
+
+
 @pytest.mark.parametrize("way", ["index_memories", "load_memories"])
 async def test_a_scope_that_grows_is_measured_anew(alone: DatabaseAdapter, round_trips: list[str], way: str) -> None:
     """What was small may be large once it is indexed: nobody waits ten seconds for that."""
@@ -359,6 +388,28 @@ async def test_a_wrong_width_is_refused_without_a_search(db: DatabaseAdapter, ro
         await db.search_memories(embedding=np.ones(768), table_name="messages")
     assert (caught.value.locked, caught.value.given) == (384, 768)
     assert round_trips == [SQL["get_embedding_dimension"].sql]
+
+
+@pytest.mark.parametrize("way", ["off", "required", "transaction"])
+async def test_an_agent_that_was_made_anew_has_nothing_to_search(make_db: MakeAdapter, way: str) -> None:
+    """Its adapter still knows the width of the one that was deleted; the new one has none."""
+    db = await make_db(resident="off" if way == "transaction" else way)
+    vector = np.ones(384, np.float32)
+    about: dict[str, Any] = {"embedding": vector, "table_name": "messages"}
+    await db.create_memory(Memory(content={}, embedding=vector, unique=True), "messages")
+    assert len(await db.search_memories(**about)) == 1
+    await db.delete_agent(db.agent_id)
+    assert await db.search_memories(**about) == []
+    await db.ensure_agent_exists({"name": "anew"})
+    if way == "transaction":
+        async with db.transaction() as tx:
+            assert await tx.search_memories(**about) == []
+            assert await tx.get_memories(table_name="messages") == []
+    else:
+        assert await db.search_memories(**about) == []
+    await db.ensure_embedding_dimension(512)
+    with pytest.raises(EmbeddingDimensionError):
+        await db.search_memories(**about)
 
 
 async def test_other_worlds_and_entities_are_left_out(db: DatabaseAdapter, agent_world: Scene) -> None:
