@@ -269,8 +269,8 @@ class Memories(Store):
     ) -> list[UUID]:
         """Store memories, or replace content, metadata, `unique` and embedding of those that are there.
 
-        What is None stays: the embedding and `unique` of a memory that is there. Its type, entity, room, world and time
-        stay always. No near-duplicate check. All or none; of two memories with one id the last counts.
+        What is None stays: the metadata, the embedding and `unique` of a memory that is there. Its type, entity, room,
+        world and time stay always. No near-duplicate check. All or none; of two memories with one id the last counts.
 
         Raises:
             As `create_memories`.
@@ -282,9 +282,10 @@ class Memories(Store):
             return []
         given = await self._width_of(rows)
         chunks = self._batch(rows)
-        open_ids = {row["id"] for row in rows if row["unique"] is None}
-        for chunk in chunks:
-            chunk["keep_unique"] = [id for id in chunk["ids"] if id in open_ids]
+        for name in ("unique", "metadata"):
+            kept = {row["id"] for row in rows if name not in row["given"]}
+            for chunk in chunks:
+                chunk[f"keep_{name}"] = [id for id in chunk["ids"] if id in kept]
         await self._write(SQL.at("upsert_memories", given or 384), chunks, given)
         return ids
 
@@ -808,6 +809,7 @@ class Memories(Store):
                 "unique": row.get("unique") if decided is None else decided,
                 "metadata": row.get("metadata") or {},
                 "embedding": row.get("embedding"),
+                "given": {name for name in ("unique", "metadata") if row.get(name) is not None},
             }
 
         return self._reader(prepare)

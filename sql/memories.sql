@@ -196,9 +196,10 @@ SELECT
     END AS refused
 FROM (SELECT count(*) AS stored FROM created) AS counted;
 
--- name: upsert_memories(agent_id, ids, types, created_ats, contents, entity_ids, room_ids, world_ids, uniques, keep_unique, metadatas, embeddings, positions, begins, indexed)!
+-- name: upsert_memories(agent_id, ids, types, created_ats, contents, entity_ids, room_ids, world_ids, uniques, keep_unique, metadatas, keep_metadata, embeddings, positions, begins, indexed)!
 -- Stores memories or, where the id is there, replaces content, metadata, "unique" and the embedding, each where given.
--- Type, entity, room, world and time of a memory that is there stay. keep_unique: ids whose "unique" was not given.
+-- Type, entity, room, world and time of a memory that is there stay. keep_unique, keep_metadata: ids of which that was
+-- not given.
 WITH given AS (
     SELECT
         *,
@@ -227,7 +228,8 @@ stored AS (
     ON CONFLICT (agent_id, id) DO UPDATE
         SET
             content = excluded.content,
-            metadata = excluded.metadata,
+            metadata
+            = CASE WHEN excluded.id = ANY(:keep_metadata::uuid[]) THEN m.metadata ELSE excluded.metadata END,
             "unique" = CASE WHEN excluded.id = ANY(:keep_unique::uuid[]) THEN m."unique" ELSE excluded."unique" END
     RETURNING m.id, m.type, m.room_id, m.world_id, m.entity_id, m."unique"
 )

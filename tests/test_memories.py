@@ -625,14 +625,15 @@ async def test_upsert_replaces_what_is_given_and_keeps_the_rest(db: DatabaseAdap
     ) == [id, id, new]
     old = await db.get_memory_by_id(id, include_embedding=True)
     assert old is not None
-    assert (old.content, old.metadata, old.unique, old.type) == ({"text": "b"}, {}, False, "messages")
+    assert (old.content, old.metadata, old.unique, old.type) == ({"text": "b"}, {"k": 1}, False, "messages")
     assert (old.room_id, old.entity_id, old.created_at) == (agent_world.room, agent_world.entity, T0)
     np.testing.assert_array_equal(old.embedding, vector(1))  # type: ignore[arg-type]
     created = await db.get_memory_by_id(new)
     assert created is not None and (created.type, created.unique, created.room_id) == ("facts", True, room)
-    await db.upsert_memories([Memory(id=id, content={}, unique=True, embedding=vector(5))], "messages")
+    await db.upsert_memories([Memory(id=id, content={}, metadata={}, unique=True, embedding=vector(5))], "messages")
     found = await db.search_memories(embedding=vector(5), table_name="messages", unique=True, count=1)
     assert found[0].id == id and found[0].similarity == pytest.approx(1, abs=1e-5)
+    assert found[0].metadata == {}
 
 
 async def test_a_deleted_world_is_cleared_from_memory_and_vector(
