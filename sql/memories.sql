@@ -11,8 +11,8 @@ INSERT INTO elizasql.memories (
     agent_id, id, type, created_at, content, entity_id, room_id, world_id, "unique", metadata
 )
 VALUES (
-    :agent_id, :id, :type, coalesce(:created_at::timestamptz, statement_timestamp()), :content, :entity_id, :room_id,
-    :world_id, :is_unique, :metadata
+    :agent_id, :id, :type, elizasql.made_time(:created_at::timestamptz, statement_timestamp()), :content, :entity_id,
+    :room_id, :world_id, :is_unique, :metadata
 )
 ON CONFLICT (agent_id, id) DO NOTHING;
 
@@ -23,8 +23,8 @@ WITH created AS (
         agent_id, id, type, created_at, content, entity_id, room_id, world_id, "unique", metadata
     )
     VALUES (
-        :agent_id, :id, :type, coalesce(:created_at::timestamptz, statement_timestamp()), :content, :entity_id,
-        :room_id, :world_id, :is_unique, :metadata
+        :agent_id, :id, :type, elizasql.made_time(:created_at::timestamptz, statement_timestamp()), :content,
+        :entity_id, :room_id, :world_id, :is_unique, :metadata
     )
     ON CONFLICT (agent_id, id) DO NOTHING
     RETURNING agent_id, id, type, room_id, world_id, entity_id, "unique"
@@ -60,7 +60,7 @@ created AS (
         :agent_id,
         id,
         type,
-        coalesce(created_at, made_at),
+        elizasql.made_time(created_at, made_at),
         content,
         entity_id,
         room_id, world_id, is_unique, metadata
@@ -113,7 +113,7 @@ created AS (
         :agent_id,
         id,
         type,
-        coalesce(created_at, made_at),
+        elizasql.made_time(created_at, made_at),
         content,
         entity_id,
         room_id, world_id, coalesce(is_unique, NOT is_duplicate), metadata
@@ -161,7 +161,7 @@ created AS (
         :agent_id,
         id,
         type,
-        coalesce(created_at, made_at),
+        elizasql.made_time(created_at, made_at),
         content,
         entity_id,
         room_id, world_id, is_unique, metadata
@@ -219,7 +219,7 @@ stored AS (
         :agent_id,
         id,
         type,
-        coalesce(created_at, made_at),
+        elizasql.made_time(created_at, made_at),
         content,
         entity_id,
         room_id, world_id, is_unique, metadata

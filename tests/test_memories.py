@@ -83,6 +83,27 @@ async def test_create_fills_in_what_is_missing(db: DatabaseAdapter, agent_world:
     assert stored.created_at is not None and stored.created_at > before
 
 
+@pytest.mark.parametrize("time", [datetime.min, datetime.max])
+async def test_the_ends_of_the_calendar_are_times(db: DatabaseAdapter, agent_world: Scene, time: datetime) -> None:
+    """Go's zero time is one of them."""
+    time = time.replace(tzinfo=timezone.utc)
+    s = agent_world
+    made = [
+        await db.create_memory(memory(s, created_at=time), "messages"),
+        await db.create_memory(memory(s, created_at=time, embedding=vector(1), unique=True), "messages"),
+        await db.create_memory(memory(s, created_at=time, embedding=vector(2)), "messages"),
+        *await db.create_memories([memory(s, created_at=time, embedding=vector(i)) for i in (3, 4)], "messages"),
+        *await db.create_memories([memory(s, created_at=time), memory(s, created_at=time)], "messages"),
+        *await db.upsert_memories([memory(s, created_at=time)], "messages"),
+    ]
+    await db.load_memories([memory(s, created_at=time)], "messages")
+    found = await db.get_memories(table_name="messages")
+    assert [each.created_at for each in found] == [time] * (len(made) + 1)
+    assert await db.get_memories(table_name="messages", cursor=found[3]) == found[4:]
+    await db.create_logs([{"entityId": s.entity, "roomId": s.room, "type": "t", "body": {}, "createdAt": time}])
+    assert [each.created_at for each in await db.get_logs()] == [time]
+
+
 async def test_a_second_create_of_an_id_changes_nothing(
     db: DatabaseAdapter, agent_world: Scene, raw: asyncpg.Connection[Any]
 ) -> None:
