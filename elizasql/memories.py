@@ -21,7 +21,7 @@ from ._indexer import Indexer
 from ._loader import Loader
 from ._resident import Resident
 from ._statements import SQL, Statement
-from ._store import Store, as_limit, order_by_id
+from ._store import Store, as_limit, order_by_id, read_cursor
 from .config import Config
 from .errors import ArgumentError, EmbeddingDimensionError, NotFoundError
 from .models import LoadSummary, Memory
@@ -425,12 +425,10 @@ class Memories(Store):
         """
         self._check_agent({"agent_id": _codecs.as_optional_id(agent_id, "agent_id")})
         params = self._filters(table_name, start, end, unique, metadata, text_contains)
-        time_and_id = _cursor(cursor)
         if cursor is not None and offset:
             raise ArgumentError("cursor and offset exclude each other")
         params |= {
-            "cursor_time": time_and_id[0],
-            "cursor_id": time_and_id[1],
+            **read_cursor(Memory, cursor),
             "count": as_limit(count, limit),
             "skip": _codecs.as_optional_count(offset, "offset"),
             "include_embedding": _codecs.as_bool(include_embedding, "include_embedding"),
@@ -1028,20 +1026,6 @@ def _threshold(value: float | None) -> float | None:
     if isinstance(number, bool) or not isinstance(number, Real) or not -1 <= float(number) <= 1:
         raise ArgumentError(f"match_threshold must be between -1 and 1, not {value!r:.40}")
     return float(number)
-
-
-def _cursor(cursor: Memory | Mapping[str, Any] | tuple[datetime, UUID] | None) -> tuple[datetime | None, UUID | None]:
-    if cursor is None:
-        return None, None
-    if isinstance(cursor, tuple) and len(cursor) == 2:
-        return _codecs.as_time(cursor[0], "cursor"), _codecs.as_id(cursor[1], "cursor")
-    row = Memory.read(cursor)
-    if row.get("created_at") is None or row.get("id") is None:
-        raise ArgumentError("cursor needs created_at and id")
-    # The exact time is that of the row. Where it is gone, and JSON has cut the time, what else is of its millisecond is
-    # rather given twice than never.
-    time = _codecs.as_optional_end(row["created_at"], "cursor") if isinstance(cursor, Mapping) else row["created_at"]
-    return time, row["id"]
 
 
 def _unwrap(memory: Any) -> dict[str, Any]:

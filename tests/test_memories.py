@@ -83,10 +83,9 @@ async def test_create_fills_in_what_is_missing(db: DatabaseAdapter, agent_world:
     assert stored.created_at is not None and stored.created_at > before
 
 
-@pytest.mark.parametrize("time", [datetime.min, datetime.max])
+@pytest.mark.parametrize("time", [datetime.min.replace(tzinfo=timezone.utc), datetime.max.replace(tzinfo=timezone.utc)])
 async def test_the_ends_of_the_calendar_are_times(db: DatabaseAdapter, agent_world: Scene, time: datetime) -> None:
     """Go's zero time is one of them."""
-    time = time.replace(tzinfo=timezone.utc)
     s = agent_world
     made = [
         await db.create_memory(memory(s, created_at=time), "messages"),
