@@ -523,6 +523,7 @@ class Memories(Store):
         room_ids: Iterable[UUID | str] | None = None,
         entity_id: UUID | str | None = None,
         world_id: UUID | str | None = None,
+        agent_id: UUID | str | None = None,
         start: datetime | float | None = None,
         end: datetime | float | None = None,
         metadata: Mapping[str, Any] | None = None,
@@ -536,13 +537,14 @@ class Memories(Store):
             unique: True: leave near-duplicates out.
             table_name: The type.
             room_ids: Only of these rooms, instead of `room_id`.
-            entity_id, world_id, start, end, metadata, text_contains: As in `get_memories`.
+            entity_id, world_id, agent_id, start, end, metadata, text_contains: As in `get_memories`.
 
         Statement: sql/memories.sql count_memories, count_memories_of_rooms, _of_entity or _of_world. One round trip.
         Source: countMemories; differs: `unique` is False by default in every form, so that it agrees with get_memories.
         """
         if room_id is not None and room_ids is not None:
             raise ArgumentError("room_id and room_ids exclude each other")
+        self._check_agent({"agent_id": _codecs.as_optional_id(agent_id, "agent_id")})
         params = self._filters(table_name, start, end, unique, metadata, text_contains)
         scope: dict[str, Any] = _scope(room_id, entity_id, world_id)
         path = _path(scope)

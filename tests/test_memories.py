@@ -437,7 +437,7 @@ async def test_get_memories_filters_and_orders(db: DatabaseAdapter, agent_world:
         expected = [m for m in library if wanted(m)]
         assert 0 < len(expected) < 61
         assert ids_of(await db.get_memories(table_name="messages", **filters)) == ids_of(expected), filters
-        counted = {k: v for k, v in filters.items() if k not in ("count", "offset", "agent_id")}
+        counted = {k: v for k, v in filters.items() if k not in ("count", "offset")}
         assert await db.count_memories(table_name="messages", **counted) == len(expected), filters
 
     await check(lambda m: True)
