@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any, Literal, TypeVar
 from uuid import UUID
 
@@ -263,3 +264,30 @@ def as_limit(count: int | None, limit: int | None) -> int | None:
     if count is not None and limit is not None and count != limit:
         raise ArgumentError("count and limit are two names of one argument: give one")
     return _codecs.as_count(limit if count is None else count, "count")
+
+
+def read_cursor(kind: type[Model], cursor: Any, *, forward: bool = False) -> dict[str, Any]:
+    """Check where a page is to go on: behind a row, or the time and the id of one.
+
+    Statements read the exact time by the id. Where the row is gone the one that is given counts; of a time that JSON
+    may have cut to milliseconds, the rest of its millisecond is rather given twice than never.
+
+    Args:
+        kind: The model of the rows.
+        cursor: A row, a mapping of one, (time, id), or None.
+        forward: The page goes on with later rows, not with earlier ones.
+    """
+    if cursor is None:
+        return {"cursor_time": None, "cursor_id": None}
+    if isinstance(cursor, tuple):
+        if len(cursor) != 2:
+            raise ArgumentError(f"cursor must be a {kind.__name__}, or the time and the id of one")
+        given, id = cursor
+    else:
+        row = kind.read(cursor)
+        given, id = row.get("created_at"), row.get("id")
+        if given is None or id is None:
+            raise ArgumentError("cursor needs created_at and id")
+    cut = isinstance(cursor, Mapping) or not isinstance(given, datetime)
+    read = _codecs.as_optional_end if cut and not forward else _codecs.as_time
+    return {"cursor_time": read(given, "cursor"), "cursor_id": _codecs.as_id(id, "cursor")}

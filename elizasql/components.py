@@ -16,6 +16,9 @@ from .models import Component, Model
 
 _NEEDED = ("entity_id", "room_id", "type")
 _PATH = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*(\.[a-zA-Z_][a-zA-Z0-9_]*|\.[0-9]+)*")
+# Parts of a path. What is nested deeper than 1,024 levels cannot be read any more, nor can any list that it is in; an
+# operation's value has up to 250.
+_MOST_PARTS = 250
 
 NaturalKey = tuple[UUID, str, UUID | None, UUID | None]
 
@@ -167,9 +170,9 @@ class Components(Store):
             component_id: The component.
             ops: Operations, applied one after the other: `{"op": ..., "path": ..., "value": ...}`. The path is names
                 and indexes joined by dots, such as "wallet.balance" or "items.0.name": letters, digits and
-                underscores, the first part a name. "set" puts a value there and makes what is missing on the way, an
-                array where an index comes next; "push" appends it to the array there; "increment" adds a number to the
-                number there; "remove" deletes what is there, if anything.
+                underscores, the first part a name, at most 250 parts. "set" puts a value there and makes what is
+                missing on the way, an array where an index comes next; "push" appends it to the array there;
+                "increment" adds a number to the number there; "remove" deletes what is there, if anything.
 
         Raises:
             ArgumentError: An operation, path or value is malformed; nothing was sent.
@@ -388,6 +391,9 @@ def _read_op(op: Any, number: int) -> dict[str, Any]:
         raise ArgumentError(f"operation {number}: op must be set, push, remove or increment, not {kind!r:.40}")
     if not isinstance(path, str) or not _PATH.fullmatch(path):
         raise ArgumentError(f"operation {number}: path must be names and indexes joined by dots, not {path!r:.80}")
+    parts = path.count(".") + 1
+    if parts > _MOST_PARTS:
+        raise ArgumentError(f"operation {number}: path must have at most {_MOST_PARTS} parts, not {parts}")
     if kind == "remove":
         return {"op": kind, "path": path}
     if "value" not in op:

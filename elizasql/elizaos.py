@@ -22,7 +22,15 @@ _SETTINGS = {setting.metadata["variable"]: setting.name for setting in fields(Co
 
 
 def _read_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {_SETTINGS.get(key, key): value for key, value in config.items() if value not in (None, "")}
+    given: dict[str, Any] = {}
+    for key, value in config.items():
+        if value in (None, ""):
+            continue
+        name = _SETTINGS.get(key, key)
+        if given.setdefault(name, value) != value:
+            # Not shown: it may be an address with a password.
+            raise ArgumentError(f"{name} has two values: under {key!r} and another key")
+    return given
 
 
 class Runtime(Protocol):
@@ -50,7 +58,7 @@ async def create_database_adapter(config: Mapping[str, Any], agent_id: UUID | st
         agent_id: The agent.
 
     Raises:
-        ArgumentError: `postgresUrl` and `dataDir` are both given.
+        ArgumentError: `postgresUrl` and `dataDir` are both given, or a setting has two values under two names.
         As `elizasql.open`.
 
     Source: createDatabaseAdapter; differs: gives an adapter that is connected and migrated.

@@ -9,7 +9,7 @@ from uuid import UUID
 
 from . import _codecs
 from ._statements import SQL
-from ._store import Store, as_limit, unwrap
+from ._store import Store, as_limit, read_cursor, unwrap
 from .errors import ArgumentError
 from .models import AgentRunCounts, AgentRunSummary, AgentRunSummaryResult, Log
 from .types import RunStatus
@@ -201,7 +201,6 @@ class Logs(Store):
         Source: getLogs; differs: the entity filters, only this agent's, a total order.
         """
         number = as_limit(count, limit)
-        time, id = _cursor(cursor)
         if cursor is not None and offset:
             raise ArgumentError("cursor and offset exclude each other")
         params: dict[str, Any] = {
@@ -209,8 +208,7 @@ class Logs(Store):
             "entity_id": _codecs.as_optional_id(entity_id, "entity_id"),
             "room_id": _codecs.as_optional_id(room_id, "room_id"),
             "type": _codecs.as_optional_text(type, "type"),
-            "cursor_time": time,
-            "cursor_id": id,
+            **read_cursor(Log, cursor),
             "count": 10 if number is None else number,
             "skip": _codecs.as_optional_count(offset, "offset"),
         }
@@ -299,23 +297,6 @@ class Logs(Store):
 
 def _summary(_: int, *columns: Any) -> AgentRunSummary:
     return AgentRunSummary(*[*columns[:-4], AgentRunCounts(*columns[-4:])])
-
-
-def _cursor(cursor: Cursor | None) -> tuple[datetime | None, UUID | None]:
-    if cursor is None:
-        return None, None
-    if isinstance(cursor, tuple):
-        if len(cursor) != 2:
-            raise ArgumentError("cursor must be a log, or the time and the id of one")
-        return _codecs.as_time(cursor[0], "cursor"), _codecs.as_id(cursor[1], "cursor")
-    given = Log.read(cursor)
-    if given.get("created_at") is None or given.get("id") is None:
-        raise ArgumentError("cursor needs created_at and id")
-    # As in `get_memories`: where the log is gone, and JSON has cut its time, rather twice than never.
-    time = (
-        _codecs.as_optional_end(given["created_at"], "cursor") if isinstance(cursor, Mapping) else given["created_at"]
-    )
-    return time, given["id"]
 
 
 def _encode_bodies(rows: Iterable[Mapping[str, Any]], ids: Sequence[UUID]) -> dict[UUID, bytes]:

@@ -21,7 +21,7 @@ from ._indexer import Indexer
 from ._loader import Loader
 from ._resident import Resident
 from ._statements import SQL, Statement
-from ._store import Store, as_limit, order_by_id
+from ._store import Store, as_limit, order_by_id, read_cursor
 from .config import Config
 from .errors import ArgumentError, EmbeddingDimensionError, NotFoundError
 from .models import LoadSummary, Memory
@@ -269,8 +269,8 @@ class Memories(Store):
     ) -> list[UUID]:
         """Store memories, or replace content, metadata, `unique` and embedding of those that are there.
 
-        What is None stays: the embedding and `unique` of a memory that is there. Its type, entity, room, world and time
-        stay always. No near-duplicate check. All or none; of two memories with one id the last counts.
+        What is None stays: the metadata, the embedding and `unique` of a memory that is there. Its type, entity, room,
+        world and time stay always. No near-duplicate check. All or none; of two memories with one id the last counts.
 
         Raises:
             As `create_memories`.
@@ -282,9 +282,10 @@ class Memories(Store):
             return []
         given = await self._width_of(rows)
         chunks = self._batch(rows)
-        open_ids = {row["id"] for row in rows if row["unique"] is None}
-        for chunk in chunks:
-            chunk["keep_unique"] = [id for id in chunk["ids"] if id in open_ids]
+        for name in ("unique", "metadata"):
+            kept = {row["id"] for row in rows if name not in row["given"]}
+            for chunk in chunks:
+                chunk[f"keep_{name}"] = [id for id in chunk["ids"] if id in kept]
         await self._write(SQL.at("upsert_memories", given or 384), chunks, given)
         return ids
 
@@ -424,12 +425,10 @@ class Memories(Store):
         """
         self._check_agent({"agent_id": _codecs.as_optional_id(agent_id, "agent_id")})
         params = self._filters(table_name, start, end, unique, metadata, text_contains)
-        time_and_id = _cursor(cursor)
         if cursor is not None and offset:
             raise ArgumentError("cursor and offset exclude each other")
         params |= {
-            "cursor_time": time_and_id[0],
-            "cursor_id": time_and_id[1],
+            **read_cursor(Memory, cursor),
             "count": as_limit(count, limit),
             "skip": _codecs.as_optional_count(offset, "offset"),
             "include_embedding": _codecs.as_bool(include_embedding, "include_embedding"),
@@ -524,6 +523,7 @@ class Memories(Store):
         room_ids: Iterable[UUID | str] | None = None,
         entity_id: UUID | str | None = None,
         world_id: UUID | str | None = None,
+        agent_id: UUID | str | None = None,
         start: datetime | float | None = None,
         end: datetime | float | None = None,
         metadata: Mapping[str, Any] | None = None,
@@ -537,13 +537,14 @@ class Memories(Store):
             unique: True: leave near-duplicates out.
             table_name: The type.
             room_ids: Only of these rooms, instead of `room_id`.
-            entity_id, world_id, start, end, metadata, text_contains: As in `get_memories`.
+            entity_id, world_id, agent_id, start, end, metadata, text_contains: As in `get_memories`.
 
         Statement: sql/memories.sql count_memories, count_memories_of_rooms, _of_entity or _of_world. One round trip.
         Source: countMemories; differs: `unique` is False by default in every form, so that it agrees with get_memories.
         """
         if room_id is not None and room_ids is not None:
             raise ArgumentError("room_id and room_ids exclude each other")
+        self._check_agent({"agent_id": _codecs.as_optional_id(agent_id, "agent_id")})
         params = self._filters(table_name, start, end, unique, metadata, text_contains)
         scope: dict[str, Any] = _scope(room_id, entity_id, world_id)
         path = _path(scope)
@@ -808,6 +809,7 @@ class Memories(Store):
                 "unique": row.get("unique") if decided is None else decided,
                 "metadata": row.get("metadata") or {},
                 "embedding": row.get("embedding"),
+                "given": {name for name in ("unique", "metadata") if row.get(name) is not None},
             }
 
         return self._reader(prepare)
@@ -1026,20 +1028,6 @@ def _threshold(value: float | None) -> float | None:
     if isinstance(number, bool) or not isinstance(number, Real) or not -1 <= float(number) <= 1:
         raise ArgumentError(f"match_threshold must be between -1 and 1, not {value!r:.40}")
     return float(number)
-
-
-def _cursor(cursor: Memory | Mapping[str, Any] | tuple[datetime, UUID] | None) -> tuple[datetime | None, UUID | None]:
-    if cursor is None:
-        return None, None
-    if isinstance(cursor, tuple) and len(cursor) == 2:
-        return _codecs.as_time(cursor[0], "cursor"), _codecs.as_id(cursor[1], "cursor")
-    row = Memory.read(cursor)
-    if row.get("created_at") is None or row.get("id") is None:
-        raise ArgumentError("cursor needs created_at and id")
-    # The exact time is that of the row. Where it is gone, and JSON has cut the time, what else is of its millisecond is
-    # rather given twice than never.
-    time = _codecs.as_optional_end(row["created_at"], "cursor") if isinstance(cursor, Mapping) else row["created_at"]
-    return time, row["id"]
 
 
 def _unwrap(memory: Any) -> dict[str, Any]:

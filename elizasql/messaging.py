@@ -13,7 +13,7 @@ from uuid import UUID
 
 from . import _codecs
 from ._statements import SQL
-from ._store import Store
+from ._store import Store, read_cursor
 from .errors import ArgumentError, NotFoundError
 from .models import Channel, ChannelMessage, MessageServer, Model
 
@@ -419,7 +419,7 @@ class Messaging(Store):
             channel_id=_codecs.as_id(channel_id, "channel_id"),
             before_time=_codecs.as_optional_time(before_timestamp, "before_timestamp"),
             count=_codecs.as_optional_count(limit, "limit"),
-            **_read_cursor(cursor),
+            **read_cursor(ChannelMessage, cursor, forward=oldest),
         )
         return [ChannelMessage(*row) for row in rows]
 
@@ -447,7 +447,7 @@ class Messaging(Store):
             SQL["get_replies"],
             message_id=_codecs.as_id(message_id, "message_id"),
             count=_codecs.as_optional_count(limit, "limit"),
-            **_read_cursor(cursor),
+            **read_cursor(ChannelMessage, cursor, forward=True),
         )
         return [ChannelMessage(*row) for row in rows]
 
@@ -480,14 +480,3 @@ def _read_updates(kind: type[Model], updates: object, changeable: Mapping[str, b
         if not clears and name in given and given[name] is None:
             raise ArgumentError(f"{kind.__name__}: {name} must not be None")
     return _codecs.encode_json({name: given[name] for name in changeable if name in given}, "updates")
-
-
-def _read_cursor(cursor: Cursor | None) -> dict[str, Any]:
-    if cursor is None:
-        return {"cursor_time": None, "cursor_id": None}
-    if isinstance(cursor, tuple) and len(cursor) == 2:
-        return {"cursor_time": _codecs.as_time(cursor[0], "cursor"), "cursor_id": _codecs.as_id(cursor[1], "cursor")}
-    row = ChannelMessage.read(cursor)
-    if row.get("created_at") is None or row.get("id") is None:
-        raise ArgumentError("cursor needs created_at and id")
-    return {"cursor_time": row["created_at"], "cursor_id": row["id"]}

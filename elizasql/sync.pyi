@@ -401,6 +401,7 @@ class DatabaseAdapter:
         room_ids: Iterable[UUID | str] | None = None,
         entity_id: UUID | str | None = None,
         world_id: UUID | str | None = None,
+        agent_id: UUID | str | None = None,
         start: datetime | float | None = None,
         end: datetime | float | None = None,
         metadata: Mapping[str, Any] | None = None,

@@ -36,6 +36,15 @@ CREATE FUNCTION elizasql.changed_time(stored timestamptz, given timestamptz) RET
 LANGUAGE sql STABLE
 RETURN CASE WHEN given IS NULL OR elizasql.is_same_time(stored, given) THEN stored ELSE given END;
 
+-- The time of a row that comes with one as a parameter, or without. asyncpg sends the first and the last microsecond of
+-- Python's calendar as infinities, and gives these back without a time zone.
+CREATE FUNCTION elizasql.made_time(given timestamptz, otherwise timestamptz) RETURNS timestamptz
+LANGUAGE sql STABLE
+RETURN greatest(
+    least(coalesce(given, otherwise), timestamptz '9999-12-31 23:59:59.999999+00'),
+    timestamptz '0001-01-01 00:00:00+00'
+);
+
 -- Servers are deployments of agents (row isolation), not message servers.
 CREATE TABLE elizasql.servers (
     id uuid NOT NULL,
@@ -204,6 +213,7 @@ DROP TABLE elizasql.worlds;
 DROP TABLE elizasql.agents;
 DROP FUNCTION elizasql.refuse_dimension_change();
 DROP TABLE elizasql.servers;
+DROP FUNCTION elizasql.made_time(timestamptz, timestamptz);
 DROP FUNCTION elizasql.changed_time(timestamptz, timestamptz);
 DROP FUNCTION elizasql.is_same_time(timestamptz, timestamptz);
 DROP FUNCTION elizasql.refuse_present(text, uuid[]);

@@ -204,6 +204,10 @@ BEGIN
 END
 $$;
 
+CREATE FUNCTION elizasql.made_time(given timestamp with time zone, otherwise timestamp with time zone) RETURNS timestamp with time zone
+    LANGUAGE sql STABLE
+    RETURN GREATEST(LEAST(COALESCE(given, otherwise), '9999-12-31 23:59:59.999999+00'::timestamp with time zone), '0001-01-01 00:00:00+00'::timestamp with time zone);
+
 CREATE FUNCTION elizasql.merge_settings(target jsonb, source jsonb) RETURNS jsonb
     LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE
     AS $$

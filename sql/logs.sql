@@ -7,7 +7,7 @@
 INSERT INTO elizasql.logs (agent_id, id, entity_id, room_id, type, body, created_at)
 SELECT
     :agent_id, id, entity_id, room_id, type, body,
-    coalesce(created_at, statement_timestamp() + (:first::bigint + position) * interval '1 microsecond')
+    elizasql.made_time(created_at, statement_timestamp() + (:first::bigint + position) * interval '1 microsecond')
 FROM
     unnest(
         :ids::uuid[], :entity_ids::uuid[], :room_ids::uuid[], :types::text[], :bodies::jsonb[],

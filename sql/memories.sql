@@ -11,8 +11,8 @@ INSERT INTO elizasql.memories (
     agent_id, id, type, created_at, content, entity_id, room_id, world_id, "unique", metadata
 )
 VALUES (
-    :agent_id, :id, :type, coalesce(:created_at::timestamptz, statement_timestamp()), :content, :entity_id, :room_id,
-    :world_id, :is_unique, :metadata
+    :agent_id, :id, :type, elizasql.made_time(:created_at::timestamptz, statement_timestamp()), :content, :entity_id,
+    :room_id, :world_id, :is_unique, :metadata
 )
 ON CONFLICT (agent_id, id) DO NOTHING;
 
@@ -23,8 +23,8 @@ WITH created AS (
         agent_id, id, type, created_at, content, entity_id, room_id, world_id, "unique", metadata
     )
     VALUES (
-        :agent_id, :id, :type, coalesce(:created_at::timestamptz, statement_timestamp()), :content, :entity_id,
-        :room_id, :world_id, :is_unique, :metadata
+        :agent_id, :id, :type, elizasql.made_time(:created_at::timestamptz, statement_timestamp()), :content,
+        :entity_id, :room_id, :world_id, :is_unique, :metadata
     )
     ON CONFLICT (agent_id, id) DO NOTHING
     RETURNING agent_id, id, type, room_id, world_id, entity_id, "unique"
@@ -60,7 +60,7 @@ created AS (
         :agent_id,
         id,
         type,
-        coalesce(created_at, made_at),
+        elizasql.made_time(created_at, made_at),
         content,
         entity_id,
         room_id, world_id, is_unique, metadata
@@ -113,7 +113,7 @@ created AS (
         :agent_id,
         id,
         type,
-        coalesce(created_at, made_at),
+        elizasql.made_time(created_at, made_at),
         content,
         entity_id,
         room_id, world_id, coalesce(is_unique, NOT is_duplicate), metadata
@@ -161,7 +161,7 @@ created AS (
         :agent_id,
         id,
         type,
-        coalesce(created_at, made_at),
+        elizasql.made_time(created_at, made_at),
         content,
         entity_id,
         room_id, world_id, is_unique, metadata
@@ -196,9 +196,10 @@ SELECT
     END AS refused
 FROM (SELECT count(*) AS stored FROM created) AS counted;
 
--- name: upsert_memories(agent_id, ids, types, created_ats, contents, entity_ids, room_ids, world_ids, uniques, keep_unique, metadatas, embeddings, positions, begins, indexed)!
+-- name: upsert_memories(agent_id, ids, types, created_ats, contents, entity_ids, room_ids, world_ids, uniques, keep_unique, metadatas, keep_metadata, embeddings, positions, begins, indexed)!
 -- Stores memories or, where the id is there, replaces content, metadata, "unique" and the embedding, each where given.
--- Type, entity, room, world and time of a memory that is there stay. keep_unique: ids whose "unique" was not given.
+-- Type, entity, room, world and time of a memory that is there stay. keep_unique, keep_metadata: ids of which that was
+-- not given.
 WITH given AS (
     SELECT
         *,
@@ -218,7 +219,7 @@ stored AS (
         :agent_id,
         id,
         type,
-        coalesce(created_at, made_at),
+        elizasql.made_time(created_at, made_at),
         content,
         entity_id,
         room_id, world_id, is_unique, metadata
@@ -227,7 +228,8 @@ stored AS (
     ON CONFLICT (agent_id, id) DO UPDATE
         SET
             content = excluded.content,
-            metadata = excluded.metadata,
+            metadata
+            = CASE WHEN excluded.id = ANY(:keep_metadata::uuid[]) THEN m.metadata ELSE excluded.metadata END,
             "unique" = CASE WHEN excluded.id = ANY(:keep_unique::uuid[]) THEN m."unique" ELSE excluded."unique" END
     RETURNING m.id, m.type, m.room_id, m.world_id, m.entity_id, m."unique"
 )

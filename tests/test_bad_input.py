@@ -383,6 +383,7 @@ OPTIONAL_IDS: dict[str, Call] = {
     "get_memories entity_id": lambda db, id: db.get_memories(table_name="messages", entity_id=id),
     "get_memories world_id": lambda db, id: db.get_memories(table_name="messages", world_id=id),
     "get_memories agent_id": lambda db, id: db.get_memories(table_name="messages", agent_id=id),
+    "count_memories agent_id": lambda db, id: db.count_memories(agent_id=id),
     "count_memories room_id": lambda db, id: db.count_memories(id),
     "count_memories entity_id": lambda db, id: db.count_memories(entity_id=id),
     "count_memories world_id": lambda db, id: db.count_memories(world_id=id),
@@ -739,6 +740,7 @@ BAD_CALLS: dict[str, Callable[[DatabaseAdapter], Awaitable[Any]]] = {
         query_table_name="m", query_threshold=1, query_input="x", query_field_sub_name=None  # type: ignore[arg-type]
     ),
     "foreign agent": lambda db: db.get_memories(table_name="messages", agent_id=uuid4()),
+    "foreign agent to count": lambda db: db.count_memories(agent_id=uuid4()),
 }  # fmt: skip
 
 

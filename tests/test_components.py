@@ -397,7 +397,7 @@ async def test_bad_patches_are_refused_before_anything_is_sent(db: DatabaseAdapt
             op("set", path, 1)
             for path in ("", "0", "0.a", "a.", ".a", "a..b", "a b", "a-b", "a.b-c", "ä", "a.-1", "a.0x", "a\n")
         ),
-        *(op("set", path, 1) for path in (None, 3, ["a"], "$.a", "a[0]", "a'", "{a}", "a.1_0")),
+        *(op("set", path, 1) for path in (None, 3, ["a"], "$.a", "a[0]", "a'", "{a}", "a.1_0", ".".join("a" * 251))),
         op("set", "a"),
         op("push", "a"),
         op("increment", "a"),
@@ -425,6 +425,25 @@ async def test_bad_patches_are_refused_before_anything_is_sent(db: DatabaseAdapt
         await db.patch_components(good)  # type: ignore[arg-type]
     await db.patch_components([])
     assert round_trips == []
+
+
+async def test_what_patches_make_can_be_read(db: DatabaseAdapter, agent_world: Scene) -> None:
+    """However deep: one component that cannot be read would take along every list that it is in."""
+    (id,) = await db.create_components([of_scene(agent_world)])
+    deepest: Any = []
+    while True:
+        try:
+            await db.patch_component(id, [op("set", "depth", deepest)])
+        except ArgumentError:
+            break
+        fits, deepest = deepest, [deepest]
+    path = ".".join("a" * 250)
+    await db.patch_component(id, [op("set", path, [fits[0]]), op("push", path, fits)])
+    [component] = await db.get_components(agent_world.entity)
+    found = component.data
+    for _ in range(250):
+        found = found["a"]  # type: ignore[index]
+    assert found == [fits[0], fits]
 
 
 async def test_concurrent_patches_lose_nothing(make_db: MakeAdapter) -> None:

@@ -105,6 +105,26 @@ async def test_both_exclude_each_other(opened: list[DatabaseAdapter]) -> None:
     assert opened == []
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"postgresUrl": "postgresql://a:secret@127.0.0.1:1/a", "POSTGRES_URL": "postgresql://a:secret@127.0.0.1:1/b"},
+        {"dataDir": "a", "data_dir": "b"},
+        {"pool_max_size": 3, "POSTGRES_POOL_MAX": "4"},
+    ],
+)
+async def test_two_names_of_a_setting_agree(config: dict[str, Any], opened: list[DatabaseAdapter]) -> None:
+    with pytest.raises(elizasql.ArgumentError, match="two values") as caught:
+        await create_database_adapter(config, uuid4())
+    assert "secret" not in str(caught.value)
+    assert opened == []
+
+
+async def test_the_same_value_under_two_names(dsn: str) -> None:
+    db = await create_database_adapter({"postgresUrl": dsn, "POSTGRES_URL": dsn, "dsn": None}, uuid4())
+    await db.close()
+
+
 async def test_further_settings(dsn: str) -> None:
     config = {"postgresUrl": dsn, "pool_max_size": 3, "indexing": "manual", "batch_size": 7}
     before = dict(config)

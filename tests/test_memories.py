@@ -83,6 +83,26 @@ async def test_create_fills_in_what_is_missing(db: DatabaseAdapter, agent_world:
     assert stored.created_at is not None and stored.created_at > before
 
 
+@pytest.mark.parametrize("time", [datetime.min.replace(tzinfo=timezone.utc), datetime.max.replace(tzinfo=timezone.utc)])
+async def test_the_ends_of_the_calendar_are_times(db: DatabaseAdapter, agent_world: Scene, time: datetime) -> None:
+    """Go's zero time is one of them."""
+    s = agent_world
+    made = [
+        await db.create_memory(memory(s, created_at=time), "messages"),
+        await db.create_memory(memory(s, created_at=time, embedding=vector(1), unique=True), "messages"),
+        await db.create_memory(memory(s, created_at=time, embedding=vector(2)), "messages"),
+        *await db.create_memories([memory(s, created_at=time, embedding=vector(i)) for i in (3, 4)], "messages"),
+        *await db.create_memories([memory(s, created_at=time), memory(s, created_at=time)], "messages"),
+        *await db.upsert_memories([memory(s, created_at=time)], "messages"),
+    ]
+    await db.load_memories([memory(s, created_at=time)], "messages")
+    found = await db.get_memories(table_name="messages")
+    assert [each.created_at for each in found] == [time] * (len(made) + 1)
+    assert await db.get_memories(table_name="messages", cursor=found[3]) == found[4:]
+    await db.create_logs([{"entityId": s.entity, "roomId": s.room, "type": "t", "body": {}, "createdAt": time}])
+    assert [each.created_at for each in await db.get_logs()] == [time]
+
+
 async def test_a_second_create_of_an_id_changes_nothing(
     db: DatabaseAdapter, agent_world: Scene, raw: asyncpg.Connection[Any]
 ) -> None:
@@ -417,7 +437,7 @@ async def test_get_memories_filters_and_orders(db: DatabaseAdapter, agent_world:
         expected = [m for m in library if wanted(m)]
         assert 0 < len(expected) < 61
         assert ids_of(await db.get_memories(table_name="messages", **filters)) == ids_of(expected), filters
-        counted = {k: v for k, v in filters.items() if k not in ("count", "offset", "agent_id")}
+        counted = {k: v for k, v in filters.items() if k not in ("count", "offset")}
         assert await db.count_memories(table_name="messages", **counted) == len(expected), filters
 
     await check(lambda m: True)
@@ -625,14 +645,15 @@ async def test_upsert_replaces_what_is_given_and_keeps_the_rest(db: DatabaseAdap
     ) == [id, id, new]
     old = await db.get_memory_by_id(id, include_embedding=True)
     assert old is not None
-    assert (old.content, old.metadata, old.unique, old.type) == ({"text": "b"}, {}, False, "messages")
+    assert (old.content, old.metadata, old.unique, old.type) == ({"text": "b"}, {"k": 1}, False, "messages")
     assert (old.room_id, old.entity_id, old.created_at) == (agent_world.room, agent_world.entity, T0)
     np.testing.assert_array_equal(old.embedding, vector(1))  # type: ignore[arg-type]
     created = await db.get_memory_by_id(new)
     assert created is not None and (created.type, created.unique, created.room_id) == ("facts", True, room)
-    await db.upsert_memories([Memory(id=id, content={}, unique=True, embedding=vector(5))], "messages")
+    await db.upsert_memories([Memory(id=id, content={}, metadata={}, unique=True, embedding=vector(5))], "messages")
     found = await db.search_memories(embedding=vector(5), table_name="messages", unique=True, count=1)
     assert found[0].id == id and found[0].similarity == pytest.approx(1, abs=1e-5)
+    assert found[0].metadata == {}
 
 
 async def test_a_deleted_world_is_cleared_from_memory_and_vector(

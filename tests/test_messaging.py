@@ -986,6 +986,10 @@ async def test_pages_hold_while_messages_come_and_go(db: DatabaseAdapter) -> Non
     await db.delete_message(first[-1].id or "")
     rest = await db.get_messages_for_channel(channel, cursor=first[-1])
     assert [*first, *rest] == expected
+    # Nor does JSON, which cuts its time to milliseconds, lose the rest of its millisecond.
+    for cursor in (first[-1].to_dict(), (first[-1].to_dict()["createdAt"], first[-1].id)):
+        again = await db.get_messages_for_channel(channel, cursor=cursor)  # type: ignore[arg-type]
+        assert again[-len(rest) :] == rest
     # Catching up from the newest one that was seen.
     assert await db.get_messages_for_channel(channel, cursor=first[0], oldest_first=True) == [new]
     assert await db.get_messages_for_channel(channel, cursor=new, oldest_first=True) == []
