@@ -574,12 +574,24 @@ WHERE
 ORDER BY best.distance, m.id;
 
 -- name: lock_embedding_dimension(agent_id, dimension)$
--- Sets the agent's dimension when it has none, and gives the one that is then in force. Of concurrent calls the first
--- wins and the others, which wait for its row lock, see its value.
-UPDATE elizasql.agents
-SET embedding_dimension = coalesce(embedding_dimension, :dimension::smallint)
-WHERE id = :agent_id
-RETURNING embedding_dimension;
+-- Sets the agent's dimension when it has none, and gives the one that is then in force. One that is set is only read, and
+-- so waits for nobody. Of concurrent calls that find none the first wins and the others, which wait for its row lock, see
+-- its value.
+WITH found AS MATERIALIZED (
+    SELECT embedding_dimension FROM elizasql.agents
+    WHERE id = :agent_id AND embedding_dimension IS NOT NULL
+),
+
+locked AS (
+    UPDATE elizasql.agents
+    SET embedding_dimension = coalesce(embedding_dimension, :dimension::smallint)
+    WHERE id = :agent_id AND NOT EXISTS (SELECT FROM found)
+    RETURNING embedding_dimension
+)
+
+SELECT embedding_dimension FROM found
+UNION ALL
+SELECT embedding_dimension FROM locked;
 
 -- name: get_embedding_dimension(agent_id)$
 SELECT embedding_dimension FROM elizasql.agents WHERE id = :agent_id;

@@ -1312,7 +1312,11 @@ def test_backup_and_restore(run: Run, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hello")
     run("restore", "text", "--data-dir", folder.parent / "two").fails(1, "no backup")
     (tmp_path / "half").write_bytes((tmp_path / "b.dump").read_bytes()[: said.json["bytes"] // 2])
-    run("restore", "half", "--data-dir", folder.parent / "two").fails(1, "pg_restore failed")
+    run("restore", "half", "--data-dir", folder.parent / "two").fails(1, "no whole backup")
+    damaged = bytearray((tmp_path / "b.dump").read_bytes())
+    damaged[100:2100] = bytes(2000)
+    (tmp_path / "damaged").write_bytes(damaged)
+    run("restore", "damaged", "--data-dir", folder.parent / "two").fails(1, "pg_restore failed")
     assert {path.name for path in folder.parent.iterdir()} == {"pg"}
 
     two = folder.parent / "two"
@@ -1324,6 +1328,52 @@ def test_backup_and_restore(run: Run, folder: Path, tmp_path: Path) -> None:
     query = "SELECT id, obj_description('shop.things'::regclass) FROM shop.things"
     with process("psql", "--data-dir", two, "--", "-Atc", query, cwd=tmp_path) as psql:
         assert psql.communicate(timeout=60)[0] == "7|mine\n"
+
+
+ROLES = """
+CREATE ROLE shop NOLOGIN;
+CREATE ROLE "The Reader" LOGIN PASSWORD 'secret' IN ROLE shop;
+ALTER ROLE "The Reader" SET statement_timeout = '5s';
+GRANT "The Reader" TO elizasql;
+CREATE TABLE public.things AS SELECT 7 AS id;
+ALTER TABLE public.things OWNER TO shop;
+GRANT UPDATE ON public.things TO "The Reader";
+"""
+
+ASK_ROLES = """
+SELECT
+    pg_get_userbyid(relowner),
+    has_table_privilege('The Reader', oid, 'UPDATE'),
+    pg_has_role('elizasql', 'The Reader', 'USAGE'),
+    (SELECT rolconfig::text || rolcanlogin FROM pg_roles WHERE rolname = 'The Reader'),
+    (SELECT left(rolpassword, 5) FROM pg_authid WHERE rolname = 'The Reader')
+FROM pg_class WHERE oid = 'public.things'::regclass
+"""
+
+
+def test_a_backup_holds_the_roles(run: Run, folder: Path) -> None:
+    """Those that the user has made: what belongs to them could not be restored without."""
+
+    async def ask(place: Path, statement: str) -> list[Any]:
+        connection = await asyncpg.connect(_embedded._Cluster(place).dsn("postgres"))
+        try:
+            return [list(row) for row in await connection.fetch(statement)]
+        finally:
+            await connection.close()
+
+    two = folder.parent / "two"
+    assert run("up", "--data-dir", folder).code == 0
+    for statement in filter(str.strip, ROLES.split(";")):
+        asyncio.run(ask(folder, statement))
+    assert run("backup", "b.dump", "--data-dir", folder).code == 0
+    said = run("restore", "b.dump", "--data-dir", two)
+    assert said.code == 0, said
+    assert run("up", "--data-dir", two).code == 0
+    try:
+        expected = [["shop", True, True, "{statement_timeout=5s}true", "SCRAM"]]
+        assert asyncio.run(ask(folder, ASK_ROLES)) == asyncio.run(ask(two, ASK_ROLES)) == expected
+    finally:
+        assert run("down", "--data-dir", two).code == 0
 
 
 EMBED = """

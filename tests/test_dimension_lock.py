@@ -387,6 +387,19 @@ async def test_the_first_lock_stays(make_db: MakeAdapter) -> None:
         assert await adapter.get_embedding_dimension() == 768
 
 
+async def test_a_lock_that_is_there_is_ensured_without_a_write_or_a_wait(make_db: MakeAdapter, raw: Raw) -> None:
+    """Every process does it at its start, also while a long transaction changes the agent or writes what is its own."""
+    db = await make_db(dimension=512)
+    version = "SELECT xmin::text, ctid::text FROM elizasql.agents WHERE id = $1"
+    before = await raw.fetchrow(version, db.agent_id)
+    async with raw.transaction():
+        await raw.execute("SELECT FROM elizasql.agents WHERE id = $1 FOR UPDATE", db.agent_id)
+        await db.ensure_embedding_dimension(512, timeout=20)
+        with pytest.raises(EmbeddingDimensionError):
+            await db.ensure_embedding_dimension(384, timeout=20)
+    assert await raw.fetchrow(version, db.agent_id) == before
+
+
 async def test_agents_are_locked_each_by_themselves(make_db: MakeAdapter) -> None:
     agents = [await make_db(dimension=width) for width in DIMENSIONS]
     for agent, width in zip(agents, DIMENSIONS, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import struct
 import subprocess
 import uuid
 from contextlib import suppress
@@ -30,6 +31,9 @@ _PATIENCE = 3600.0
 
 # With so many new vectors, building the index anew is faster than adding them one by one.
 _REBUILD = 5000
+
+# The end of a backup: the length of what makes the roles, in front of it, and the mark.
+_END, _MARK = struct.Struct(">Q8s"), b"elizasql"
 
 Agents = Annotated[list[str] | None, typer.Option("--agent", help="Only this agent; may be repeated.")]
 
@@ -238,7 +242,7 @@ def backup(
     data_dir: DataDir = None,
     json: Json = False,
 ) -> None:
-    """Write everything that is in the embedded server into one file; it may be in use meanwhile."""
+    """Write all that is in the embedded server's database, and its roles, into one file; it may be in use meanwhile."""
     config = _place.load(None, data_dir)
     if os.path.lexists(path):
         raise ArgumentError(f"{path} is there already: choose another name")
@@ -249,6 +253,9 @@ def backup(
             try:
                 # As superuser: it also holds what others than elizasql keep in the database.
                 await _run(config, "pg_dump", "--format=custom", "--compress=1", f"--file={unfinished}")
+                roles = await _run(config, "pg_dumpall", "--roles-only")
+                with unfinished.open("ab") as file:
+                    file.write(roles + _END.pack(len(roles), _MARK))
                 unfinished.rename(path)
             finally:
                 unfinished.unlink(missing_ok=True)
@@ -268,9 +275,7 @@ def restore(
     """Make a new embedded server out of a backup; the folder must be new or empty."""
     config = _place.load(None, data_dir)
     folder = config.data_dir.expanduser().resolve()
-    with path.open("rb") as file:
-        if file.read(5) != b"PGDMP":
-            raise ConfigurationError(f"{path} is no backup: `elizasql backup` makes them")
+    roles = _read_roles(path)
     if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise ArgumentError(f"{folder} is not empty: restore into a new folder with --data-dir")
 
@@ -279,11 +284,10 @@ def restore(
         try:
             made = await _embedded.acquire(unfinished)
             try:
-                await _run(
-                    _place.load(None, str(unfinished)),
-                    *("pg_restore", "--exit-on-error", "--single-transaction", "--dbname=elizasql"),
-                    str(path.resolve()),
-                )
+                config = _place.load(None, str(unfinished))
+                await _run(config, "psql", "--no-psqlrc", "--single-transaction", "--set=ON_ERROR_STOP=1", said=roles)
+                whole = ("--exit-on-error", "--single-transaction", "--dbname=elizasql")
+                await _run(config, "pg_restore", *whole, str(path.resolve()))
             finally:
                 await made.release()
             unfinished.rename(folder)
@@ -297,30 +301,50 @@ def restore(
         _out.say(f"restored to {folder}")
 
 
-async def _run(config: Config, program: str, *arguments: str) -> None:
-    """Run one of PostgreSQL's programs on the embedded server as its superuser."""
-    shown, environ = server.for_libpq(_embedded._Cluster(config.data_dir).dsn("postgres"), embedded=True)
-    target = [] if program == "pg_restore" else [shown]
-    where = {"PGHOST": str(_embedded._Cluster(config.data_dir)._socket_dir()), "PGUSER": "postgres", "PGPORT": "5432"}
+def _read_roles(path: Path) -> bytes:
+    """Give the statements that make the roles of a backup: they stand behind the dump, which ends before them."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - _END.size, 0))
+        end = file.read()
+        length, mark = _END.unpack(end) if len(end) == _END.size else (0, b"")
+        if mark == _MARK:
+            file.seek(size - _END.size - length)
+            roles = file.read(length)
+        file.seek(0)
+        if file.read(5) != b"PGDMP":
+            raise ConfigurationError(f"{path} is no backup: `elizasql backup` makes them")
+    if mark != _MARK:
+        raise ConfigurationError(f"{path} is no whole backup: its end is missing")
+    for name in (b"elizasql", b"postgres"):  # every embedded server has them
+        roles = roles.replace(b"\nCREATE ROLE %b;\n" % name, b"\n", 1)
+    return roles
+
+
+async def _run(config: Config, program: str, *arguments: str, said: bytes = b"") -> bytes:
+    """Run one of PostgreSQL's programs on the embedded server as its superuser, and give what it prints."""
+    cluster = _embedded._Cluster(config.data_dir)
+    _, environ = server.for_libpq(cluster.dsn("postgres"), embedded=True)
+    where = {"PGHOST": str(cluster._socket_dir()), "PGPORT": "5432", "PGUSER": "postgres", "PGDATABASE": "elizasql"}
     process = await asyncio.create_subprocess_exec(
         str(_embedded._binaries() / program),
         *arguments,
-        *target,
         env={**environ, **where},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
     try:
-        _, said = await process.communicate()
+        printed, complaint = await process.communicate(said)
     except BaseException:
         with suppress(ProcessLookupError):
             process.terminate()
         await process.wait()
         raise
     if process.returncode:
-        lines = said.decode(errors="replace").strip().splitlines() or [f"exit code {process.returncode}"]
+        lines = complaint.decode(errors="replace").strip().splitlines() or [f"exit code {process.returncode}"]
         raise ProgramError(f"{program} failed: {' '.join(lines[:3])}")
+    return printed
 
 
 class ProgramError(ElizaSQLError):
