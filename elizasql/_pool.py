@@ -46,8 +46,12 @@ _KEEP = 1.0
 Late = Callable[[Exception], None] | None
 
 
-def session_settings(config: Config) -> dict[str, str]:
+def session_settings(config: Config, vector_path: str | None = None) -> dict[str, str]:
     """Give the settings of every pooled connection.
+
+    Args:
+        config: The settings in force.
+        vector_path: As in `Server`.
 
     `default_transaction_isolation`: the check for near-duplicates has to see what was committed while it waited, and a
     database may have been given another default.
@@ -70,6 +74,8 @@ def session_settings(config: Config) -> dict[str, str]:
         "max_parallel_workers_per_gather": "0",
         "plan_cache_mode": "force_generic_plan",
         "TimeZone": "UTC",
+        # Statements name the schema of all else.
+        **({"search_path": vector_path} if vector_path else {}),
     }
 
 
@@ -83,6 +89,9 @@ class Server:
         vector_schema: The schema that it is in.
         vector_available: Version that the server could create or update it to; None: not installed.
         invalid_indexes: Names of indexes that a build left unfinished, and that the server keeps but does not use.
+        encoding: Of the database.
+        vector_path: What `search_path` must be for the extension to be found; None: it is found as it is.
+        may_use_vector: Whether the role may use what is in the extension's schema.
     """
 
     version: int
@@ -90,13 +99,17 @@ class Server:
     vector_schema: str | None
     vector_available: str | None
     invalid_indexes: Sequence[str] = ()
+    encoding: str = "UTF8"
+    vector_path: str | None = None
+    may_use_vector: bool = True
 
     def check(self) -> None:
         """Refuse a server that this library cannot trust.
 
         Raises:
             ConfigurationError: PostgreSQL below 15; pgvector missing, or below 0.8.4, whose index can be damaged by
-                vacuum and whose parallel build can overflow.
+                vacuum and whose parallel build can overflow, or closed to the role; a database that is not in UTF8:
+                it could not hold what is said in most languages.
 
         Invalid indexes are logged: everything works without them, slower, and one may be in the making right now.
         """
@@ -117,6 +130,10 @@ class Server:
             raise ConfigurationError(
                 f"pgvector 0.8.4 or newer is needed: older ones damage HNSW indexes; found {found}: {remedy}"
             )
+        if not self.may_use_vector:
+            raise ConfigurationError(f'the role may not use pgvector: GRANT USAGE ON SCHEMA "{self.vector_schema}"')
+        if self.encoding != "UTF8":
+            raise ConfigurationError(f"the database is in {self.encoding}: make one in UTF8")
 
 
 def _version(text: str | None) -> tuple[int, ...]:
@@ -217,11 +234,11 @@ class Lane:
     """
 
     def __init__(
-        self, dsn: str, config: Config, vector_schema: str, *, max_size: int, min_size: int, patient: bool = False
+        self, dsn: str, config: Config, server: Server, *, max_size: int, min_size: int, patient: bool = False
     ) -> None:
         self._dsn = dsn
         self._config = config
-        self._vector_schema = vector_schema
+        self._server = server
         self._min_size = min_size
         self._patient = patient
         # Who has a place of asyncpg's pool: connections in use, kept or on their way back, and attempts to make one;
@@ -244,11 +261,13 @@ class Lane:
             ElizaSQLError: The server does not take them.
         """
         config = self._config
+        vector_schema = self._server.vector_schema
+        assert vector_schema is not None
 
         async def prepare(connection: asyncpg.Connection[Any]) -> None:
             try:
                 async with steady(connection, config):
-                    await _codecs.register(connection, self._vector_schema, named=config.prepared_statements)
+                    await _codecs.register(connection, vector_schema, named=config.prepared_statements)
             except BaseException:
                 # asyncpg would close it in good order: a server that is silent would keep the call beyond its time.
                 connection.terminate()
@@ -275,7 +294,7 @@ class Lane:
                 # Otherwise each is prepared anew every 5 minutes, and the caller who does so waits without limit while
                 # asyncpg closes all that have expired, one round trip each.
                 max_cached_statement_lifetime=0,
-                server_settings=session_settings(config),
+                server_settings=session_settings(config, self._server.vector_path),
             )
         except Exception as error:
             raise _explain(error, self._dsn, config) from error
@@ -525,18 +544,18 @@ def is_open(connection: Any) -> bool:
         return False
 
 
-def check_settings(rows: list[asyncpg.Record], config: Config) -> None:
+def check_settings(rows: list[asyncpg.Record], wanted: dict[str, str]) -> None:
     """Compare what the server says is in force: it answers a value that it does not know with a warning only.
 
     Args:
         rows: name and value, from the statement get_settings.
-        config: Where the wanted values come from.
+        wanted: What `session_settings` gave.
 
     Raises:
         ConfigurationError: A setting is not in force, as behind a pooler that drops startup parameters.
     """
     found = {row["name"]: row["value"] for row in rows}
-    wanted = session_settings(config) | {"idle_in_transaction_session_timeout": "1min"}
+    wanted = wanted | {"idle_in_transaction_session_timeout": "1min"}
     wrong = sorted(name for name, value in wanted.items() if found.get(name) != value)
     if wrong:
         raise ConfigurationError(

@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from ._breaker import CircuitBreaker
-from ._pool import Lane
+from ._pool import Lane, Server
 from ._retry import RetryPolicy
 from .config import Config
 from .errors import WrongLoopError
@@ -53,6 +53,7 @@ class Connections:
     Attributes:
         interactive: What callers wait for.
         background: What nobody waits for: the indexer, loads, sweeps. It never takes a caller's connection.
+        server: What the server is.
         breaker: The server's circuit breaker.
         loop: The event loop that they belong to.
         users: Adapters that have joined.
@@ -65,7 +66,8 @@ class Connections:
         self._opening = asyncio.Lock()
         self._opened = False
         self.users: int = 0
-        self.interactive: Lane = None  # type: ignore[assignment] # set by join
+        self.server: Server = None  # type: ignore[assignment] # set by join
+        self.interactive: Lane = None  # type: ignore[assignment]
         self.background: Lane = None  # type: ignore[assignment]
         self.breaker: CircuitBreaker = CircuitBreaker(
             failure_threshold=config.failure_threshold,
@@ -73,18 +75,18 @@ class Connections:
             half_open_max_attempts=config.half_open_max_attempts,
         )
 
-    async def open(self, address: str, config: Config, prepare: Callable[[], Awaitable[str]]) -> None:
+    async def open(self, address: str, config: Config, prepare: Callable[[], Awaitable[Server]]) -> None:
         """Make the pools, once; whoever comes meanwhile waits."""
         async with self._opening:
             if self._opened:
                 return
-            schema = await prepare()
+            self.server = await prepare()
             self.interactive = await Lane(
-                address, config, schema, max_size=config.pool_max_size, min_size=config.pool_min_size
+                address, config, self.server, max_size=config.pool_max_size, min_size=config.pool_min_size
             ).open()
             try:
                 self.background = await Lane(
-                    address, config, schema, max_size=config.background_pool_size, min_size=0, patient=True
+                    address, config, self.server, max_size=config.background_pool_size, min_size=0, patient=True
                 ).open()
             except BaseException:
                 self.interactive.terminate()
@@ -172,14 +174,14 @@ def forget(loop: asyncio.AbstractEventLoop, key: Any, connections: Connections) 
         del entries[key]
 
 
-async def join(address: str, config: Config, prepare: Callable[[], Awaitable[str]]) -> Connections:
+async def join(address: str, config: Config, prepare: Callable[[], Awaitable[Server]]) -> Connections:
     """Give the connections for an address, made when nobody has any; `leave` when done.
 
     Args:
         address: Connection string.
         config: Sizes, limits and settings of the session.
-        prepare: Checks the server and brings its schema up to date before the first connection is made; gives the
-            schema of the extension `vector`.
+        prepare: Checks the server and brings its schema up to date before the first connection is made; gives what
+            it is.
     """
     entries = _table().setdefault(asyncio.get_running_loop(), {})
     key = _key(address, config)

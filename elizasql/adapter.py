@@ -19,6 +19,7 @@ from ._embedded import EmbeddedServer
 from ._executor import Executor, Home
 from ._indexer import Indexer
 from ._listener import Listener
+from ._pool import Server
 from ._registry import Connections
 from ._resident import Resident
 from ._shutdown import opened as _opened
@@ -293,8 +294,8 @@ async def open(  # noqa: A001
         connections = await _registry.join(address, config, lambda: _prepare(address, config))
         try:
             executor = Executor(connections, connections.interactive, config, Meter(config.slow_call, None))
-            rows = await executor.fetch(SQL["get_settings"], names=list(_pool.session_settings(config)))
-            _pool.check_settings(rows, config)
+            wanted = _pool.session_settings(config, connections.server.vector_path)
+            _pool.check_settings(await executor.fetch(SQL["get_settings"], names=list(wanted)), wanted)
             agent = await executor.fetch_row(SQL["look_at_agent"], agent_id=id)
             assert agent is not None
         except BaseException:
@@ -325,11 +326,11 @@ async def connect(
             await asyncio.shield(adapter.close())
 
 
-async def _prepare(dsn: str, config: Config) -> str:
-    """Check the server, apply pending migrations, and give the schema of the extension `vector`."""
+async def _prepare(dsn: str, config: Config) -> Server:
+    """Check the server and apply pending migrations; give what it is then."""
     connection = await _pool.connect(dsn, config)
     try:
-        vector_schema = await _bring_up_to_date(connection, dsn, config)
+        server = await _bring_up_to_date(connection, dsn, config)
         await connection.close(timeout=config.connection_timeout)
     except ElizaSQLError:
         raise
@@ -337,10 +338,10 @@ async def _prepare(dsn: str, config: Config) -> str:
         raise translate(error) from error
     finally:
         connection.terminate()
-    return vector_schema
+    return server
 
 
-async def _bring_up_to_date(connection: asyncpg.Connection[Any], dsn: str, config: Config) -> str:
+async def _bring_up_to_date(connection: asyncpg.Connection[Any], dsn: str, config: Config) -> Server:
     async with _pool.steady(connection, config):
         server = await _pool.look_at(connection)
     server.check()
@@ -356,4 +357,4 @@ async def _bring_up_to_date(connection: asyncpg.Connection[Any], dsn: str, confi
         server.check()
     if server.vector_schema is None:
         raise ConfigurationError("the extension pgvector was taken out of this database: CREATE EXTENSION vector")
-    return server.vector_schema
+    return server

@@ -19,7 +19,7 @@ DECLARE
 BEGIN
     FOREACH name IN ARRAY names LOOP
         CONTINUE WHEN name IS NULL;
-        bytes := convert_to(lower(name), 'UTF8') || '\xff';
+        bytes := convert_to(lower(name), 'UTF8') || decode('ff', 'hex');
         gram := 65278;  -- FE FE
         FOR i IN 0..length(bytes) - 1 LOOP
             gram := (gram << 8 | get_byte(bytes, i)) & 16777215;

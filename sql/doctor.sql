@@ -63,7 +63,6 @@ ORDER BY memories DESC, m.type ASC;
 -- an ordinary role learns little more than that there are any: not of which kind they are.
 SELECT
     current_setting('server_version_num')::integer AS version,
-    current_setting('server_encoding') AS encoding,
     current_setting('fsync') AS fsync,
     current_setting('full_page_writes') AS full_page_writes,
     current_setting('synchronous_commit') AS synchronous_commit,

@@ -1,16 +1,12 @@
 -- What the server is and whether it is set as it should be.
 
 -- name: look_at_server()^
--- Version of the server, and of pgvector: created, where, available; indexes of ours that the server does not use.
+-- Version of the server, and of pgvector: created, where, available; indexes of ours that the server does not use; the
+-- encoding; the path to the extension where the session's does not lead there, and whether the role may go it.
 SELECT
     current_setting('server_version_num')::integer AS version,
-    (SELECT extversion FROM pg_extension WHERE extname = 'vector') AS vector_version,
-    (
-        SELECT n.nspname
-        FROM pg_extension AS x
-        INNER JOIN pg_namespace AS n ON x.extnamespace = n.oid
-        WHERE x.extname = 'vector'
-    ) AS vector_schema,
+    x.extversion AS vector_version,
+    n.nspname AS vector_schema,
     (SELECT default_version FROM pg_available_extensions WHERE name = 'vector') AS vector_available,
     ARRAY(
         SELECT c.relname::text
@@ -19,7 +15,13 @@ SELECT
         INNER JOIN pg_namespace AS n ON c.relnamespace = n.oid
         WHERE n.nspname = 'elizasql' AND NOT i.indisvalid
         ORDER BY c.relname
-    ) AS invalid_indexes;
+    ) AS invalid_indexes,
+    current_setting('server_encoding') AS encoding,
+    CASE WHEN n.nspname <> ALL(current_schemas(FALSE)) THEN quote_ident(n.nspname) END AS vector_path,
+    coalesce(has_schema_privilege(n.oid, 'USAGE'), TRUE) AS may_use_vector
+FROM (SELECT) AS one
+LEFT JOIN pg_extension AS x ON x.extname = 'vector'
+LEFT JOIN pg_namespace AS n ON x.extnamespace = n.oid;
 
 -- name: get_settings(names)
 SELECT

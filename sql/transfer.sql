@@ -1140,6 +1140,7 @@ WHERE g.agent_id IS NULL;
 -- name: prepare_snapshot()
 -- For a transaction that reads a whole database: no limit of the server's own ends it while somebody else is slow, and a
 -- query whose rows a policy would hide is refused, where it would give the others. A time without a zone is UTC.
+-- The extension is found wherever it is.
 SELECT
     set_config('row_security', 'off', TRUE),
     set_config('statement_timeout', '0', TRUE),
@@ -1148,7 +1149,16 @@ SELECT
         WHEN current_setting('transaction_timeout', TRUE) IS NOT NULL
             THEN set_config('transaction_timeout', '0', TRUE)
     END,
-    set_config('TimeZone', 'UTC', TRUE);
+    set_config('TimeZone', 'UTC', TRUE),
+    (
+        SELECT set_config('search_path', found.path, TRUE)
+        FROM (
+            SELECT quote_ident(n.nspname) AS path
+            FROM pg_extension AS x
+            INNER JOIN pg_namespace AS n ON x.extnamespace = n.oid
+            WHERE x.extname = 'vector'
+        ) AS found
+    );
 
 -- name: list_agents_for_export(agent_ids)
 -- These agents, or all, with what there is to move of each.

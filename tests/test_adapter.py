@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import elizasql
-from elizasql import Config, DatabaseAdapter, Memory, _embedded, _pool, _registry, _store
+from elizasql import Config, DatabaseAdapter, Entity, Memory, _embedded, _pool, _registry, _store
 from elizasql._pool import Server
 from tests.conftest import MakeAdapter
 from tests.locking import blocked_pid, locked
@@ -394,6 +394,8 @@ async def test_address_that_the_driver_or_the_server_does_not_take(dsn: str, set
         (Server(180004, "0.8.3", "public", "0.8.3"), "found 0.8.3: install a newer"),
         (Server(180004, "0.5.1", "public", "0.8.5"), "found 0.5.1: run ALTER EXTENSION vector UPDATE"),
         (Server(180004, "0.7", "public", "0.10.0"), "run ALTER EXTENSION"),
+        (Server(180004, "0.8.5", "ours", "0.8.5", may_use_vector=False), 'GRANT USAGE ON SCHEMA "ours"'),
+        (Server(180004, "0.8.5", "public", "0.8.5", encoding="SQL_ASCII"), "the database is in SQL_ASCII"),
     ],
 )
 def test_servers_that_are_refused(server: Server, message: str) -> None:
@@ -412,6 +414,23 @@ def test_servers_that_are_refused(server: Server, message: str) -> None:
 )
 def test_servers_that_are_taken(server: Server) -> None:
     server.check()
+
+
+async def test_settings_of_the_role_that_change_what_text_means(make_db: MakeAdapter, dsn: str) -> None:
+    given = {
+        "DateStyle": "SQL, DMY",
+        "IntervalStyle": "sql_standard",
+        "array_nulls": "off",
+        "bytea_output": "escape",
+        "standard_conforming_strings": "off",
+        "transform_null_equals": "on",
+    }
+    db = await make_db(dsn=with_query(dsn, **given))
+    user = Entity(id=uuid4(), names=["M\u00e5r\\a 'x'"], metadata={"path": "C:\\x41"})
+    await db.create_entity(user)
+    assert [found.metadata for found in await db.search_entities_by_name("m\u00e5r\\")] == [user.metadata]
+    await db.set_cache("\\k'", ["\\", None], ttl=60)
+    assert await db.get_cache("\\k'") == ["\\", None]
 
 
 async def test_refused_server_is_let_go(
@@ -462,10 +481,10 @@ async def test_setting_that_is_not_in_force(dsn: str, monkeypatch: pytest.Monkey
     real = _pool.session_settings
     calls = 0
 
-    def dropped(config: Config) -> dict[str, str]:
+    def dropped(*args: Any) -> dict[str, str]:
         nonlocal calls
         calls += 1
-        settings = real(config)
+        settings = real(*args)
         if calls == 1:  # what the connections are asked to be
             del settings[name]
         return settings

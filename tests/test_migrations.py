@@ -27,7 +27,9 @@ import elizasql
 from elizasql import Config, _embedded, _migrate, sync
 from elizasql._statements import find_folder
 from elizasql.config import redact
+from elizasql.transfer import Archive, export_archive, import_archive
 from tests import schema_dump
+from tests.conftest import MakeAdapter
 from tests.faults.proxy import Proxy
 
 FOLDER = find_folder("migrations")
@@ -50,9 +52,9 @@ async def make_database(dsn: str) -> AsyncIterator[MakeDatabase]:
     admin = await asyncpg.connect(_as(dsn, "postgres"))
     names: list[str] = []
 
-    async def make(*, extension: bool = True, owner: str = "elizasql") -> str:
+    async def make(*, extension: bool = True, owner: str = "elizasql", options: str = "") -> str:
         names.append(f"test_{uuid4().hex}")
-        await admin.execute(f"CREATE DATABASE {names[-1]} OWNER {owner}")
+        await admin.execute(f"CREATE DATABASE {names[-1]} OWNER {owner} {options}")
         made = urlunsplit(urlsplit(dsn)._replace(path=f"/{names[-1]}"))
         if extension:
             connection = await asyncpg.connect(_as(made, "postgres"))
@@ -647,9 +649,40 @@ def test_address_for_dbmate(mode: SSLMode, encrypted: bool, wanted: str) -> None
         _transport=SimpleNamespace(get_extra_info=lambda name: object() if encrypted else None),
     )
     given = "postgresql://[::1]:5433/d%20d?sslrootcert=%2Fx.pem&sslpassword=x&passfile=y"
-    assert _migrate._for_dbmate(connection, given) == (
-        f"postgres://a%40b:p%2F%C3%A4@/d%20d?sslrootcert=%2Fx.pem&host=%3A%3A1&port=5433&{wanted}"
+    assert _migrate._for_dbmate(connection, given, '"public"') == (
+        f"postgres://a%40b:p%2F%C3%A4@/d%20d?sslrootcert=%2Fx.pem&host=%3A%3A1&port=5433&{wanted}&search_path=%22public%22"
     )
+
+
+@pytest.mark.parametrize("place", ["public", "an extra one"])
+async def test_the_extension_is_found_where_no_path_leads(
+    make_database: MakeDatabase, make_db: MakeAdapter, tmp_path: Path, place: str
+) -> None:
+    """As where a provider has a schema for extensions, or the role's path is that of an application."""
+    address = await make_database(extension=False)
+    async with connected(_as(address, "postgres")) as admin:
+        await admin.execute(f'CREATE SCHEMA IF NOT EXISTS "{place}"; CREATE EXTENSION vector SCHEMA "{place}"')
+        await admin.execute(f'GRANT USAGE ON SCHEMA "{place}" TO elizasql')
+        name = urlsplit(address).path.lstrip("/")
+        await admin.execute(f"ALTER DATABASE {name} SET search_path = nowhere")
+    db = await make_db(dsn=address)
+    vector = np.random.default_rng(1).normal(size=384).astype(np.float32)
+    id = await db.create_memory({"content": {"text": "x"}, "embedding": vector}, "messages")
+    assert await db.index_memories(rebuild=True) == 1
+    [hit] = await db.search_memories(embedding=vector, table_name="messages")
+    assert hit.id == id
+
+    file = tmp_path / "agent.tar.gz"
+    await export_archive(address, file, Config.load(dsn=address), agent_ids=[db.agent_id])
+    with Archive(file) as archive:
+        done = await import_archive(db, archive)
+    assert done.read["embeddings"] == 1
+
+
+async def test_database_in_another_encoding_is_refused(make_database: MakeDatabase) -> None:
+    address = await make_database(options="ENCODING 'LATIN1' LOCALE 'C' LOCALE_PROVIDER 'libc' TEMPLATE template0")
+    with pytest.raises(elizasql.ConfigurationError, match="the database is in LATIN1"):
+        await elizasql.open(agent_id=uuid4(), dsn=address)
 
 
 async def test_nothing_is_said_in_plain_text_where_another_address_had_no_tls(fresh: str) -> None:

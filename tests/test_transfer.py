@@ -612,6 +612,8 @@ async def test_ids_and_paths_may_be_text(databases: list[str], tmp_path: Path) -
 
 
 async def test_rows_that_a_policy_hides_are_an_error(databases: list[str], tmp_path: Path) -> None:
+    async with opened(databases[0]) as db:
+        await db.ensure_agent_exists({"name": "Ada"})
     async with connected(databases[0]) as connection:
         await connection.execute(
             "ALTER TABLE elizasql.rooms ENABLE ROW LEVEL SECURITY; ALTER TABLE elizasql.rooms FORCE ROW LEVEL SECURITY"

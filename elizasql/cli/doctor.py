@@ -145,10 +145,6 @@ def check_server(server: _pool.Server) -> Iterator[Finding]:
 
 def check_settings(row: asyncpg.Record) -> Iterator[Finding]:
     """Look at the settings that decide whether data is safe."""
-    if row["encoding"] != "UTF8":
-        yield Finding(
-            "encoding", "error", f"the database is in {row['encoding']}", "make one in UTF8 and copy the data"
-        )
     for name in ("fsync", "full_page_writes"):
         if row[name] != "on":
             yield Finding(name, "error", "off: a crash of the machine may destroy the database", f"turn {name} on")
