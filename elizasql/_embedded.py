@@ -351,6 +351,7 @@ class _Cluster:
         except BaseException:
             # A recovery goes on alone: stopping it with every caller that gives up would begin it anew each time.
             if self.process is not None and not self.recovering:
+                self.process.send_signal(signal.SIGINT)  # also where the loop is gone, and nothing runs any more
                 # In a thread, which goes on when the caller is cancelled once more.
                 await _in_thread(functools.partial(_withdraw, self.process))
             raise

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 from uuid import UUID
 
@@ -41,6 +40,7 @@ class Indexer:
         self._agent_id = agent_id
         self._config = config
         self._wanted = asyncio.Event()
+        self._idle = False  # nobody has woken it for long
         self._task: asyncio.Task[None] | None = None
         self._moved = 0
         self._analyzed_at = 0
@@ -122,12 +122,15 @@ class Indexer:
         self.wake()
 
     async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
-            with suppress(asyncio.TimeoutError, TimeoutError):
-                await asyncio.wait_for(self._wanted.wait(), self._config.index_interval * 30)
-            if self._task is None:
-                return  # before Python 3.12, wait_for swallows a cancellation that comes together with its result
-            idle = not self._wanted.is_set()
+            # Not by wait_for: before Python 3.12 it swallows a cancellation that comes together with its result.
+            timer = loop.call_later(self._config.index_interval * 30, self._grow_idle)
+            try:
+                await self._wanted.wait()
+            finally:
+                timer.cancel()
+            idle, self._idle = self._idle, False
             self._wanted.clear()
             try:
                 while await self._give_way() and await self._move_batch():
@@ -139,6 +142,10 @@ class Indexer:
                 logger.warning("indexing is interrupted: %s", error)
                 await asyncio.sleep(self._config.index_interval)
                 self._wanted.set()
+
+    def _grow_idle(self) -> None:
+        self._idle = True
+        self._wanted.set()
 
     async def _restore_index(self) -> None:
         """Build the index that a load has dropped and not built: it failed, or its process was killed.

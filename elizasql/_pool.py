@@ -419,32 +419,35 @@ class Lane:
         if generation is None:
             return  # it was dropped meanwhile
         if generation != self._generation:
-            self.give_back(connection)
+            self.give_back(connection, sound=True)
         elif not self._hand_over(connection):
             self._kept.append(connection)
             if self._sweep is None:
                 self._sweep = asyncio.get_running_loop().call_later(_KEEP, self._begin_sweep)
 
-    def give_back(self, connection: Any, then: Callable[[bool], None] | None = None) -> None:
+    def give_back(self, connection: Any, then: Callable[[bool], None] | None = None, *, sound: bool = False) -> None:
         """Return a connection to asyncpg's pool in the background: a server that is silent keeps nobody waiting.
 
         Args:
             connection: One that is broken, was cancelled, or is in a transaction.
             then: Called with whether the server answered meanwhile.
+            sound: It is none of these, and its last call went well.
         """
-        task = spawn(self._return(connection, then), "elizasql-return")
+        task = spawn(self._return(connection, then, sound=sound), "elizasql-return")
         self._returning.add(task)
         task.add_done_callback(self._returning.discard)
 
-    async def _return(self, connection: Any, then: Callable[[bool], None] | None) -> None:
+    async def _return(self, connection: Any, then: Callable[[bool], None] | None, *, sound: bool) -> None:
         answered = False
         patience = self._config.connection_timeout
         try:
-            if is_open(connection):
+            if is_open(connection) and not sound:
                 # asyncpg has asked the server to cancel what is running; its answer says what became of a BEGIN, too.
                 await connection._protocol._wait_for_cancellation(patience)
-                if connection.is_in_transaction():
-                    await connection.execute(SQL["roll_back_transaction"].sql, timeout=patience)
+                # Cut between the two steps of a new statement, the server waits for the second one and keeps the locks
+                # of the first: only another command ends that.
+                end = "roll_back_transaction" if connection.is_in_transaction() else "ping"
+                await connection.execute(SQL[end].sql, timeout=patience)
                 answered = is_open(connection)
             await self.pool.release(connection, timeout=patience)
         except BaseException as error:
@@ -473,7 +476,7 @@ class Lane:
     async def let_go(self) -> None:
         """Give the connections that are kept back to asyncpg's pool, and wait for those that are on their way."""
         while self._kept:
-            self.give_back(self._kept.pop())
+            self.give_back(self._kept.pop(), sound=True)
         while self._returning:
             await asyncio.wait(self._returning)
 
@@ -481,7 +484,7 @@ class Lane:
         """Let every connection that there is be replaced by a new one before another call gets it."""
         self._generation += 1
         while self._kept:
-            self.give_back(self._kept.pop())
+            self.give_back(self._kept.pop(), sound=True)
         await self.pool.expire_connections()
 
     async def close(self) -> None:
@@ -509,7 +512,7 @@ class Lane:
     def _begin_sweep(self) -> None:
         self._sweep = None
         while self._kept:
-            self.give_back(self._kept.pop())
+            self.give_back(self._kept.pop(), sound=True)
 
     def _pass_on(self, connection: Any) -> None:
         if connection is None:

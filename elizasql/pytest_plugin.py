@@ -19,11 +19,11 @@ import asyncio
 import importlib.util
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import pytest
@@ -31,6 +31,8 @@ import pytest
 import elizasql
 from elizasql import DatabaseAdapter, _embedded, sync
 from elizasql._statements import SQL
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -58,15 +60,26 @@ def elizasql_server() -> Iterator[Server]:
     folder = Path(tempfile.mkdtemp(prefix="esql-"))
     loop = asyncio.new_event_loop()
     try:
-        server = loop.run_until_complete(_embedded.acquire(folder / "pg"))
+        server = _run(loop, _embedded.acquire(folder / "pg"))
         try:
-            loop.run_until_complete(_migrate(server.dsn))
+            _run(loop, _migrate(server.dsn))
             yield Server(server.dsn, folder / "pg")
         finally:
-            loop.run_until_complete(server.release())
+            _run(loop, server.release())
     finally:
         loop.close()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end, also when Ctrl-C ends the loop: what it has begun is taken back."""
+    task = loop.create_task(coroutine)
+    try:
+        return loop.run_until_complete(task)
+    except BaseException:
+        task.cancel()
+        loop.run_until_complete(asyncio.wait({task}))
+        raise
 
 
 async def _migrate(dsn: str) -> None:

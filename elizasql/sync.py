@@ -13,7 +13,7 @@ import inspect
 import os
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 from uuid import UUID
@@ -48,13 +48,21 @@ class _Loop:
                 task.cancel()
             if left:
                 self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+            # Opened when an interrupt came: nobody has it.
+            for adapter in [each for each in tuple(_shutdown.opened) if each._connections.loop is self._loop]:
+                with suppress(ElizaSQLError):
+                    self._loop.run_until_complete(adapter.close())
             # Results that are there already have yet to be handed to the threads that wait for them.
             self._loop.run_until_complete(asyncio.sleep(0))
         finally:
             self._loop.close()
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine there and wait for it; an interrupt of the waiting thread cancels it."""
+        """Run a coroutine there and wait for it; an interrupt of the waiting thread cancels it.
+
+        What was interrupted is over, but for a second interrupt. It may have ended in the very moment: what it gave is
+        lost then.
+        """
         if self._pid != os.getpid():
             # The thread stayed in the parent: nobody would ever answer, and its lock may be taken for ever.
             coroutine.close()
@@ -62,18 +70,23 @@ class _Loop:
         if threading.current_thread() is self._thread:
             coroutine.close()
             raise ArgumentError("a blocking call inside the adapter's own event loop would wait for itself")
-        with self._lock:
-            if self._stopped:
-                coroutine.close()
-                raise ClosedError("the adapter is closed")
-            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        future = self._submit(coroutine)
         try:
             return future.result()
         except CancelledError:
             raise ClosedError("the adapter was closed while the call ran") from None
         except BaseException:
-            future.cancel()
+            if future.cancel() or future.cancelled():
+                with suppress(ClosedError, CancelledError):
+                    self._submit(_wait_for(coroutine)).result()
             raise
+
+    def _submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        with self._lock:
+            if self._stopped:
+                coroutine.close()
+                raise ClosedError("the adapter is closed")
+            return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def stop(self) -> None:
         """End the thread and close the loop. Idempotent; a forked child has neither."""
@@ -84,6 +97,13 @@ class _Loop:
                 self._stopped = True
                 self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+
+
+async def _wait_for(coroutine: Coroutine[Any, Any, Any]) -> None:
+    """Wait until what runs a coroutine in this loop has ended."""
+    running = [task for task in asyncio.all_tasks() if task.get_coro() is coroutine]
+    if running:
+        await asyncio.wait(running)
 
 
 class DatabaseAdapter:
@@ -107,7 +127,13 @@ class DatabaseAdapter:
     def transaction(self) -> Iterator[DatabaseAdapter]:
         """Open a transaction: every method of what it gives runs in it; see the asynchronous one."""
         context = self._adapter.transaction()
-        bound = self._loop.run(context.__aenter__())
+        try:
+            bound = self._loop.run(context.__aenter__())
+        except BaseException:
+            # It may have begun when an interrupt came, and lasts as long as the traceback that holds it.
+            with suppress(ElizaSQLError):
+                self._loop.run(_leave(context.gen))
+            raise
         try:
             yield DatabaseAdapter(self._loop, bound)
         except BaseException as error:
@@ -174,13 +200,13 @@ def _blocking(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
         def iterate(self: DatabaseAdapter, *args: Any, **kwargs: Any) -> Iterator[Any]:
             items = getattr(self._adapter, name)(*args, **kwargs)
-            while (item := self._loop.run(_next(items))) is not _END:
-                try:
+            try:
+                while (item := self._loop.run(_next(items))) is not _END:
                     yield item
-                except BaseException:  # noqa: PERF203 - left early, else it has ended by itself
-                    with suppress(ClosedError):
-                        self._loop.run(_leave(items))
-                    raise
+            except BaseException:  # left early, else it has ended by itself
+                with suppress(ClosedError):
+                    self._loop.run(_leave(items))
+                raise
 
         return iterate
 

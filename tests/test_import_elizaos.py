@@ -712,6 +712,62 @@ async def test_a_pglite_of_the_real_package(
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stand in for Node by what is ready at once and does not end; give a folder for it to serve."""
+    (tmp_path / "node").write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\necho ready\nexec sleep 300\n")
+    (tmp_path / "node").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for name in ("temporary", "data"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    return tmp_path / "data"
+
+
+async def test_a_copy_that_is_cut_leaves_nothing(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = asyncio.get_running_loop()
+
+    async def cancel() -> None:
+        task.cancel()
+        for _ in range(10):
+            await asyncio.sleep(0)
+
+    def copy(source: Path, target: Path) -> None:
+        asyncio.run_coroutine_threadsafe(cancel(), loop).result(60)
+        target.mkdir(parents=True)
+
+    async def work() -> None:
+        async with serve_pglite(stand_in):
+            pass
+
+    monkeypatch.setattr(shutil, "copytree", copy)
+    task = asyncio.create_task(work())
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await loop.shutdown_default_executor()
+    assert list(Path(tempfile.gettempdir()).iterdir()) == []
+
+
+async def test_a_pglite_whose_end_is_cut_is_gone(stand_in: Path) -> None:
+    served = asyncio.Event()
+
+    async def work() -> None:
+        async with serve_pglite(stand_in):
+            served.set()
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(work())
+    await served.wait()
+    for _ in range(2):
+        task.cancel()
+        await asyncio.sleep(0)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((stand_in.parent / "pid").read_text()), 0)
+    assert list(Path(tempfile.gettempdir()).iterdir()) == []
+
+
 @pytest.mark.slow
 async def test_a_pglite_without_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if shutil.which("node") is None:

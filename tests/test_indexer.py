@@ -185,6 +185,22 @@ async def test_close_ends_the_task_in_the_middle_of_its_work(
     assert await other.index_memories() == left
 
 
+@pytest.mark.parametrize("steps", range(4))
+async def test_cancellation_that_comes_together_with_work_is_heard(make_db: MakeAdapter, steps: int) -> None:
+    """As at the end of `asyncio.run` where nobody has closed: it waits for its tasks, and would wait for ever."""
+    db = await make_db(indexing="background")
+    task = db._indexer._task
+    assert task is not None
+    while db._indexer._wanted.is_set() or not db._indexer._wanted._waiters:
+        await asyncio.sleep(0)
+    db._indexer.wake()
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait({task}, timeout=10)
+    assert task.cancelled()
+
+
 async def test_stopping_leaves_a_cancellation_to_its_caller(make_db: MakeAdapter) -> None:
     db = await make_db(indexing="background")
     stopping = asyncio.ensure_future(db._indexer.stop())

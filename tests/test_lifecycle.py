@@ -324,6 +324,34 @@ async def test_a_connection_that_was_dropped_is_nobodys(make_db: MakeAdapter) ->
     assert lane.in_use == 0
 
 
+@pytest.mark.parametrize("error", [asyncio.CancelledError, asyncio.TimeoutError])
+async def test_a_call_that_ends_between_the_steps_of_a_statement_leaves_no_locks(
+    make_db: MakeAdapter,
+    raw: asyncpg.Connection[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[BaseException],
+) -> None:
+    """As where a cancellation comes together with the first step's answer; the server would wait for the second."""
+    db = await make_db(pool_max_size=1)
+    lane = db._executor.lane
+    connection, _ = await lane.acquire(5)
+    pid = connection.get_server_pid()
+    lane.keep(connection)
+    real = asyncpg.Connection._get_statement
+
+    async def cut(self: Any, query: str, *args: Any, **kwargs: Any) -> Any:
+        await real(self, query, *args, **kwargs)
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncpg.Connection, "_get_statement", cut)
+        with pytest.raises((asyncio.CancelledError, elizasql.DeadlineError)):
+            await db.count_memories()
+    await lane.let_go()
+    assert await raw.fetchval("SELECT array_agg(mode) FROM pg_locks WHERE pid = $1", pid) is None
+    assert await db.count_memories() == 0
+
+
 # --- close -----------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
+from pathlib import Path
 
 import pytest
 
@@ -106,6 +108,36 @@ def test_the_server_and_its_folder_go_with_the_run(pytester: pytest.Pytester) ->
     pytester._monkeypatch.setenv("TMPDIR", str(place))
     run(pytester).assert_outcomes(passed=1)
     assert [path.name for path in place.iterdir() if path.name.startswith("esql-")] == []
+
+
+def test_ctrl_c_while_the_server_starts_takes_it_back(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+        import os, signal
+        from pathlib import Path
+        from elizasql import _embedded
+
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        start = _embedded._Cluster._start
+
+        def start_and_interrupt(self, server_lock):
+            start(self, server_lock)
+            Path("server").write_text(f"{self.process.pid} {self.home.parent}")
+            os.kill(os.getpid(), signal.SIGINT)
+
+        _embedded._Cluster._start = start_and_interrupt
+
+        def test_anything(elizasql_server):
+            pass
+        """
+    )
+    result = run(pytester)
+    pid, folder = Path(pytester.path, "server").read_text().split()
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid), 0)
+    assert not Path(folder).exists()
+    assert "ignored" not in result.stderr.str()
 
 
 def test_settings_of_the_project_are_for_its_own_server(pytester: pytest.Pytester) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import os
 import signal
@@ -21,7 +22,7 @@ import numpy as np
 import pytest
 
 import elizasql
-from elizasql import Memory, sync
+from elizasql import Memory, _shutdown, sync
 from tests import sync_stub
 
 ASYNCHRONOUS = {
@@ -327,6 +328,7 @@ def test_interrupt_frees_the_call(db: sync.DatabaseAdapter, dsn: str) -> None:
     try:
         with pytest.raises(KeyboardInterrupt):
             db.update_memory(memory("new", id=id))
+        assert vars(db)["_adapter"]._executor.in_flight == 0
         helper.join(DEADLINE)
         # The server has been told, too.
         holder.wait_for(0)
@@ -335,6 +337,44 @@ def test_interrupt_frees_the_call(db: sync.DatabaseAdapter, dsn: str) -> None:
         assert db.update_memory(memory("new", id=id))
     finally:
         holder.close()
+
+
+def interrupt_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the next blocking call be interrupted when it has ended and not yet given its result."""
+    real = asyncio.run_coroutine_threadsafe
+
+    def run(coroutine: Any, loop: asyncio.AbstractEventLoop) -> Any:
+        monkeypatch.undo()
+        future: Any = real(coroutine, loop)
+        ended = future.result
+
+        def result() -> None:
+            ended()
+            raise KeyboardInterrupt
+
+        future.result = result
+        return future
+
+    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", run)
+
+
+def test_interrupt_of_an_open_that_has_just_ended(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, opened = threads(), set(_shutdown.opened)
+    interrupt_next(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        sync.open(agent_id=uuid4(), dsn=dsn)
+    assert (threads(), _shutdown.opened) == (before, opened)
+
+
+def test_interrupt_of_a_transaction_that_has_just_begun(
+    db: sync.DatabaseAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_next(monkeypatch)
+    # Who keeps the error keeps its frames, and so what they hold.
+    with pytest.raises(KeyboardInterrupt) as kept, db.transaction():
+        pass
+    assert kept.tb is not None
+    assert vars(db)["_adapter"]._executor.in_flight == 0
 
 
 def test_call_inside_the_own_loop_is_refused(db: sync.DatabaseAdapter) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import shutil
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote
 
+from elizasql import _embedded
 from elizasql.errors import ConfigurationError
 
 # Seconds for the start: it is a database in WebAssembly that may have to recover.
@@ -35,7 +37,8 @@ async def serve_pglite(folder: Path) -> AsyncIterator[str]:
         raise ConfigurationError("Node is missing, which a PGlite needs: install it, or import from PostgreSQL")
     with tempfile.TemporaryDirectory(prefix="esql-") as place:
         copy = Path(place) / "data"
-        await asyncio.to_thread(shutil.copytree, folder, copy)
+        # Waited for also when cancelled: what it copies must not come into a place that is being removed.
+        await _embedded._in_thread(functools.partial(shutil.copytree, folder, copy))
         where = [str(Path.cwd()), str(folder)]
         process = await asyncio.create_subprocess_exec(
             node,
@@ -59,7 +62,10 @@ async def serve_pglite(folder: Path) -> AsyncIterator[str]:
         finally:
             process.stdin.close()
             try:
-                await asyncio.wait_for(process.wait(), 5)
-            except asyncio.TimeoutError:
-                process.kill()
-                await process.wait()
+                with suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(process.wait(), 5)
+            finally:
+                if process.returncode is None:
+                    with suppress(ProcessLookupError):
+                        process.kill()
+                    await process.wait()
