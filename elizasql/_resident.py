@@ -310,7 +310,12 @@ class Resident:
             if tier.matrix is None:
                 await self._consider(tier, params["type"], vector.shape[0], scope)
             if tier.matrix is not None:
-                found = await self._search(tier, executor, vector, params)
+                try:
+                    found = await self._search(tier, executor, vector, params)
+                except MemoryError as error:
+                    # A change may have been made by half. The database can answer all the more without what is held.
+                    logger.warning("vectors of type %s are let go of: %s", params["type"], error)
+                    self._give_up(tier, _FAILED)
         if found is None:
             self.stats.misses += 1
         else:
@@ -458,7 +463,7 @@ class Resident:
     async def _load(self, tier: Tier, kind: str, dimension: int, scope: Scope | None) -> None:
         try:
             await self._read(tier, kind, dimension, scope)
-        except ElizaSQLError as error:
+        except (ElizaSQLError, MemoryError) as error:
             # Searches go on in the database; if that cannot be reached, they tell.
             logger.warning("loading vectors of type %s is put off: %s", kind, error)
             tier.not_before = time.monotonic() + _FAILED

@@ -14,6 +14,7 @@
 -- statements measure the scope first, which costs 0.1 us a row: up to 2,000 rows, or up to 20,000 that are less than a
 -- third of the graph, are scanned exactly through the b-tree. The size of the graph is its partition's, found by the
 -- type's oldest row: without an order the generic plan made a bitmap of all the agent's rows for it, 5 ms for 100,000.
+-- One that was never counted, -1, is taken for 100,000: as a small one it would be asked for any scope of 2,001.
 -- Whatever was chosen, when HNSW yields fewer rows than asked for, the same statement scans the scope exactly: never
 -- fewer than min(count, matches) rows. Those of the tail do not count for that: they may make up the number, and be
 -- further than what HNSW has not reached. Who measured a moment ago says what was chosen then, by_hnsw: 1.4 ms instead of
@@ -40,7 +41,7 @@ WITH scope AS MATERIALIZED (
 ),
 
 graph AS MATERIALIZED (
-    SELECT reltuples AS size FROM pg_class
+    SELECT CASE WHEN reltuples < 0 THEN 100000 ELSE reltuples END AS size FROM pg_class
     WHERE oid = (
         SELECT one.tableoid FROM elizasql.embeddings AS one
         WHERE one.agent_id = :agent_id AND one.type = :type
@@ -257,7 +258,7 @@ WITH scope AS MATERIALIZED (
 ),
 
 graph AS MATERIALIZED (
-    SELECT reltuples AS size FROM pg_class
+    SELECT CASE WHEN reltuples < 0 THEN 100000 ELSE reltuples END AS size FROM pg_class
     WHERE oid = (
         SELECT one.tableoid FROM elizasql.embeddings AS one
         WHERE one.agent_id = :agent_id AND one.type = :type
@@ -409,7 +410,7 @@ scope AS MATERIALIZED (
 ),
 
 graph AS MATERIALIZED (
-    SELECT reltuples AS size FROM pg_class
+    SELECT CASE WHEN reltuples < 0 THEN 100000 ELSE reltuples END AS size FROM pg_class
     WHERE oid = (
         SELECT one.tableoid FROM elizasql.embeddings AS one
         WHERE one.agent_id = :agent_id AND one.type = :type

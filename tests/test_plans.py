@@ -310,6 +310,28 @@ async def test_larger_graphs_get_more_candidates(
     assert await session.fetchval("SHOW hnsw.ef_search") == "100"
 
 
+@pytest.mark.parametrize(("name", "scope"), [*LARGE, *LARGE_TOGETHER])
+async def test_a_graph_that_was_never_counted_is_not_taken_for_a_small_one(
+    session: asyncpg.Connection[Any],
+    loaded: dict[str, DatabaseAdapter],
+    vectors: np.ndarray[Any, Any],
+    name: str,
+    scope: dict[str, UUID],
+) -> None:
+    if session.get_server_version().major < 18:
+        pytest.skip("statistics can be set from PostgreSQL 18 on")
+    params = search_params(loaded["many"], vectors[-1], by_hnsw=None, known_ef=None, ef_search=100, **scope)
+    part = await session.fetchval("SELECT elizasql.partition_of($1)", loaded["many"].agent_id)
+    transaction = session.transaction()
+    await transaction.start()
+    await session.execute(
+        f"SELECT pg_restore_relation_stats('schemaname', 'elizasql', 'relname', '{part}', 'reltuples', -1::real)"
+    )
+    rows = await session.fetch(SQL[name].within(f"_{part[-3:]}"), *[params[param] for param in SQL[name].params])
+    assert {(row["by_hnsw"], row["ef"]) for row in rows} == {(False, "100")}
+    await transaction.rollback()
+
+
 async def test_candidates_are_set_before_the_index_is_opened(
     session: asyncpg.Connection[Any], loaded: dict[str, DatabaseAdapter], vectors: np.ndarray[Any, Any]
 ) -> None:

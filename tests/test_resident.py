@@ -838,6 +838,41 @@ async def test_a_load_that_fails(mind: Mind, monkeypatch: pytest.MonkeyPatch, ca
     await mind.check(query)
 
 
+async def test_memory_that_is_not_to_be_had(
+    mind: Mind, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The database answers in place of a matrix that a change has reached by half."""
+    await mind.remember(some_vectors(300))
+    query = some_vectors(1, seed=8)[0]
+    zeros = np.zeros
+
+    def refuse_levels(shape: Any, dtype: Any = float) -> Any:
+        if dtype is np.int8:
+            raise MemoryError("unable to allocate")
+        return zeros(shape, dtype)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "zeros", refuse_levels)
+        assert await mind.search(query) == await mind.exact(query)
+        assert await mind.search(query) == await mind.exact(query)
+    assert [record.levelname for record in caplog.records if "put off" in record.message] == ["WARNING"]
+    mind.tier.not_before = 0.0
+    await mind.check(query)
+    matrix = mind.tier.matrix
+    assert matrix is not None
+    while matrix.size + 60 <= matrix.capacity:
+        await mind.remember(some_vectors(60, seed=matrix.size))
+        await mind.check(query)
+    await mind.remember(some_vectors(60, seed=9))
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "zeros", refuse_levels)
+        assert await mind.search(query) == await mind.exact(query)
+    assert mind.resident.snapshot()["vectors"] == 0
+    assert [record.levelname for record in caplog.records if "let go" in record.message] == ["WARNING"]
+    mind.tier.not_before = 0.0
+    await mind.check(query)
+
+
 async def test_waiting_for_a_load_ends_with_the_call(mind: Mind, monkeypatch: pytest.MonkeyPatch) -> None:
     await mind.remember(some_vectors(20))
     never = asyncio.Event()
