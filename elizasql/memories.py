@@ -294,7 +294,8 @@ class Memories(Store):
 
         Args:
             memory: `id`, and of content, metadata, unique, embedding, entity_id, room_id, world_id those to change;
-                None leaves a field as it is. Content and metadata are replaced as a whole.
+                None leaves a field as it is. Content and metadata are replaced as a whole. Whatever else is in it is
+                left as it is.
 
         Raises:
             As `create_memory`.
