@@ -262,6 +262,12 @@ def as_bool(value: object, name: str) -> bool:
     return bool(value)
 
 
+def check_progress(value: object) -> None:
+    """Check that whoever wants to hear of progress can be called, before anything is done."""
+    if value is not None and not callable(value):
+        raise ArgumentError(f"progress must be callable, not {type(value).__name__}")
+
+
 # --- vectors ---------------------------------------------------------------------------------------------------------
 
 

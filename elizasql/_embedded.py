@@ -219,6 +219,12 @@ class _Cluster:
 
     def claim(self) -> None:
         """Make the folder, or make sure that it is ours."""
+        if any(path.name.endswith(":") and not path.exists() for path in (self.home, *self.home.parents)):
+            # Not shown: the address of a server may have a password in it.
+            raise EmbeddedServerError(
+                "PGLITE_DATA_DIR must name a folder, not an address: there is no database in memory (memory://), and "
+                "the address of a server goes into POSTGRES_URL"
+            )
         created = True
         try:
             self.home.mkdir(mode=0o700, parents=True)

@@ -173,13 +173,16 @@ class DatabaseAdapter(
             timeout: Seconds for the whole of it; None: an hour.
 
         Raises:
+            ArgumentError: A value does not fit; nothing was sent.
             PermissionDeniedError: `rebuild` is True, and the role does not own the tables.
 
         Statement: sql/embeddings.sql index_embeddings, one transaction a batch; or drop_index and build_index.
         """
         self._refuse_in_transaction("index_memories")
+        _codecs.check_progress(progress)
+        anew = _codecs.as_bool(rebuild, "rebuild")
         try:
-            if not rebuild:
+            if not anew:
                 return await self._indexer.drain(progress)
             moved = await self._indexer.rebuild()
             if progress is not None:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 from uuid import UUID
 
+import numpy as np
+
 from . import _codecs
 from ._statements import SQL
 from ._store import Store
@@ -400,7 +402,9 @@ def _read_op(op: Any, number: int) -> dict[str, Any]:
         raise ArgumentError(f"operation {number}: {kind} needs a value")
     value = op["value"]
     if kind == "increment" and (
-        isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)
+        isinstance(value, bool)
+        or not isinstance(value, (int, float, np.integer, np.floating))
+        or not math.isfinite(value)
     ):
         raise ArgumentError(f"operation {number}: increment needs a finite number, not {value!r:.40}")
     return {"op": kind, "path": path, "value": value}

@@ -121,7 +121,8 @@ class Goals(Store):
 
         Args:
             goal: `id`, and of room_id, entity_id, name, status and objectives (replaced as a whole) those to change: of
-                a mapping its keys, of a model what is not None. None clears what can be empty.
+                a mapping its keys, of a model what is not None. None clears what can be empty. Whatever else is in it
+                is left as it is.
 
         Raises:
             As `create_goal`.

@@ -245,8 +245,7 @@ class Memories(Store):
         size = _codecs.as_count(batch_size, "batch_size", least=1)
         if size > 50_000:
             raise ArgumentError(f"batch_size must be at most 50,000, not {size}")
-        if progress is not None and not callable(progress):
-            raise ArgumentError("progress must be callable")
+        _codecs.check_progress(progress)
         loader = Loader(
             self,
             self._memory_reader(table_name, None),
@@ -294,7 +293,8 @@ class Memories(Store):
 
         Args:
             memory: `id`, and of content, metadata, unique, embedding, entity_id, room_id, world_id those to change;
-                None leaves a field as it is. Content and metadata are replaced as a whole.
+                None leaves a field as it is. Content and metadata are replaced as a whole. Whatever else is in it is
+                left as it is.
 
         Raises:
             As `create_memory`.

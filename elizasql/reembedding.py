@@ -130,6 +130,7 @@ class Reembedding(Store):
             raise ArgumentError(f"embed must be callable, not {type(embed).__name__}")
         size = _codecs.as_count(batch_size, "batch_size", least=1)
         skips = _codecs.as_bool(skip_missing, "skip_missing")
+        _codecs.check_progress(progress)
         began = time.monotonic()
         locked, source, coming, _ = await self._look_at_move()
         embedded, dropped, skipped = 0, 0, list[UUID]()

@@ -12,6 +12,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import asyncpg
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -322,6 +323,7 @@ def op(kind: str, path: Any, *value: Any) -> dict[str, Any]:
         ),
         ({"n": 1}, [op("increment", "n", 2), op("increment", "n", -5)], {"n": -2}),
         ({"n": 1}, [op("increment", "n", 0.25)], {"n": 1.25}),
+        ({"n": 1}, [op("increment", "n", np.int64(2)), op("increment", "n", np.float32(0.5))], {"n": 3.5}),
         ({"n": 0.1}, [op("increment", "n", 0.2)], {"n": 0.3}),
         ({"a": 1}, [op("remove", "a"), op("set", "a.b", 1)], {"a": {"b": 1}}),
         ({"_a1": 0, "B": 0}, [op("set", "_a1", INJECTION), op("set", "B", "\x00")], {"_a1": INJECTION, "B": "\ufffd"}),
@@ -440,9 +442,9 @@ async def test_what_patches_make_can_be_read(db: DatabaseAdapter, agent_world: S
     path = ".".join("a" * 250)
     await db.patch_component(id, [op("set", path, [fits[0]]), op("push", path, fits)])
     [component] = await db.get_components(agent_world.entity)
-    found = component.data
+    found: Any = component.data
     for _ in range(250):
-        found = found["a"]  # type: ignore[index]
+        found = found["a"]
     assert found == [fits[0], fits]
 
 

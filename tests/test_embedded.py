@@ -801,6 +801,16 @@ async def test_file_is_refused(home: Path) -> None:
     home.unlink()
 
 
+@pytest.mark.parametrize("address", ["memory://", ":memory:", "file:///x/y", "postgresql://u:secret@h:5432/db"])
+async def test_an_address_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    """What is meant to be in memory, or on another server, is not quietly kept in a folder of that name."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(EmbeddedServerError, match="must name a folder, not an address") as caught:
+        await acquire(address)
+    assert "secret" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
 async def test_unwritable_folder_is_refused(home: Path) -> None:
     if ROOT:
         pytest.skip("root may write anywhere; the client below, as a normal user, covers it")

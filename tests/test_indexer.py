@@ -11,7 +11,7 @@ import asyncpg
 import numpy as np
 import pytest
 
-from elizasql import ConfigurationError, ConnectionLostError, DatabaseAdapter, Memory
+from elizasql import ArgumentError, ConfigurationError, ConnectionLostError, DatabaseAdapter, Memory
 from elizasql.types import DIMENSIONS
 
 from .conftest import MakeAdapter
@@ -168,6 +168,18 @@ async def test_the_greatest_and_the_smallest_are_indexed(make_db: MakeAdapter, d
     assert await db.index_memories(rebuild=True) == 0
     for id, vector in zip(ids, extremes, strict=True):
         assert (await db.search_memories(embedding=vector, table_name="messages", count=1))[0].id == id
+
+
+@pytest.mark.parametrize("bad", [{"rebuild": "no"}, {"rebuild": 1}, {"rebuild": None}, {"progress": 1}])
+async def test_what_does_not_fit_moves_nothing(
+    db: DatabaseAdapter, raw: asyncpg.Connection[Any], round_trips: list[str], bad: dict[str, Any]
+) -> None:
+    await write(db, 3)
+    round_trips.clear()
+    with pytest.raises(ArgumentError, match=next(iter(bad))):
+        await db.index_memories(**bad)
+    assert round_trips == []
+    assert await tail_of(raw, db.agent_id) == 3
 
 
 async def test_close_ends_the_task_in_the_middle_of_its_work(

@@ -205,6 +205,7 @@ async def test_bad_arguments_are_refused(db: DatabaseAdapter, round_trips: list[
         ({"batch_size": 0}, "batch_size"),
         ({"batch_size": 1.5}, "batch_size"),
         ({"skip_missing": 1}, "skip_missing"),
+        ({"progress": 1}, "progress"),
         ({"timeout": -1}, "timeout"),
     ]
     for arguments, match in bad:
