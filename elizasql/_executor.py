@@ -404,11 +404,15 @@ class Executor:
         made = translate(error, name)
         if made.statement is None:
             made.statement = name
-        if self._closed and not self.in_transaction and isinstance(made, ConnectionLostError):
+        if self._is_cut_off() and isinstance(made, ConnectionLostError):
             made = ClosedError(f"{name}: the adapter was closed meanwhile", statement=name)
         if made is not error:
             made.__cause__ = error
         return made
+
+    def _is_cut_off(self) -> bool:
+        """Tell whether the adapter is closed: its connections are cut when its calls do not end in time."""
+        return self._closed
 
     def _enter(self, name: str) -> None:
         if self._closed:
@@ -550,6 +554,7 @@ class _TransactionExecutor(Executor):
         # No partitions are named: their locks would be held while a write needs that of the partitioned table, and an
         # ALTER TABLE takes the two in the other order.
         super().__init__(outer.connections, outer.lane, outer._config, outer.meter)
+        self._outer = outer
         self._connection = connection
         self._turn = _Turn()
         self._nested = False
@@ -581,6 +586,9 @@ class _TransactionExecutor(Executor):
     async def probe(self) -> None:
         """Ask the server for a sign of life, on the transaction's connection."""
         await self.fetch_value(SQL["ping"])
+
+    def _is_cut_off(self) -> bool:
+        return self._outer._is_cut_off()  # this one is closed when the transaction is over
 
     def _check(self, name: str) -> None:
         if self._closed:
@@ -648,7 +656,7 @@ class _TransactionExecutor(Executor):
             except ElizaSQLError:
                 raise
             except Exception as error:
-                raise translate(error, "transaction") from error
+                raise self._explain(error, "transaction") from error
         finally:
             self._turn.pass_on()
 
