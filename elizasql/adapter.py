@@ -14,7 +14,7 @@ from uuid import UUID
 import asyncpg
 
 from . import _codecs, _embedded, _migrate, _pool, _registry, _shutdown, _telemetry
-from ._calls import Meter, lasting, spawn, unbounded
+from ._calls import Meter, as_timeout, lasting, spawn, unbounded
 from ._embedded import EmbeddedServer
 from ._executor import Executor, Home
 from ._indexer import Indexer
@@ -177,6 +177,7 @@ class DatabaseAdapter(
         Statement: sql/embeddings.sql index_embeddings, one transaction a batch; or drop_index and build_index.
         """
         self._refuse_in_transaction("index_memories")
+        rebuild = _codecs.as_bool(rebuild, "rebuild")
         try:
             if not rebuild:
                 return await self._indexer.drain(progress)
@@ -233,11 +234,13 @@ class DatabaseAdapter(
             timeout: Seconds to wait for calls that are running; after that their connections are cut.
 
         Raises:
+            ArgumentError: `timeout` is no such number; nothing is closed.
             WrongLoopError: The adapter was opened in another event loop, or before a fork; nothing is closed.
 
         Source: close.
         """
         self._refuse_in_transaction("close")
+        timeout = as_timeout(timeout, least=0.0)
         self._connections.check()
         async with self._closing:  # whoever comes second waits, too
             if self._left:
