@@ -133,7 +133,7 @@ def _bounded(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[A
         outer = _current_call()
         if outer is not None and timeout is None and outer.meter is meter:
             return await method(self, *args, **kwargs)
-        limit = _as_timeout(timeout) if timeout is not None else own_limit or self.config.timeout
+        limit = as_timeout(timeout) if timeout is not None else own_limit or self.config.timeout
         started = clock()
         deadline = started + limit
         running = _Call(deadline if outer is None else min(deadline, outer.deadline), meter)
@@ -152,9 +152,10 @@ def _bounded(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[A
     return call
 
 
-def _as_timeout(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
-        raise ArgumentError(f"timeout must be a number of seconds above 0, not {value!r:.40}")
+def as_timeout(value: object, *, least: float = math.ulp(0.0)) -> float:
+    """Check that an argument is a number of seconds, at least `least`; left out, above 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < 1e9:
+        raise ArgumentError(f"timeout must be a number of seconds{' above 0' if least else ''}, not {value!r:.40}")
     return float(value)
 
 

@@ -21,7 +21,7 @@ from uuid import UUID
 import asyncpg
 
 from ._calls import Meter, current_deadline
-from ._pool import Lane, is_open
+from ._pool import Lane, is_open, steady
 from ._registry import Connections, retry_policy
 from ._retry import OUT_OF_MEMORY, Outcome, classify, is_answer
 from ._statements import SQL, Statement
@@ -32,6 +32,7 @@ from .errors import (
     ConnectionLostError,
     DeadlineError,
     ElizaSQLError,
+    PermissionDeniedError,
     PoolTimeoutError,
     TransactionError,
     UnknownOutcomeError,
@@ -237,7 +238,7 @@ class Executor:
             permit: int | None = None
             while True:
                 try:
-                    return await self._attempt(name, work, deadline, hold, permit)
+                    return await self._attempt(name, work, deadline, hold, permit, renewed=spared)
                 except _Failed as failed:
                     error, outcome = failed.error, failed.outcome
                     made = self._explain(error, name)
@@ -280,7 +281,9 @@ class Executor:
             return made.sqlstate == OUT_OF_MEMORY and failures <= 1
         return outcome is Outcome.NOT_APPLIED
 
-    async def _attempt(self, name: str, work: Work, deadline: float, hold: bool, earlier: int | None) -> Any:
+    async def _attempt(
+        self, name: str, work: Work, deadline: float, hold: bool, earlier: int | None, *, renewed: bool
+    ) -> Any:
         try:
             permit = self._breaker.enter()
             if earlier is not None and self._breaker.state == "closed":
@@ -300,7 +303,17 @@ class Executor:
                 raise
         self._held.add(connection)
         try:
-            result = await work(connection, deadline)
+            try:
+                result = await work(connection, deadline)
+            except asyncpg.ReadOnlySQLTransactionError as error:
+                # One that was made before the call may say what is no longer so: the next try has a new one.
+                if (renewed or not used) and await self._may_only_read(connection, deadline):
+                    raise PermissionDeniedError(
+                        f"{name}: {error}: default_transaction_read_only is on for this role or database",
+                        statement=name,
+                        sqlstate=error.sqlstate,
+                    ) from error
+                raise
         except BaseException as error:
             self._held.discard(connection)
             if isinstance(error, Exception):
@@ -313,6 +326,14 @@ class Executor:
             self.lane.keep(connection)
         self._breaker.succeed(permit)
         return result
+
+    async def _may_only_read(self, connection: Any, deadline: float) -> bool:
+        """Tell whether the role or the database is set to read only, and the server is no standby."""
+        try:
+            async with steady(connection, self._config):
+                return bool(await connection.fetchval(SQL["may_only_read"].sql, timeout=_left(deadline)))
+        except Exception:  # noqa: BLE001 - then nobody knows, and the next try tells
+            return False
 
     async def _acquire(self, name: str, deadline: float, permit: int | None) -> tuple[Any, bool]:
         def late(error: Exception) -> None:
@@ -383,11 +404,15 @@ class Executor:
         made = translate(error, name)
         if made.statement is None:
             made.statement = name
-        if self._closed and not self.in_transaction and isinstance(made, ConnectionLostError):
+        if self._is_cut_off() and isinstance(made, ConnectionLostError):
             made = ClosedError(f"{name}: the adapter was closed meanwhile", statement=name)
         if made is not error:
             made.__cause__ = error
         return made
+
+    def _is_cut_off(self) -> bool:
+        """Tell whether the adapter is closed: its connections are cut when its calls do not end in time."""
+        return self._closed
 
     def _enter(self, name: str) -> None:
         if self._closed:
@@ -529,6 +554,7 @@ class _TransactionExecutor(Executor):
         # No partitions are named: their locks would be held while a write needs that of the partitioned table, and an
         # ALTER TABLE takes the two in the other order.
         super().__init__(outer.connections, outer.lane, outer._config, outer.meter)
+        self._outer = outer
         self._connection = connection
         self._turn = _Turn()
         self._nested = False
@@ -560,6 +586,9 @@ class _TransactionExecutor(Executor):
     async def probe(self) -> None:
         """Ask the server for a sign of life, on the transaction's connection."""
         await self.fetch_value(SQL["ping"])
+
+    def _is_cut_off(self) -> bool:
+        return self._outer._is_cut_off()  # this one is closed when the transaction is over
 
     def _check(self, name: str) -> None:
         if self._closed:
@@ -627,7 +656,7 @@ class _TransactionExecutor(Executor):
             except ElizaSQLError:
                 raise
             except Exception as error:
-                raise translate(error, "transaction") from error
+                raise self._explain(error, "transaction") from error
         finally:
             self._turn.pass_on()
 

@@ -138,10 +138,12 @@ class Indexer:
                 if idle or self._lost:
                     await self._restore_index()
             except ElizaSQLError as error:
-                # The next look tries again; callers meet the same trouble themselves, as an error of their own call.
+                # The next look tries again: soon where time may mend it, and not where the role may only read. Callers
+                # meet the same trouble themselves, as an error of their own call.
                 logger.warning("indexing is interrupted: %s", error)
                 await asyncio.sleep(self._config.index_interval)
-                self._wanted.set()
+                if error.retryable:
+                    self._wanted.set()
 
     def _grow_idle(self) -> None:
         self._idle = True

@@ -14,7 +14,7 @@ from uuid import UUID
 import asyncpg
 
 from . import _codecs, _embedded, _migrate, _pool, _registry, _shutdown, _telemetry
-from ._calls import Meter, lasting, spawn, unbounded
+from ._calls import Meter, as_timeout, lasting, spawn, unbounded
 from ._embedded import EmbeddedServer
 from ._executor import Executor, Home
 from ._indexer import Indexer
@@ -180,9 +180,9 @@ class DatabaseAdapter(
         """
         self._refuse_in_transaction("index_memories")
         _codecs.check_progress(progress)
-        anew = _codecs.as_bool(rebuild, "rebuild")
+        rebuild = _codecs.as_bool(rebuild, "rebuild")
         try:
-            if not anew:
+            if not rebuild:
                 return await self._indexer.drain(progress)
             moved = await self._indexer.rebuild()
             if progress is not None:
@@ -237,11 +237,13 @@ class DatabaseAdapter(
             timeout: Seconds to wait for calls that are running; after that their connections are cut.
 
         Raises:
+            ArgumentError: `timeout` is no such number; nothing is closed.
             WrongLoopError: The adapter was opened in another event loop, or before a fork; nothing is closed.
 
         Source: close.
         """
         self._refuse_in_transaction("close")
+        timeout = as_timeout(timeout, least=0.0)
         self._connections.check()
         async with self._closing:  # whoever comes second waits, too
             if self._left:

@@ -29,7 +29,7 @@
     │   ├── NotNullError              23502
     │   └── CheckError                23514
     ├── DataError                     21*, 22*, 54*: a value that the server cannot store
-    ├── PermissionDeniedError         28*, 42501
+    ├── PermissionDeniedError         28*, 42501; 25006 where the role or the database is set to read only
     ├── SchemaError                   0A*, 3F*, 42*: the database's schema is not the one expected, or no longer
     └── InternalError                 anything else the server or the driver said
 
@@ -285,7 +285,7 @@ class DataError(ElizaSQLError):
 
 
 class PermissionDeniedError(ElizaSQLError):
-    """The server refused the login or the role lacks a privilege."""
+    """The server refused the login, the role lacks a privilege, or it is set to read only."""
 
 
 class SchemaError(ElizaSQLError):
@@ -318,7 +318,7 @@ _BY_SQLSTATE: dict[str, type[ElizaSQLError]] = {
     "21": DataError,
     "22": DataError,
     "23": IntegrityError,
-    # After a failover another connection may lead to the primary.
+    # After a failover another connection may lead to the primary. What is set to read only the executor tells apart.
     "25006": UnavailableError,
     "25": TransactionError,
     "28": PermissionDeniedError,

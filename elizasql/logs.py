@@ -9,7 +9,7 @@ from uuid import UUID
 
 from . import _codecs
 from ._statements import SQL
-from ._store import Store, as_limit, read_cursor, unwrap
+from ._store import Store, as_limit, order_by_id, read_cursor, unwrap
 from .errors import ArgumentError
 from .models import AgentRunCounts, AgentRunSummary, AgentRunSummaryResult, Log
 from .types import RunStatus
@@ -60,6 +60,7 @@ class Logs(Store):
         if not rows:
             return []
         bodies = _encode_bodies(rows, ids)
+        positions = order_by_id(rows)
         chunks = [
             {
                 "agent_id": self.agent_id,
@@ -69,9 +70,10 @@ class Logs(Store):
                 "types": [row["type"] for row in chunk],
                 "bodies": [bodies[row["id"]] for row in chunk],
                 "created_ats": [row.get("created_at") for row in chunk],
-                "first": number * self.config.batch_size,
+                "positions": where,
+                "begins": number == 0,
             }
-            for number, chunk in enumerate(self._chunks(rows))
+            for number, (chunk, where) in enumerate(zip(self._chunks(rows), self._chunks(positions), strict=True))
         ]
         executor = self._aside if self.config.log_lane == "background" else self._executor
         await executor.fetch_chunks(SQL["create_logs"], chunks)

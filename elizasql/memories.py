@@ -1025,7 +1025,8 @@ def _threshold(value: float | None) -> float | None:
         return None
     # Any: a scalar of numpy is a real number, too, and no float to a type checker.
     number: Any = value
-    if isinstance(number, bool) or not isinstance(number, Real) or not -1 <= float(number) <= 1:
+    real = isinstance(number, Real) and not isinstance(number, bool)
+    if not real or not -1 <= number <= 1:
         raise ArgumentError(f"match_threshold must be between -1 and 1, not {value!r:.40}")
     return float(number)
 

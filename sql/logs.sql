@@ -1,18 +1,20 @@
 -- Logs, and the runs that they tell of. Columns of a log, in the order of elizasql.models.Log:
 -- id, agent_id, entity_id, room_id, type, body, created_at.
 
--- name: create_logs(agent_id, ids, entity_ids, room_ids, types, bodies, created_ats, first)!
--- Logs without a time get the statement's, a microsecond apart, so that their order stays the input's, also in one
--- transaction; first: how many logs of the batch went before this chunk.
+-- name: create_logs(agent_id, ids, entity_ids, room_ids, types, bodies, created_ats, positions, begins)!
+-- Logs without a time get the batch's, as many microseconds later as their position in the batch says: their order stays
+-- the input's, also in one transaction. begins: this is the first chunk of the batch.
 INSERT INTO elizasql.logs (agent_id, id, entity_id, room_id, type, body, created_at)
 SELECT
     :agent_id, id, entity_id, room_id, type, body,
-    elizasql.made_time(created_at, statement_timestamp() + (:first::bigint + position) * interval '1 microsecond')
+    elizasql.made_time(
+        created_at, (SELECT elizasql.batch_time(:begins)) + position * interval '1 microsecond'
+    )
 FROM
     unnest(
         :ids::uuid[], :entity_ids::uuid[], :room_ids::uuid[], :types::text[], :bodies::jsonb[],
-        :created_ats::timestamptz[]
-    ) WITH ORDINALITY AS given (id, entity_id, room_id, type, body, created_at, position)
+        :created_ats::timestamptz[], :positions::bigint[]
+    ) AS given (id, entity_id, room_id, type, body, created_at, position)
 ORDER BY id
 ON CONFLICT (agent_id, id) DO NOTHING;
 

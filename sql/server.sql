@@ -67,6 +67,10 @@ SELECT
             THEN left(pg_walfile_name(pg_current_wal_lsn()), 8) || pg_stat_get_bgwriter_stat_reset_time()
     END AS timeline;
 
+-- name: may_only_read()$
+-- Whether transactions are read-only by the session's settings, and not since the server is a standby.
+SELECT NOT pg_is_in_recovery() AND current_setting('default_transaction_read_only')::boolean AS so;
+
 -- name: get_transaction_status(id, timeline)$
 -- What became of a transaction: committed, aborted, in progress; NULL when it is long ago, or on another timeline, where
 -- the id means nothing.

@@ -543,7 +543,12 @@ async def test_cursor_and_offset_exclude_each_other(db: DatabaseAdapter, round_t
             await db.get_memories(table_name="messages", cursor=bad)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("value", [1.0000001, -1.0000001, 2, -2, math.nan, math.inf, -math.inf, True, "0.5", [0.5]])
+HUGE = pytest.param(10**400, id="huge")
+
+
+@pytest.mark.parametrize(
+    "value", [1.0000001, -1.0000001, 2, -2, HUGE, math.nan, math.inf, -math.inf, True, "0.5", [0.5]]
+)
 async def test_a_threshold_lies_between_minus_one_and_one(
     db: DatabaseAdapter, round_trips: list[str], value: Any
 ) -> None:
@@ -748,6 +753,23 @@ BAD_CALLS: dict[str, Callable[[DatabaseAdapter], Awaitable[Any]]] = {
 async def test_other_arguments_are_checked_too(db: DatabaseAdapter, round_trips: list[str], case: str) -> None:
     with refused(ArgumentError, round_trips, case):
         await BAD_CALLS[case](db)
+
+
+@pytest.mark.parametrize("value", ["5", None, True, -0.1, math.nan, math.inf, HUGE, [5], object()])
+async def test_what_is_no_time_to_wait_closes_nothing(db: DatabaseAdapter, round_trips: list[str], value: Any) -> None:
+    with refused(ArgumentError, round_trips, repr(value), "timeout must be a number of seconds"):
+        await db.close(timeout=value)
+    assert await db.is_ready()
+    await db.close(timeout=0)
+    assert not await db.is_ready()
+
+
+@pytest.mark.parametrize("value", ["no", None, 1, [], np.ones(2)])
+async def test_an_index_is_not_built_anew_for_something_like_true(
+    db: DatabaseAdapter, round_trips: list[str], value: Any
+) -> None:
+    with refused(ArgumentError, round_trips, repr(value), "rebuild"):
+        await db.index_memories(rebuild=value)
 
 
 # --- memories ---

@@ -26,9 +26,10 @@ import pytest
 import elizasql
 from elizasql import DatabaseAdapter, Log, Task, _embedded
 from elizasql.__main__ import main
-from elizasql.cli import doctor, look, queries
+from elizasql.cli import _keeper, doctor, look, queries
 from elizasql.cli import server as cli_server
 from elizasql.cli._destructive import find_destructive, split_migration
+from elizasql.errors import ElizaSQLError
 from elizasql.transfer import _rows as transfer_rows
 from elizasql.types import DIMENSIONS
 from tests.conftest import MakeAdapter, make_scene
@@ -315,7 +316,7 @@ def test_a_life_of_the_embedded_server(run: Run, folder: Path) -> None:
     assert up.code == 0, up
     assert up.json["running"] and up.json["data_dir"] == str(folder.resolve())
     assert run("up", "--data-dir", folder).code == 0  # again: nothing changes
-    keeper = cli_server.find_keeper(folder)
+    keeper = _keeper.find_keeper(folder)
     on = run("status", "--data-dir", folder, "--json")
     assert on.code == 0
     assert on.json["kept_up_by"] == keeper is not None
@@ -329,7 +330,7 @@ def test_a_life_of_the_embedded_server(run: Run, folder: Path) -> None:
 
     assert run("down", "--data-dir", folder, "--json").json["running"] is False
     assert not cli_server.is_running(folder)
-    assert cli_server.find_keeper(folder) is None
+    assert _keeper.find_keeper(folder) is None
     assert run("status", "--data-dir", folder).code == 3
     # A command that needs it starts it, and stops it behind itself.
     assert run("stats", "--data-dir", folder, "--json").json["agents"][0]["name"] == "Ada"
@@ -338,14 +339,63 @@ def test_a_life_of_the_embedded_server(run: Run, folder: Path) -> None:
 
 def test_down_after_the_keeper_was_killed(run: Run, folder: Path) -> None:
     assert run("up", "--data-dir", folder, "--no-migrate").code == 0
-    keeper = cli_server.find_keeper(folder)
+    keeper = _keeper.find_keeper(folder)
     assert keeper is not None
     os.kill(keeper, signal.SIGKILL)
-    while cli_server.find_keeper(folder) is not None:
+    while _keeper.find_keeper(folder) is not None:
         pass
     assert cli_server.is_running(folder)
     assert run("down", "--data-dir", folder).code == 0
     assert not cli_server.is_running(folder)
+
+
+def test_whoever_looks_for_the_keeper_is_not_in_its_way(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A status that looks just when another process starts the keeper."""
+    assert run("up", "--data-dir", folder, "--no-migrate").code == 0
+    assert run("down", "--data-dir", folder).code == 0
+    close = _embedded._Lock.close
+
+    def close_late(lock: _embedded._Lock) -> None:
+        monkeypatch.setattr(_embedded._Lock, "close", close)
+        assert run("up", "--data-dir", folder, "--no-migrate").code == 0
+        close(lock)
+
+    monkeypatch.setattr(_embedded._Lock, "close", close_late)
+    assert _keeper.find_keeper(folder) is None
+    assert _keeper.find_keeper(folder) is not None
+
+
+def test_the_keeper_is_not_taken_for_the_one_before(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose process id may be anybody's by now."""
+    folder.mkdir(mode=0o700)
+    for name, text in (("elizasql.lock", ""), ("keeper.lock", "1")):
+        (folder / name).write_text(text)
+    take, found, others = _embedded._Lock.take, [], set(_embedded._locks)
+
+    def take_slowly(lock: _embedded._Lock, *, shared: bool = False) -> bool:
+        taken = take(lock, shared=shared)
+        if taken and not shared:
+            monkeypatch.setattr(_embedded._Lock, "take", take)
+            found.append(_keeper.find_keeper(folder))
+            monkeypatch.setattr(_embedded._Lock, "take", take_slowly)
+        return taken
+
+    class StartedError(ElizaSQLError):
+        """The server need not start."""
+
+    async def start(_: object) -> None:
+        found.append(_keeper.find_keeper(folder))
+        raise StartedError
+
+    monkeypatch.setattr(_embedded, "acquire", start)
+    monkeypatch.setattr(_embedded._Lock, "take", take_slowly)
+    monkeypatch.setattr(_keeper, "answer", lambda **_: None)
+    assert asyncio.run(_keeper.keep(folder)) == 1
+    for lock in _embedded._locks - others:
+        lock.close()
+    assert set(found[:-1]) == {None} and found[-1] == os.getpid()
 
 
 def test_down_while_others_use_it(run: Run, folder: Path) -> None:

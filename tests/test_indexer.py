@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID
 
 import asyncpg
 import numpy as np
 import pytest
 
-from elizasql import ArgumentError, ConfigurationError, ConnectionLostError, DatabaseAdapter, Memory
+from elizasql import (
+    ArgumentError,
+    ConfigurationError,
+    ConnectionLostError,
+    DatabaseAdapter,
+    ElizaSQLError,
+    Memory,
+    PermissionDeniedError,
+)
 from elizasql.types import DIMENSIONS
 
 from .conftest import MakeAdapter
@@ -246,6 +254,39 @@ async def test_trouble_is_logged_and_the_next_look_goes_on(
 
         await until(empty)
     assert "indexing is interrupted" in caplog.text
+
+
+@pytest.mark.parametrize(("trouble", "again"), [(ConnectionLostError("cut"), 1), (PermissionDeniedError("no"), 0)])
+async def test_what_time_does_not_mend_is_tried_again_at_the_next_look(
+    make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch, trouble: ElizaSQLError, again: int
+) -> None:
+    indexer = (await make_db(indexing="background", index_interval=0.01))._indexer
+    await indexer.stop()
+    seen: list[str] = []
+
+    class Wanted(asyncio.Event):
+        def set(self) -> None:
+            seen.append("woken")
+            super().set()
+
+        async def wait(self) -> Literal[True]:
+            seen.append("waits")
+            return await super().wait()
+
+    async def failing() -> int:
+        seen.append("fails")
+        raise trouble
+
+    indexer._wanted = Wanted()
+    monkeypatch.setattr(indexer, "_move_batch", failing)
+    indexer.start()
+    indexer.wake()
+
+    async def waits_again() -> bool:
+        return seen.count("waits") > 1
+
+    await until(waits_again)
+    assert seen[: 4 + again] == ["woken", "waits", "fails", *["woken"] * again, "waits"]
 
 
 async def test_an_unknown_way_of_indexing_is_refused(make_db: MakeAdapter) -> None:

@@ -383,6 +383,34 @@ async def test_close_does_not_wait_for_ever(make_db: MakeAdapter, raw: asyncpg.C
     assert await gone(raw, name)
 
 
+@pytest.mark.parametrize("depth", [1, 2], ids=["transaction", "savepoint"])
+async def test_close_that_cuts_a_transaction_is_said_to_its_calls(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any], depth: int
+) -> None:
+    db = await make_db()
+    id = await db.create_memory(memory(), "messages")
+    said: list[elizasql.ElizaSQLError] = []
+
+    async def work() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            tx = db
+            for _ in range(depth):
+                tx = await stack.enter_async_context(tx.transaction())
+            for _ in range(2):  # the call that is cut, and one that comes behind
+                try:
+                    await tx.update_memory(memory("y", id=id))
+                except elizasql.ElizaSQLError as error:
+                    said.append(error)
+
+    async with locked(raw, id):
+        task = asyncio.create_task(work())
+        assert await blocked_pid(raw, task)
+        await db.close(timeout=0.1)
+        with pytest.raises(elizasql.ClosedError, match="transaction: the adapter was closed meanwhile"):
+            await task
+    assert [(type(error), error.statement) for error in said] == [(elizasql.ClosedError, "update_memories")] * 2
+
+
 async def test_a_connection_that_is_cut_between_the_steps_of_a_statement_is_lost(
     make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -304,6 +304,9 @@ BATCHES: dict[str, Callable[..., Awaitable[Any]]] = {
     "create_entities": lambda db, scene, ids: db.create_entities([{"id": id} for id in ids]),
     "create_tasks": lambda db, scene, ids: db.create_tasks([{"id": id, "name": "n"} for id in ids]),
     "create_goals": lambda db, scene, ids: db.create_goals([{"id": id, "name": "n"} for id in ids]),
+    "create_logs": lambda db, scene, ids: db.create_logs(
+        [{"id": id, "entity_id": scene.entity, "room_id": scene.room, "type": "t", "body": {}} for id in ids]
+    ),
     "create_pairing_requests": lambda db, scene, ids: db.create_pairing_requests(
         [{"id": id, "channel": "c", "sender_id": str(id), "code": str(id)} for id in ids]
     ),

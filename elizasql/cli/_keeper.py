@@ -1,6 +1,8 @@
 """The process behind `elizasql up`: uses the embedded server until it gets SIGTERM, so that it stays up.
 
-It holds keeper.lock, with its process id in it, for as long as it lives. It answers its starter with one line of JSON.
+It holds a lock on keeper.lock, with its process id in it, for as long as it lives. The file is put in its place locked
+and written: whoever finds it locked reads the id of who has locked it, and looking at it is in nobody's way. It answers
+its starter with one line of JSON.
 """
 
 from __future__ import annotations
@@ -9,12 +11,16 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import orjson
 
 from elizasql import _embedded
 from elizasql.errors import ElizaSQLError
+
+_LOCK = "keeper.lock"
+_PATIENCE = 120.0  # of a start of the server that is under way
 
 
 async def keep(data_dir: Path) -> int:
@@ -25,14 +31,11 @@ async def keep(data_dir: Path) -> int:
     try:
         cluster = _embedded._Cluster(data_dir)
         cluster.claim()
-        # The folder counts as ours from its first lock file on.
-        cluster.open_lock("elizasql.lock").close()
-        lock = cluster.open_lock("keeper.lock")
-        if lock.take():
-            os.ftruncate(lock.fd, 0)
-            os.pwrite(lock.fd, str(os.getpid()).encode(), 0)
-        else:
-            ended.set()  # another one was faster: nothing is left to do
+        async with cluster.lifecycle(time.monotonic() + _PATIENCE):
+            if find_keeper(data_dir) is None:
+                _publish(cluster)
+            else:
+                ended.set()  # another one was faster: nothing is left to do
         server = await _embedded.acquire(data_dir)
     except (ElizaSQLError, OSError) as error:
         answer(error=str(error))
@@ -41,6 +44,28 @@ async def keep(data_dir: Path) -> int:
     await ended.wait()
     await server.release()
     return 0
+
+
+def _publish(cluster: _embedded._Cluster) -> None:
+    """Become the keeper."""
+    new = cluster.home / f"{_LOCK}.new"
+    new.unlink(missing_ok=True)
+    lock = cluster.open_lock(new.name)
+    lock.take()
+    os.write(lock.fd, str(os.getpid()).encode())
+    new.replace(cluster.home / _LOCK)
+
+
+def find_keeper(data_dir: Path) -> int | None:
+    """Give the process id of the keeper, None where there is none."""
+    path = data_dir.expanduser().resolve() / _LOCK
+    if not path.is_file():
+        return None
+    lock = _embedded._Lock(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+    try:
+        return None if lock.take(shared=True) else int(os.pread(lock.fd, 32, 0))
+    finally:
+        lock.close()
 
 
 def answer(**words: str) -> None:

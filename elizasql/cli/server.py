@@ -23,9 +23,9 @@ from elizasql.config import Config, redact
 from elizasql.errors import ConfigurationError, ElizaSQLError, EmbeddedServerError
 
 from . import _out, _place
+from ._keeper import find_keeper
 from ._place import DataDir, Dsn, Json, Place
 
-KEEPER_LOCK = "keeper.lock"
 _PATIENCE = 60.0
 
 
@@ -114,22 +114,6 @@ def _start_keeper(data_dir: Path) -> None:
     told = orjson.loads(answer) if answer.strip() else {"error": "the keeper of the embedded server ended at once"}
     if "error" in told:
         raise EmbeddedServerError(told["error"])
-
-
-def find_keeper(data_dir: Path) -> int | None:
-    """Give the process id of the keeper: whoever holds its lock has written it there."""
-    path = data_dir.expanduser().resolve() / KEEPER_LOCK
-    if not path.is_file():
-        return None
-    lock = _embedded._Lock(os.open(path, os.O_RDWR | os.O_CLOEXEC))
-    try:
-        if lock.take():
-            return None
-        with suppress(ValueError):
-            return int(os.pread(lock.fd, 32, 0))
-        return None
-    finally:
-        lock.close()
 
 
 def down(

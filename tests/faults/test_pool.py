@@ -314,3 +314,38 @@ async def test_connections_to_a_standby_are_replaced(make_db: MakeAdapter, serve
     assert not pids & set(await server.backends(db.config.application_name))
     assert db._connections.breaker.failures == 0
     await pool_is_whole(db)
+
+
+@pytest.mark.parametrize("kind", ["call", "batch"])
+@pytest.mark.parametrize("settings", [{}, {"prepared_statements": False}], ids=["prepared", "unprepared"])
+async def test_a_role_that_may_only_read_is_told_so_at_once(
+    make_db: MakeAdapter, server: FaultServer, kind: str, settings: dict[str, Any]
+) -> None:
+    """No wait mends that, as it may for a standby; where the setting is gone, the next call finds it so."""
+    agent_id, chance = (await make_db()).agent_id, random.Random(1)
+    memories = [memory_of(new_id(chance), 1) for _ in range(2)]
+    async with server.admin() as admin:
+        await admin.execute("CREATE ROLE reader LOGIN IN ROLE elizasql")
+        await admin.execute("ALTER ROLE reader SET default_transaction_read_only = on")
+        dsn = server.dsn.replace("//elizasql@", "//reader@")
+        try:
+            async with elizasql.connect(
+                agent_id=agent_id, dsn=dsn, indexing="manual", batch_size=1, base_delay=1000.0, **settings
+            ) as db:
+                for number in (1, 2):
+                    with pytest.raises(elizasql.PermissionDeniedError, match="default_transaction_read_only") as caught:
+                        await (
+                            db.create_memories(memories, TYPE)
+                            if kind == "batch"
+                            else db.create_memory(memories[0], TYPE)
+                        )
+                    assert (caught.value.sqlstate, caught.value.retryable) == ("25006", False)
+                    # The connection was made before the call: a second one tells whether a new one is no better.
+                    assert db._meter.retries == number
+                    assert await db.get_memories_by_ids([memory.id for memory in memories if memory.id]) == []
+                assert db._connections.breaker.failures == 0
+                await pool_is_whole(db)
+                await admin.execute("ALTER ROLE reader RESET default_transaction_read_only")
+                await db.create_memory(memories[0], TYPE)
+        finally:
+            await admin.execute("DROP ROLE reader")
