@@ -63,6 +63,7 @@ ORDER BY memories DESC, m.type ASC;
 -- an ordinary role learns little more than that there are any: not of which kind they are.
 SELECT
     current_setting('server_version_num')::integer AS version,
+    lower('É') = 'é' AS knows_case,
     current_setting('fsync') AS fsync,
     current_setting('full_page_writes') AS full_page_writes,
     current_setting('synchronous_commit') AS synchronous_commit,

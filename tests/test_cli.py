@@ -934,13 +934,14 @@ def test_doctor_on_rows_that_cannot_be_made_here() -> None:
         return [(finding.check, finding.severity) for finding in found]
 
     server: dict[str, Any] = {
-        "fsync": "off", "full_page_writes": "off", "synchronous_commit": "off",
+        "knows_case": False, "fsync": "off", "full_page_writes": "off", "synchronous_commit": "off",
         "data_checksums": "off", "autovacuum": "off", "track_counts": "off", "collation_changed": True,
         "xid_age": 2_000_000_000, "idle_slots": 2, "is_above_policies": False, "may_migrate": False,
         "connections": 90, "free_for_all": 97, "shared_buffers": 1 << 27, "effective_cache_size": 1 << 28,
         "maintenance_work_mem": 1 << 26, "hidden": 3,
     }  # fmt: skip
     assert told(doctor.check_settings(server)) == [  # type: ignore[arg-type]
+        ("locale", "note"),
         ("fsync", "error"),
         ("full_page_writes", "error"),
         ("synchronous_commit", "note"),
