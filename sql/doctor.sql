@@ -1,7 +1,8 @@
 -- What the command line asks of a server: the agents, their numbers, and everything that a check-up looks at.
 
--- name: get_first_agents(count)
+-- name: get_first_agents(only_agent, count)
 SELECT id, name FROM elizasql.agents
+WHERE :only_agent::uuid IS NULL OR id = :only_agent
 ORDER BY created_at, id
 LIMIT :count;
 

@@ -149,7 +149,7 @@ def check_settings(row: asyncpg.Record) -> Iterator[Finding]:
         yield Finding(
             "locale",
             "note",
-            "the database's locale knows no letters beyond ASCII: É and é are different in searches for names and texts",
+            "the locale knows no letters beyond ASCII: É and é are different in searches for names and texts",
             "make one with LC_CTYPE C.UTF-8 or that of a language, and move the data",
         )
     for name in ("fsync", "full_page_writes"):
