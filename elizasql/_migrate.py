@@ -157,9 +157,12 @@ async def _look_up(dsn: str, config: Config, schema: str | None) -> str:
     except ElizaSQLError as error:
         raise MigrationError(f"no connection for migrations to {redact(dsn)}: {error}") from error
     try:
-        # The extension goes to public, and is found wherever an administrator has put it.
-        places = ["public", (await _pool.look_at(connection)).vector_schema or "public"]
-        path = ",".join([*([schema] if schema else []), *(f'"{place}"' for place in dict.fromkeys(places))])
+        server = await _pool.look_at(connection)
+        path = server.vector_path
+        if schema is not None:
+            # Types of the extension are found wherever it is, as a rule in public.
+            places = ["public", server.vector_schema or "public"]
+            path = ",".join([schema, *(f'"{place}"' for place in dict.fromkeys(places))])
     except Exception as error:
         raise translate(error) from error
     finally:
@@ -167,7 +170,7 @@ async def _look_up(dsn: str, config: Config, schema: str | None) -> str:
     return _for_dbmate(connection, dsn, path)
 
 
-def _for_dbmate(connection: asyncpg.Connection[Any], dsn: str, path: str) -> str:
+def _for_dbmate(connection: asyncpg.Connection[Any], dsn: str, path: str | None = None) -> str:
     """Say what asyncpg found out in the connection string, the environment and the user's files.
 
     dbmate's driver reads some forms of an address otherwise and others not at all, takes one host, has other defaults,
@@ -179,11 +182,12 @@ def _for_dbmate(connection: asyncpg.Connection[Any], dsn: str, path: str) -> str
     user = quote(found.user, safe="") + (f":{quote(found.password, safe='')}" if found.password else "")
     files = {name: value for name, value in parse_qsl(urlsplit(dsn).query) if name in _FILES}
     query = {**(found.server_settings or {}), **files, "host": host, "port": str(port), "sslmode": "disable"}
-    query["search_path"] = path
     if connection._transport.get_extra_info("sslcontext") is not None:
         # "prefer" has found that the server speaks TLS; what is stricter stays.
         mode = found.sslmode.name.replace("_", "-")
         query["sslmode"] = mode if mode.startswith("verify") else "require"
+    if path is not None:
+        query["search_path"] = path
     return f"postgres://{user}@/{quote(found.database, safe='')}?{urlencode(query)}"
 
 

@@ -90,7 +90,7 @@ class Server:
         vector_available: Version that the server could create or update it to; None: not installed.
         invalid_indexes: Names of indexes that a build left unfinished, and that the server keeps but does not use.
         encoding: Of the database.
-        vector_path: What `search_path` must be for the extension to be found; None: it is found as it is.
+        vector_path: What `search_path` must be for the extension to be found, or made; None: as it is.
         may_use_vector: Whether the role may use what is in the extension's schema.
     """
 

@@ -235,7 +235,7 @@ class Entities(Store):
     async def search_entities_by_name(
         self, query: str, limit: int | None = 10, *, timeout: float | None = None
     ) -> list[Entity]:
-        """Find entities by a part of a name, whatever the case.
+        """Find entities by a part of a name, whatever the case (of ASCII alone where the database's locale is C).
 
         First those with a name that is the query, then those with a name that begins with it, then those with a name
         that contains it; each by id.

@@ -1,7 +1,8 @@
 -- What the command line asks of a server: the agents, their numbers, and everything that a check-up looks at.
 
--- name: get_first_agents(count)
+-- name: get_first_agents(only_agent, count)
 SELECT id, name FROM elizasql.agents
+WHERE :only_agent::uuid IS NULL OR id = :only_agent
 ORDER BY created_at, id
 LIMIT :count;
 
@@ -63,6 +64,7 @@ ORDER BY memories DESC, m.type ASC;
 -- an ordinary role learns little more than that there are any: not of which kind they are.
 SELECT
     current_setting('server_version_num')::integer AS version,
+    lower('É') = 'é' AS knows_case,
     current_setting('fsync') AS fsync,
     current_setting('full_page_writes') AS full_page_writes,
     current_setting('synchronous_commit') AS synchronous_commit,

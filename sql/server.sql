@@ -2,7 +2,8 @@
 
 -- name: look_at_server()^
 -- Version of the server, and of pgvector: created, where, available; indexes of ours that the server does not use; the
--- encoding; the path to the extension where the session's does not lead there, and whether the role may go it.
+-- encoding; the path to the extension, or to where it can be made, if the session's does not lead there; whether the role
+-- may go it.
 SELECT
     current_setting('server_version_num')::integer AS version,
     x.extversion AS vector_version,
@@ -17,7 +18,10 @@ SELECT
         ORDER BY c.relname
     ) AS invalid_indexes,
     current_setting('server_encoding') AS encoding,
-    CASE WHEN n.nspname <> ALL(current_schemas(FALSE)) THEN quote_ident(n.nspname) END AS vector_path,
+    CASE
+        WHEN n.nspname IS NULL AND current_schema IS NULL THEN 'public'
+        WHEN n.nspname <> ALL(current_schemas(FALSE)) THEN quote_ident(n.nspname)
+    END AS vector_path,
     coalesce(has_schema_privilege(n.oid, 'USAGE'), TRUE) AS may_use_vector
 FROM (SELECT) AS one
 LEFT JOIN pg_extension AS x ON x.extname = 'vector'

@@ -649,8 +649,8 @@ def test_address_for_dbmate(mode: SSLMode, encrypted: bool, wanted: str) -> None
         _transport=SimpleNamespace(get_extra_info=lambda name: object() if encrypted else None),
     )
     given = "postgresql://[::1]:5433/d%20d?sslrootcert=%2Fx.pem&sslpassword=x&passfile=y"
-    assert _migrate._for_dbmate(connection, given, '"public"') == (
-        f"postgres://a%40b:p%2F%C3%A4@/d%20d?sslrootcert=%2Fx.pem&host=%3A%3A1&port=5433&{wanted}&search_path=%22public%22"
+    assert _migrate._for_dbmate(connection, given) == (
+        f"postgres://a%40b:p%2F%C3%A4@/d%20d?sslrootcert=%2Fx.pem&host=%3A%3A1&port=5433&{wanted}"
     )
 
 
@@ -677,6 +677,15 @@ async def test_the_extension_is_found_where_no_path_leads(
     with Archive(file) as archive:
         done = await import_archive(db, archive)
     assert done.read["embeddings"] == 1
+
+
+async def test_no_path_is_asked_for_where_none_is_needed(
+    fresh: str, started: list[tuple[asyncio.subprocess.Process, dict[str, Any]]]
+) -> None:
+    """A pooler refuses to connect with a parameter that it does not know."""
+    await open_and_close(fresh)
+    [(_, given)] = started
+    assert "search_path" not in given["env"]["DATABASE_URL"]
 
 
 async def test_database_in_another_encoding_is_refused(make_database: MakeDatabase) -> None:

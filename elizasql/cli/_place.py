@@ -20,6 +20,7 @@ from elizasql.errors import (
     ArgumentError,
     ConfigurationError,
     EmbeddedServerError,
+    NotFoundError,
     SchemaError,
     translate,
 )
@@ -69,10 +70,11 @@ class Place:
 
     async def choose_agent(self, given: str | None) -> UUID:
         """Give the agent that is meant: the one that is given, else the only one that there is."""
-        if given is not None:
-            return _codecs.as_id(given, "--agent")
+        id = None if given is None else _codecs.as_id(given, "--agent")
         async with self.connect() as connection:
-            rows = await connection.fetch(SQL["get_first_agents"].sql, 10)
+            rows = await connection.fetch(SQL["get_first_agents"].sql, id, 10)
+        if not rows and id is not None:
+            raise NotFoundError(f"there is no agent {id}")
         if not rows:
             raise ArgumentError("there is no agent in this database yet")
         if len(rows) > 1:

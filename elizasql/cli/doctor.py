@@ -145,6 +145,13 @@ def check_server(server: _pool.Server) -> Iterator[Finding]:
 
 def check_settings(row: asyncpg.Record) -> Iterator[Finding]:
     """Look at the settings that decide whether data is safe."""
+    if not row["knows_case"]:
+        yield Finding(
+            "locale",
+            "note",
+            "the locale knows no letters beyond ASCII: É and é are different in searches for names and texts",
+            "make one with LC_CTYPE C.UTF-8 or that of a language, and move the data",
+        )
     for name in ("fsync", "full_page_writes"):
         if row[name] != "on":
             yield Finding(name, "error", "off: a crash of the machine may destroy the database", f"turn {name} on")

@@ -11,9 +11,12 @@ import typer
 
 from elizasql import DatabaseAdapter, Log, Task, _codecs
 from elizasql._statements import SQL
+from elizasql.errors import NotFoundError
 
 from . import _out, _place
 from ._place import AgentId, DataDir, Dsn, Json
+
+OneAgent = Annotated[str | None, typer.Option("--agent", help="Only the agent of this id.")]
 
 # Seconds between two looks for new logs, and how many are remembered: one that was committed late stands among them.
 _PAUSE, _WINDOW = 1.0, 100
@@ -26,7 +29,7 @@ def add_to(app: typer.Typer) -> None:
     app.command()(tasks)
 
 
-def stats(agent: AgentId = None, dsn: Dsn = None, data_dir: DataDir = None, json: Json = False) -> None:
+def stats(agent: OneAgent = None, dsn: Dsn = None, data_dir: DataDir = None, json: Json = False) -> None:
     """Count what each agent has; with --agent also its memories by type."""
 
     async def work() -> None:
@@ -34,6 +37,8 @@ def stats(agent: AgentId = None, dsn: Dsn = None, data_dir: DataDir = None, json
             chosen = None if agent is None else _codecs.as_id(agent, "--agent")
             agents = [dict(row) for row in await connection.fetch(SQL["count_rows_of_agents"].sql, chosen)]
             types = []
+            if chosen is not None and not agents:
+                raise NotFoundError(f"there is no agent {chosen}")
             if chosen is not None:
                 types = [dict(row) for row in await connection.fetch(SQL["count_memories_by_type"].sql, chosen)]
             database = await connection.fetchrow(SQL["look_at_database"].sql)
