@@ -164,6 +164,7 @@ class Loader:
         if self._total is not None and all_new:
             coming = max(coming, self._total)
         if coming >= self._next_look:
+            self._dropped = True  # for all that is known, should the answer not come
             self._dropped = await self._indexer.drop(coming)
             self._next_look = 2 * coming
 

@@ -13,7 +13,7 @@ import inspect
 import os
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, wait
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 from uuid import UUID
@@ -26,6 +26,9 @@ from .errors import ArgumentError, ClosedError, ElizaSQLError, WrongLoopError
 __all__ = ["DatabaseAdapter", "connect", "open"]
 
 T = TypeVar("T")
+
+# Seconds in which a call that was interrupted ends.
+_PATIENCE = 5.0
 
 
 class _Loop:
@@ -60,8 +63,8 @@ class _Loop:
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine there and wait for it; an interrupt of the waiting thread cancels it.
 
-        What was interrupted is over, but for a second interrupt. It may have ended in the very moment: what it gave is
-        lost then.
+        What was interrupted is over then, unless it blocks the loop, or a second interrupt comes. Where it ended in the
+        very moment, what it gave is lost.
         """
         if self._pid != os.getpid():
             # The thread stayed in the parent: nobody would ever answer, and its lock may be taken for ever.
@@ -77,8 +80,8 @@ class _Loop:
             raise ClosedError("the adapter was closed while the call ran") from None
         except BaseException:
             if future.cancel() or future.cancelled():
-                with suppress(ClosedError, CancelledError):
-                    self._submit(_wait_for(coroutine)).result()
+                with suppress(ClosedError):
+                    wait([self._submit(_wait_for(coroutine))], _PATIENCE)
             raise
 
     def _submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:

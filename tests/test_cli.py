@@ -423,6 +423,23 @@ def test_up_in_a_folder_with_modules_of_ones_own(folder: Path, tmp_path: Path) -
         assert done.returncode == 0, done.stderr
 
 
+def test_up_that_is_interrupted_keeps_nothing_up(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def interrupt(place: object) -> None:
+        raise KeyboardInterrupt
+
+    def up_interrupted() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(cli_server, "bring_up_to_date", interrupt)
+            run("up", "--data-dir", folder).fails(130, "interrupted")
+
+    up_interrupted()
+    assert cli_server.find_keeper(folder) is None and not cli_server.is_running(folder)
+    assert run("up", "--data-dir", folder).code == 0
+    keeper = cli_server.find_keeper(folder)
+    up_interrupted()  # what was up before stays
+    assert cli_server.find_keeper(folder) == keeper is not None
+
+
 @pytest.fixture
 def heeded() -> Iterator[None]:
     """Let processes begin with a SIGHUP that ends them: under nohup it is ignored, by them too."""

@@ -550,6 +550,24 @@ async def test_after_a_load_that_failed_the_background_builds_the_index(
     assert await stored(raw, db.agent_id) == (50, 50, 0)
 
 
+async def test_after_a_load_that_was_cut_while_it_dropped_the_index_the_background_builds_it(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any], small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    db = await make_db(indexing="background")
+    real = Indexer.drop
+
+    async def drop(self: Indexer, coming: int | None = None) -> bool:
+        assert await real(self, coming)
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(Indexer, "drop", drop)
+    with pytest.raises(asyncio.CancelledError):
+        await db.load_memories(some(50), "messages", batch_size=10)
+    assert db._indexer._lost
+    while await index_of(raw, db.agent_id) is None:
+        await asyncio.sleep(0.01)
+
+
 async def test_after_a_load_that_failed_index_memories_builds_the_index(
     db: DatabaseAdapter, raw: asyncpg.Connection[Any], small: None
 ) -> None:

@@ -50,11 +50,12 @@ def up(
 ) -> None:
     """Start the embedded server and keep it up until `elizasql down`, whoever else uses it meanwhile."""
     config = _place.load(None, data_dir)
+    started = False
     try:
         if foreground:
             _embedded._Cluster(config.data_dir).claim()
         else:
-            _start_keeper(config.data_dir)
+            started = _start_keeper(config.data_dir)
     except OSError as error:
         raise EmbeddedServerError(f"{config.data_dir} cannot hold the embedded server: {error.strerror}") from error
 
@@ -71,7 +72,13 @@ def up(
             if foreground:
                 await _until_told_to_end()
 
-    asyncio.run(work())
+    try:
+        asyncio.run(work())
+    except KeyboardInterrupt:
+        if started:
+            with suppress(ElizaSQLError):  # somebody else may use it by now
+                asyncio.run(_stop(config, force=False))
+        raise
 
 
 async def _until_told_to_end() -> None:
@@ -92,10 +99,10 @@ async def bring_up_to_date(place: Place) -> list[str]:
     return pending
 
 
-def _start_keeper(data_dir: Path) -> None:
-    """Start the process that uses the server until it is told to end, unless there is one."""
+def _start_keeper(data_dir: Path) -> bool:
+    """Start the process that uses the server until it is told to end; False: there is one."""
     if find_keeper(data_dir) is not None:
-        return
+        return False
     # With the modules that this process has: "-m" would look for them in the working folder first, where a project may
     # have a queue.py or a tasks.py of its own.
     places = [os.path.abspath(place) for place in sys.path]  # noqa: PTH100
@@ -114,6 +121,7 @@ def _start_keeper(data_dir: Path) -> None:
     told = orjson.loads(answer) if answer.strip() else {"error": "the keeper of the embedded server ended at once"}
     if "error" in told:
         raise EmbeddedServerError(told["error"])
+    return True
 
 
 def down(
