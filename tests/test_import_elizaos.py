@@ -553,6 +553,25 @@ async def test_a_time_outside_the_calendar_is_moved_to_its_end(eliza: str, targe
     assert found[memory(2)] == datetime.min.replace(tzinfo=timezone.utc)
 
 
+async def test_a_name_that_no_index_holds_takes_no_other_row_along(source: str, target: str) -> None:
+    """The original has no index on these."""
+    long = "".join(map(chr, range(0x4E00, 0x4E00 + 3000)))
+    async with connected(source) as connection:
+        await fill(connection)
+        await connection.execute("INSERT INTO tasks (name, agent_id) VALUES ($1, $2)", long, ADA)
+        await connection.execute(
+            "INSERT INTO logs (entity_id, room_id, type, body) VALUES ($1, $2, $3, '{}')", ANN, ROOM, long
+        )
+        await connection.execute(
+            "INSERT INTO components (entity_id, agent_id, room_id, type) VALUES ($1, $2, $3, $4)", ANN, ADA, ROOM, long
+        )
+    summary, _, told = await take(source, target)
+    assert "its name is too long for an index" in told.of("tasks")
+    for table in ("logs", "components"):
+        assert "its type is too long for an index" in told.of(table)
+    assert min(summary.created[table] for table in ("tasks", "logs", "components")) > 0
+
+
 async def test_a_number_that_no_double_holds_in_a_row_that_needs_a_copy(source: str, target: str) -> None:
     async with connected(source) as connection:
         await fill(connection)
