@@ -585,13 +585,19 @@ async def test_migrations_of_the_environment_are_not_of_what_the_call_opens(
         await applied(other)
 
 
-async def test_migrations_that_went_to_another_database_are_told_of(make_database: MakeDatabase) -> None:
+@pytest.mark.parametrize("settings", [{}, {"prepared_statements": False}], ids=["prepared", "unprepared"])
+async def test_migrations_do_not_go_to_another_database(make_database: MakeDatabase, settings: dict[str, Any]) -> None:
     opened, other = await make_database(), await make_database()
-    other = other.replace("//elizasql@", f"//elizasql:{SECRET}@")
-    named = f"migration_dsn, {redact(other)}, and are still pending here: {', '.join(VERSIONS)}"
+    secret = other.replace("//elizasql@", f"//elizasql:{SECRET}@")
+    named = f"migration_dsn, {redact(secret)}, leads to another database than dsn, {redact(opened)}"
     with pytest.raises(elizasql.MigrationError, match=re.escape(named)) as caught:
-        await elizasql.open(agent_id=uuid4(), dsn=opened, migration_dsn=other)
+        await elizasql.open(agent_id=uuid4(), dsn=opened, migration_dsn=secret, **settings)
     assert SECRET not in str(caught.value)
+    for untouched in (opened, other):
+        with pytest.raises(asyncpg.UndefinedTableError):
+            await applied(untouched)
+    await open_and_close(opened, migration_dsn=opened.replace("//elizasql@", f"//elizasql:{SECRET}@"), **settings)
+    assert await applied(opened) == VERSIONS
 
 
 @pytest.mark.parametrize(
