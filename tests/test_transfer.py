@@ -720,6 +720,29 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
+def replace_part(made: Path, pattern: str, change: Callable[[bytes], bytes]) -> None:
+    """Change a part, and what the manifest says of it, too."""
+    path = part_of(made, pattern)
+    data = change(path.read_bytes())
+    path.write_bytes(data)
+
+    def tell(manifest: dict[str, Any]) -> None:
+        (part,) = [part for part in manifest["parts"] if path == made / part["name"]]
+        part["bytes"], part["sha256"] = len(data), hashlib.sha256(data).hexdigest()
+
+    rewrite(made, tell)
+
+
+def give_away(path: Path, table: str, key: str = "agent_id") -> None:
+    """Let a part hold a row of an agent that it does not belong to."""
+
+    def change(data: bytes) -> bytes:
+        first, *others = data.splitlines()
+        return b"\n".join([*others, orjson.dumps({**orjson.loads(first), key: str(uuid4())})])
+
+    replace_part(path, f"{table}-*.jsonl", change)
+
+
 def part_of(path: Path, pattern: str) -> Path:
     (found,) = path.rglob(pattern)
     return found
@@ -752,6 +775,12 @@ def swap(path: Path, target: str) -> None:
         (lambda path: rewrite(path, lambda m: m["parts"][0].update(name="../x.jsonl")), "has the name"),
         (lambda path: rewrite(path, lambda m: m["parts"][0].update(name="/etc/passwd")), "has the name"),
         (lambda path: rewrite(path, lambda m: m["parts"][0].update(table="pg_authid")), "knows no table 'pg_authid'"),
+        (lambda path: give_away(path, "memories"), "memories-00001.jsonl is damaged: .* not its agent's"),
+        (lambda path: give_away(path, "agents", "id"), "agents-00001.jsonl is damaged: .* not its agent's"),
+        (lambda path: replace_part(path, "memories-*", lambda _: b"[]"), "memories-00001.jsonl cannot be read"),
+        (lambda path: replace_part(path, "memories-*", lambda _: b"{}"), "memories-00001.jsonl cannot be read"),
+        (lambda path: replace_part(path, "memories-*", lambda _: b"{"), "memories-00001.jsonl cannot be read"),
+        (lambda path: rewrite(path, lambda m: m["parts"][0].update(agent_id=None)), "is damaged: .* not its agent's"),
         (lambda path: part_of(path, "memories-*").unlink(), "lacks .*memories-00001.jsonl"),
         (lambda path: part_of(path, "memories-*").write_text("{}"), "memories-00001.jsonl is damaged"),
         (lambda path: part_of(path, "*.npy").write_bytes(b""), "npy is damaged"),
@@ -770,14 +799,7 @@ async def test_a_damaged_archive_is_refused_and_nothing_written(
 
 async def test_vectors_are_checked_even_under_a_right_checksum(databases: list[str], made: Path) -> None:
     def put(pattern: str, data: bytes) -> None:
-        path = part_of(made, pattern)
-        path.write_bytes(data)
-
-        def change(manifest: dict[str, Any]) -> None:
-            (part,) = [part for part in manifest["parts"] if path == made / part["name"]]
-            part["bytes"], part["sha256"] = len(data), hashlib.sha256(data).hexdigest()
-
-        rewrite(made, change)
+        replace_part(made, pattern, lambda _: data)
 
     def saved(save: Callable[..., object], *values: Any, **options: Any) -> bytes:
         data = io.BytesIO()

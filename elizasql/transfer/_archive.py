@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import lzma
 import os
 import re
@@ -26,6 +27,8 @@ import orjson
 
 from elizasql import _codecs
 from elizasql.errors import ElizaSQLError, NotFoundError
+
+from ._rows import BY_NAME
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -316,7 +319,32 @@ class Archive:
             raise ArchiveError(f"{self.path} is damaged: {error}") from None
 
     def verify(self, parts: Iterable[Part] | None = None) -> Iterator[Part]:
-        """Read parts and check them; give each that is in order. None: all."""
+        """Read parts and check them; give each that is in order. None: all.
+
+        Raises:
+            ArchiveError: One is missing, is not what the manifest says, is of a table that this version does not know,
+                or holds rows of another agent than its own.
+        """
         for part in self.parts if parts is None else parts:
-            self.read(part)
+            if part.table != "embeddings" and part.table not in BY_NAME:
+                raise ArchiveError(f"{self.path}: this version knows no table {part.table!r:.40}")
+            data = self.read(part)
+            # Rows of embeddings name memories, and are looked for among those of the part's agent.
+            scoped = part.table != "embeddings" and not BY_NAME[part.table].shared
+            if scoped and self._owners(part, data) - {part.agent_id}:
+                raise ArchiveError(f"{self.path}: {part.name} is damaged: it holds rows that are not its agent's")
             yield part
+
+    def _owners(self, part: Part, data: bytes) -> set[str | None]:
+        key = "id" if part.table == "agents" else "agent_id"
+        try:
+            return {str(_read_line(line)[key]).lower() for line in data.splitlines()}
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            raise ArchiveError(f"{self.path}: {part.name} cannot be read: {error!r:.80}") from None
+
+
+def _read_line(line: bytes) -> Any:
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return json.loads(line, parse_int=str, parse_float=str)  # a jsonb holds numbers of any size

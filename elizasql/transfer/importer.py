@@ -15,7 +15,7 @@ from elizasql._statements import SQL
 from elizasql.errors import EmbeddingDimensionError
 
 from ._archive import Archive, ArchiveError, Part
-from ._rows import BY_NAME, Refuse, Refused, Summary, put, put_lines, put_replies
+from ._rows import Refuse, Refused, Summary, put, put_lines, put_replies
 from .export import Advance, _silent
 
 
@@ -41,16 +41,13 @@ async def import_archive(
 
     Raises:
         ArgumentError: An id is none.
-        ArchiveError: It is damaged; nothing was written.
+        ArchiveError: It is damaged, or a part holds rows of another agent than its own; nothing was written.
         NotFoundError: An agent is not in it.
         EmbeddingDimensionError: An agent is in the database with vectors of another width; nothing was written.
     """
     agents = archive.find_agents(agent_ids)
     parts = archive.parts_of(agents)
-    for number, part in enumerate(parts, 1):
-        if part.table != "embeddings" and part.table not in BY_NAME:
-            raise ArchiveError(f"{archive.path}: this version knows no table {part.table!r:.40}")
-        archive.read(part)
+    for number, _ in enumerate(archive.verify(parts), 1):
         advance("check", number, len(parts))
     await _check_dimensions(db, agents)
     summary = Summary()
