@@ -3,7 +3,8 @@
 -- name: look_at_server()^
 -- Version of the server, and of pgvector: created, where, available; indexes of ours that the server does not use; the
 -- encoding; the path to the extension, or to where it can be made, if the session's does not lead there; whether the role
--- may go it.
+-- may go it; what ends a statement or a transaction that takes long;
+-- the process that answers.
 SELECT
     current_setting('server_version_num')::integer AS version,
     x.extversion AS vector_version,
@@ -22,7 +23,15 @@ SELECT
         WHEN n.nspname IS NULL AND current_schema IS NULL THEN 'public'
         WHEN n.nspname <> ALL(current_schemas(FALSE)) THEN quote_ident(n.nspname)
     END AS vector_path,
-    coalesce(has_schema_privilege(n.oid, 'USAGE'), TRUE) AS may_use_vector
+    coalesce(has_schema_privilege(n.oid, 'USAGE'), TRUE) AS may_use_vector,
+    array_remove(
+        ARRAY[
+            CASE WHEN current_setting('statement_timeout') <> '0' THEN 'statement_timeout' END,
+            CASE WHEN current_setting('transaction_timeout', TRUE) <> '0' THEN 'transaction_timeout' END
+        ],
+        NULL
+    ) AS timeouts,
+    pg_backend_pid() AS pid
 FROM (SELECT) AS one
 LEFT JOIN pg_extension AS x ON x.extname = 'vector'
 LEFT JOIN pg_namespace AS n ON x.extnamespace = n.oid;

@@ -433,6 +433,15 @@ async def test_settings_of_the_role_that_change_what_text_means(make_db: MakeAda
     assert await db.get_cache("\\k'") == ["\\", None]
 
 
+async def test_a_limit_of_the_role_holds_for_what_callers_wait_for(make_db: MakeAdapter, dsn: str) -> None:
+    """The build of an index takes minutes, and one that is ended is tried again."""
+    db = await make_db(dsn=with_query(dsn, statement_timeout="30s"))
+    for lane, wanted in ((db._executor.lane, "30s"), (db._background.lane, "0")):
+        connection, _ = await lane.acquire(5)
+        assert await connection.fetchval("SELECT current_setting('statement_timeout')") == wanted
+        lane.keep(connection)
+
+
 async def test_refused_server_is_let_go(
     dsn: str, raw: asyncpg.Connection[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
