@@ -433,11 +433,11 @@ def test_up_that_is_interrupted_keeps_nothing_up(run: Run, folder: Path, monkeyp
             run("up", "--data-dir", folder).fails(130, "interrupted")
 
     up_interrupted()
-    assert cli_server.find_keeper(folder) is None and not cli_server.is_running(folder)
+    assert _keeper.find_keeper(folder) is None and not cli_server.is_running(folder)
     assert run("up", "--data-dir", folder).code == 0
-    keeper = cli_server.find_keeper(folder)
+    keeper = _keeper.find_keeper(folder)
     up_interrupted()  # what was up before stays
-    assert cli_server.find_keeper(folder) == keeper is not None
+    assert _keeper.find_keeper(folder) == keeper is not None
 
 
 @pytest.fixture
