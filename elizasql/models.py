@@ -17,7 +17,7 @@ import difflib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime
 from enum import Enum
 from typing import Any, ClassVar, TypeVar, get_args
 from uuid import UUID
@@ -704,13 +704,6 @@ def _read_run_status(value: object, name: str) -> Any:
     return value
 
 
-def _read_creation(value: object, name: str) -> datetime:
-    time = _codecs.as_time(value, name)
-    if time in _ENDLESS:
-        raise ArgumentError(f"{name} is an end of the calendar, which the driver takes for infinity: {value!r:.80}")
-    return time
-
-
 def _read_objectives(value: object, name: str) -> list[Objective]:
     """Check the steps of a goal and make the ids that are missing; what else a step carries is kept."""
     read: dict[str, Objective] = {}
@@ -751,7 +744,6 @@ _READERS: dict[str, Callable[[Any, str], Any]] = {
     "bool": _codecs.as_bool,
     "int": _codecs.as_count,
     "datetime": _codecs.as_time,
-    "created_at": _read_creation,
     "Embedding": _codecs.as_embedding,
     "dict[str, Any]": _read_object,
     "list[Any]": _read_list,
@@ -778,8 +770,7 @@ def _fields(cls: type[Model]) -> dict[str, Callable[[Any, str], Any]]:
     if cls not in _FIELDS:
         # With postponed evaluation a field's type is its text; the table above is the closed list of them.
         _FIELDS[cls] = {
-            field.name: _READERS[field.name if field.name == "created_at" else str(field.type).removesuffix(" | None")]
-            for field in dataclasses.fields(cls)
+            field.name: _READERS[str(field.type).removesuffix(" | None")] for field in dataclasses.fields(cls)
         }
     return _FIELDS[cls]
 
@@ -819,6 +810,5 @@ def _plain(value: Any) -> Any:
     return value
 
 
-_ENDLESS = (datetime.min.replace(tzinfo=timezone.utc), datetime.max.replace(tzinfo=timezone.utc))
 _EPOCH = _codecs.as_time(0, "epoch")
 _MILLISECOND = _codecs.as_time(1, "millisecond") - _EPOCH

@@ -641,26 +641,6 @@ async def test_a_time_needs_its_zone_and_a_place_in_the_calendar(
     assert await db.count_memories() == 0
 
 
-async def test_an_end_of_the_calendar_is_no_time_of_a_row(
-    db: DatabaseAdapter, agent_world: Scene, round_trips: list[str]
-) -> None:
-    """It would come back without its zone. As the end of a range it is one, and a moment before it is a time."""
-    log = {"entity_id": agent_world.entity, "room_id": agent_world.room, "type": "t", "body": {}}
-    first, last = datetime.min.replace(tzinfo=timezone.utc), datetime.max.replace(tzinfo=timezone.utc)
-    moment = timedelta(microseconds=1)
-    for value, near in ((first, first + moment), (last, last - moment)):
-        for method in ("create_memory", "create_memories", "load_memories", "upsert_memories"):
-            with refused(ArgumentError, round_trips, f"{method}: {value!r}", "end of the calendar"):
-                await TAKES_TIME[method](db, value)
-        with refused(ArgumentError, round_trips, f"create_logs: {value!r}", "end of the calendar"):
-            await db.create_logs([{**log, "created_at": value}])
-        id = await db.create_memory({"content": {}, "created_at": near}, "messages")
-        [found] = await db.get_memories_by_ids([id])
-        [logged] = await db.get_logs_by_ids(await db.create_logs([{**log, "created_at": near}]))
-        assert found.created_at == logged.created_at == near
-    assert await db.count_memories(start=first, end=last) == 2
-
-
 @given(st.integers(-62135596800000, 253402300799999))
 def test_milliseconds_are_taken_exactly(milliseconds: int) -> None:
     time = _codecs.as_time(milliseconds, "time")

@@ -59,7 +59,7 @@ JSON_VALUE: st.SearchStrategy[Any] = st.recursive(
 )
 JSON_OBJECT = st.dictionaries(TEXT, JSON_VALUE, max_size=3)
 # What a number of milliseconds can tell.
-TIMES = st.integers(-62135596799999, 253402300799999).map(lambda ms: EPOCH + timedelta(milliseconds=ms))
+TIMES = st.integers(-62135596800000, 253402300799999).map(lambda ms: EPOCH + timedelta(milliseconds=ms))
 VECTORS = hnp.arrays(np.float32, 384, elements=st.floats(0.5, 65504, width=32), fill=st.floats(1, 9, width=32))
 
 
