@@ -29,7 +29,7 @@
     │   ├── NotNullError              23502
     │   └── CheckError                23514
     ├── DataError                     21*, 22*, 54*: a value that the server cannot store
-    ├── PermissionDeniedError         28*, 42501; 25006 where the role or the database is set to read only
+    ├── PermissionDeniedError         28*, 42501: also a role or a database that is set to read only
     ├── SchemaError                   0A*, 3F*, 42*: the database's schema is not the one expected, or no longer
     └── InternalError                 anything else the server or the driver said
 
