@@ -111,7 +111,7 @@ best AS (
             AND dimension = 384
             AND ("unique" OR NOT :only_unique)
             AND NOT indexed
-            AND (SELECT choice.by_hnsw FROM choice)
+            AND (SELECT enough.yes FROM enough)
         UNION ALL
         SELECT
             memory_id,
@@ -121,7 +121,6 @@ best AS (
             agent_id = :agent_id AND type = :type
             AND dimension = 384
             AND ("unique" OR NOT :only_unique)
-            AND (indexed OR NOT (SELECT choice.by_hnsw FROM choice))
             AND NOT (SELECT enough.yes FROM enough)
     ) AS ranked
     ORDER BY distance, memory_id
@@ -203,6 +202,7 @@ best AS (
             AND dimension = 384
             AND ("unique" OR NOT :only_unique)
             AND NOT indexed
+            AND (SELECT enough.yes FROM enough)
         UNION ALL
         SELECT
             memory_id,
@@ -212,7 +212,6 @@ best AS (
             agent_id = :agent_id AND type = :type
             AND dimension = 384
             AND ("unique" OR NOT :only_unique)
-            AND indexed
             AND NOT (SELECT enough.yes FROM enough)
     ) AS ranked
     ORDER BY distance, memory_id
@@ -328,7 +327,7 @@ best AS (
             AND dimension = 384
             AND ("unique" OR NOT :only_unique)
             AND NOT indexed
-            AND (SELECT choice.by_hnsw FROM choice)
+            AND (SELECT enough.yes FROM enough)
         UNION ALL
         SELECT
             memory_id,
@@ -338,7 +337,6 @@ best AS (
             agent_id = :agent_id AND room_id = :room_id AND type = :type
             AND dimension = 384
             AND ("unique" OR NOT :only_unique)
-            AND (indexed OR NOT (SELECT choice.by_hnsw FROM choice))
             AND NOT (SELECT enough.yes FROM enough)
     ) AS ranked
     ORDER BY distance, memory_id
@@ -497,7 +495,7 @@ best AS (
             AND (:world_id::uuid IS NULL OR world_id = :world_id)
             AND ("unique" OR NOT :only_unique)
             AND NOT indexed
-            AND (SELECT choice.by_hnsw FROM choice)
+            AND (SELECT enough.yes FROM enough)
         UNION ALL
         SELECT
             memory_id,
@@ -509,7 +507,6 @@ best AS (
             AND (:entity_id::uuid IS NULL OR entity_id = :entity_id)
             AND (:world_id::uuid IS NULL OR world_id = :world_id)
             AND ("unique" OR NOT :only_unique)
-            AND (indexed OR NOT (SELECT choice.by_hnsw FROM choice))
             AND NOT (SELECT enough.yes FROM enough)
             AND (SELECT narrowest.name FROM narrowest) = 'room'
         UNION ALL
@@ -523,7 +520,6 @@ best AS (
             AND (:room_id::uuid IS NULL OR room_id = :room_id)
             AND (:world_id::uuid IS NULL OR world_id = :world_id)
             AND ("unique" OR NOT :only_unique)
-            AND (indexed OR NOT (SELECT choice.by_hnsw FROM choice))
             AND NOT (SELECT enough.yes FROM enough)
             AND (SELECT narrowest.name FROM narrowest) = 'entity'
         UNION ALL
@@ -537,7 +533,6 @@ best AS (
             AND (:room_id::uuid IS NULL OR room_id = :room_id)
             AND (:entity_id::uuid IS NULL OR entity_id = :entity_id)
             AND ("unique" OR NOT :only_unique)
-            AND (indexed OR NOT (SELECT choice.by_hnsw FROM choice))
             AND NOT (SELECT enough.yes FROM enough)
             AND (SELECT narrowest.name FROM narrowest) = 'world'
     ) AS ranked
