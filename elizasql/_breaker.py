@@ -5,8 +5,8 @@ seconds. Half-open: at most `half_open_max_attempts` calls at a time go through 
 one failure opens it again.
 
 Failures of calls that ran at the same time count once: when one backend crashes, the server cuts every connection, and
-twenty calls that end together are one event, not four times the threshold. Whoever began after a failure was counted
-knew of it, and counts again.
+twenty calls that end together are one event, not four times the threshold. Nor are they when they try again, one after
+the other: the wait before a try belongs to it. Whoever began after a failure was counted knew of it, and counts again.
 
 No transition awaits anything: in one event loop each is atomic.
 """
@@ -29,6 +29,8 @@ class CircuitBreaker:
         state: "closed", "open" or "half_open".
         failures: Counted since the last success.
         opened: How often it has opened.
+        era: Moves on with every transition and with every failure that counts. What a call reports under an older
+            number is about a time that is over.
     """
 
     def __init__(
@@ -44,14 +46,12 @@ class CircuitBreaker:
         self._probes = half_open_max_attempts
         self._clock = clock
         self._opened_at = 0.0
-        # Moves on with every transition and with every failure that counts. What a call reports under an older number
-        # is about a time that is over.
-        self._era = 0
         self._in_flight = 0
         self._successes = 0
         self.state: State = "closed"
         self.failures: int = 0
         self.opened: int = 0
+        self.era: int = 0
 
     @property
     def retry_after(self) -> float:
@@ -72,7 +72,7 @@ class CircuitBreaker:
             CircuitOpenError: The circuit is open, or half-open with all its probes under way.
         """
         if self.state == "closed":
-            return self._era
+            return self.era
         if self.state == "open":
             remaining = self.retry_after
             if remaining > 0:
@@ -81,13 +81,13 @@ class CircuitBreaker:
         if self._in_flight >= self._probes:
             raise self._refuse(0.0)
         self._in_flight += 1
-        return self._era
+        return self.era
 
     def succeed(self, permit: int) -> None:
         """Say that the server answered: with a result, or with an error that is about the call."""
         if self.state == "closed":
             self.failures = 0
-        elif self.state == "half_open" and permit == self._era:
+        elif self.state == "half_open" and permit == self.era:
             self._in_flight -= 1
             self._successes += 1
             if self._successes >= self._probes:
@@ -95,10 +95,10 @@ class CircuitBreaker:
 
     def fail(self, permit: int) -> None:
         """Say that the server did not answer, or could not serve anybody."""
-        if permit != self._era or self.state == "open":
+        if permit != self.era or self.state == "open":
             return
         self.failures += 1
-        self._era += 1
+        self.era += 1
         if self.state == "half_open" or self.failures >= self._threshold:
             self._opened_at = self._clock()
             self.opened += 1
@@ -106,12 +106,12 @@ class CircuitBreaker:
 
     def leave(self, permit: int) -> None:
         """Say nothing about the server: the call was cancelled, or never reached it."""
-        if self.state == "half_open" and permit == self._era:
+        if self.state == "half_open" and permit == self.era:
             self._in_flight -= 1
 
     def _move(self, state: State) -> None:
         self.state = state
-        self._era += 1
+        self.era += 1
         self._in_flight = 0
         self._successes = 0
         if state == "closed":

@@ -258,7 +258,8 @@ class Executor:
                         spared, pause, permit = True, 0.0, failed.permit
                         await self.lane.replace()
                     else:
-                        permit = None
+                        # Whoever waits to try again does not hear what the others meet meanwhile.
+                        permit = self._breaker.era
                         failures += 1
                         pause = self._policy.delay(failures, error, random.random)
                     if not self._again(made, outcome, failures, deadline - pause):

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import traceback
 import weakref
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -604,6 +605,31 @@ async def test_a_lost_connection_and_the_try_that_follows_count_once(
     assert await task
     assert counted == [1, 1]
     assert breaker.failures == 0
+
+
+async def test_tries_that_callers_make_again_count_once_a_round(
+    make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty callers that wait for a server in recovery come back one after the other, and are no more than one."""
+    db = await make_db(base_delay=0.05, max_delay=0.05, jitter_max=0.2, pool_max_size=20, failure_threshold=5)
+    id = await db.create_memory(Memory(content={"text": "x"}, unique=True), "messages")
+    breaker, acquire = db._connections.breaker, db._executor.lane.acquire
+    tries: Counter[object] = Counter()
+    counted: list[int] = []
+
+    async def in_recovery_twice(*args: Any) -> Any:
+        caller = asyncio.current_task()
+        tries[caller] += 1
+        await asyncio.sleep(0)
+        counted.append(breaker.failures)
+        if tries[caller] <= 2:
+            raise asyncpg.CannotConnectNowError("the database system is in recovery mode")
+        return await acquire(*args)
+
+    monkeypatch.setattr(db._executor.lane, "take", lambda: None)
+    monkeypatch.setattr(db._executor.lane, "acquire", in_recovery_twice)
+    found = await asyncio.gather(*(asyncio.create_task(db.get_memory_by_id(id)) for _ in range(20)))
+    assert all(found) and max(counted) == 2 and breaker.opened == 0
 
 
 async def test_result_is_given_even_if_the_connection_breaks_on_its_way_back(
