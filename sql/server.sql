@@ -3,8 +3,7 @@
 -- name: look_at_server()^
 -- Version of the server, and of pgvector: created, where, available; indexes of ours that the server does not use; the
 -- encoding; the path to the extension, or to where it can be made, if the session's does not lead there; whether the role
--- may go it; what ends a statement or a transaction that takes long;
--- the process that answers.
+-- may use what is there; what ends a statement or a transaction that takes long; the process that answers.
 SELECT
     current_setting('server_version_num')::integer AS version,
     x.extversion AS vector_version,

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import datetime, timezone
 from typing import Any
 from uuid import UUID, uuid4
@@ -257,6 +258,23 @@ async def test_the_size_of_the_graph_is_one_look(
     assert look == "Index Scan"
 
 
+@asynccontextmanager
+async def counted(session: asyncpg.Connection[Any], part: str, size: float) -> AsyncIterator[None]:
+    """Let a partition count as one of so many rows, until the block ends."""
+    if session.get_server_version().major < 18:
+        pytest.skip("statistics can be set from PostgreSQL 18 on")
+    transaction = session.transaction()
+    await transaction.start()
+    await session.execute(
+        f"SELECT pg_restore_relation_stats("
+        f"'schemaname', 'elizasql', 'relname', '{part}', 'reltuples', {size:.0f}::real)"
+    )
+    try:
+        yield
+    finally:
+        await transaction.rollback()
+
+
 @pytest.mark.parametrize(
     ("name", "scope"),
     [*LARGE, *LARGE_TOGETHER],
@@ -268,8 +286,6 @@ async def test_larger_graphs_get_more_candidates(
     name: str,
     scope: dict[str, UUID],
 ) -> None:
-    if session.get_server_version().major < 18:
-        pytest.skip("statistics can be set from PostgreSQL 18 on")
     db = loaded["many"]
     params = search_params(db, vectors[-1], by_hnsw=None, known_ef=None, ef_search=100, **scope)
     part = await session.fetchval("SELECT elizasql.partition_of($1)", db.agent_id)
@@ -287,19 +303,13 @@ async def test_larger_graphs_get_more_candidates(
     rows, in_force = await transacted(name)
     assert (rows[0]["by_hnsw"], rows[0]["ef"], in_force) == (True, "100", "100")
     for size, ef_search, ef in ((1e6, 100, "178"), (1e6, 60, "107"), (3e5, 100, "132"), (1e9, 400, "1000")):
-        transaction = session.transaction()
-        await transaction.start()
-        await session.execute(
-            f"SELECT pg_restore_relation_stats("
-            f"'schemaname', 'elizasql', 'relname', '{part}', 'reltuples', {size:.0f}::real)"
-        )
-        # 6,000 rows are a small part of such a graph: what is large enough is known, but they are scanned exactly.
-        rows, in_force = await search(name, by_hnsw=None, ef_search=ef_search)
-        assert {row["ef"] for row in rows} == {ef}
-        assert not rows[0]["by_hnsw"] and in_force == "100"
-        rows, in_force = await search(name, by_hnsw=True, known_ef=ef)
-        assert {row["ef"] for row in rows} == {in_force} == {ef}
-        await transaction.rollback()
+        async with counted(session, part, size):
+            # 6,000 rows are a small part of such a graph: what is large enough is known, but they are scanned exactly.
+            rows, in_force = await search(name, by_hnsw=None, ef_search=ef_search)
+            assert {row["ef"] for row in rows} == {ef}
+            assert not rows[0]["by_hnsw"] and in_force == "100"
+            rows, in_force = await search(name, by_hnsw=True, known_ef=ef)
+            assert {row["ef"] for row in rows} == {in_force} == {ef}
     rows, in_force = await transacted(name, by_hnsw=True, known_ef="237")
     assert (rows[0]["by_hnsw"], rows[0]["ef"], in_force) == (True, "237", "237")
     rows, in_force = await transacted(name, by_hnsw=False, known_ef=None)
@@ -318,18 +328,11 @@ async def test_a_graph_that_was_never_counted_is_not_taken_for_a_small_one(
     name: str,
     scope: dict[str, UUID],
 ) -> None:
-    if session.get_server_version().major < 18:
-        pytest.skip("statistics can be set from PostgreSQL 18 on")
     params = search_params(loaded["many"], vectors[-1], by_hnsw=None, known_ef=None, ef_search=100, **scope)
     part = await session.fetchval("SELECT elizasql.partition_of($1)", loaded["many"].agent_id)
-    transaction = session.transaction()
-    await transaction.start()
-    await session.execute(
-        f"SELECT pg_restore_relation_stats('schemaname', 'elizasql', 'relname', '{part}', 'reltuples', -1::real)"
-    )
-    rows = await session.fetch(SQL[name].within(f"_{part[-3:]}"), *[params[param] for param in SQL[name].params])
+    async with counted(session, part, -1):
+        rows = await session.fetch(SQL[name].within(f"_{part[-3:]}"), *[params[param] for param in SQL[name].params])
     assert {(row["by_hnsw"], row["ef"]) for row in rows} == {(False, "100")}
-    await transaction.rollback()
 
 
 async def test_candidates_are_set_before_the_index_is_opened(
