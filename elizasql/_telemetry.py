@@ -6,6 +6,7 @@ installed. Extra: `elizasql[otel]`.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,13 +25,10 @@ def observer(address: str) -> Observe | None:
         address: Connection string; of it host, port and database are recorded, never a name or a password.
     """
     try:
-        from opentelemetry import metrics, trace  # noqa: PLC0415 - an extra
+        from opentelemetry import trace  # noqa: PLC0415 - an extra
     except ImportError:
         return None
-    tracer = trace.get_tracer("elizasql")
-    durations = metrics.get_meter("elizasql").create_histogram(
-        "db.client.operation.duration", unit="s", description="Duration of database client operations."
-    )
+    tracer, durations = _instruments()
     common = _attributes(address)
     known: dict[str, dict[str, Any]] = {}
     look_again = 0.0
@@ -59,6 +57,17 @@ def observer(address: str) -> Observe | None:
         span.end(began + int(seconds * 1e9))
 
     return observe
+
+
+@functools.cache
+def _instruments() -> tuple[Any, Any]:
+    """Give the tracer and the histogram, once: the API keeps all that it has made, for an SDK that may come late."""
+    from opentelemetry import metrics, trace  # noqa: PLC0415 - an extra
+
+    durations = metrics.get_meter("elizasql").create_histogram(
+        "db.client.operation.duration", unit="s", description="Duration of database client operations."
+    )
+    return trace.get_tracer("elizasql"), durations
 
 
 def _attributes(address: str) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import gc
 import inspect
 import logging
 import time
@@ -334,6 +336,7 @@ async def test_quick_call_is_not(make_db: MakeAdapter, caplog: pytest.LogCapture
 
 
 async def test_spans_and_durations(dsn: str, make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_telemetry, "_instruments", functools.cache(_telemetry._instruments.__wrapped__))
     exporter, reader = InMemorySpanExporter(), InMemoryMetricReader()
     tracers = TracerProvider()
     tracers.add_span_processor(SimpleSpanProcessor(exporter))
@@ -398,6 +401,20 @@ async def test_recording_that_fails_changes_no_result(
     with pytest.raises(elizasql.ForeignKeyError):
         await db.create_memory(memory(room_id=uuid4()), "messages")
     assert caplog.text.count("could not be recorded") == 3
+
+
+def test_adapters_that_come_and_go_leave_no_instruments() -> None:
+    """Where no SDK is set up the API keeps what it has made, and a process may open adapters for ever."""
+
+    def kept() -> int:
+        gc.collect()
+        return sum(type(each).__name__ == "_ProxyMeter" for each in gc.get_objects())
+
+    assert _telemetry.observer("postgresql://a/b") is not None
+    before = kept()
+    for _ in range(3):
+        assert _telemetry.observer("postgresql://a/b") is not None
+    assert kept() == before
 
 
 def test_without_opentelemetry_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
