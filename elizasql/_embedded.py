@@ -92,6 +92,11 @@ class _Lock:
         self.fd: int = fd
         _locks.add(self)
 
+    @property
+    def held(self) -> bool:
+        """Whether the file is open, and a lock that was taken held."""
+        return self.fd >= 0
+
     def take(self, *, shared: bool = False) -> bool:
         """Lock it, if that can be had at once."""
         try:
@@ -102,14 +107,14 @@ class _Lock:
 
     def close(self) -> None:
         """Close it; the lock stays with whoever has inherited it. Once only: the number may be another's by then."""
-        if self.fd >= 0:
+        if self.held:
             fd, self.fd = self.fd, -1
             _locks.discard(self)
             os.close(fd)
 
     def release(self) -> None:
         """Close it and drop the lock, even if a child that was forked in C has a copy."""
-        if self.fd >= 0:
+        if self.held:
             fcntl.flock(self.fd, fcntl.LOCK_UN)
             self.close()
 
@@ -137,6 +142,9 @@ class EmbeddedServer:
     async def release(self, *, timeout: float = 60.0) -> None:
         """Let go of the server; the last one out stops it. Does nothing the second time, and in a forked child.
 
+        Whoever is cut short while others start or stop the server keeps it: a second call goes on, as does the end of
+        the interpreter.
+
         Args:
             timeout: Bound in seconds on the whole of it.
 
@@ -150,17 +158,21 @@ class EmbeddedServer:
         try:
             # Newcomers take their share of users.lock under the same lock, so nobody can slip in between.
             async with self._cluster.lifecycle(deadline):
-                if self._users.take():
-                    await self._cluster.stop(deadline)
-                self._users.release()
+                try:
+                    if self._users.take():
+                        await self._cluster.stop(deadline)
+                finally:
+                    self._users.release()
         except FileNotFoundError:
             _log.warning("%s was removed under its server, which stops by itself", self.data_dir)
+            self._users.release()
         except OSError as error:
             raise EmbeddedServerError(
                 f"The embedded server in {self.data_dir} could not be stopped: {error}"
             ) from error
         finally:
-            self._users.release()
+            if self._users.held:  # its turn did not come, and the others leave a server that has a user
+                _servers.add(self)
 
 
 async def acquire(data_dir: str | os.PathLike[str], *, start_timeout: float = 120.0) -> EmbeddedServer:

@@ -446,6 +446,21 @@ async def test_forked_child_neither_holds_nor_stops_it(stopped: Path) -> None:
         client.process.communicate(timeout=10)
 
 
+async def test_release_that_is_cut_short_while_it_waits_for_its_turn(stopped: Path) -> None:
+    server = await acquire(stopped)
+    async with server._cluster.lifecycle(time.monotonic() + 10):  # another process starts or stops it
+        leaving = asyncio.create_task(server.release())
+        await until(lambda: server not in _embedded._servers)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        with pytest.raises(EmbeddedServerError, match="not ready in time"):
+            await server.release(timeout=0.0)
+    assert running(stopped)
+    await _embedded.release_all()  # as at the interpreter's end
+    assert not running(stopped)
+
+
 @pytest.mark.slow
 async def test_eight_processes_on_an_empty_directory(home: Path) -> None:
     clients = [Client(home) for _ in range(8)]
