@@ -104,6 +104,7 @@ class Tier:
 
     Attributes:
         matrix: The rows; None: not loaded.
+        granted: Bytes of the budget that it has, for the matrix or for the load of one.
         seen: The snapshot that they were read in, changes merged up to it.
         life: The server's life in which its numbers of transactions count.
         used: When it was last asked, by `time.monotonic`.
@@ -122,6 +123,7 @@ class Tier:
         "asked",
         "catching_up",
         "dropped",
+        "granted",
         "large_until",
         "life",
         "loaded_size",
@@ -134,6 +136,7 @@ class Tier:
 
     def __init__(self) -> None:
         self.matrix: Matrix | None = None
+        self.granted = 0
         self.seen: Snapshot = (0, 0, ())
         self.life = ""
         self.used = 0.0
@@ -153,7 +156,7 @@ class Tier:
 
 
 class _Shelf:
-    """The tiers of an event loop: all that somebody uses, and those that hold something."""
+    """The tiers of an event loop: all that somebody uses, and those that hold something or are about to."""
 
     def __init__(self) -> None:
         self.tiers: weakref.WeakValueDictionary[Any, Tier] = weakref.WeakValueDictionary()
@@ -182,31 +185,35 @@ def _shelf() -> _Shelf:
 
 
 def _held() -> int:
-    """Give the bytes of all tiers of the process."""
+    """Give the bytes that all tiers of the process have."""
     with _lock:
-        filled = [tier for shelf in _shelves.values() for tier in shelf.filled]
-    return sum(tier.matrix.footprint for tier in filled if tier.matrix is not None)
+        return sum(tier.granted for shelf in _shelves.values() for tier in shelf.filled)
 
 
 def _make_room(tier: Tier, needed: int, limit: int) -> int | None:
-    """Put tiers out until `needed` bytes for this one fit beside the others; give how many went, None: it cannot be."""
+    """Put tiers out until `needed` bytes for this one fit beside the others; give how many went, None: it cannot be.
+
+    The bytes are this tier's from then on: loads that run at the same time must not count on the same ones.
+    """
     now = time.monotonic()
     with _lock:
         others = [(shelf, each) for shelf in _shelves.values() for each in shelf.filled if each is not tier]
-        sizes = {id(each): each.matrix.footprint if each.matrix is not None else 0 for _, each in others}
-        excess = needed + sum(sizes.values()) - limit
+        excess = needed + sum(each.granted for _, each in others) - limit
         out: list[tuple[_Shelf, Tier]] = []
         for shelf, each in sorted(others, key=lambda pair: pair[1].used):
             if excess <= 0 or now - each.used < _REST:
                 break
-            excess -= sizes[id(each)]
-            out.append((shelf, each))
+            if each.loading is None:
+                excess -= each.granted
+                out.append((shelf, each))
         if excess > 0:
             return None
         for shelf, each in out:
             each.matrix = None
-            each.asked = 0
+            each.asked = each.granted = 0
             shelf.filled.discard(each)
+        tier.granted = needed
+        _shelves[asyncio.get_running_loop()].filled.add(tier)
     return len(out)
 
 
@@ -421,7 +428,15 @@ class Resident:
         """Let go of what a tier holds, and leave it at that for a while."""
         tier.matrix = None
         tier.not_before = time.monotonic() + seconds
+        self._settle(tier)
+
+    def _settle(self, tier: Tier) -> None:
+        """Leave a tier what it holds of the bytes that it was granted."""
         with _lock:
+            if tier.matrix is not None:
+                tier.granted = tier.matrix.footprint
+                return
+            tier.granted = 0
             for shelf in _shelves.values():
                 shelf.filled.discard(tier)
 
@@ -459,6 +474,7 @@ class Resident:
         """Take note that a load has ended, also one that was cancelled before it began to run."""
         self._tasks.discard(task)
         tier.loading = None
+        self._settle(tier)
 
     async def _load(self, tier: Tier, kind: str, dimension: int, scope: Scope | None) -> None:
         try:
@@ -502,8 +518,6 @@ class Resident:
             return
         tier.matrix, tier.seen, tier.life = matrix, first["seen"], first["life"]
         tier.loaded_size, tier.dropped, tier.asked = matrix.size, 0, 0
-        with _lock:
-            _shelves[asyncio.get_running_loop()].filled.add(tier)
         self.stats.loads += 1
 
     async def _fits(self, tier: Tier, found: Mapping[str, Any], kind: str, dimension: int, scope: Scope | None) -> bool:

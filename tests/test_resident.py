@@ -1043,6 +1043,47 @@ async def test_the_budget(make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch)
     assert sum(db._resident.snapshot()["vectors"] for db in minds) == 800
 
 
+async def test_loads_at_the_same_time_share_the_budget(make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    with _resident._lock:
+        _resident._shelves.clear()
+    minds = [await make_db(resident_memory_mb=3, **RESIDENT) for _ in range(4)]
+    for number, db in enumerate(minds):
+        vectors = some_vectors(400, seed=number)
+        await db.create_memories([Memory(content={}, embedding=vector, unique=True) for vector in vectors], TABLE)
+    made: list[Matrix] = []
+
+    def make(dimension: int, size: int) -> Matrix:
+        made.append(Matrix(dimension, size))
+        return made[-1]
+
+    make.estimate = Matrix.estimate  # type: ignore[attr-defined]
+    monkeypatch.setattr(_resident, "Matrix", make)
+    query = some_vectors(1, seed=8)[0]
+    found = await asyncio.gather(*(db.search_memories(embedding=query, table_name=TABLE) for db in minds))
+    assert [len(rows) for rows in found] == [10] * 4
+    assert sum(matrix.footprint for matrix in made) <= 3 << 20
+    assert sum(db._resident.stats.loads for db in minds) == len(made) == 2
+    for db in minds:
+        db._resident.forget()
+    assert _resident._held() == 0
+
+
+async def test_a_load_that_ends_early_gives_its_bytes_back(mind: Mind, monkeypatch: pytest.MonkeyPatch) -> None:
+    await mind.remember(some_vectors(300))
+    with _resident._lock:
+        _resident._shelves.clear()
+
+    class Broken(Matrix):
+        def put(self, *_: Any) -> None:
+            assert _resident._held() > 0
+            raise MemoryError
+
+    monkeypatch.setattr(_resident, "Matrix", Broken)
+    assert len(await mind.db.search_memories(embedding=some_vectors(1)[0], table_name=TABLE)) == 10
+    assert mind.tier.loading is None and mind.tier.matrix is None
+    assert _resident._held() == 0
+
+
 async def test_one_that_is_larger_than_the_budget(make_db: MakeAdapter) -> None:
     db = await make_db(resident_memory_mb=1, **RESIDENT)
     vectors = some_vectors(700)
