@@ -4,8 +4,9 @@ Who opens an adapter joins, who closes it leaves, and the last one out closes th
 two adapters' connections is part of the key: the address, the session's settings, the sizes and the limits.
 
 The table lives in `sys.modules` and not in this module: a package that is imported twice, or reloaded, finds it again.
-Entries belong to an event loop, since a socket does, and go with it. After a fork the child's table is empty: the
-parent's sockets are the parent's, and an adapter that came along says so.
+Entries belong to an event loop, since a socket does. Those of a loop that was closed before its adapters go when the
+next adapter is opened: until then they hold their connections, and the loop. After a fork the child's table is empty:
+the parent's sockets are the parent's, and an adapter that came along says so.
 """
 
 from __future__ import annotations
@@ -167,6 +168,15 @@ def _table() -> Table:
     return table
 
 
+def _forget_closed_loops() -> None:
+    """Take out what nobody can use or close any more; the garbage collector closes the sockets."""
+    table = _table()
+    for reference in table.keyrefs():
+        loop = reference()
+        if loop is not None and loop.is_closed():
+            table.pop(loop, None)
+
+
 def forget(loop: asyncio.AbstractEventLoop, key: Any, connections: Connections) -> None:
     """Take connections out of the table, so that whoever opens next makes new ones."""
     entries = _table().get(loop, {})
@@ -183,6 +193,7 @@ async def join(address: str, config: Config, prepare: Callable[[], Awaitable[Ser
         prepare: Checks the server and brings its schema up to date before the first connection is made; gives what
             it is.
     """
+    _forget_closed_loops()
     entries = _table().setdefault(asyncio.get_running_loop(), {})
     key = _key(address, config)
     connections = entries.get(key)

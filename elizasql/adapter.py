@@ -312,6 +312,8 @@ async def open(  # noqa: A001
         raise
     home = None if agent["partition"] is None else Home(id, agent["partition"])
     adapter = DatabaseAdapter(id, config, address, connections, embedded, agent["dimension"], home)
+    # Whose loop is gone cannot be closed any more, and would never be let go of.
+    _opened.difference_update([each for each in tuple(_opened) if each._connections.loop.is_closed()])
     _opened.add(adapter)
     if config.handle_signals:
         _shutdown.install()

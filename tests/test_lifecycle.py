@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import importlib
 import os
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -152,6 +154,29 @@ def test_each_event_loop_has_its_own(dsn: str) -> None:
     for loop, (db, _) in zip(loops, opened, strict=True):
         loop.run_until_complete(db.close())
         loop.close()
+
+
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+def test_loops_that_were_closed_before_their_adapters_are_let_go_of(dsn: str) -> None:
+    name = f"left-{uuid4().hex}"
+
+    async def forgetful() -> weakref.ref[asyncio.AbstractEventLoop]:
+        db = await elizasql.open(agent_id=uuid4(), dsn=dsn, application_name=name)
+        assert await db.is_ready()
+        return weakref.ref(asyncio.get_running_loop())
+
+    async def tidy() -> None:
+        async with elizasql.connect(agent_id=uuid4(), dsn=dsn):
+            gc.collect()
+            raw = await asyncpg.connect(dsn)
+            count = "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1"
+            while await raw.fetchval(count, name):
+                pass
+            await raw.close()
+
+    loops = [asyncio.run(forgetful()) for _ in range(3)]
+    asyncio.run(tidy())
+    assert [loop() for loop in loops] == [None] * 3
 
 
 def test_loops_in_threads_do_not_meet(dsn: str) -> None:
@@ -614,6 +639,7 @@ asyncio.run(main())
 
 BLOCKING = """
 import threading
+import weakref
 from elizasql import sync
 
 db = sync.open(agent_id=uuid.uuid4(), data_dir=sys.argv[1])
