@@ -214,12 +214,42 @@ async def acquire(data_dir: str | os.PathLike[str], *, start_timeout: float = 12
         raise EmbeddedServerError(f"The embedded server in {cluster.home} could not be prepared: {error}") from error
 
 
+async def revive(dsn: str, timeout: float) -> bool:
+    """Start a server again that this process uses and that was killed, as where the memory ran out.
+
+    One that was stopped stays so, and so does one whose data are gone.
+
+    Args:
+        dsn: Where nobody listens.
+        timeout: Bound in seconds; a recovery that takes longer goes on in the background, and a later call joins it.
+
+    Returns:
+        Whether it is worth another look.
+    """
+    server = next((each for each in tuple(_servers) if each.dsn == dsn), None)
+    if server is None or not server._cluster.pid_file.exists():
+        return False
+    deadline = time.monotonic() + timeout
+    cluster = _Cluster(server.data_dir)
+    try:
+        async with cluster.lifecycle(deadline):
+            # Meanwhile it may have been stopped, or let go of.
+            if server not in _servers or not cluster.pid_file.exists():
+                return False
+            await cluster.ensure_running(deadline)
+    except (EmbeddedServerError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        _log.warning("The embedded server in %s was killed and is not up again: %s", server.data_dir, error)
+        return False
+    return True
+
+
 class _Cluster:
     """One data directory: its paths, locks and processes. Keeps nothing that another process could change."""
 
     def __init__(self, home: Path) -> None:
         self.home: Path = home.expanduser().resolve()
         self.data: Path = self.home / "data"
+        self.pid_file: Path = self.data / "postmaster.pid"
         self.log: Path = self.home / "server.log"
         self.log_start: int = 0
         self.process: subprocess.Popen[bytes] | None = None  # when it was started here
@@ -395,10 +425,9 @@ class _Cluster:
         self._check_data()
         self._configure(self.data)
         run = self._make_socket_dir()
-        pid_file = self.data / "postmaster.pid"
-        self.recovering = pid_file.exists()
+        self.recovering = self.pid_file.exists()
         # Nobody holds server.lock: these are remains, which the server would believe if the pid in them is in use.
-        for stale in (pid_file, run / f"{_SOCKET}.lock", run / _SOCKET):
+        for stale in (self.pid_file, run / f"{_SOCKET}.lock", run / _SOCKET):
             stale.unlink(missing_ok=True)
         self.starts += 1
         log = self._open(self.log, os.O_WRONLY | os.O_APPEND)
@@ -567,7 +596,7 @@ class _Cluster:
         """Read the postmaster's pid, believed only when that process runs postgres on this very folder."""
         data = os.fsencode(self.data)
         try:
-            pid = int((self.data / "postmaster.pid").read_bytes().split(b"\n", 1)[0])
+            pid = int(self.pid_file.read_bytes().split(b"\n", 1)[0])
             if not Path("/proc/self").is_dir():
                 ps = ["ps", "-ww", "-o", "command=", "-p", str(pid)]
                 said = subprocess.run(ps, capture_output=True, check=False, timeout=10).stdout  # noqa: S603

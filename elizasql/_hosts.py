@@ -15,6 +15,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import asyncpg
 
+from . import _embedded
 from ._retry import Outcome, classify
 
 
@@ -39,7 +40,7 @@ def _hosts_of(dsn: str) -> _Hosts:
 
 
 async def connect(dsn: str, *, timeout: float, **options: Any) -> asyncpg.Connection[Any]:
-    """Connect as `asyncpg.connect` does, to one of the hosts.
+    """Connect as `asyncpg.connect` does, to one of the hosts; an embedded server that was killed is started again.
 
     Args:
         dsn: Connection string.
@@ -52,9 +53,14 @@ async def connect(dsn: str, *, timeout: float, **options: Any) -> asyncpg.Connec
     """
     hosts = _hosts_of(dsn)
     tries = [(wanted, each) for wanted in hosts.wanted for each in hosts.each]
-    if len(hosts.each) == 1:
-        return await asyncpg.connect(dsn, timeout=timeout, **options)
     until = time.monotonic() + timeout
+    if len(hosts.each) == 1:
+        try:
+            return await asyncpg.connect(dsn, timeout=timeout, **options)
+        except (ConnectionRefusedError, FileNotFoundError):
+            if not await _embedded.revive(dsn, timeout):
+                raise
+            return await asyncpg.connect(dsn, timeout=max(until - time.monotonic(), 0.001), **options)
     for number, (wanted, each) in enumerate(tries):
         share = max(until - time.monotonic(), 0.001) / (len(tries) - number)
         try:

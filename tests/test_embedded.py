@@ -22,11 +22,13 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import asyncpg
 import pytest
 
-from elizasql import _embedded
+import elizasql
+from elizasql import _embedded, _hosts
 from elizasql._embedded import acquire
 from elizasql.errors import EmbeddedServerError
 
@@ -582,6 +584,51 @@ async def test_server_killed_while_nobody_looks(stopped: Path) -> None:
     assert server.dsn == dsn
     async with connected(server) as connection:
         assert await connection.fetchval("SELECT 1") == 1
+    await server.release()
+
+
+async def test_server_that_was_killed_is_started_again_by_who_needs_it(stopped: Path) -> None:
+    async with elizasql.connect(agent_id=uuid4(), data_dir=stopped, indexing="manual") as db:
+        await db.ensure_agent_exists({"name": "a"})
+        pid = postmaster(stopped)
+        os.kill(pid, signal.SIGKILL)
+        assert all(await asyncio.gather(*(db.set_cache(str(n), n) for n in range(30))))
+        assert postmaster(stopped) != pid
+        assert await db.get_cache("7") == 7
+    assert not running(stopped)
+
+
+async def test_server_that_was_stopped_is_not_started_again(stopped: Path) -> None:
+    server = await acquire(stopped)
+    await server._cluster.stop(time.monotonic() + 30)  # as by `elizasql down --force`
+    with pytest.raises((FileNotFoundError, ConnectionRefusedError)):
+        await _hosts.connect(server.dsn, timeout=5)
+    assert not running(stopped)
+    await server.release()
+
+
+async def test_server_that_was_let_go_of_is_not_started_again(stopped: Path) -> None:
+    server = await acquire(stopped)
+    os.kill(postmaster(stopped), signal.SIGKILL)
+    await until(lambda: not running(stopped))
+    async with server._cluster.lifecycle(time.monotonic() + 10):
+        reviving = asyncio.create_task(_embedded.revive(server.dsn, 10))
+        await asyncio.sleep(0)  # it has begun
+        leaving = asyncio.create_task(server.release())
+        await until(lambda: server not in _embedded._servers)
+    await leaving
+    assert not await reviving
+    assert not running(stopped)
+
+
+async def test_server_that_cannot_be_started_again(stopped: Path, caplog: pytest.LogCaptureFixture) -> None:
+    server = await acquire(stopped)
+    os.kill(postmaster(stopped), signal.SIGKILL)
+    await until(lambda: not running(stopped))
+    (stopped / "data" / "PG_VERSION").unlink()
+    with pytest.raises(ConnectionRefusedError):
+        await _hosts.connect(server.dsn, timeout=5)
+    assert "not a whole cluster" in caplog.text
     await server.release()
 
 
