@@ -723,7 +723,7 @@ def _settings(memory: int, cpus: int, shm: int | None, stored: int) -> str:
 listen_addresses = ''                           # the socket is the only way in
 port = 5432                                     # only names the socket
 unix_socket_permissions = 0700
-max_connections = 100
+max_connections = 300                           # 22 for each busy process; 16 MB more than with 100
 shared_buffers = {shared // mb}MB                         # all that is stored; 512 MB at least, 1/4 of memory at most
 effective_cache_size = {memory // 2 // mb}MB
 maintenance_work_mem = {maintenance // mb}MB                    # an HNSW build is fast while its graph fits in here

@@ -347,8 +347,7 @@ class Executor:
             found = await self.lane.acquire(_left(deadline), late)
         except PoolTimeoutError as error:
             raise PoolTimeoutError(
-                f"{name}: waited {time.monotonic() - began:.3g} s for a connection; "
-                f"all {self.lane.max_size} are in use",
+                f"{name}: waited {time.monotonic() - began:.3g} s for a connection; all {self.lane.in_use} are in use",
                 statement=name,
             ) from error
         except (asyncio.TimeoutError, TimeoutError) as error:

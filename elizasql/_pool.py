@@ -40,6 +40,9 @@ logger = logging.getLogger("elizasql")
 MINIMUM_POSTGRES = 150000
 MINIMUM_PGVECTOR = (0, 8, 4)
 
+# Seconds for which a server that has refused a connection counts as full.
+_FULL = 1.0
+
 # Seconds after which connections that were kept go back to asyncpg's pool, which closes what is idle for long.
 _KEEP = 1.0
 
@@ -255,6 +258,7 @@ class Lane:
         self._returning: set[asyncio.Task[None]] = set()
         self._connecting: set[asyncio.Task[Any]] = set()
         self._sweep: asyncio.TimerHandle | None = None
+        self._full_until = 0.0
         self._closed = False
         self.max_size = max_size
         self.pool: Any = None  # set by open
@@ -357,11 +361,22 @@ class Lane:
                 raise ClosedError("the connections were closed meanwhile")
             if (connection := self.take()) is not None:
                 return connection, True
-            if len(self._places) < self.max_size:
-                return await self._take(min(until, time.monotonic() + at_most), late)
+            if self._may_grow():
+                try:
+                    return await self._take(min(until, time.monotonic() + at_most), late)
+                except asyncpg.TooManyConnectionsError:
+                    if not self._places:
+                        raise
+                    continue  # other processes have the rest: ours go round
             connection = await self._wait(until)
             if connection is not None:
                 return connection, True
+
+    def _may_grow(self) -> bool:
+        """Tell whether a call may take another connection from asyncpg's pool, or make one."""
+        if len(self._places) >= self.max_size:
+            return False
+        return not self._places or time.monotonic() >= self._full_until or self.pool.get_idle_size() > 0
 
     async def _take(self, until: float, late: Late) -> tuple[Any, bool]:
         """Take one from asyncpg's pool, which has one or makes one.
@@ -393,6 +408,8 @@ class Lane:
         try:
             connection = task.result()
         except BaseException as error:
+            if isinstance(error, asyncpg.TooManyConnectionsError):
+                self._full_until = time.monotonic() + _FULL
             self._wake()
             if isinstance(error, asyncio.CancelledError):
                 # Nobody but `close` cancels an attempt: the caller was not cancelled.
@@ -411,11 +428,13 @@ class Lane:
                 late(error)
 
     async def _wait(self, until: float) -> Any:
-        """Wait for a connection that another call ends with; None: there is room for a new one now."""
+        """Wait for a connection that another call ends with; None: there may be room for a new one now."""
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[Any] = loop.create_future()
         self._waiters.append(waiter)
-        timer = loop.call_later(max(until - time.monotonic(), 0.0), _expire, waiter)
+        expires = len(self._places) >= self.max_size or until <= self._full_until
+        end = until if expires else self._full_until
+        timer = loop.call_later(max(end - time.monotonic(), 0.0), _expire if expires else _look_again, waiter)
         try:
             return await waiter
         except asyncio.CancelledError:
@@ -543,13 +562,18 @@ class Lane:
         return False
 
     def _wake(self) -> None:
-        if len(self._places) < self.max_size:
+        if self._may_grow():
             self._hand_over(None)
 
 
 def _expire(waiter: asyncio.Future[Any]) -> None:
     if not waiter.done():
         waiter.set_exception(PoolTimeoutError("no connection became free in time"))
+
+
+def _look_again(waiter: asyncio.Future[Any]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 def is_open(connection: Any) -> bool:

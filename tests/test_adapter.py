@@ -8,7 +8,7 @@ import traceback
 import weakref
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
@@ -528,6 +528,53 @@ async def test_pool_exhausted(make_db: MakeAdapter) -> None:
     for connection in held:
         lane.keep(connection)
     assert await db.is_ready()
+
+
+async def test_server_that_takes_no_more_connections(dsn: str, server_dir: Path) -> None:
+    """What there is goes round, as in a pool that has reached its size; a process that has none is told."""
+    if str(server_dir) not in dsn:
+        pytest.skip("the embedded server is not used")
+    crowded = dsn.replace("//elizasql@", "//crowded@")
+    admin = await asyncpg.connect(dsn.replace("//elizasql@", "//postgres@"))
+    try:
+        await admin.execute("CREATE ROLE crowded LOGIN CONNECTION LIMIT 2")
+        await admin.execute("GRANT USAGE ON SCHEMA elizasql TO crowded")
+        await admin.execute("GRANT ALL ON ALL TABLES IN SCHEMA elizasql TO crowded")
+        options = {"pool_min_size": 0, "max_retries": 1, "indexing": "manual", "resident": "off"}
+        async with elizasql.connect(agent_id=uuid4(), dsn=crowded, **options) as db:
+            lane = db._executor.lane
+            await db.ensure_agent_exists({"name": "crowded"})
+            assert all(await asyncio.gather(*(db.set_cache(str(number), number) for number in range(50))))
+            assert 1 <= lane.size <= 2
+            assert db._connections.breaker.failures == 0
+
+            await lane.replace()
+            held, _ = await lane.acquire(5)
+            other = await connect_again(crowded)
+            waiting = asyncio.create_task(db.get_cache("7"))
+            while not lane.waiting:
+                await asyncio.sleep(0)
+            await other.close()
+            assert await waiting == 7  # on another connection, when the server has room again
+
+            lane.drop(held)
+            await lane.replace()
+            others = [await connect_again(crowded) for _ in range(2)]
+            with pytest.raises(elizasql.ServerBusyError):
+                await db.get_cache("7")
+            for connection in others:
+                await connection.close()
+    finally:
+        await admin.execute("DROP OWNED BY crowded")
+        await admin.execute("DROP ROLE crowded")
+        await admin.close()
+
+
+async def connect_again(address: str) -> asyncpg.Connection[Any]:
+    """Connect when the server has noticed the end of an earlier connection."""
+    while True:
+        with suppress(asyncpg.TooManyConnectionsError):
+            return await asyncpg.connect(address)
 
 
 async def test_more_calls_than_connections(db: DatabaseAdapter) -> None:

@@ -253,7 +253,7 @@ async def test_settings_are_in_force(stopped: Path) -> None:
     setting = {row["name"]: row["setting"] for row in rows}
     expected = {
         "listen_addresses": "", "unix_socket_permissions": "0700", "random_page_cost": "1.1", "jit": "off",
-        "max_connections": "100", "wal_level": "minimal", "max_wal_senders": "0", "fsync": "on",
+        "max_connections": "300", "wal_level": "minimal", "max_wal_senders": "0", "fsync": "on",
         "synchronous_commit": "on", "full_page_writes": "on", "data_checksums": "on", "server_encoding": "UTF8",
         "idle_in_transaction_session_timeout": "60000", "log_error_verbosity": "terse",
     }  # fmt: skip
