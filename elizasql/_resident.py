@@ -103,7 +103,7 @@ class Tier:
     """What the process holds of one agent's memories of one type.
 
     Attributes:
-        matrix: The rows; None: not loaded.
+        matrix: The rows; None: not loaded. A load in another thread may put them out at any moment.
         granted: Bytes of the budget that it has, for the matrix or for the load of one.
         seen: The snapshot that they were read in, changes merged up to it.
         life: The server's life in which its numbers of transactions count.
@@ -267,7 +267,7 @@ class Resident:
 
     def snapshot(self) -> dict[str, int]:
         """Give the counts; `vectors` and `bytes` that are held now: of this adapter's agent, and of the process."""
-        matrices = [tier.matrix for tier in self._tiers.values() if tier.matrix is not None]
+        matrices = [matrix for tier in self._tiers.values() if (matrix := tier.matrix) is not None]
         return {**asdict(self.stats), "vectors": sum(matrix.size for matrix in matrices), "bytes": _held()}
 
     def _most(self, dimension: int) -> int:
@@ -306,8 +306,9 @@ class Resident:
         now = time.monotonic()
         scope = next(({name: params[name]} for name in _COUNTS if params[name] is not None), None)
         most = self._most(vector.shape[0])
-        large = now < tier.large_until if tier.matrix is None else tier.matrix.size > most
-        if large and tier.matrix is not None and tier.loaded_size <= most and now >= tier.not_before:
+        matrix = tier.matrix
+        large = now < tier.large_until if matrix is None else matrix.size > most
+        if large and matrix is not None and tier.loaded_size <= most and now >= tier.not_before:
             # It has grown, by rows that are gone perhaps: nobody tells of these, and no search meets them any more.
             tier.not_before = now + _TOO_LARGE
             self._begin_load(tier, params["type"], vector.shape[0])
@@ -368,7 +369,7 @@ class Resident:
                 await self._catch_up(tier, matrix, seen, executor, params["type"])
                 continue
             if current:
-                self._merge(tier, params["type"], news["seen"], news["changed"], news["gone"])
+                self._merge(tier, matrix, params["type"], news["seen"], news["changed"], news["gone"])
             if candidates.reach == -math.inf or (len(found) == count and found[-1][_SIMILARITY] > candidates.reach):
                 return [Memory(*row[:_FIELDS]) for row in found]
             wanted *= 4
@@ -377,17 +378,24 @@ class Resident:
     # --- changes -----------------------------------------------------------------------------------------------------
 
     def _merge(
-        self, tier: Tier, kind: str, seen: Snapshot, changed: bytes | None, gone: list[UUID] | None = None
+        self,
+        tier: Tier,
+        matrix: Matrix,
+        kind: str,
+        seen: Snapshot,
+        changed: bytes | None,
+        gone: list[UUID] | None = None,
     ) -> None:
         """Bring a tier up to a snapshot; only with what was read for the state that it is in."""
-        matrix = tier.matrix
-        assert matrix is not None
         if changed:
             capacity = matrix.capacity
             matrix.put(changed)
             self.stats.deltas += 1
             self.stats.changes += matrix.rows_in(changed)
             if matrix.capacity > capacity and not self._make_room(tier, matrix.footprint):
+                return
+            if tier.matrix is not matrix:
+                self._settle(tier)
                 return
         if gone:
             matrix.drop(gone)
@@ -417,7 +425,7 @@ class Resident:
             if tier.matrix is not matrix or tier.seen is not seen:
                 return
             if row["number"] < most:
-                self._merge(tier, kind, row["seen"], row["content"])
+                self._merge(tier, matrix, kind, row["seen"], row["content"])
             else:
                 self._give_up(tier, _CALM)
         finally:

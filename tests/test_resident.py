@@ -1084,6 +1084,26 @@ async def test_a_load_that_ends_early_gives_its_bytes_back(mind: Mind, monkeypat
     assert _resident._held() == 0
 
 
+async def test_one_that_another_thread_puts_out(mind: Mind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Event loops in other threads share the budget, and may need it at any moment."""
+    await mind.remember(some_vectors(200))
+    with _resident._lock:
+        _resident._shelves.clear()
+    query = some_vectors(1, seed=8)[0]
+    await mind.check(query)
+    merge = Resident._merge
+
+    def put_out_first(self: Resident, tier: Tier, *args: Any) -> None:
+        tier.matrix = None
+        merge(self, tier, *args)
+
+    monkeypatch.setattr(Resident, "_merge", put_out_first)
+    await mind.remember(some_vectors(60, seed=1))
+    assert await mind.search(query) == await mind.exact(query)
+    assert mind.tier.matrix is None
+    assert _resident._held() == 0
+
+
 async def test_one_that_is_larger_than_the_budget(make_db: MakeAdapter) -> None:
     db = await make_db(resident_memory_mb=1, **RESIDENT)
     vectors = some_vectors(700)
