@@ -466,6 +466,20 @@ async def test_settings_are_in_force_on_every_connection(make_db: MakeAdapter) -
     assert _pool.session_settings(db.config)["application_name"] == "ada"
 
 
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII", "EUC_JP"])
+async def test_text_is_stored_as_it_is_whatever_the_address_says(
+    dsn: str, make_db: MakeAdapter, raw: asyncpg.Connection[Any], encoding: str
+) -> None:
+    text = "Zoë, 日本"
+    db = await make_db(dsn=with_query(dsn, client_encoding=encoding))
+    id = await db.create_memory(memory(text), "messages")
+    assert await raw.fetchval("SELECT content ->> 'text' FROM elizasql.memories WHERE id = $1", id) == text
+    assert [each.id for each in await db.get_memories(table_name="messages", text_contains="日")] == [id]
+    connection = await _pool.connect(with_query(dsn, client_encoding=encoding), db.config)
+    assert await connection.fetchval("SELECT current_setting('client_encoding')") == "UTF8"
+    await connection.close()
+
+
 async def test_prepared_statements_do_not_expire(db: DatabaseAdapter) -> None:
     """asyncpg closes the expired ones in the next call that prepares one, a round trip each, without a time limit."""
     for lane in (db._executor.lane, db._background.lane):
