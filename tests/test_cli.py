@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -201,6 +201,22 @@ def test_version(run: Run) -> None:
 )
 def test_wrong_use_is_one_line_and_2(run: Run, arguments: list[str], pattern: str) -> None:
     run(*arguments).fails(2, pattern)
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        (f"postgres://a:{SECRET}@h:1/d?sslmode=require", "postgres://h:1/d"),
+        (f"postgres://a:x/{SECRET}@h/d", "(address)"),
+        (f"postgresql://h/d?user=a&password={SECRET}", "postgresql://h/d"),
+    ],
+)
+@pytest.mark.parametrize("command", ["status", "explain", "import", "restore", "tail --agent"])
+def test_an_address_in_the_wrong_place_is_not_shown(on_server: Run, command: str, address: str, shown: str) -> None:
+    said = on_server(*command.split(), address)
+    assert said.code in (1, 2)
+    assert SECRET not in said.err
+    assert shown in said.err or "(address)" in said.err
 
 
 def test_an_error_is_json_when_json_was_asked_for(run: Run) -> None:
@@ -728,7 +744,18 @@ def test_a_password_stays_out_of_the_command_line() -> None:
     shown, environ = cli_server.for_libpq(f"postgres://me:{SECRET}%40@h:1/d?sslmode=require")
     assert shown == "postgres://me@h:1/d?sslmode=require" and environ["PGPASSWORD"] == f"{SECRET}@"
     shown, environ = cli_server.for_libpq(f"postgres:///d?host=%2Ftmp&password={SECRET}")
-    assert SECRET not in shown and environ["PGPASSWORD"] == SECRET
+    assert shown == "postgres:///d?host=%2Ftmp" and environ["PGPASSWORD"] == SECRET
+    shown, environ = cli_server.for_libpq(f"postgres://me:x@h/d?password={SECRET}&sslpassword={SECRET}")
+    assert shown == "postgres://me@h/d" and environ["PGPASSWORD"] == "x"
+
+
+def test_psql_with_an_address_that_names_no_host(dsn: str, tmp_path: Path) -> None:
+    parts = urlsplit(dsn)
+    named = {"user": parts.username, "password": parts.password, "host": parts.hostname, "port": parts.port}
+    query = {name: value for name, value in named.items() if value} | dict(parse_qsl(parts.query))
+    address = f"postgresql://{parts.path}?{urlencode(query)}"
+    with process("psql", "--", "-Atc", "SELECT current_database()", cwd=tmp_path, POSTGRES_URL=address) as psql:
+        assert psql.communicate(timeout=60) == (f"{parts.path[1:]}\n", "")
 
 
 def test_a_socket_that_is_elsewhere_is_found(run: Run, folder: Path) -> None:
