@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -1410,6 +1411,7 @@ def test_backup_and_restore(run: Run, folder: Path, tmp_path: Path) -> None:
     agent = with_agent(up.json["dsn"], remember)
     said = run("backup", "b.dump", "--data-dir", folder, "--json")
     assert said.code == 0 and said.json["bytes"] == (tmp_path / "b.dump").stat().st_size
+    assert stat.S_IMODE((tmp_path / "b.dump").stat().st_mode) == 0o600
     run("backup", "b.dump", "--data-dir", folder).fails(2, "there already")
     run("backup", "c.dump", "--data-dir", folder.parent / "none").fails(3, "no embedded server")
     run("restore", "b.dump", "--data-dir", folder).fails(2, "not empty")
