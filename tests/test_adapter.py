@@ -382,6 +382,22 @@ async def test_address_that_the_driver_or_the_server_does_not_take(dsn: str, set
     assert next(iter(setting)) in str(error)
 
 
+@pytest.mark.parametrize("name", ["sslrootcert", "sslcert", "sslcrl"])
+@pytest.mark.parametrize("by_variable", [False, True])
+async def test_file_that_is_missing_is_no_server_that_is_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, by_variable: bool
+) -> None:
+    file = str(tmp_path / "none.pem")
+    address = with_query(REFUSED, sslmode="require")
+    if by_variable:
+        monkeypatch.setenv(f"PG{name.upper()}", file)
+    else:
+        address = with_query(address, **{name: file})
+    error = await assert_hidden(elizasql.ConfigurationError, address)
+    assert f"{name} {file} cannot be read" in str(error)
+    assert not error.retryable
+
+
 # --- what the server must be -----------------------------------------------------------------------------------------
 
 
