@@ -240,6 +240,10 @@ class Config:
             raise ConfigurationError("ef_search: pgvector takes at most 1000")
         if config.batch_size > 5000:
             raise ConfigurationError("batch_size: at most 5000 rows go in one statement")
+        for name in ("pool_max_size", "background_pool_size"):
+            if getattr(config, name) > 10_000:
+                # Places are made beforehand, all at once: a million took a minute and a gigabyte.
+                raise ConfigurationError(f"{name}: at most 10000, and no more than the server takes")
         return config
 
     @property

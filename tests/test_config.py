@@ -192,6 +192,8 @@ def test_file_that_is_no_text(bare: Path) -> None:
         ("pool_max_size", 2.5, "whole"),
         ("pool_max_size", "2.5", "2.5"),
         ("pool_max_size", 10**9, "below"),
+        ("pool_max_size", 10_001, "at most 10000"),
+        ("background_pool_size", 10_001, "at most 10000"),
         ("pool_max_size", float("inf"), "infinity"),
         ("pool_min_size", -1, "at least 0"),
         ("pool_idle_timeout", -1, "at least 0"),
