@@ -741,6 +741,25 @@ def test_what_is_set_for_other_servers_does_not_lead_away(
     assert said.code == 0, said
 
 
+def test_down_ends_no_process_that_another_user_names(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "PG_VERSION").write_text("18")
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as named:
+        lock = _embedded._Lock(os.open(folder / "keeper.lock", os.O_RDWR | os.O_CREAT))
+        lock.take()
+        os.write(lock.fd, str(named.pid).encode())
+        (folder / "elizasql.lock").touch()
+        with monkeypatch.context() as patched:
+            if os.geteuid() == 0:
+                os.chown(folder, 1, 1)
+            patched.setattr(os, "geteuid", lambda: 2 if os.getuid() == 0 else os.getuid() + 1)
+            said = run("down", "--data-dir", folder)
+        lock.release()
+        named.communicate(b"\n")
+    said.fails(3, "belongs to uid")
+    assert named.returncode == 0, "it ended by itself"
+
+
 def test_a_password_stays_out_of_the_command_line() -> None:
     shown, environ = cli_server.for_libpq(f"postgres://me:{SECRET}%40@h:1/d?sslmode=require")
     assert shown == "postgres://me@h:1/d?sslmode=require" and environ["PGPASSWORD"] == f"{SECRET}@"

@@ -142,6 +142,7 @@ def down(
 async def _stop(config: Config, *, force: bool) -> None:
     deadline = time.monotonic() + _PATIENCE
     cluster = _embedded._Cluster(config.data_dir)
+    cluster.claim()  # another user's folder could name any process as its keeper
     while (keeper := find_keeper(config.data_dir)) is not None:
         with suppress(ProcessLookupError):
             os.kill(keeper, signal.SIGTERM)
@@ -149,7 +150,6 @@ async def _stop(config: Config, *, force: bool) -> None:
     if not is_running(config.data_dir):
         return
     if force:
-        cluster.claim()
         async with cluster.lifecycle(deadline):
             await cluster.stop(deadline)
     else:
