@@ -66,7 +66,10 @@ async def test_open_and_close(dsn: str, raw: asyncpg.Connection[Any]) -> None:
     name = f"test {uuid4()}"
     with nothing_left():
         agent = uuid4()
-        db = await elizasql.open(agent_id=str(agent), dsn=dsn, application_name=name, pool_min_size=2)
+        # Not in the background: the indexer's first look opens a connection more, at once or a moment later.
+        db = await elizasql.open(
+            agent_id=str(agent), dsn=dsn, application_name=name, pool_min_size=2, indexing="manual"
+        )
         assert db.agent_id == agent
         assert isinstance(db.config, Config)
         assert await db.is_ready()
