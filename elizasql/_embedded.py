@@ -274,6 +274,7 @@ class _Cluster:
             created = False
             if not self.home.is_dir():
                 raise EmbeddedServerError(f"{self.home} is a file: PGLITE_DATA_DIR must name a folder") from None
+            self._refuse_anothers()
             held = {path.name for path in self.home.iterdir()} - {"lost+found"}
             if held and "elizasql.lock" not in held:
                 raise EmbeddedServerError(
@@ -282,6 +283,20 @@ class _Cluster:
                 ) from None
         if self.user and created:
             os.chown(self.home, *self.user)
+
+    def _refuse_anothers(self) -> None:
+        """Refuse a folder that another user may have prepared: whose server answers there gets all that is stored.
+
+        As in /tmp, where anybody may have made the folder before. Root uses what is another's, see `user`.
+        """
+        ours = os.geteuid()
+        for path, trusted in ((self.home, {0, ours}), (self.data, {ours}), (self.home / "run", {ours})):
+            with contextlib.suppress(FileNotFoundError):
+                if ours and (owner := path.lstat().st_uid) not in trusted:
+                    raise EmbeddedServerError(
+                        f"{path} belongs to uid {owner}, who could read all that is stored there: set PGLITE_DATA_DIR "
+                        "to a folder of your own, run as that user, or give it over with chown -R"
+                    )
 
     @functools.cached_property
     def user(self) -> tuple[int, int] | None:

@@ -45,12 +45,14 @@ async def connect(dsn: str, *, timeout: float, **options: Any) -> asyncpg.Connec
     Args:
         dsn: Connection string.
         timeout: Seconds for all of it.
-        options: Passed on.
+        options: Passed on. The text is UTF-8 whatever the address says: what the codecs send is, and the server would
+            take it for something else and store that.
 
     Raises:
         Exception: What asyncpg raised at the host that was tried last, or at the first one that refused for good, such
             as for a wrong password.
     """
+    options["server_settings"] = {**options.get("server_settings", {}), "client_encoding": "UTF8"}
     hosts = _hosts_of(dsn)
     tries = [(wanted, each) for wanted in hosts.wanted for each in hosts.each]
     until = time.monotonic() + timeout

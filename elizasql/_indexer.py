@@ -19,6 +19,9 @@ logger = logging.getLogger("elizasql")
 # The indexer gives way to callers: it begins a batch when none is running, or after this many seconds at the latest.
 _PATIENCE = 0.5
 
+# Intervals after which it looks without being woken, and for which it pauses at most after trouble.
+_LONGEST = 30
+
 # Statistics are made anew when so many vectors have moved since the last time; a share of what is indexed, since the
 # planner's choice hangs on orders of magnitude.
 _ANALYZE_SHARE = 0.2
@@ -123,9 +126,10 @@ class Indexer:
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
+        pause = interval = self._config.index_interval
         while True:
             # Not by wait_for: before Python 3.12 it swallows a cancellation that comes together with its result.
-            timer = loop.call_later(self._config.index_interval * 30, self._grow_idle)
+            timer = loop.call_later(interval * _LONGEST, self._grow_idle)
             try:
                 await self._wanted.wait()
             finally:
@@ -137,11 +141,14 @@ class Indexer:
                     await self._analyze_when_it_pays()
                 if idle or self._lost:
                     await self._restore_index()
+                pause = interval
             except ElizaSQLError as error:
                 # The next look tries again: soon where time may mend it, and not where the role may only read. Callers
-                # meet the same trouble themselves, as an error of their own call.
+                # meet the same trouble themselves, as an error of their own call. What lasts is looked at less and less
+                # often: a server that is down for an hour would fill the log, a line a second and agent.
                 logger.warning("indexing is interrupted: %s", error)
-                await asyncio.sleep(self._config.index_interval)
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, interval * _LONGEST)
                 if error.retryable:
                     self._wanted.set()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
 import time
 from collections import deque
@@ -17,6 +18,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import asyncpg
 
@@ -191,8 +193,21 @@ _REFUSED_SETTINGS = (
 )
 
 
+def _missing_file(dsn: str) -> str | None:
+    """Name a file of TLS that an address or libpq's variables name, and that cannot be read."""
+    named = dict(parse_qsl(urlsplit(dsn).query))
+    for name in ("sslrootcert", "sslcrl", "sslcert", "sslkey"):
+        file = named.get(name) or os.environ.get(f"PG{name.upper()}")
+        if file and not os.access(file, os.R_OK):
+            return f"{name} {file}"
+    return None
+
+
 def _explain(error: Exception, dsn: str, config: Config) -> ElizaSQLError:
     where = redact(dsn)
+    if isinstance(error, (FileNotFoundError, PermissionError)) and (file := _missing_file(dsn)):
+        # Python's TLS does not say which; and it is no server that does not answer.
+        return ConfigurationError(f"{where}: {file} cannot be read: {error.strerror}")
     if isinstance(error, (asyncio.TimeoutError, TimeoutError)):
         return ConnectionLostError(f"no connection to {where} within {config.connection_timeout:g} s")
     made = translate(error)

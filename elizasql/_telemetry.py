@@ -10,9 +10,13 @@ import functools
 import time
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 Observe = Callable[[str, float, float, "BaseException | None"], None]
+
+# Bounds of a histogram's buckets by the conventions, in seconds. An SDK's own are meant for milliseconds: every call of
+# less than five seconds would be in the first one.
+_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
 
 # Seconds after which tracing that is set up late is noticed.
 _LOOK_AGAIN = 1.0
@@ -65,19 +69,26 @@ def _instruments() -> tuple[Any, Any]:
     from opentelemetry import metrics, trace  # noqa: PLC0415 - an extra
 
     durations = metrics.get_meter("elizasql").create_histogram(
-        "db.client.operation.duration", unit="s", description="Duration of database client operations."
+        "db.client.operation.duration",
+        unit="s",
+        description="Duration of database client operations.",
+        explicit_bucket_boundaries_advisory=_BUCKETS,
     )
     return trace.get_tracer("elizasql"), durations
 
 
 def _attributes(address: str) -> dict[str, Any]:
     parts = urlsplit(address)
-    query = parse_qs(parts.query)
-    host = query.get("host", [""])[0] or parts.netloc.rpartition("@")[2].partition(",")[0]
+    query = dict(parse_qsl(parts.query))
+    database = unquote(parts.path[1:]) or query.get("dbname") or query.get("database")
+    # Of several hosts the first.
+    host = unquote(parts.netloc.rpartition("@")[2]).partition(",")[0] or query.get("host", "").partition(",")[0]
     name, _, port = host.rpartition(":")
     if not port.isdigit():
-        name, port = host, query.get("port", [""])[0]
-    attributes: dict[str, Any] = {"db.system.name": "postgresql", "db.namespace": parts.path.lstrip("/")}
+        name, port = host, query.get("port", "").partition(",")[0]
+    attributes: dict[str, Any] = {"db.system.name": "postgresql"}
+    if database:
+        attributes["db.namespace"] = database
     if name:
         attributes["server.address"] = name.strip("[]")
     if port.isdigit() and port != "5432":

@@ -89,6 +89,10 @@ def _label(value: Any) -> str:
     return str(value)
 
 
+def _application_name(dsn: str) -> str | None:
+    return dict(parse_qsl(urlsplit(dsn).query)).get("application_name")
+
+
 def _setting(default: Any, variable: str, parse: Callable[[Any], Any], *, secret: bool = False) -> Any:
     return field(default=default, repr=not secret, metadata={"variable": variable, "parse": parse})
 
@@ -142,7 +146,8 @@ class Config:
         resident_memory_mb: What the process may hold of them, over all agents, in MiB. [ELIZASQL_RESIDENT_MEMORY_MB]
         resident_max_vectors: Most vectors that a search compares in the process; None: 40,000 of 384 dimensions, and
             fewer of more: 10,000 of 1536. [ELIZASQL_RESIDENT_MAX_VECTORS]
-        application_name: What the server's activity view shows. [ELIZASQL_APPLICATION_NAME]
+        application_name: What the server's activity view shows; where it is not set, what `dsn` says.
+            [ELIZASQL_APPLICATION_NAME]
     """
 
     dsn: str | None = _setting(None, "POSTGRES_URL", _dsn, secret=True)
@@ -223,6 +228,11 @@ class Config:
         if "dsn" not in values or (given.get("dsn") is not None and given.get("migration_dsn") is None):
             # The environment's address for migrations is of the environment's database, not of the one that is opened.
             values.pop("migration_dsn", None)
+        if (named := _application_name(values.get("dsn", ""))) and "application_name" not in values:
+            try:
+                values["application_name"] = _label(named)
+            except ValueError as error:
+                raise ConfigurationError(f"application_name of dsn {named!r:.80}: {error}") from None
         config = cls(**values)
         if config.pool_min_size > config.pool_max_size:
             raise ConfigurationError("pool_min_size is larger than pool_max_size")
@@ -230,6 +240,10 @@ class Config:
             raise ConfigurationError("ef_search: pgvector takes at most 1000")
         if config.batch_size > 5000:
             raise ConfigurationError("batch_size: at most 5000 rows go in one statement")
+        for name in ("pool_max_size", "background_pool_size"):
+            if getattr(config, name) > 10_000:
+                # Places are made beforehand, all at once: a million took a minute and a gigabyte.
+                raise ConfigurationError(f"{name}: at most 10000, and no more than the server takes")
         return config
 
     @property

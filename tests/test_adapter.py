@@ -66,7 +66,10 @@ async def test_open_and_close(dsn: str, raw: asyncpg.Connection[Any]) -> None:
     name = f"test {uuid4()}"
     with nothing_left():
         agent = uuid4()
-        db = await elizasql.open(agent_id=str(agent), dsn=dsn, application_name=name, pool_min_size=2)
+        # Not in the background: the indexer's first look opens a connection more, at once or a moment later.
+        db = await elizasql.open(
+            agent_id=str(agent), dsn=dsn, application_name=name, pool_min_size=2, indexing="manual"
+        )
         assert db.agent_id == agent
         assert isinstance(db.config, Config)
         assert await db.is_ready()
@@ -382,6 +385,22 @@ async def test_address_that_the_driver_or_the_server_does_not_take(dsn: str, set
     assert next(iter(setting)) in str(error)
 
 
+@pytest.mark.parametrize("name", ["sslrootcert", "sslcert", "sslcrl"])
+@pytest.mark.parametrize("by_variable", [False, True])
+async def test_file_that_is_missing_is_no_server_that_is_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, by_variable: bool
+) -> None:
+    file = str(tmp_path / "none.pem")
+    address = with_query(REFUSED, sslmode="require")
+    if by_variable:
+        monkeypatch.setenv(f"PG{name.upper()}", file)
+    else:
+        address = with_query(address, **{name: file})
+    error = await assert_hidden(elizasql.ConfigurationError, address)
+    assert f"{name} {file} cannot be read" in str(error)
+    assert not error.retryable
+
+
 # --- what the server must be -----------------------------------------------------------------------------------------
 
 
@@ -464,6 +483,20 @@ async def test_settings_are_in_force_on_every_connection(make_db: MakeAdapter) -
         await pool.release(connection)
     assert _pool.session_settings(db.config)["hnsw.ef_search"] == "77"
     assert _pool.session_settings(db.config)["application_name"] == "ada"
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII", "EUC_JP"])
+async def test_text_is_stored_as_it_is_whatever_the_address_says(
+    dsn: str, make_db: MakeAdapter, raw: asyncpg.Connection[Any], encoding: str
+) -> None:
+    text = "Zoë, 日本"
+    db = await make_db(dsn=with_query(dsn, client_encoding=encoding))
+    id = await db.create_memory(memory(text), "messages")
+    assert await raw.fetchval("SELECT content ->> 'text' FROM elizasql.memories WHERE id = $1", id) == text
+    assert [each.id for each in await db.get_memories(table_name="messages", text_contains="日")] == [id]
+    connection = await _pool.connect(with_query(dsn, client_encoding=encoding), db.config)
+    assert await connection.fetchval("SELECT current_setting('client_encoding')") == "UTF8"
+    await connection.close()
 
 
 async def test_prepared_statements_do_not_expire(db: DatabaseAdapter) -> None:

@@ -367,6 +367,7 @@ async def test_spans_and_durations(dsn: str, make_db: MakeAdapter, monkeypatch: 
     assert (data.name, data.unit) == ("db.client.operation.duration", "s")
     points: Any = data.data.data_points
     assert sum(point.count for point in points) >= 2
+    assert points[0].explicit_bounds[0] == 0.001, "the SDK's own are meant for milliseconds"
     tracers.shutdown()
     meters.shutdown()
 
@@ -380,11 +381,17 @@ async def test_spans_and_durations(dsn: str, make_db: MakeAdapter, monkeypatch: 
         ("postgresql://a:1,b:2/agents", {"server.address": "a", "server.port": 1}),
         ("postgresql://ann@/agents?host=/run/x&port=7", {"server.address": "/run/x", "server.port": 7}),
         ("postgresql:///agents", {}),
+        ("postgresql:///?dbname=agents&host=a,b&port=1,2", {"server.address": "a", "server.port": 1}),
+        ("postgresql://%2Frun%2Fx/%61gents", {"server.address": "/run/x"}),
     ],
 )
 def test_address_is_told_without_secrets(address: str, wanted: dict[str, Any]) -> None:
     found = _telemetry._attributes(address)
     assert found == {"db.system.name": "postgresql", "db.namespace": "agents", **wanted}
+
+
+def test_database_that_is_not_named_is_not_told() -> None:
+    assert "db.namespace" not in _telemetry._attributes("postgresql://ann@db.example")
 
 
 async def test_recording_that_fails_changes_no_result(

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -201,6 +202,22 @@ def test_version(run: Run) -> None:
 )
 def test_wrong_use_is_one_line_and_2(run: Run, arguments: list[str], pattern: str) -> None:
     run(*arguments).fails(2, pattern)
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        (f"postgres://a:{SECRET}@h:1/d?sslmode=require", "postgres://h:1/d"),
+        (f"postgres://a:x/{SECRET}@h/d", "(address)"),
+        (f"postgresql://h/d?user=a&password={SECRET}", "postgresql://h/d"),
+    ],
+)
+@pytest.mark.parametrize("command", ["status", "explain", "import", "restore", "tail --agent"])
+def test_an_address_in_the_wrong_place_is_not_shown(on_server: Run, command: str, address: str, shown: str) -> None:
+    said = on_server(*command.split(), address)
+    assert said.code in (1, 2)
+    assert SECRET not in said.err
+    assert shown in said.err or "(address)" in said.err
 
 
 def test_an_error_is_json_when_json_was_asked_for(run: Run) -> None:
@@ -724,11 +741,41 @@ def test_what_is_set_for_other_servers_does_not_lead_away(
     assert said.code == 0, said
 
 
+def test_down_ends_no_process_that_another_user_names(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "PG_VERSION").write_text("18")
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as named:
+        lock = _embedded._Lock(os.open(folder / "keeper.lock", os.O_RDWR | os.O_CREAT))
+        lock.take()
+        os.write(lock.fd, str(named.pid).encode())
+        (folder / "elizasql.lock").touch()
+        with monkeypatch.context() as patched:
+            if os.geteuid() == 0:
+                os.chown(folder, 1, 1)
+            patched.setattr(os, "geteuid", lambda: 2 if os.getuid() == 0 else os.getuid() + 1)
+            said = run("down", "--data-dir", folder)
+        lock.release()
+        named.communicate(b"\n")
+    said.fails(3, "belongs to uid")
+    assert named.returncode == 0, "it ended by itself"
+
+
 def test_a_password_stays_out_of_the_command_line() -> None:
     shown, environ = cli_server.for_libpq(f"postgres://me:{SECRET}%40@h:1/d?sslmode=require")
     assert shown == "postgres://me@h:1/d?sslmode=require" and environ["PGPASSWORD"] == f"{SECRET}@"
     shown, environ = cli_server.for_libpq(f"postgres:///d?host=%2Ftmp&password={SECRET}")
-    assert SECRET not in shown and environ["PGPASSWORD"] == SECRET
+    assert shown == "postgres:///d?host=%2Ftmp" and environ["PGPASSWORD"] == SECRET
+    shown, environ = cli_server.for_libpq(f"postgres://me:x@h/d?password={SECRET}&sslpassword={SECRET}")
+    assert shown == "postgres://me@h/d" and environ["PGPASSWORD"] == "x"
+
+
+def test_psql_with_an_address_that_names_no_host(dsn: str, tmp_path: Path) -> None:
+    parts = urlsplit(dsn)
+    named = {"user": parts.username, "password": parts.password, "host": parts.hostname, "port": parts.port}
+    query = {name: value for name, value in named.items() if value} | dict(parse_qsl(parts.query))
+    address = f"postgresql://{parts.path}?{urlencode(query)}"
+    with process("psql", "--", "-Atc", "SELECT current_database()", cwd=tmp_path, POSTGRES_URL=address) as psql:
+        assert psql.communicate(timeout=60) == (f"{parts.path[1:]}\n", "")
 
 
 def test_a_socket_that_is_elsewhere_is_found(run: Run, folder: Path) -> None:
@@ -1383,6 +1430,7 @@ def test_backup_and_restore(run: Run, folder: Path, tmp_path: Path) -> None:
     agent = with_agent(up.json["dsn"], remember)
     said = run("backup", "b.dump", "--data-dir", folder, "--json")
     assert said.code == 0 and said.json["bytes"] == (tmp_path / "b.dump").stat().st_size
+    assert stat.S_IMODE((tmp_path / "b.dump").stat().st_mode) == 0o600
     run("backup", "b.dump", "--data-dir", folder).fails(2, "there already")
     run("backup", "c.dump", "--data-dir", folder.parent / "none").fails(3, "no embedded server")
     run("restore", "b.dump", "--data-dir", folder).fails(2, "not empty")

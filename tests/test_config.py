@@ -141,6 +141,19 @@ def test_address_for_migrations_is_of_the_database_that_is_opened(
     assert (config.dsn is None) == ("data_dir" in given or not (given or environ))
 
 
+def test_application_name_of_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As every other client takes it; what is set for this library counts more."""
+    monkeypatch.setenv("POSTGRES_URL", "postgres://a/b?application_name=ada%20%26%20co&sslmode=disable")
+    assert Config.load().application_name == "ada & co"
+    assert Config.load(application_name="bob").application_name == "bob"
+    assert Config.load(dsn="postgres://a/b").application_name == Config.load(data_dir="x").application_name
+    assert Config.load(data_dir="x").application_name == "elizasql"
+    monkeypatch.setenv("ELIZASQL_APPLICATION_NAME", "cyd")
+    assert Config.load().application_name == "cyd"
+    with pytest.raises(ConfigurationError, match="application_name of dsn 'naïve': must be"):
+        Config.load(environ={"POSTGRES_URL": "postgres://a/b?application_name=na%C3%AFve"})
+
+
 def test_file_is_found_upwards_and_environment_is_left_alone(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (bare / ".env").write_text("POSTGRES_POOL_MAX=7\nOTHER=thing\n")
     below = bare / "a" / "b"
@@ -179,6 +192,8 @@ def test_file_that_is_no_text(bare: Path) -> None:
         ("pool_max_size", 2.5, "whole"),
         ("pool_max_size", "2.5", "2.5"),
         ("pool_max_size", 10**9, "below"),
+        ("pool_max_size", 10_001, "at most 10000"),
+        ("background_pool_size", 10_001, "at most 10000"),
         ("pool_max_size", float("inf"), "infinity"),
         ("pool_min_size", -1, "at least 0"),
         ("pool_idle_timeout", -1, "at least 0"),

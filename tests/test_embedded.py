@@ -873,6 +873,21 @@ async def test_an_address_is_no_folder(tmp_path: Path, monkeypatch: pytest.Monke
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("prepared", [".", "data", "run"])
+async def test_folder_that_another_user_has_prepared_is_refused(
+    home: Path, monkeypatch: pytest.MonkeyPatch, prepared: str
+) -> None:
+    """As in /tmp: a server of theirs could be waiting there for what is to be kept."""
+    (home / prepared).mkdir(parents=True)
+    (home / "elizasql.lock").touch()
+    if ROOT:
+        os.chown(home / prepared, 1, 1)
+    monkeypatch.setattr(os, "geteuid", lambda: 2 if ROOT else os.getuid() + 1)
+    with pytest.raises(EmbeddedServerError, match=r"belongs to uid .* a folder of your own"):
+        await acquire(home)
+    assert sorted(path.name for path in home.iterdir()) == sorted({"elizasql.lock", prepared} - {"."})
+
+
 async def test_unwritable_folder_is_refused(home: Path) -> None:
     if ROOT:
         pytest.skip("root may write anywhere; the client below, as a normal user, covers it")

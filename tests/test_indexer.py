@@ -289,6 +289,40 @@ async def test_what_time_does_not_mend_is_tried_again_at_the_next_look(
     assert seen[: 4 + again] == ["woken", "waits", "fails", *["woken"] * again, "waits"]
 
 
+async def test_trouble_that_lasts_does_not_fill_the_log(
+    make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    indexer = (await make_db(indexing="background", index_interval=1.0))._indexer
+    await indexer.stop()
+    pauses: list[float] = []
+    outcomes: list[Any] = [*[ConnectionLostError("down")] * 8, 0, ConnectionLostError("down again")]
+    real_sleep = asyncio.sleep
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        indexer.wake()  # as callers do that write meanwhile
+        await real_sleep(0)
+
+    async def move() -> Any:
+        if not outcomes:
+            await asyncio.Event().wait()
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        indexer.wake()
+        return outcome
+
+    monkeypatch.setattr(indexer, "_move_batch", move)
+    with monkeypatch.context() as patched, caplog.at_level(logging.WARNING, "elizasql"):
+        patched.setattr(asyncio, "sleep", sleep)
+        indexer.start()
+        indexer.wake()
+        while outcomes or len(pauses) < 9:
+            await real_sleep(0)
+    assert pauses == [1, 2, 4, 8, 16, 30, 30, 30, 1]
+    assert caplog.text.count("indexing is interrupted") == 9
+
+
 async def test_an_unknown_way_of_indexing_is_refused(make_db: MakeAdapter) -> None:
     with pytest.raises(ConfigurationError, match="indexing"):
         await make_db(indexing="later")

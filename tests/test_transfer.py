@@ -50,6 +50,7 @@ from elizasql.transfer import (
     export_archive,
     import_archive,
 )
+from elizasql.transfer._report import Report
 from tests.conftest import MakeAdapter, make_scene
 from tests.locking import blocked_pid
 
@@ -552,6 +553,26 @@ async def test_an_export_that_fails_leaves_nothing(
     with pytest.raises(ArchiveError, match="there already"):
         await out(databases[0], tmp_path / "a.tar", agent_ids=[agent])
     assert (tmp_path / "a.tar").read_text() == "mine"
+
+
+async def test_only_the_owner_may_read_what_is_made(databases: list[str], tmp_path: Path) -> None:
+    agent = uuid4()
+    async with opened(databases[0], agent) as db:
+        await remember(db, 5)
+        server = await db.create_message_server({"name": "x", "sourceType": "y"})
+        await db.add_agent_to_message_server(server.id, agent)
+    (tmp_path / "filled").mkdir(mode=0o755)
+    before = os.umask(0)
+    try:
+        for name in ("a", "a.tar", "a.tgz", "filled"):
+            await out(databases[0], tmp_path / name, agent_ids=[agent])
+        report = Report(tmp_path / "report")
+        report.add("rooms", b"{}", "no")
+        report.close()
+    finally:
+        os.umask(before)
+    others = [str(path) for path in tmp_path.rglob("*") if path.stat().st_mode & 0o077]
+    assert others == [str(tmp_path / "filled")]
 
 
 async def test_an_empty_folder_is_filled_and_stays(

@@ -17,6 +17,7 @@ import orjson
 import typer
 
 from elizasql import __version__
+from elizasql.config import redact
 from elizasql.errors import ArgumentError, DeadlineError, ElizaSQLError, EmbeddedServerError, UnavailableError
 
 from . import _out, data, doctor, give_up_output, look, migrate, queries, reembed, server
@@ -136,7 +137,9 @@ def _run(argv: Sequence[str]) -> int:
 
 def _complain(message: str, error: BaseException, code: int, argv: Sequence[str]) -> int:
     """Print one line that says what is wrong, without any password in it."""
-    line = re.sub(r"(postgres(?:ql)?://)[^\s/]*@", r"\1", " ".join(_out.clean(message).split()))
+    line = " ".join(_out.clean(message).split())
+    # Also of an address that was given in place of something else, and is none or was taken for a path.
+    line = re.sub(r"postgres(ql)?:/\S*[^\s:;,.'\")]", lambda found: redact(found[0]), line)
     if "--json" in argv:
         line = orjson.dumps({"error": line, "type": type(error).__name__, "exit_code": code}).decode()
     else:

@@ -12,7 +12,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 import orjson
 import typer
@@ -142,6 +142,7 @@ def down(
 async def _stop(config: Config, *, force: bool) -> None:
     deadline = time.monotonic() + _PATIENCE
     cluster = _embedded._Cluster(config.data_dir)
+    cluster.claim()  # another user's folder could name any process as its keeper
     while (keeper := find_keeper(config.data_dir)) is not None:
         with suppress(ProcessLookupError):
             os.kill(keeper, signal.SIGTERM)
@@ -149,7 +150,6 @@ async def _stop(config: Config, *, force: bool) -> None:
     if not is_running(config.data_dir):
         return
     if force:
-        cluster.claim()
         async with cluster.lifecycle(deadline):
             await cluster.stop(deadline)
     else:
@@ -282,14 +282,16 @@ def for_libpq(address: str, *, embedded: bool = False) -> tuple[str, dict[str, s
     user, at, host = parts.netloc.rpartition("@")
     name, _, password = user.partition(":")
     query = dict(parse_qsl(parts.query))
-    password = unquote(password) or query.pop("password", "")
+    password = unquote(password) or query.get("password", "")
+    for secret in ("password", "sslpassword"):  # for the latter there is no variable: psql asks for it
+        query.pop(secret, None)
     others = {name: value for name, value in os.environ.items() if not (embedded and name.startswith("PG"))}
     environ = {"PGAPPNAME": "elizasql", **others}
     if password:
         environ["PGPASSWORD"] = password
-    # libpq takes "+" as it is.
-    shown = parts._replace(netloc=f"{name}{at}{host}", query=urlencode(query, quote_via=quote))
-    return urlunsplit(shown), environ
+    # Put together by hand: urlunsplit leaves out the "//" where no host is named. libpq takes "+" as it is.
+    shown = f"{parts.scheme}://{name}{at}{host}{parts.path}"
+    return f"{shown}?{urlencode(query, quote_via=quote)}" if query else shown, environ
 
 
 def find_program(name: str) -> str:

@@ -28,6 +28,7 @@ import orjson
 from elizasql import _codecs
 from elizasql.errors import ElizaSQLError, NotFoundError
 
+from ._report import open_private
 from ._rows import BY_NAME
 
 FORMAT = 1
@@ -73,12 +74,13 @@ class _Store(Protocol):
 class _Folder:
     def __init__(self, path: Path) -> None:
         self._path = path
-        path.mkdir(exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)
 
     def add(self, name: str, data: bytes) -> None:
         target = self._path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("xb") as file:
+        for folder in reversed(target.parents[: name.count("/")]):
+            folder.mkdir(mode=0o700, exist_ok=True)
+        with open_private(target, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -89,7 +91,7 @@ class _Folder:
 
 class _Tar:
     def __init__(self, path: Path, mode: str) -> None:
-        self._file = path.open("xb")
+        self._file = open_private(path, "xb")
         self._tar = tarfile.open(fileobj=self._file, mode=mode)  # type: ignore[call-overload]  # noqa: SIM115
 
     def add(self, name: str, data: bytes) -> None:
@@ -154,7 +156,7 @@ def create(path: Path) -> Iterator[Writer]:
     """Write a new archive; it gets its name when all of it is on disk, and nothing is left of one that failed.
 
     An empty folder that is there is filled, and stays when that fails: it may be one that cannot be replaced, such as
-    where a disk is mounted. While it lacks the manifest, it is no archive.
+    where a disk is mounted. While it lacks the manifest, it is no archive. Only its owner may read what is made.
 
     Raises:
         ArchiveError: There is something of this name already.

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import IO
 
 import orjson
+
+
+def open_private(path: Path, mode: str) -> IO[bytes]:
+    """Open a file that, when it is made by that, only its owner may read: what is written to it are memories."""
+    return open(path, mode, opener=_open_private)
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 class Report:
@@ -24,7 +34,7 @@ class Report:
     def add(self, table: str, row: bytes, problem: object) -> None:
         """Add a row as JSON, and what is the matter with it."""
         if self._file is None:
-            self._file = self.path.open("wb")
+            self._file = open_private(self.path, "wb")
         # The row goes in as it is: decoding could alter a number.
         head = orjson.dumps({"table": table, "problem": str(problem)})[:-1]
         self._file.write(head + b',"row":' + row + b"}\n")
