@@ -24,6 +24,9 @@ _PATIENCE = 0.5
 _ANALYZE_SHARE = 0.2
 _ANALYZE_LEAST = 500
 
+# What a standby says to every write.
+_READ_ONLY = "25006"
+
 # Seconds that the index of a partition may take to build: 1,000 to 4,000 vectors a second.
 _BUILD_TIME = 6 * 3600.0
 
@@ -138,11 +141,12 @@ class Indexer:
                 if idle or self._lost:
                     await self._restore_index()
             except ElizaSQLError as error:
-                # The next look tries again: soon where time may mend it, and not where the role may only read. Callers
-                # meet the same trouble themselves, as an error of their own call.
+                # The next look tries again: soon where time may mend it, and not where the role may only read, or the
+                # server, a standby, where the primary's indexer does the work. Callers meet the same trouble
+                # themselves, as an error of their own call.
                 logger.warning("indexing is interrupted: %s", error)
                 await asyncio.sleep(self._config.index_interval)
-                if error.retryable:
+                if error.retryable and error.sqlstate != _READ_ONLY:
                     self._wanted.set()
 
     def _grow_idle(self) -> None:
