@@ -510,6 +510,32 @@ async def test_an_index_that_holds_much_more_stays(
     assert (await stored(raw, db.agent_id))[2] == 0
 
 
+async def test_a_role_that_may_not_build_the_index_does_without_it(
+    make_db: MakeAdapter, db: DatabaseAdapter, raw: asyncpg.Connection[Any], dsn: str, small: None
+) -> None:
+    """Also where it is gone, as while the owner builds it anew."""
+    if "//elizasql@" not in dsn:
+        pytest.skip("the embedded server is not used")
+    admin = await asyncpg.connect(dsn.replace("//elizasql@", "//postgres@"))
+    try:
+        await admin.execute("CREATE ROLE loader LOGIN")
+        await admin.execute("GRANT USAGE ON SCHEMA elizasql TO loader")
+        await admin.execute("GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA elizasql TO loader")
+        app = await make_db(db.agent_id, dsn=dsn.replace("//elizasql@", "//loader@"))
+        before = await index_of(raw, db.agent_id)
+        assert (await app.load_memories(some(30), "messages", batch_size=10)).indexed == 30
+        assert await index_of(raw, db.agent_id) == before
+        assert await db._indexer.drop()
+        assert (await app.load_memories(some(30), "messages", batch_size=10)).indexed == 30
+        await db._indexer.build()
+        assert await stored(raw, db.agent_id) == (60, 60, 0)
+        await app.close()
+    finally:
+        await admin.execute("DROP OWNED BY loader")
+        await admin.execute("DROP ROLE loader")
+        await admin.close()
+
+
 async def test_an_index_that_comes_back_in_the_middle_is_used(
     make_db: MakeAdapter, db: DatabaseAdapter, raw: asyncpg.Connection[Any], small: None
 ) -> None:

@@ -29,7 +29,8 @@ from ._place import DataDir, Dsn, Json, Place
 # Seconds that one statement of an import may take, and the building of an index behind it.
 _PATIENCE = 3600.0
 
-# With so many new vectors, building the index anew is faster than adding them one by one.
+# With so many new vectors, building the index anew may be faster than adding them one by one: the server tells, which
+# knows what else is in the index, and whether this role may build it.
 _REBUILD = 5000
 
 # The end of a backup: the length of what makes the roles, in front of it, and the mark.
@@ -198,9 +199,8 @@ async def _index(db: DatabaseAdapter, advance: _out.Advance, *, rebuild: bool = 
         return 0
     name = f"index {db.agent_id}"
     advance(name, 0, waiting)
-    return await db.index_memories(
-        lambda done, total: advance(name, done, total), rebuild=rebuild or waiting >= _REBUILD
-    )
+    rebuild = rebuild or (waiting >= _REBUILD and await db._indexer.drop(waiting))
+    return await db.index_memories(lambda done, total: advance(name, done, total), rebuild=rebuild)
 
 
 def index_(
