@@ -27,6 +27,10 @@ _ANALYZE_LEAST = 500
 # What a standby says to every write.
 _READ_ONLY = "25006"
 
+# A partition without an index that grows less than this from one look to the next is not being loaded: one of 100,000
+# vectors by 33 a second.
+_LEFT_ALONE = 1.01
+
 # Seconds that the index of a partition may take to build: 1,000 to 4,000 vectors a second.
 _BUILD_TIME = 6 * 3600.0
 
@@ -43,7 +47,6 @@ class Indexer:
         self._agent_id = agent_id
         self._config = config
         self._wanted = asyncio.Event()
-        self._idle = False  # nobody has woken it for long
         self._task: asyncio.Task[None] | None = None
         self._moved = 0
         self._analyzed_at = 0
@@ -126,19 +129,24 @@ class Indexer:
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
+        pause = self._config.index_interval * 30
+        next_look = loop.time() + pause
         while True:
             # Not by wait_for: before Python 3.12 it swallows a cancellation that comes together with its result.
-            timer = loop.call_later(self._config.index_interval * 30, self._grow_idle)
+            timer = loop.call_at(next_look, self._wanted.set)
             try:
                 await self._wanted.wait()
             finally:
                 timer.cancel()
-            idle, self._idle = self._idle, False
             self._wanted.clear()
+            # By the clock, however often it is woken: an agent that always writes needs its index, too.
+            looks = loop.time() >= next_look
+            if looks:
+                next_look = loop.time() + pause
             try:
                 while await self._give_way() and await self._move_batch():
                     await self._analyze_when_it_pays()
-                if idle or self._lost:
+                if looks or self._lost:
                     await self._restore_index()
             except ElizaSQLError as error:
                 # The next look tries again: soon where time may mend it, and not where the role may only read, or the
@@ -149,18 +157,14 @@ class Indexer:
                 if error.retryable and error.sqlstate != _READ_ONLY:
                     self._wanted.set()
 
-    def _grow_idle(self) -> None:
-        self._idle = True
-        self._wanted.set()
-
     async def _restore_index(self) -> None:
         """Build the index that a load has dropped and not built: it failed, or its process was killed.
 
-        A load that is running must not be disturbed, and may be another process's: only a partition that has not grown
-        from one idle look to the next is taken for left alone.
+        A load that is running must not be disturbed, and may be another process's: only a partition that has hardly
+        grown from one look to the next is taken for left alone.
         """
         size = await self._executor.fetch_value(SQL["find_lost_index"], agent_id=self._agent_id)
-        if size is not None and (self._lost or size == self._lost_size):
+        if size is not None and (self._lost or (self._lost_size is not None and size <= self._lost_size * _LEFT_ALONE)):
             with within(_BUILD_TIME):
                 await self.build()
         self._lost, self._lost_size = False, size

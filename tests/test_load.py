@@ -594,6 +594,29 @@ async def test_after_a_load_that_was_cut_while_it_dropped_the_index_the_backgrou
         await asyncio.sleep(0.01)
 
 
+async def test_a_lost_index_comes_back_also_where_the_agent_always_writes(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any]
+) -> None:
+    db = await make_db(indexing="background", index_interval=0.01)
+    await raw.execute("SELECT elizasql.drop_index($1, NULL)", db.agent_id)
+
+    async def write() -> None:
+        while await index_of(raw, db.agent_id) is None:
+            db._indexer.wake()
+            await asyncio.sleep(0.01)
+
+    await asyncio.wait_for(write(), 30)
+
+
+async def test_a_partition_that_grows_fast_is_not_disturbed(db: DatabaseAdapter, raw: asyncpg.Connection[Any]) -> None:
+    await db.load_memories(some(600), "messages", build_index=False)
+    await raw.execute("SELECT elizasql.drop_index($1, NULL)", db.agent_id)
+    for count, built in ((0, False), (600, False), (1, True)):
+        await db.load_memories(some(count), "messages", build_index=False)
+        await db._indexer._restore_index()
+        assert (await index_of(raw, db.agent_id) is not None) is built
+
+
 async def test_after_a_load_that_failed_index_memories_builds_the_index(
     db: DatabaseAdapter, raw: asyncpg.Connection[Any], small: None
 ) -> None:
