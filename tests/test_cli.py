@@ -1315,6 +1315,8 @@ def test_import_of_bad_files(on_server: Run, tmp_path: Path, empty_database: str
     on_server("import", ".").fails(1, "no archive of elizasql, or not a complete one")
     on_server("import").fails(2, "either an archive or --from")
     on_server("import", "text", "--from", "postgres://h/d").fails(2, "either an archive or --from")
+    on_server("import", "text", "--report", "none/x").fails(2, "--report: none/x cannot be written")
+    on_server("import", "text", "--report", ".").fails(2, "--report: . cannot be written")
     on_server("export", "-").fails(2, "standard output")
     on_server("export", "out", "--agent", uuid4()).fails(1, "there is no agent")
     on_server("export", "/proc/nothing/out").fails(1, "/proc/nothing")

@@ -110,6 +110,8 @@ def import_(
         raise ArgumentError("give either an archive or --from")
     if path is not None and dimension is not None:
         raise ArgumentError("--dimension goes with --from: an archive holds vectors of one width for each agent")
+    if report is not None and (report.is_dir() or not os.access(report.parent, os.W_OK)):
+        raise ArgumentError(f"--report: {report} cannot be written")  # else it is found out by the first row to list
     place_of_report = report or Path(f"elizasql-import-{datetime.now():%Y%m%d-%H%M%S}.jsonl")  # noqa: DTZ005
     told = Report(place_of_report)
 
