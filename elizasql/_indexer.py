@@ -19,13 +19,20 @@ logger = logging.getLogger("elizasql")
 # The indexer gives way to callers: it begins a batch when none is running, or after this many seconds at the latest.
 _PATIENCE = 0.5
 
-# Intervals after which it looks without being woken, and for which it pauses at most after trouble.
+# Intervals from one look to the next, however often it is woken, and for which it pauses at most after trouble.
 _LONGEST = 30
 
 # Statistics are made anew when so many vectors have moved since the last time; a share of what is indexed, since the
 # planner's choice hangs on orders of magnitude.
 _ANALYZE_SHARE = 0.2
 _ANALYZE_LEAST = 500
+
+# What a standby says to every write.
+_READ_ONLY = "25006"
+
+# A partition without an index that grows less than this from one look to the next is not being loaded: one of 100,000
+# vectors by 33 a second.
+_LEFT_ALONE = 1.01
 
 # Seconds that the index of a partition may take to build: 1,000 to 4,000 vectors a second.
 _BUILD_TIME = 6 * 3600.0
@@ -35,6 +42,10 @@ class Indexer:
     """An asyncio task that looks at the agent's tail when it is woken, and now and then.
 
     Batches are small transactions with SKIP LOCKED, so that several processes may run one for the same agent.
+
+    Attributes:
+        failures: Of the background's looks, in a row.
+        error: What the last one met; None: it went well.
     """
 
     def __init__(self, executor: Executor, callers: Executor, agent_id: UUID, config: Config) -> None:
@@ -43,7 +54,6 @@ class Indexer:
         self._agent_id = agent_id
         self._config = config
         self._wanted = asyncio.Event()
-        self._idle = False  # nobody has woken it for long
         self._task: asyncio.Task[None] | None = None
         self._moved = 0
         self._analyzed_at = 0
@@ -51,6 +61,8 @@ class Indexer:
         # had when it was last seen without one, whoever had dropped it.
         self._lost = False
         self._lost_size: int | None = None
+        self.failures = 0
+        self.error: str | None = None
 
     def start(self) -> None:
         """Begin the task, when indexing is "background"."""
@@ -88,7 +100,7 @@ class Indexer:
         if await self._executor.fetch_value(SQL["find_lost_index"], agent_id=self._agent_id) is not None:
             done += await self.build()
         if done:
-            await self._executor.execute(SQL["refresh_statistics"], agent_id=self._agent_id)
+            await self._refresh_statistics()
         return done
 
     async def drop(self, coming: int | None = None) -> bool:
@@ -127,43 +139,46 @@ class Indexer:
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         pause = interval = self._config.index_interval
+        next_look = loop.time() + interval * _LONGEST
         while True:
             # Not by wait_for: before Python 3.12 it swallows a cancellation that comes together with its result.
-            timer = loop.call_later(interval * _LONGEST, self._grow_idle)
+            timer = loop.call_at(next_look, self._wanted.set)
             try:
                 await self._wanted.wait()
             finally:
                 timer.cancel()
-            idle, self._idle = self._idle, False
             self._wanted.clear()
+            # By the clock, however often it is woken: an agent that always writes needs its index, too.
+            looks = loop.time() >= next_look
+            if looks:
+                next_look = loop.time() + interval * _LONGEST
             try:
                 while await self._give_way() and await self._move_batch():
                     await self._analyze_when_it_pays()
-                if idle or self._lost:
+                if looks or self._lost:
                     await self._restore_index()
-                pause = interval
+                pause, self.failures, self.error = interval, 0, None
             except ElizaSQLError as error:
-                # The next look tries again: soon where time may mend it, and not where the role may only read. Callers
-                # meet the same trouble themselves, as an error of their own call. What lasts is looked at less and less
-                # often: a server that is down for an hour would fill the log, a line a second and agent.
-                logger.warning("indexing is interrupted: %s", error)
+                # The next look tries again: soon where time may mend it, and not where the role may only read, or the
+                # server, a standby, where the primary's indexer does the work. Callers meet the same trouble
+                # themselves, as an error of their own call; but not what ends the build of an index time and again,
+                # while their writes wait for it. So the pause grows; and a server that is down for an hour does not
+                # fill the log, a line a second and agent.
+                self.failures, self.error = self.failures + 1, f"{type(error).__name__}: {error}"
+                logger.warning("indexing is interrupted, and goes on in %.3g s: %s", pause, error)
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, interval * _LONGEST)
-                if error.retryable:
+                if error.retryable and error.sqlstate != _READ_ONLY:
                     self._wanted.set()
-
-    def _grow_idle(self) -> None:
-        self._idle = True
-        self._wanted.set()
 
     async def _restore_index(self) -> None:
         """Build the index that a load has dropped and not built: it failed, or its process was killed.
 
-        A load that is running must not be disturbed, and may be another process's: only a partition that has not grown
-        from one idle look to the next is taken for left alone.
+        A load that is running must not be disturbed, and may be another process's: only a partition that has hardly
+        grown from one look to the next is taken for left alone.
         """
         size = await self._executor.fetch_value(SQL["find_lost_index"], agent_id=self._agent_id)
-        if size is not None and (self._lost or size == self._lost_size):
+        if size is not None and (self._lost or (self._lost_size is not None and size <= self._lost_size * _LEFT_ALONE)):
             with within(_BUILD_TIME):
                 await self.build()
         self._lost, self._lost_size = False, size
@@ -187,15 +202,20 @@ class Indexer:
         Args:
             name: Of the statement.
             settle: The number matters: when an answer is lost, a second run would not count what the first has moved.
+                And what takes long may do so.
             **params: Of the statement, without the agent.
         """
         chunk = {"agent_id": self._agent_id, **params}
-        [row] = await self._executor.fetch_chunks(SQL[name], [chunk], settle=settle)
+        [row] = await self._executor.fetch_chunks(SQL[name], [chunk], settle=settle, unlimited=settle)
         moved: int = row[0]
         return moved
 
     async def _analyze_when_it_pays(self) -> None:
         since = self._moved - self._analyzed_at
         if since >= max(_ANALYZE_LEAST, self._analyzed_at * _ANALYZE_SHARE):
-            await self._executor.execute(SQL["refresh_statistics"], agent_id=self._agent_id)
+            await self._refresh_statistics()
             self._analyzed_at = self._moved
+
+    async def _refresh_statistics(self) -> None:
+        chunk = {"agent_id": self._agent_id}
+        await self._executor.fetch_chunks(SQL["refresh_statistics"], [chunk], unlimited=True)

@@ -172,16 +172,21 @@ CREATE FUNCTION elizasql.drop_index(given_agent uuid, coming bigint) RETURNS boo
     LANGUAGE plpgsql
     AS $$
 DECLARE
+    part text := 'elizasql.' || elizasql.partition_of(given_agent);
     index text;
     size real;
-    may boolean;
 BEGIN
-    SELECT format('elizasql.%s_dim_%s_hnsw', elizasql.partition_of(given_agent), embedding_dimension) INTO index
+    IF coming IS NOT NULL
+        AND NOT (SELECT pg_has_role(relowner, 'USAGE') FROM pg_class WHERE oid = to_regclass(part))
+    THEN
+        RETURN FALSE;
+    END IF;
+    SELECT format('%s_dim_%s_hnsw', part, embedding_dimension) INTO index
     FROM elizasql.agents WHERE id = given_agent;
-    SELECT reltuples, pg_has_role(relowner, 'USAGE') INTO size, may FROM pg_class WHERE oid = to_regclass(index);
+    SELECT reltuples INTO size FROM pg_class WHERE oid = to_regclass(index);
     IF size IS NULL THEN
         RETURN TRUE;
-    ELSIF coming IS NOT NULL AND (coming * 4 < size OR NOT may) THEN
+    ELSIF coming * 4 < size THEN
         RETURN FALSE;
     END IF;
     IF coming IS NOT NULL THEN

@@ -27,7 +27,7 @@ import pytest
 import elizasql
 from elizasql import DatabaseAdapter, Log, Task, _embedded
 from elizasql.__main__ import main
-from elizasql.cli import _keeper, doctor, look, queries
+from elizasql.cli import _keeper, data, doctor, look, queries
 from elizasql.cli import server as cli_server
 from elizasql.cli._destructive import find_destructive, split_migration
 from elizasql.errors import ElizaSQLError
@@ -1306,6 +1306,55 @@ def test_out_and_in_again(
     assert not list(tmp_path.glob("elizasql-import-*"))
 
 
+@pytest.mark.parametrize("owner", [True, False])
+def test_an_import_rebuilds_where_that_pays_and_it_may(
+    on_server: Run, searched: tuple[UUID, UUID], empty_database: str, monkeypatch: pytest.MonkeyPatch, owner: bool
+) -> None:
+    monkeypatch.setattr(data, "_REBUILD", 10)
+    agent, _ = searched
+    assert on_server("export", "out", "--agent", agent).code == 0
+    role = f"app_{uuid4().hex}"
+    assert on_server("migrate", "up", "--dsn", empty_database).code == 0
+
+    async def index() -> Any:
+        connection = await asyncpg.connect(empty_database)
+        found = await connection.fetchval(
+            "SELECT to_regclass('elizasql.' || elizasql.partition_of($1) || '_dim_384_hnsw')::oid", agent
+        )
+        await connection.close()
+        return found
+
+    before = asyncio.run(index())
+    asyncio.run(
+        as_admin(
+            empty_database,
+            f"CREATE ROLE {role} LOGIN",
+            f"GRANT USAGE ON SCHEMA elizasql TO {role}",
+            f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA elizasql TO {role}",
+        )
+    )
+    try:
+        address = empty_database if owner else empty_database.replace("//elizasql@", f"//{role}@")
+        said = on_server("import", "out", "--dsn", address)
+        assert said.code == 0, said
+        assert on_server("stats", "--dsn", empty_database, "--json").json["agents"][0]["tail"] == 0
+        assert (asyncio.run(index()) == before) is not owner
+        # What is in the index already is much more than what comes.
+        before = asyncio.run(index())
+        some = f"(SELECT memory_id FROM elizasql.embeddings WHERE agent_id = '{agent}' LIMIT 12)"
+        asyncio.run(
+            as_admin(
+                empty_database,
+                "ANALYZE",
+                f"UPDATE elizasql.embeddings SET indexed = FALSE WHERE memory_id IN {some}",
+            )
+        )
+        assert on_server("index", "--dsn", address, "--json").json[0]["moved"] == 12
+        assert asyncio.run(index()) == before
+    finally:
+        asyncio.run(as_admin(empty_database, f"DROP OWNED BY {role}", f"DROP ROLE {role}"))
+
+
 def test_import_of_bad_files(on_server: Run, tmp_path: Path, empty_database: str) -> None:
     (tmp_path / "text").write_text("hello")
     on_server("import", "text").fails(1, "no archive of elizasql")
@@ -1313,6 +1362,8 @@ def test_import_of_bad_files(on_server: Run, tmp_path: Path, empty_database: str
     on_server("import", ".").fails(1, "no archive of elizasql, or not a complete one")
     on_server("import").fails(2, "either an archive or --from")
     on_server("import", "text", "--from", "postgres://h/d").fails(2, "either an archive or --from")
+    on_server("import", "text", "--report", "none/x").fails(2, "--report: none/x cannot be written")
+    on_server("import", "text", "--report", ".").fails(2, "--report: . cannot be written")
     on_server("export", "-").fails(2, "standard output")
     on_server("export", "out", "--agent", uuid4()).fails(1, "there is no agent")
     on_server("export", "/proc/nothing/out").fails(1, "/proc/nothing")

@@ -19,6 +19,7 @@ from elizasql import (
     ElizaSQLError,
     Memory,
     PermissionDeniedError,
+    UnavailableError,
 )
 from elizasql.types import DIMENSIONS
 
@@ -256,7 +257,14 @@ async def test_trouble_is_logged_and_the_next_look_goes_on(
     assert "indexing is interrupted" in caplog.text
 
 
-@pytest.mark.parametrize(("trouble", "again"), [(ConnectionLostError("cut"), 1), (PermissionDeniedError("no"), 0)])
+@pytest.mark.parametrize(
+    ("trouble", "again"),
+    [
+        (ConnectionLostError("cut"), 1),
+        (PermissionDeniedError("no"), 0),
+        (UnavailableError("a standby", sqlstate="25006"), 0),
+    ],
+)
 async def test_what_time_does_not_mend_is_tried_again_at_the_next_look(
     make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch, trouble: ElizaSQLError, again: int
 ) -> None:

@@ -510,6 +510,32 @@ async def test_an_index_that_holds_much_more_stays(
     assert (await stored(raw, db.agent_id))[2] == 0
 
 
+async def test_a_role_that_may_not_build_the_index_does_without_it(
+    make_db: MakeAdapter, db: DatabaseAdapter, raw: asyncpg.Connection[Any], dsn: str, small: None
+) -> None:
+    """Also where it is gone, as while the owner builds it anew."""
+    if "//elizasql@" not in dsn:
+        pytest.skip("the embedded server is not used")
+    admin = await asyncpg.connect(dsn.replace("//elizasql@", "//postgres@"))
+    try:
+        await admin.execute("CREATE ROLE loader LOGIN")
+        await admin.execute("GRANT USAGE ON SCHEMA elizasql TO loader")
+        await admin.execute("GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA elizasql TO loader")
+        app = await make_db(db.agent_id, dsn=dsn.replace("//elizasql@", "//loader@"))
+        before = await index_of(raw, db.agent_id)
+        assert (await app.load_memories(some(30), "messages", batch_size=10)).indexed == 30
+        assert await index_of(raw, db.agent_id) == before
+        assert await db._indexer.drop()
+        assert (await app.load_memories(some(30), "messages", batch_size=10)).indexed == 30
+        await db._indexer.build()
+        assert await stored(raw, db.agent_id) == (60, 60, 0)
+        await app.close()
+    finally:
+        await admin.execute("DROP OWNED BY loader")
+        await admin.execute("DROP ROLE loader")
+        await admin.close()
+
+
 async def test_an_index_that_comes_back_in_the_middle_is_used(
     make_db: MakeAdapter, db: DatabaseAdapter, raw: asyncpg.Connection[Any], small: None
 ) -> None:
@@ -566,6 +592,29 @@ async def test_after_a_load_that_was_cut_while_it_dropped_the_index_the_backgrou
     assert db._indexer._lost
     while await index_of(raw, db.agent_id) is None:
         await asyncio.sleep(0.01)
+
+
+async def test_a_lost_index_comes_back_also_where_the_agent_always_writes(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any]
+) -> None:
+    db = await make_db(indexing="background", index_interval=0.01)
+    await raw.execute("SELECT elizasql.drop_index($1, NULL)", db.agent_id)
+
+    async def write() -> None:
+        while await index_of(raw, db.agent_id) is None:
+            db._indexer.wake()
+            await asyncio.sleep(0.01)
+
+    await asyncio.wait_for(write(), 30)
+
+
+async def test_a_partition_that_grows_fast_is_not_disturbed(db: DatabaseAdapter, raw: asyncpg.Connection[Any]) -> None:
+    await db.load_memories(some(600), "messages", build_index=False)
+    await raw.execute("SELECT elizasql.drop_index($1, NULL)", db.agent_id)
+    for count, built in ((0, False), (600, False), (1, True)):
+        await db.load_memories(some(count), "messages", build_index=False)
+        await db._indexer._restore_index()
+        assert (await index_of(raw, db.agent_id) is not None) is built
 
 
 async def test_after_a_load_that_failed_index_memories_builds_the_index(

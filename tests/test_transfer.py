@@ -741,6 +741,22 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
+def leave_out(path: Path, name: str) -> None:
+    """Let the manifest know nothing of some parts."""
+    rewrite(path, lambda m: m.update(parts=[part for part in m["parts"] if name not in part["name"]]))
+
+
+def rename(path: Path, table: str) -> None:
+    """Let the first part hold rows of another table."""
+
+    def change(manifest: dict[str, Any]) -> None:
+        part = manifest["parts"][0]
+        manifest["rows"][table] = manifest["rows"].pop(part["table"])
+        part["table"] = table
+
+    rewrite(path, change)
+
+
 def replace_part(made: Path, pattern: str, change: Callable[[bytes], bytes]) -> None:
     """Change a part, and what the manifest says of it, too."""
     path = part_of(made, pattern)
@@ -782,6 +798,15 @@ def swap(path: Path, target: str) -> None:
         (lambda path: (path / "manifest.json").write_text("[]"), "manifest.json is damaged"),
         (lambda path: rewrite(path, lambda m: m.update(format=2)), "format 2, this version knows 1"),
         (lambda path: rewrite(path, lambda m: m.update(format=0)), "manifest.json is damaged"),
+        (
+            lambda path: rewrite(path, lambda m: m.update(schema="29990101000001")),
+            "schema 29990101000001, this version",
+        ),
+        (lambda path: rewrite(path, lambda m: m.update(schema=None)), "manifest.json is damaged"),
+        (lambda path: leave_out(path, "memories-"), "manifest.json is damaged"),
+        (lambda path: leave_out(path, ".npy"), "manifest.json is damaged"),
+        (lambda path: leave_out(path, "/embeddings-00001.jsonl"), "manifest.json is damaged"),
+        (lambda path: rewrite(path, lambda m: m["parts"].append(m["parts"][0])), "manifest.json is damaged"),
         (lambda path: rewrite(path, lambda m: m.pop("agents")), "manifest.json is damaged"),
         (lambda path: rewrite(path, lambda m: m.pop("rows")), "manifest.json is damaged"),
         (lambda path: rewrite(path, lambda m: m.update(agents=["Ada"])), "manifest.json is damaged"),
@@ -795,7 +820,7 @@ def swap(path: Path, target: str) -> None:
         (lambda path: rewrite(path, lambda m: m["parts"][0].pop("rows")), "manifest.json is damaged"),
         (lambda path: rewrite(path, lambda m: m["parts"][0].update(name="../x.jsonl")), "has the name"),
         (lambda path: rewrite(path, lambda m: m["parts"][0].update(name="/etc/passwd")), "has the name"),
-        (lambda path: rewrite(path, lambda m: m["parts"][0].update(table="pg_authid")), "knows no table 'pg_authid'"),
+        (lambda path: rename(path, "pg_authid"), "knows no table 'pg_authid'"),
         (lambda path: give_away(path, "memories"), "memories-00001.jsonl is damaged: .* not its agent's"),
         (lambda path: give_away(path, "agents", "id"), "agents-00001.jsonl is damaged: .* not its agent's"),
         (lambda path: replace_part(path, "memories-*", lambda _: b"[]"), "memories-00001.jsonl cannot be read"),

@@ -29,7 +29,8 @@ from ._place import DataDir, Dsn, Json, Place
 # Seconds that one statement of an import may take, and the building of an index behind it.
 _PATIENCE = 3600.0
 
-# With so many new vectors, building the index anew is faster than adding them one by one.
+# With so many new vectors, building the index anew may be faster than adding them one by one: the server tells, which
+# knows what else is in the index, and whether this role may build it.
 _REBUILD = 5000
 
 # The end of a backup: the length of what makes the roles, in front of it, and the mark.
@@ -109,6 +110,8 @@ def import_(
         raise ArgumentError("give either an archive or --from")
     if path is not None and dimension is not None:
         raise ArgumentError("--dimension goes with --from: an archive holds vectors of one width for each agent")
+    if report is not None and (report.is_dir() or not os.access(report.parent, os.W_OK)):
+        raise ArgumentError(f"--report: {report} cannot be written")  # else it is found out by the first row to list
     place_of_report = report or Path(f"elizasql-import-{datetime.now():%Y%m%d-%H%M%S}.jsonl")  # noqa: DTZ005
     told = Report(place_of_report)
 
@@ -198,9 +201,8 @@ async def _index(db: DatabaseAdapter, advance: _out.Advance, *, rebuild: bool = 
         return 0
     name = f"index {db.agent_id}"
     advance(name, 0, waiting)
-    return await db.index_memories(
-        lambda done, total: advance(name, done, total), rebuild=rebuild or waiting >= _REBUILD
-    )
+    rebuild = rebuild or (waiting >= _REBUILD and await db._indexer.drop(waiting))
+    return await db.index_memories(lambda done, total: advance(name, done, total), rebuild=rebuild)
 
 
 def index_(

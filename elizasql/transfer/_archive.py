@@ -16,6 +16,7 @@ import shutil
 import tarfile
 import uuid
 import zlib
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +26,7 @@ from uuid import UUID
 
 import orjson
 
-from elizasql import _codecs
+from elizasql import _codecs, _migrate
 from elizasql.errors import ElizaSQLError, NotFoundError
 
 from ._report import open_private
@@ -197,7 +198,7 @@ class Archive:
         """Open it and read its manifest.
 
         Raises:
-            ArchiveError: It is none, or of a newer format.
+            ArchiveError: It is none, is not complete, or was made by a newer version.
             OSError: It is not there, or cannot be read.
         """
         self.path: Path = Path(path)
@@ -216,7 +217,7 @@ class Archive:
         try:
             self.manifest: dict[str, Any] = self._read_manifest()
             self.parts: list[Part] = [self._read_part(part) for part in self.manifest["parts"]]
-            if {part.agent_id for part in self.parts} - {None, *(agent["id"] for agent in self.manifest["agents"])}:
+            if not self._agrees():
                 raise ArchiveError(f"{path}: {MANIFEST} is damaged")
         except BaseException:
             self.close()
@@ -232,6 +233,12 @@ class Archive:
             if number > FORMAT:
                 raise ArchiveError(
                     f"{self.path} has format {number}, this version knows {FORMAT}: install a newer elizasql"
+                )
+            if manifest["schema"] > (known := _migrate.known_versions()[-1]):
+                # A column that a newer schema has would be left out of every row, and nobody told.
+                raise ArchiveError(
+                    f"{self.path} has rows of schema {manifest['schema']}, this version knows {known}: "
+                    "install a newer elizasql"
                 )
             if not (isinstance(manifest["parts"], list) and isinstance(manifest["rows"], dict)):
                 raise TypeError
@@ -255,6 +262,21 @@ class Archive:
         if not _NAME.fullmatch(part.name):
             raise ArchiveError(f"{self.path}: a part has the name {part.name!r:.80}")
         return part
+
+    def _agrees(self) -> bool:
+        """Tell whether the parts are those of the agents, and all that the manifest counts, ids beside vectors."""
+        rows: Counter[str] = Counter()
+        ids, vectors = set(), set()
+        for part in self.parts:
+            stem, _, kind = part.name.rpartition(".")
+            if kind == "npy":
+                vectors.add(stem)
+                continue
+            rows[part.table] += part.rows
+            if part.table == "embeddings":
+                ids.add(stem)
+        owners = {None, *(agent["id"] for agent in self.manifest["agents"])}
+        return {part.agent_id for part in self.parts} <= owners and ids == vectors and rows == self.manifest["rows"]
 
     def find_agents(self, agent_ids: Collection[UUID] | None = None) -> list[dict[str, Any]]:
         """Give what the manifest says of agents: id, name, dimension.

@@ -86,7 +86,6 @@ class _Export:
         self._advance = advance
         self._agents = agents
         self._rows: dict[str, int] = {}
-        self._written: set[tuple[str, bytes]] = set()
 
     async def run(self, chosen: list[UUID] | None) -> dict[str, Any]:
         for table in TABLES:

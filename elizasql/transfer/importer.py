@@ -86,10 +86,8 @@ async def _put_embeddings(db: DatabaseAdapter, archive: Archive, part: Part, sum
     """Import vectors: a part of ids and the matrix beside it."""
     lines = archive.read(part).splitlines()
     name = part.name.removesuffix(".jsonl") + ".npy"
-    beside = next((each for each in archive.parts if each.name == name), None)
+    beside = next(each for each in archive.parts if each.name == name)
     try:
-        if beside is None:
-            raise ValueError(f"{name} is missing")
         matrix = np.lib.format.read_array(io.BytesIO(archive.read(beside)), allow_pickle=False)
         ids = [_codecs.as_id(orjson.loads(line)["memory_id"]) for line in lines]
         if not ids or matrix.ndim != 2 or matrix.shape[0] != len(ids):
