@@ -188,6 +188,7 @@ LIMIT
 -- name: prune_logs(agent_id, before, age, kept_time, kept_id, batch_size)$
 -- Deletes the oldest logs that are before the time, or of the age, and before the oldest one to keep; gives how many.
 -- Locked rows are stepped over: two that prune take different ones, and fewer than a batch means that nothing is left.
+-- made_time: the time of the one to keep may be the last of the calendar, and must not become infinite on its way.
 -- Not repeatable: a second run finds nothing left to delete.
 WITH doomed AS MATERIALIZED (
     SELECT
@@ -198,8 +199,8 @@ WITH doomed AS MATERIALIZED (
         agent_id = :agent_id
         AND created_at < coalesce(:before::timestamptz, statement_timestamp() - :age::interval, 'infinity')
         AND (created_at, id) < (
-            coalesce(:kept_time::timestamptz, 'infinity'),
-            coalesce(:kept_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
+            CASE WHEN :kept_id::uuid IS NULL THEN 'infinity' ELSE elizasql.made_time(:kept_time, 'infinity') END,
+            coalesce(:kept_id, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
         )
     ORDER BY created_at, id
     LIMIT :batch_size::bigint

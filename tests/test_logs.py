@@ -449,6 +449,13 @@ async def test_prune_by_time_and_number(make_db: MakeAdapter, round_trips: list[
     assert await db.prune_logs(keep=0) == 10
 
 
+async def test_prune_keeps_what_stands_at_the_end_of_the_calendar(db: DatabaseAdapter, agent_world: Scene) -> None:
+    last = datetime.max.replace(tzinfo=timezone.utc)
+    made = await db.create_logs([log(agent_world, id=UUID(int=i), created_at=last) for i in (1, 2, 3)])
+    assert await db.prune_logs(keep=2) == 1
+    assert ids(await db.get_logs()) == made[:0:-1]
+
+
 async def test_prune_never_defaults_to_everything(db: DatabaseAdapter, round_trips: list[str]) -> None:
     with pytest.raises(ArgumentError, match="older_than, keep or both"):
         await db.prune_logs()
