@@ -25,7 +25,7 @@ from ._resident import Resident
 from ._shutdown import opened as _opened
 from ._statements import SQL
 from .agents import Agents
-from .cache import Cache
+from .cache import Cache, Unswept
 from .components import Components
 from .config import Config
 from .entities import Entities
@@ -93,6 +93,7 @@ class DatabaseAdapter(
         self._measured: dict[tuple[Any, ...], tuple[bool, str | None, float]] = {}
         # By type, too: 1 is no answer where True is asked for.
         self._asked = functools.lru_cache(maxsize=256, typed=True)(functools.partial(check_search, agent_id, config))
+        self._unswept = Unswept()
         self._resident = Resident(self._background, agent_id, config, address)
         self._listeners: set[Listener] = set()
         self._closing = asyncio.Lock()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import sha256
 from typing import Any, TypeAlias
@@ -12,7 +15,7 @@ import numpy as np
 from . import _codecs
 from ._statements import SQL
 from ._store import Store
-from .errors import ArgumentError
+from .errors import ArgumentError, ElizaSQLError
 from .models import MISSING, Missing
 from .types import JSON
 
@@ -24,12 +27,24 @@ _Entry: TypeAlias = "tuple[str, bytes, timedelta | None]"
 
 # Expired entries are swept along with every 16th entry that can expire, two for each that came: what has expired does
 # not pile up. Within every write it would cost 50 us of the server, more than the write itself. Not in a transaction,
-# which would hold the locks to its end.
+# which would hold the locks to its end: what came there is made up for outside, 500 entries with a call.
 _SWEEP_EVERY = 16
 _SWEEP_EACH = 2
+_MOST_MADE_UP = 500
 
 # Far within the server's calendar, which ends in the year 294276.
 _LONGEST_TTL = timedelta(days=365_000)
+
+
+@dataclass(slots=True)
+class Unswept:
+    """What an adapter and its transactions have written since the last sweep.
+
+    Attributes:
+        entries: Those that can expire.
+    """
+
+    entries: int = 0
 
 
 class Cache(Store):
@@ -38,8 +53,7 @@ class Cache(Store):
     Keys may be of any length. Values are what JSON can hold; JSON's null is a value, and other than a missing entry.
     """
 
-    # Entries that can expire and were set since the last sweep.
-    _expiring_entries = 0
+    _unswept: Unswept
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
@@ -87,8 +101,8 @@ class Cache(Store):
         setCache; differs: null can be stored, entries can expire, and a failure is an error.
         """
         row = _key(key), _encode(value), _as_ttl(ttl)
-        if self._sweep_due([row]):
-            await self._set_caches([row], sweep=True)
+        if swept := self._count_to_sweep([row[2]]):
+            await self._set_caches([row], swept=swept)
         else:
             await self._executor.execute(SQL["set_cache"], agent_id=self.agent_id, key=row[0], value=row[1], ttl=row[2])
         return True
@@ -111,10 +125,10 @@ class Cache(Store):
         """
         rows = _read_entries(entries, ttl)
         if rows:
-            await self._set_caches(rows, sweep=self._sweep_due(rows))
+            await self._set_caches(rows, swept=self._count_to_sweep([life for _, _, life in rows]))
         return True
 
-    async def _set_caches(self, rows: Sequence[_Entry], *, sweep: bool) -> None:
+    async def _set_caches(self, rows: Sequence[_Entry], *, swept: int) -> None:
         # In the order of the hashes over all chunks, so that two batches cannot wait for each other.
         in_order = sorted((_hash(row[0]), *row) for row in rows)
         chunks = [
@@ -124,19 +138,22 @@ class Cache(Store):
                 "keys": [key for _, key, _, _ in chunk],
                 "values": [value for _, _, value, _ in chunk],
                 "ttls": [life for *_, life in chunk],
-                "swept": _SWEEP_EACH * max(len(chunk), _SWEEP_EVERY) if sweep else 0,
+                "swept": math.ceil(swept * len(chunk) / len(in_order)),
             }
             for chunk in self._chunks(in_order)
         ]
         await self._executor.fetch_chunks(SQL["set_caches"], chunks)
 
-    def _sweep_due(self, rows: Sequence[_Entry]) -> bool:
-        """Count the entries that can expire, and tell whether enough of them came since the last sweep."""
-        self._expiring_entries += sum(life is not None for _, _, life in rows)
-        due = self._expiring_entries >= _SWEEP_EVERY and not self._executor.in_transaction
-        if due:
-            self._expiring_entries = 0
-        return due
+    def _count_to_sweep(self, lives: Sequence[timedelta | None]) -> int:
+        """Count the entries that can expire; give how many expired ones are to be swept with them, 0 after few."""
+        coming = sum(life is not None for life in lives)
+        unswept = self._unswept
+        unswept.entries += coming
+        if unswept.entries < _SWEEP_EVERY or self._executor.in_transaction:
+            return 0
+        made_up = min(unswept.entries, coming + _MOST_MADE_UP)
+        unswept.entries -= made_up
+        return _SWEEP_EACH * made_up
 
     async def compare_and_set_cache(
         self, key: str, expected: JSON | Missing, value: JSON, ttl: Ttl = None, *, timeout: float | None = None
@@ -156,20 +173,22 @@ class Cache(Store):
         Raises:
             As `set_cache`.
 
-        Statement: sql/cache.sql compare_and_set_cache, or set_missing_cache. One round trip. Source:
-        compareAndSetCache.
+        Statement: sql/cache.sql compare_and_set_cache, or set_missing_cache. One round trip; one more,
+        sweep_cache, when expired entries are to be swept. Source: compareAndSetCache.
         """
-        params = {"agent_id": self.agent_id, "value": _encode(value), "ttl": _as_ttl(ttl)}
+        life = _as_ttl(ttl)
+        params: dict[str, Any] = {"agent_id": self.agent_id, "value": _encode(value), "ttl": life}
         if isinstance(expected, Missing):
-            return bool(await self._executor.fetch_value(SQL["set_missing_cache"], key=_key(key), **params))
-        return bool(
-            await self._executor.fetch_value(
-                SQL["compare_and_set_cache"],
-                key_hash=_hash(key),
-                expected=_codecs.encode_json(expected, "expected"),
-                **params,
-            )
-        )
+            statement = SQL["set_missing_cache"]
+            params["key"] = _key(key)
+        else:
+            statement = SQL["compare_and_set_cache"]
+            params |= {"key_hash": _hash(key), "expected": _codecs.encode_json(expected, "expected")}
+        if swept := self._count_to_sweep([life]):
+            # Nobody has asked for it: whether the server answers, the call itself tells.
+            with suppress(ElizaSQLError):
+                await self._executor.fetch_value(SQL["sweep_cache"], agent_id=self.agent_id, count=swept)
+        return bool(await self._executor.fetch_value(statement, **params))
 
     # --- deleting ----------------------------------------------------------------------------------------------------
 
@@ -193,7 +212,8 @@ class Cache(Store):
     async def sweep_cache(self, limit: int | None = None, *, timeout: float | None = None) -> int:
         """Delete entries that have expired, the longest expired first, and give how many went.
 
-        Nobody needs to call it: setting entries that can expire sweeps, too.
+        Nobody needs to call it who sets entries that can expire outside transactions, too: that sweeps, also for those
+        that were set in transactions.
 
         Args:
             limit: At most so many; None: all.

@@ -3,18 +3,22 @@
 
 -- name: create_logs(agent_id, ids, entity_ids, room_ids, types, bodies, created_ats, positions, begins)!
 -- Logs without a time get the batch's, as many microseconds later as their position in the batch says: their order stays
--- the input's, also in one transaction. begins: this is the first chunk of the batch.
-INSERT INTO elizasql.logs (agent_id, id, entity_id, room_id, type, body, created_at)
-SELECT
-    :agent_id, id, entity_id, room_id, type, body,
-    elizasql.made_time(
-        created_at, (SELECT elizasql.batch_time(:begins)) + position * interval '1 microsecond'
-    )
-FROM
-    unnest(
+-- the input's, also in one transaction. begins: this is the first chunk of the batch, which keeps the batch's time for the
+-- others; MATERIALIZED: also where its own logs all have a time, and none of them asks for it.
+WITH given AS MATERIALIZED (
+    SELECT
+        *,
+        (SELECT elizasql.batch_time(:begins)) + position * interval '1 microsecond' AS made_at
+    FROM unnest(
         :ids::uuid[], :entity_ids::uuid[], :room_ids::uuid[], :types::text[], :bodies::jsonb[],
         :created_ats::timestamptz[], :positions::bigint[]
-    ) AS given (id, entity_id, room_id, type, body, created_at, position)
+    ) AS g (id, entity_id, room_id, type, body, created_at, position)
+)
+
+INSERT INTO elizasql.logs (agent_id, id, entity_id, room_id, type, body, created_at)
+SELECT
+    :agent_id, id, entity_id, room_id, type, body, elizasql.made_time(created_at, made_at)
+FROM given
 ORDER BY id
 ON CONFLICT (agent_id, id) DO NOTHING;
 
@@ -184,6 +188,7 @@ LIMIT
 -- name: prune_logs(agent_id, before, age, kept_time, kept_id, batch_size)$
 -- Deletes the oldest logs that are before the time, or of the age, and before the oldest one to keep; gives how many.
 -- Locked rows are stepped over: two that prune take different ones, and fewer than a batch means that nothing is left.
+-- made_time: the time of the one to keep may be the last of the calendar, and must not become infinite on its way.
 -- Not repeatable: a second run finds nothing left to delete.
 WITH doomed AS MATERIALIZED (
     SELECT
@@ -194,8 +199,8 @@ WITH doomed AS MATERIALIZED (
         agent_id = :agent_id
         AND created_at < coalesce(:before::timestamptz, statement_timestamp() - :age::interval, 'infinity')
         AND (created_at, id) < (
-            coalesce(:kept_time::timestamptz, 'infinity'),
-            coalesce(:kept_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
+            CASE WHEN :kept_id::uuid IS NULL THEN 'infinity' ELSE elizasql.made_time(:kept_time, 'infinity') END,
+            coalesce(:kept_id, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
         )
     ORDER BY created_at, id
     LIMIT :batch_size::bigint

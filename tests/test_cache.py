@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elizasql import MISSING, ArgumentError, DatabaseAdapter, ForeignKeyError, Missing
+from elizasql import MISSING, ArgumentError, DatabaseAdapter, ForeignKeyError, Missing, UnknownOutcomeError
 from elizasql import cache as cache_module
-from elizasql._statements import SQL
+from elizasql._statements import SQL, Statement
 
 from .conftest import MakeAdapter
 from .skew import Skew, load
@@ -428,6 +428,56 @@ async def test_a_transaction_does_not_sweep(db: DatabaseAdapter, raw: asyncpg.Co
         await tx.set_caches({f"live {i}": i for i in range(20)}, ttl=HOUR)
     assert {"old 1", "old 2"} <= set(await stored(raw, db))
     assert await db.sweep_cache() == 2
+
+
+async def test_what_was_set_in_transactions_is_made_up_for_outside(
+    db: DatabaseAdapter, raw: asyncpg.Connection[Any]
+) -> None:
+    old = [f"old {i}" for i in range(1100)]
+    async with db.transaction() as tx:
+        await tx.set_caches(dict.fromkeys(old, 1), ttl=HOUR)
+        async with tx.transaction() as inner:
+            await inner.set_cache("live", 0, HOUR)
+    await expire(raw, db, *old)
+    await db.set_cache("for ever", 1)
+    assert len(await stored(raw, db)) == 1102 - 1000, "little by little"
+    await db.set_cache("for ever", 2)
+    assert set(await stored(raw, db)) == {"for ever", "live"}
+
+
+async def test_compare_and_set_sweeps_too(
+    db: DatabaseAdapter, raw: asyncpg.Connection[Any], round_trips: list[str]
+) -> None:
+    old = [f"old {i}" for i in range(100)]
+    await db.set_caches(dict.fromkeys(old, 1))
+    await expire(raw, db, *old)
+    for i in range(15):
+        assert await db.compare_and_set_cache(f"seen {i}", MISSING, i, HOUR) is True
+    assert len(await stored(raw, db)) == 115
+    round_trips.clear()
+    assert await db.compare_and_set_cache("seen 14", 14, 15, HOUR) is True
+    assert len(round_trips) == 2
+    assert len(await stored(raw, db)) == 115 - 32
+    for i in range(100):
+        assert await db.compare_and_set_cache(f"seen {15 + i}", MISSING, i, HOUR) is True
+    assert not set(old) & set(await stored(raw, db))
+
+
+async def test_a_sweep_that_fails_does_not_fail_what_was_asked_for(
+    db: DatabaseAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch_value, failed = db._executor.fetch_value, []
+
+    async def fail_to_sweep(statement: Statement, **params: Any) -> Any:
+        if statement is SQL["sweep_cache"]:
+            failed.append(params)
+            raise UnknownOutcomeError("the connection was lost")
+        return await fetch_value(statement, **params)
+
+    monkeypatch.setattr(db._executor, "fetch_value", fail_to_sweep)
+    for i in range(16):
+        assert await db.compare_and_set_cache(f"seen {i}", MISSING, i, HOUR) is True
+    assert len(failed) == 1
 
 
 async def test_a_sweep_spares_what_the_same_statement_sets(db: DatabaseAdapter, raw: asyncpg.Connection[Any]) -> None:

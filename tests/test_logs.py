@@ -88,6 +88,20 @@ async def test_batch_of_several_chunks_keeps_its_order(make_db: MakeAdapter) -> 
     assert ids(await db.get_logs(count=100)) == made[::-1]
 
 
+async def test_batch_whose_first_chunk_has_all_its_times_gives_the_others_their_own(make_db: MakeAdapter) -> None:
+    db = await make_db(batch_size=2)
+    scene = await make_scene(db)
+    # Chunks go by ids: the two logs that bring a time make the first one.
+    timed = [log(scene, id=UUID(int=number), created_at=at(number)) for number in (1, 2)]
+    await db.create_logs([*timed, log(scene, id=UUID(int=3))])
+    async with db.transaction() as tx:
+        await tx.create_logs([log(scene, id=UUID(int=number)) for number in range(10, 20)])
+        timed = [log(scene, id=UUID(int=number), created_at=at(number)) for number in (4, 5)]
+        await tx.create_logs([*timed, log(scene, id=UUID(int=6))])
+    order = [found.id.int for found in await db.get_logs(count=100) if found.id is not None]
+    assert order == [6, *range(19, 9, -1), 3, 5, 4, 2, 1]
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -433,6 +447,13 @@ async def test_prune_by_time_and_number(make_db: MakeAdapter, round_trips: list[
     assert len(round_trips) == 4
     await fill()
     assert await db.prune_logs(keep=0) == 10
+
+
+async def test_prune_keeps_what_stands_at_the_end_of_the_calendar(db: DatabaseAdapter, agent_world: Scene) -> None:
+    last = datetime.max.replace(tzinfo=timezone.utc)
+    made = await db.create_logs([log(agent_world, id=UUID(int=i), created_at=last) for i in (1, 2, 3)])
+    assert await db.prune_logs(keep=2) == 1
+    assert ids(await db.get_logs()) == made[:0:-1]
 
 
 async def test_prune_never_defaults_to_everything(db: DatabaseAdapter, round_trips: list[str]) -> None:
