@@ -304,8 +304,8 @@ tr.ours td { background: #fdeeee; font-weight: 600; } .yes { color: #1b7f3b; fon
 
 def page(results: Results, drawn: Mapping[str, tuple[str, bytes]], before: Results | None) -> str:
     """Write the page, charts and all."""
-    report = Report(judged=results["setup"]["rows"] >= JUDGED)
-    tables.fill(report, results, before)
+    report = _told(results, before)
+    others = results.get("others", {"goals": [], "tables": []})
     setup = results["setup"]
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'><title>elizasql and its peers</title>",
@@ -317,7 +317,7 @@ def page(results: Results, drawn: Mapping[str, tuple[str, bytes]], before: Resul
         "as its documentation advises. They take turns in blocks, so ratios count and milliseconds depend on the "
         "machine. Recall is held to an exact search.</p>",
     ]
-    goals = [list(goal.values()) for goal in report.goals]
+    goals = [list(goal.values()) for goal in (*report.goals, *others["goals"])]
     if goals:
         parts += ["<h2>Goals</h2>", _table(["what", "measured", "goal", "met"], goals)]
     for caption, picture in drawn.values():
@@ -328,7 +328,7 @@ def page(results: Results, drawn: Mapping[str, tuple[str, bytes]], before: Resul
         )
     if not drawn:
         parts.append("<p class='note'>No charts: matplotlib is not installed (dependency group bench).</p>")
-    for table in report.tables:
+    for table in (*report.tables, *others["tables"]):
         parts += [f"<h2>{html.escape(table['title'])}</h2>", _table(table["header"], table["rows"])]
     facts = "".join(f"<li>{html.escape(name)}: {html.escape(str(value))}</li>" for name, value in setup.items())
     parts.append(f"<h2>The run</h2><ul class='note'>{facts}</ul></html>")
@@ -357,20 +357,36 @@ def _table(header: list[str], rows: list[list[Any]]) -> str:
         cells = []
         for cell in row:
             text = html.escape(str(cell))
-            verdict = {"yes": " class='yes'", "NO": " class='no'"}.get(str(cell), "")
+            verdict = {"yes": " class='yes'", "NO": " class='no'", "not measured": " class='no'"}.get(str(cell), "")
             cells.append(f"<td{verdict}>{text}</td>")
         body.append(f"<tr{kind}>{''.join(cells)}</tr>")
     return f"<div class='wide'><table><tr>{head}</tr>{''.join(body)}</table></div>"
 
 
-def write(path: Path, before: Results | None = None) -> Path:
+def _told(results: Results, before: Results | None) -> Report:
+    """Give what the peers' results say."""
+    report = Report(judged=results["setup"]["rows"] >= JUDGED)
+    tables.fill(report, results, before)
+    return report
+
+
+def write(path: Path, whole: Report | None = None) -> Path:
     """Write the page of a run, and its charts as PNG, beside its JSON.
 
     Args:
         path: Of the JSON.
-        before: The run to compare with.
+        whole: What all benchmarks of the run have told. What the others than the peers did is kept in the JSON.
     """
     results: Results = json.loads(path.read_text(encoding="utf-8"))
+    before = last_run(results, path)
+    if whole is not None:
+        told = _told(results, before)
+        titles, goals = {table["title"] for table in told.tables}, {goal["what"] for goal in told.goals}
+        results["others"] = {
+            "goals": [goal for goal in whole.goals if goal["what"] not in goals],
+            "tables": [table for table in whole.tables if table["title"] not in titles],
+        }
+        path.write_text(json.dumps(results, indent=1), encoding="utf-8")
     drawn = charts(results)
     for name, (_, picture) in drawn.items():
         path.with_name(f"{path.stem}-{name}.png").write_bytes(picture)
@@ -389,8 +405,7 @@ def main() -> None:
         path = found[-1]
     else:
         sys.exit(f"there is no run in {FOLDER}")
-    rows = json.loads(path.read_text(encoding="utf-8"))["setup"]["rows"]
-    print(write(path, last_run(rows, before=path)))
+    print(write(path))
 
 
 if __name__ == "__main__":

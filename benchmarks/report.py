@@ -178,9 +178,9 @@ class Report:
         """Add a table."""
         self.tables.append({"title": title, "header": list(header), "rows": [list(row) for row in rows]})
 
-    def goal(self, what: str, measured: str, goal: str, met: bool) -> None:
-        """Add a line to the summary. Small sizes are not judged."""
-        verdict = ("yes" if met else "NO") if self.judged else "not judged: small sizes"
+    def goal(self, what: str, measured: str, goal: str, met: bool | None) -> None:
+        """Add a line to the summary. Small sizes are not judged; `met` is None for what could not be measured."""
+        verdict = {True: "yes", False: "NO", None: "not measured"}[met] if self.judged else "not judged: small sizes"
         self.goals.append({"what": what, "measured": measured, "goal": goal, "met": verdict})
 
     def text(self) -> str:

@@ -37,9 +37,9 @@ from .driver import CACHE, OURS, RESIDENT, PeerError, Process, Server, Spec, Tas
 T = TypeVar("T")
 
 # The peers' ways to find more; pgvector's README has both settings.
-KNOBS = (Knob(100, "relaxed_order"), Knob(400, "relaxed_order"), Knob(40, "relaxed_order"), Knob(200, "relaxed_order"))
+KNOBS = tuple(Knob(ef_search, "relaxed_order") for ef_search in (100, 400, 40, 200))
 # Ours, for the curve alone.
-OUR_KNOBS = (Knob(40), Knob(200), Knob(60), Knob(400))
+OUR_KNOBS = tuple(Knob(ef_search) for ef_search in (40, 200, 60, 400))
 CALLERS = (1, 4, 16, 64)
 # Batches that a quick peer stores in a turn, at most.
 AT_ONCE = 4
@@ -73,7 +73,7 @@ class Sizes:
     batch: int
     batches: int
     work: int
-    knobs: int = 4
+    knobs: int = len(KNOBS)
     callers: tuple[int, ...] = CALLERS
     growth: tuple[int, ...] = ()
 
@@ -677,13 +677,25 @@ class Suite:
         self.path.write_text(json.dumps(self.results, indent=1), encoding="utf-8")
 
 
-def last_run(rows: int, before: Path | None = None) -> dict[str, Any] | None:
-    """Give the results of the last run with so many rows, if there was one; `before`: only of older ones."""
-    found = sorted(path for path in CACHE.glob(f"peers-*-{rows}.json") if before is None or path.name < before.name)
-    if not found:
-        return None
-    results: dict[str, Any] = json.loads(found[-1].read_text(encoding="utf-8"))
-    return results
+def last_run(results: dict[str, Any], path: Path) -> dict[str, Any] | None:
+    """Give the run to which one is held: the last before it with as many rows of the same kind, if there was one.
+
+    A run that was broken off, or asked a few chosen peers, does not stand in the way of an older one that measured
+    more of what this one did.
+
+    Args:
+        results: Of the one.
+        path: Where they are kept, or will be.
+    """
+    best, most = None, 0
+    for other in sorted(path.parent.glob(f"peers-*-{results['setup']['rows']}.json"), reverse=True):
+        if other.name < path.name:
+            before: dict[str, Any] = json.loads(other.read_text(encoding="utf-8"))
+            measured = [{name for name, kept in each["peers"].items() if "equal" in kept} for each in (results, before)]
+            both = len(measured[0] & measured[1])
+            if before["setup"].get("source") == results["setup"].get("source") and both > most:
+                best, most = before, both
+    return best
 
 
 def _place(dsn: str) -> Place:
