@@ -71,11 +71,12 @@ def _recall(
     """Give the mean recall@10 of what was found, among all vectors or those that were kept; too few are an error."""
     among = np.arange(len(agent.vectors)) if kept is None else kept
     place = {int(row): number for number, row in enumerate(among)}
+    exact = data.Exact(agent.vectors[among])
     recalls = []
     for number, hits in found.items():
         positions = [place[agent.positions[hit.id]] for hit in hits if hit.id is not None]
         assert len(set(positions)) == min(10, len(among)), "fewer rows than match"
-        recalls.append(data.recall(agent.vectors[among], queries[number % len(queries)], positions, 10))
+        recalls.append(exact.recall(queries[number % len(queries)], positions))
     return float(np.mean(recalls))
 
 

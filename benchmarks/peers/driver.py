@@ -12,7 +12,8 @@ import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -158,7 +159,7 @@ PEERS = (
         "vecs",
         "on_vecs:OnVecs",
         ("vecs==0.4.5", "numpy"),
-        how="create_index(hnsw, cosine), metadata key for the agent",
+        how="create_index(hnsw, cosine), metadata key for the agent; the pool of its client, which takes none: 5 to 15",
     ),
     Spec(
         "elizaos",
@@ -375,6 +376,7 @@ class Task:
         loaded: So many rows are stored at the beginning; the others are there to be inserted later.
         vectors, queries: float32[n, width].
         agents: int32[n], whose a row is.
+        members: The rows of each agent that are loaded.
     """
 
     folder: Path
@@ -383,7 +385,11 @@ class Task:
     vectors: data.Floats
     queries: data.Floats
     agents: Any
-    members: dict[int, Any] = field(default_factory=dict)
+    members: dict[int, Any]
+
+    @cached_property
+    def _exact(self) -> dict[int, data.Exact]:
+        return {agent: data.Exact(self.vectors[mine]) for agent, mine in self.members.items()}
 
     @property
     def width(self) -> int:
@@ -395,7 +401,7 @@ class Task:
         mine = self.members[agent]
         place = np.searchsorted(mine, found)
         known = {int(p) for p, row in zip(place, found, strict=True) if p < len(mine) and mine[p] == row}
-        return data.recall(self.vectors[mine], self.queries[query], sorted(known), 10)
+        return self._exact[agent].recall(self.queries[query], sorted(known))
 
 
 def make_task(folder: Path, loaded: int, extra: int, agents: int, queries: int) -> Task:

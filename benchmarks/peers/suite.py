@@ -124,10 +124,13 @@ class Suite:
             "peers": {},
             "limits": {},
             "growth": [],
+            "progress": [],
         }
 
     def _tell(self, text: str) -> None:
-        self._say(f"[{perf_counter() - self._begun:6.1f} s] {text}")
+        now = perf_counter() - self._begun
+        self.results["progress"].append([round(now, 1), text])
+        self._say(f"[{now:6.1f} s] {text}")
 
     # --- beginning and end -------------------------------------------------------------------------------------------
 
@@ -641,6 +644,7 @@ class Suite:
         block, rounds = self.sizes.block, max(2, self.sizes.rounds // 2)
         seconds: dict[str, list[float]] = {spec.name: [] for spec in grown}
         recalls: dict[str, list[float]] = {spec.name: [] for spec in grown}
+        exact = data.Exact(task.vectors[:size])
 
         def turn(spec: Spec, number: int) -> None:
             count = max(2, block // 4) if spec.exact else block
@@ -649,7 +653,7 @@ class Suite:
             answer = self.processes[spec.name].ask("search", asked=asked, warmup=2)
             seconds[spec.name] += answer["seconds"]
             for query, found in zip(queries, answer["found"], strict=True):
-                recalls[spec.name].append(data.recall(task.vectors[:size], task.queries[query], sorted(set(found)), 10))
+                recalls[spec.name].append(exact.recall(task.queries[query], sorted(set(found))))
 
         self.turns(grown, rounds, turn)
         for spec in grown:

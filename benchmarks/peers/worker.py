@@ -21,7 +21,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .base import Knob, Peer, Place, Rows, row_of
+from .base import POOL, Knob, Peer, Place, Rows, row_of
 
 T = TypeVar("T")
 
@@ -100,12 +100,12 @@ class Worker:
     def mixed(self, asked: list[tuple[int, int]], rows: list[int], callers: int) -> dict[str, Any]:
         """Search and store with several callers at once, each with its share of the work, in random order.
 
-        Before the clock starts each caller searches a few times, so that the connections are there.
+        Before the clock starts they search a few times for each connection, so that these are there.
         """
         work: list[tuple[bool, tuple[Any, ...]]] = [
             (True, (self.peer.question(query), agent)) for query, agent in asked
         ]
-        before = [work[number % len(work)] for number in range(callers * 4)]
+        before = [work[number % len(work)] for number in range(min(callers, POOL) * 4)]
         work += [(False, (self.peer.prepare(row),)) for row in rows]
         random.Random(1).shuffle(work)
         gc.collect()
