@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from benchmarks import charts
 from benchmarks.peers import driver, tables
@@ -159,3 +160,14 @@ def test_what_the_background_does_later_is_added_to_what_the_caller_waits_for() 
     assert row["over ours"] == "3.0"
     assert row["batch rows/s"] == "333"
     assert row["ours over it"] == "3.0"
+
+
+def test_the_charts_can_be_drawn_of_a_run_that_was_broken_off() -> None:
+    pytest.importorskip("matplotlib")
+    given = results(100_000)
+    assert {"recall", "equal"} == set(charts.charts(given))
+    given["peers"]["elizasql"] |= {"insert_one": [0.001, 0.002], "insert_many": [1000.0], "indexing": 500.0}
+    given["peers"]["peer"] |= {"insert_one": [0.003], "concurrency": {"1": [{"rate": 10.0}]}}
+    assert {"recall", "equal", "writes", "concurrency"} == set(charts.charts(given))
+    del given["peers"]["elizasql"]["equal"]
+    assert "equal" not in charts.charts(given)
