@@ -59,6 +59,7 @@ def keep(suite: Suite) -> Iterator[None]:
 def test_search(suite: Suite) -> None:
     suite.search_points()
     suite.settle()
+    suite.rooms()
     ours = suite.results["peers"][OURS.name]
     assert all(point["short"] == 0 for point in ours["points"]), "fewer rows than match"
     for name, kept in suite.results["peers"].items():

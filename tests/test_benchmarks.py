@@ -171,3 +171,28 @@ def test_the_charts_can_be_drawn_of_a_run_that_was_broken_off() -> None:
     assert {"recall", "equal", "writes", "concurrency"} == set(charts.charts(given))
     del given["peers"]["elizasql"]["equal"]
     assert "equal" not in charts.charts(given)
+
+
+def test_a_room_is_compared_with_what_is_in_it(tmp_path: Path) -> None:
+    task = driver.make_task(tmp_path, 400, 20, 2, 5)
+    mine = task.roommates[1]
+    assert len(mine) == 20
+    assert set(mine) < set(task.members[1])
+    assert [int(each) for each in np.fromfile(tmp_path / "rooms.i32", np.int32)[[*mine, 400, 419]]] == [1] * 20 + [0, 0]
+    elsewhere = [int(row) for row in task.members[1] if row not in mine]
+    best = mine[np.argsort(-(task.vectors[mine] @ task.queries[0]), kind="stable")]
+    assert task.recall(0, 1, [int(row) for row in best[:9]] + elsewhere[:1], room=True) == pytest.approx(0.9)
+
+
+def test_a_room_is_held_to_the_original() -> None:
+    given = results(100_000)
+    given["setup"]["room"] = 1000
+    room = {"seconds": [0.001], "medians": [0.001], "recalls": [1.0]}
+    given["peers"]["elizasql-resident"] = given["peers"]["elizasql"] | {"title": "resident", "room": room}
+    given["peers"]["elizaos"] = given["peers"]["peer"] | {"room": room | {"seconds": [0.0105]}}
+    goals = {what: (measured, met) for what, measured, _, met in tables.goals(given)}
+    assert goals["search in a room of 1,000, resident, against the original"] == ("10.5 x", True)
+    report = Report()
+    tables.fill(report, given, None)
+    (rooms,) = [table for table in report.tables if "in a room of 1,000" in table["title"]]
+    assert [row[:3] for row in rooms["rows"]] == [["A peer", "1.000", "10.50"], ["resident", "1.000", "1.00"]][::-1]

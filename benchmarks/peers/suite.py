@@ -381,6 +381,24 @@ class Suite:
             self.results["peers"][spec.name]["memory"] = self.processes[spec.name].memory
         return equal
 
+    def rooms(self) -> None:
+        """Search in a room with a tenth of an agent's memories: ours and the original, which know rooms."""
+        self._tell("search in a room")
+        specs = [spec for spec in self.alive() if spec.name in (OURS.name, RESIDENT.name, "elizaos")]
+        agents, block = self.sizes.agents, self.sizes.block
+
+        def turn(spec: Spec, number: int) -> None:
+            asked = [((number * block + n) % len(self.task.queries), n % agents) for n in range(-agents, block)]
+            answer = self.processes[spec.name].ask("search", asked=asked, warmup=agents, room=True)
+            kept = self.results["peers"][spec.name].setdefault("room", {"seconds": [], "medians": [], "recalls": []})
+            kept["seconds"] += answer["seconds"]
+            kept["medians"].append(statistics.median(answer["seconds"]))
+            for (query, agent), found in zip(asked[agents:], answer["found"], strict=True):
+                kept["recalls"].append(self.task.recall(query, agent, found, room=True))
+
+        self.turns(specs, self.sizes.rounds, turn)
+        self.results["setup"]["room"] = len(self.task.roommates[0])
+
     def _work(self, spec: Spec) -> int:
         """Give the calls of a mixed run: those that take one and a half seconds one by one, `work` at most."""
         alone = self.results["peers"][spec.name]["equal"]["p50"]

@@ -31,6 +31,10 @@ def fill(report: Report, results: Results, before: Results | None) -> None:
         f"environment and database on one server, shared_buffers {setup.get('shared_buffers', 'as given')}"
     )
     report.table("Peers: search, top 10 of one agent", _SEARCH, _search(peers))
+    rows = _rooms(peers)
+    if rows:
+        header = ["peer", "recall", "p50 ms", "p95 ms", "blocks' p50, quartiles", "over ours"]
+        report.table(f"Peers: search in a room of {setup['room']:,}, a tenth of its agent's", header, rows)
     report.table("Peers: writes, everything indexed; mixed: 8 callers, 4 searches to 1 insert", _WRITES, _writes(peers))
     report.table("Peers: searches a second, callers at once", ["peer", *map(str, CALLERS)], _concurrency(peers))
     rows = _limits(results)
@@ -94,6 +98,20 @@ def _search(peers: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _rooms(peers: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    ours = _room(peers, OURS)
+    for name, kept in peers.items():
+        mine = _room(peers, name)
+        if mine:
+            room = kept["room"]
+            quartiles = [percentile(room["medians"], share) for share in (0.25, 0.75)]
+            row = [kept["title"], f"{statistics.mean(room['recalls']):.3f}", milli(mine)]
+            row += [milli(percentile(room["seconds"], 0.95)), "-".join(map(milli, quartiles))]
+            rows.append([*row, f"{mine / ours:.2f}" if ours else ""])
+    return rows
+
+
 _WRITES = [
     *(
         "peer",
@@ -140,7 +158,10 @@ def _writes(peers: dict[str, Any]) -> list[list[str]]:
     both, rate = with_index(peers)
     if single and batch and both and rate:
         row = [AS_IF, "", "", milli(both), "", f"{both / single:.1f}", f"{rate:,.0f}", f"{batch / rate:.1f}"]
-        rows.append([*row, "", "", ""])
+        mixed = peers[OURS].get("mixed")
+        # One call of five is an insert.
+        calls = 1 / (1 / max(each["rate"] for each in mixed) + 0.2 / indexing) if mixed else None
+        rows.append([*row, f"{calls:,.0f}" if calls else "", "", ""])
     return rows
 
 
@@ -265,6 +286,9 @@ def goals(results: Results) -> list[tuple[str, str, str, bool | None]]:
         else:
             missing(what, f"≥ {wanted:.4g}")
         faster(f"search, {ours}, against the original on the same server", mine, _at(peers, "elizaos"), least)
+        room = f"search in a room of {results['setup'].get('room', 0):,}, {ours}, against the original"
+        if name == RESIDENT:
+            faster(room, _room(peers, name), _room(peers, "elizaos"), 10)
         faster(f"search, {ours}, against the fastest Python peer at that recall ({title})", mine, best, 3)
         faster(f"search, {ours}, against the fastest above a bare driver ({above})", mine, best_above, 3)
     for what, ratios, goal, least, most in (
@@ -346,6 +370,12 @@ def _at(peers: dict[str, Any], name: str) -> float | None:
     """Give a peer's median search at equal recall."""
     equal = peers.get(name, {}).get("equal")
     return equal["p50"] if equal else None
+
+
+def _room(peers: dict[str, Any], name: str) -> float | None:
+    """Give a peer's median search in a room."""
+    room = peers.get(name, {}).get("room")
+    return statistics.median(room["seconds"]) if room else None
 
 
 def insert(peers: dict[str, Any], name: str) -> float | None:

@@ -77,10 +77,10 @@ class Worker:
         self._call(self.peer.catch_up)
         return {"seconds": time.perf_counter() - begun}
 
-    def search(self, asked: list[tuple[int, int]], warmup: int) -> dict[str, Any]:
+    def search(self, asked: list[tuple[int, int]], warmup: int, room: bool = False) -> dict[str, Any]:
         """Search one after the other: [query, agent] each; the first `warmup` ones are not counted."""
         ready = [(self.peer.question(query), agent) for query, agent in asked]
-        seconds, answers = self._timed(self.peer.search, ready)
+        seconds, answers = self._timed(self.peer.search_room if room else self.peer.search, ready)
         found = [[row_of(id) for id in self.peer.found(answer)] for answer in answers]
         return {"seconds": seconds[warmup:], "found": found[warmup:]}
 
