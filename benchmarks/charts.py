@@ -343,7 +343,7 @@ def page(results: Results, drawn: Mapping[str, tuple[str, bytes]], before: Resul
     ]
     goals = [list(goal.values()) for goal in (*report.goals, *others["goals"])]
     if goals:
-        parts += ["<h2>Goals</h2>", _table(["what", "measured", "goal", "met"], goals)]
+        parts += ["<h2>Goals</h2>", _table(list(report.goals[0]), goals)]
     for caption, picture in drawn.values():
         encoded = base64.b64encode(picture).decode()
         text = html.escape(caption)

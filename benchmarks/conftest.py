@@ -24,7 +24,7 @@ import pytest
 
 import elizasql
 from benchmarks import data
-from benchmarks.report import JUDGED, Report, machine
+from benchmarks.report import JUDGED, Report, machine, measured_before
 from elizasql import Config, DatabaseAdapter, Entity, Memory, Room, World, _codecs, _embedded, _pool
 from elizasql._executor import Executor
 from elizasql._statements import Statement
@@ -93,7 +93,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 def report(pytestconfig: pytest.Config) -> Report:
     """Give the place for what a benchmark has found."""
     report = pytestconfig.stash[_REPORT]
-    report.setup |= machine()
+    report.setup |= machine() | {"memories": f"{ROWS:,}"}
+    report.before = measured_before(report.setup["memories"])
     return report
 
 

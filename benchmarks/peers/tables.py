@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.report import Report, percentile
+from benchmarks.report import Report, named, percentile
 
 from .suite import CALLERS
 
@@ -52,6 +52,7 @@ def fill(report: Report, results: Results, before: Results | None) -> None:
         rows = _change(results, before)
         header = ["peer", "search ms", "last run", "over ours", "last run", "insert ms", "last run"]
         report.table(f"Against the last run, {before['setup']['date']}", header, rows)
+        report.before |= {named(what): measured for what, measured, _, met in goals(before) if met is not None}
     for goal in goals(results):
         report.goal(*goal)
 
