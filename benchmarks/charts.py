@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.peers import tables
 from benchmarks.peers.suite import CALLERS, last_run
-from benchmarks.report import FOLDER, JUDGED, Report, percentile
+from benchmarks.report import FOLDER, JUDGED, Report, keep, percentile
 
 Results = dict[str, Any]
 
@@ -410,7 +410,7 @@ def write(path: Path, whole: Report | None = None) -> Path:
             "goals": [goal for goal in whole.goals if goal["what"] not in goals],
             "tables": [table for table in whole.tables if table["title"] not in titles],
         }
-        path.write_text(json.dumps(results, indent=1), encoding="utf-8")
+        keep(path, results)
     drawn = charts(results)
     for name, (_, picture) in drawn.items():
         path.with_name(f"{path.stem}-{name}.png").write_bytes(picture)

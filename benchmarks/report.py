@@ -207,8 +207,15 @@ class Report:
         path = FOLDER / f"summary-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}.json"
         kept = asdict(self)
         del kept["before"]
-        path.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+        keep(path, kept)
         return path
+
+
+def keep(path: Path, results: Mapping[str, Any]) -> None:
+    """Write results as JSON, whole or not at all: later runs read what is there."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    part.replace(path)
 
 
 def measured_before(memories: str, folder: Path = FOLDER) -> dict[str, str]:

@@ -226,8 +226,8 @@ def test_while_others_write(benchmark: Any, run: Run, dsn: str, vectors: data.Da
                 await task
                 taken[what] = _recall(agent, part.queries, found), times
 
-            for _ in range(sized(50, 1)):
-                await search(0)
+            for number in range(sized(50, 1)):
+                await search(-number)
             await beside("idle", asyncio.sleep(0), sized(500, 3))
             for where in ("another partition", "the same partition"):
                 other = await _partner(connection, agent.db.agent_id, same=where == "the same partition")

@@ -27,7 +27,7 @@ import numpy as np
 
 import elizasql
 from benchmarks import data
-from benchmarks.report import machine, percentile
+from benchmarks.report import keep, machine, percentile
 from elizasql import Config, _embedded, _pool
 
 from . import driver
@@ -696,7 +696,7 @@ class Suite:
         CACHE.mkdir(exist_ok=True)
         self.results["setup"]["load at the end"] = _load()
         self.results["setup"]["seconds"] = round(perf_counter() - self._begun)
-        self.path.write_text(json.dumps(self.results, indent=1), encoding="utf-8")
+        keep(self.path, self.results)
 
 
 def last_run(results: dict[str, Any], path: Path) -> dict[str, Any] | None:
