@@ -66,7 +66,7 @@ $(VENV)/installed-bench: $(VENV)/installed-dev
 	@touch $@
 
 bench: $(VENV)/installed-bench ## the benchmarks: 100,000 memories, tables of figures, a page with charts
-	$(BIN)/pytest benchmarks --benchmark-enable -q -s --timeout 3600
+	$(BIN)/pytest benchmarks --benchmark-enable -q -s --timeout 3600 --durations 20
 
 bench-quick: $(VENV)/installed-bench ## the peers on 5,000 memories
 	ELIZASQL_BENCH_ROWS=5000 $(BIN)/pytest benchmarks/test_peers.py --benchmark-enable -q -s --timeout 3600

@@ -18,12 +18,13 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.peers import tables
 from benchmarks.peers.suite import CALLERS, last_run
-from benchmarks.report import FOLDER, JUDGED, Report
+from benchmarks.report import FOLDER, JUDGED, Report, keep, percentile
 
 Results = dict[str, Any]
 
@@ -70,8 +71,15 @@ def charts(results: Results) -> dict[str, tuple[str, bytes]]:
             "turns its knob. Up and left is better.",
             _recall,
         ),
-        "equal": ("Search at our recall, one caller. Hatched: does not reach it.", _equal),
-        "writes": ("Writes into a database that has everything indexed.", _writes),
+        "equal": (
+            "Search at our recall, one caller: median, and quartiles of the blocks' medians. A ring does not reach it.",
+            _equal,
+        ),
+        "writes": (
+            "Writes into a database that has everything indexed: median, and quartiles (of batches, all). elizasql "
+            "leaves the index to the background; the ring is what it would be if the caller waited for that, too.",
+            _writes,
+        ),
         "concurrency": ("Searches a second with callers at once, client and server on one machine.", _concurrency),
         "growth": ("One agent that remembers more and more.", _growth),
     }
@@ -143,68 +151,84 @@ def _recall(results: Results) -> Any:
     return figure
 
 
-def _bars(
-    axes: Any,
-    results: Results,
-    values: Mapping[str, float | None],
-    text: Callable[[float], str],
-    title: str,
-    *,
-    log: bool,
-) -> None:
-    """Draw horizontal bars, the best on top: the smallest where `text` writes times, else the largest."""
-    known = {name: value for name, value in values.items() if value}
+def _dots(axes: Any, rows: list[_Row], text: Callable[[float], str], title: str, *, least_on_top: bool) -> None:
+    """Draw a line for each, the best on top: a dot, a ring for what is to be set apart, and how far it spreads.
+
+    On a logarithmic axis, which has no zero, so that a bar's length would say nothing.
+    """
     # From the bottom to the top, so the best comes last.
-    order = sorted(known, key=lambda name: known[name], reverse=title.endswith("ms"))
-    peers, colours = results["peers"], _colours(results)
-    bars = axes.barh(
-        [peers[name]["title"] for name in order],
-        [known[name] for name in order],
-        color=[colours[name] for name in order],
-    )
-    axes.bar_label(bars, labels=[text(known[name]) for name in order], padding=4, fontsize=9)
-    if log:
-        axes.set_xscale("log")
-        _plain(axes.xaxis)
-    axes.margins(x=0.18)
-    axes.grid(axis="y", visible=False)
-    for label, name in zip(axes.get_yticklabels(), order, strict=True):
-        label.set_fontweight("bold" if name in _OURS else "normal")
+    rows = sorted(rows, key=lambda row: row.value, reverse=least_on_top)
+    for height, row in enumerate(rows):
+        axes.plot(row.spread, [height, height], color=row.colour, linewidth=2.5, alpha=0.5, solid_capstyle="butt")
+        fill = "none" if row.ring else "full"
+        axes.plot([row.value], [height], marker="o", markersize=8, color=row.colour, fillstyle=fill, markeredgewidth=2)
+        axes.annotate(
+            text(row.value),
+            (max(row.spread), height),
+            textcoords="offset points",
+            xytext=(9, 0),
+            verticalalignment="center",
+            fontsize=9,
+        )
+    axes.set_yticks(range(len(rows)), [row.title for row in rows])
+    axes.set_xscale("log")
+    _plain(axes.xaxis)
+    axes.margins(x=0.25, y=0.04)
+    for label, row in zip(axes.get_yticklabels(), rows, strict=True):
+        label.set_fontweight("bold" if row.title.startswith("elizasql") else "normal")
     axes.set_title(title)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A line of a chart: what it is called, what was measured, and between which values."""
+
+    title: str
+    colour: str
+    value: float
+    spread: tuple[float, float]
+    ring: bool = False
 
 
 def _equal(results: Results) -> Any:
     searched = {name: kept for name, kept in _searched(results).items() if "equal" in kept}
-    if not searched:
+    if "elizasql" not in searched:
         return None
     figure, axes = _figure(9, 0.6 + 0.38 * len(searched))
-    ours = searched["elizasql"]["equal"]["p50"]
-    values = {name: kept["equal"]["p50"] * 1e3 for name, kept in searched.items()}
-    _bars(
+    ours, colours = searched["elizasql"]["equal"]["p50"], _colours(results)
+    rows = []
+    for name, kept in searched.items():
+        low, high = (each * 1e3 for each in kept["equal"]["spread"])
+        ring = not kept["equal"].get("enough", True)
+        rows.append(_Row(kept["title"], colours[name], kept["equal"]["p50"] * 1e3, (low, high), ring))
+    _dots(
         axes,
-        results,
-        values,
+        rows,
         lambda value: f"{value:,.2f}  ({value / ours / 1e3:.2g} x)",
-        "Search at equal recall, p50 ms",
-        log=True,
+        "Search at equal recall, p50 ms (log)",
+        least_on_top=True,
     )
-    short = {kept["title"] for kept in searched.values() if not kept["equal"].get("enough", True)}
-    for bar, label in zip(axes.patches, axes.get_yticklabels(), strict=True):
-        if label.get_text() in short:
-            bar.set_hatch("///")
-            bar.set_edgecolor("white")
     return figure
 
 
 def _writes(results: Results) -> Any:
-    peers = results["peers"]
-    single = {name: 1e3 * value for name in peers if (value := tables.insert(peers, name))}
-    batch = {name: statistics.median(kept["insert_many"]) for name, kept in peers.items() if kept.get("insert_many")}
+    peers, colours = results["peers"], _colours(results)
+    single, batch = [], []
+    for name, kept in peers.items():
+        if times := [each * 1e3 for each in kept.get("insert_one", [])]:
+            spread = percentile(times, 0.25), percentile(times, 0.75)
+            single.append(_Row(kept["title"], colours[name], statistics.median(times), spread))
+        if rates := kept.get("insert_many"):
+            batch.append(_Row(kept["title"], colours[name], statistics.median(rates), (min(rates), max(rates))))
     if not single:
         return None
+    title, red = "elizasql, with the index", colours["elizasql"]
+    both, rate = tables.with_index(peers)
+    single += [_Row(title, red, both * 1e3, (both * 1e3, both * 1e3), ring=True)] if both else []
+    batch += [_Row(title, red, rate, (rate, rate), ring=True)] if rate else []
     figure, (left, right) = _figure(13, 0.8 + 0.36 * max(len(single), len(batch)), 2)
-    _bars(left, results, single, lambda value: f"{value:,.2f}", "Single insert, p50 ms", log=True)
-    _bars(right, results, batch, lambda value: f"{value:,.0f}", "Batch, rows a second", log=True)
+    _dots(left, single, lambda value: f"{value:,.2f}", "Single insert, p50 ms (log)", least_on_top=True)
+    _dots(right, batch, lambda value: f"{value:,.0f}", "Batch, rows a second (log)", least_on_top=False)
     return figure
 
 
@@ -304,8 +328,8 @@ tr.ours td { background: #fdeeee; font-weight: 600; } .yes { color: #1b7f3b; fon
 
 def page(results: Results, drawn: Mapping[str, tuple[str, bytes]], before: Results | None) -> str:
     """Write the page, charts and all."""
-    report = Report(judged=results["setup"]["rows"] >= JUDGED)
-    tables.fill(report, results, before)
+    report = _told(results, before)
+    others = results.get("others", {"goals": [], "tables": []})
     setup = results["setup"]
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'><title>elizasql and its peers</title>",
@@ -317,9 +341,9 @@ def page(results: Results, drawn: Mapping[str, tuple[str, bytes]], before: Resul
         "as its documentation advises. They take turns in blocks, so ratios count and milliseconds depend on the "
         "machine. Recall is held to an exact search.</p>",
     ]
-    goals = [list(goal.values()) for goal in report.goals]
+    goals = [list(goal.values()) for goal in (*report.goals, *others["goals"])]
     if goals:
-        parts += ["<h2>Goals</h2>", _table(["what", "measured", "goal", "met"], goals)]
+        parts += ["<h2>Goals</h2>", _table(list(report.goals[0]), goals)]
     for caption, picture in drawn.values():
         encoded = base64.b64encode(picture).decode()
         text = html.escape(caption)
@@ -328,7 +352,7 @@ def page(results: Results, drawn: Mapping[str, tuple[str, bytes]], before: Resul
         )
     if not drawn:
         parts.append("<p class='note'>No charts: matplotlib is not installed (dependency group bench).</p>")
-    for table in report.tables:
+    for table in (*report.tables, *others["tables"]):
         parts += [f"<h2>{html.escape(table['title'])}</h2>", _table(table["header"], table["rows"])]
     facts = "".join(f"<li>{html.escape(name)}: {html.escape(str(value))}</li>" for name, value in setup.items())
     parts.append(f"<h2>The run</h2><ul class='note'>{facts}</ul></html>")
@@ -357,20 +381,36 @@ def _table(header: list[str], rows: list[list[Any]]) -> str:
         cells = []
         for cell in row:
             text = html.escape(str(cell))
-            verdict = {"yes": " class='yes'", "NO": " class='no'"}.get(str(cell), "")
+            verdict = {"yes": " class='yes'", "NO": " class='no'", "not measured": " class='no'"}.get(str(cell), "")
             cells.append(f"<td{verdict}>{text}</td>")
         body.append(f"<tr{kind}>{''.join(cells)}</tr>")
     return f"<div class='wide'><table><tr>{head}</tr>{''.join(body)}</table></div>"
 
 
-def write(path: Path, before: Results | None = None) -> Path:
+def _told(results: Results, before: Results | None) -> Report:
+    """Give what the peers' results say."""
+    report = Report(judged=results["setup"]["rows"] >= JUDGED)
+    tables.fill(report, results, before)
+    return report
+
+
+def write(path: Path, whole: Report | None = None) -> Path:
     """Write the page of a run, and its charts as PNG, beside its JSON.
 
     Args:
         path: Of the JSON.
-        before: The run to compare with.
+        whole: What all benchmarks of the run have told. What the others than the peers did is kept in the JSON.
     """
     results: Results = json.loads(path.read_text(encoding="utf-8"))
+    before = last_run(results, path)
+    if whole is not None:
+        told = _told(results, before)
+        titles, goals = {table["title"] for table in told.tables}, {goal["what"] for goal in told.goals}
+        results["others"] = {
+            "goals": [goal for goal in whole.goals if goal["what"] not in goals],
+            "tables": [table for table in whole.tables if table["title"] not in titles],
+        }
+        keep(path, results)
     drawn = charts(results)
     for name, (_, picture) in drawn.items():
         path.with_name(f"{path.stem}-{name}.png").write_bytes(picture)
@@ -389,8 +429,7 @@ def main() -> None:
         path = found[-1]
     else:
         sys.exit(f"there is no run in {FOLDER}")
-    rows = json.loads(path.read_text(encoding="utf-8"))["setup"]["rows"]
-    print(write(path, last_run(rows, before=path)))
+    print(write(path))
 
 
 if __name__ == "__main__":

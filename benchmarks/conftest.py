@@ -24,7 +24,7 @@ import pytest
 
 import elizasql
 from benchmarks import data
-from benchmarks.report import JUDGED, Report, machine
+from benchmarks.report import JUDGED, Report, machine, measured_before
 from elizasql import Config, DatabaseAdapter, Entity, Memory, Room, World, _codecs, _embedded, _pool
 from elizasql._executor import Executor
 from elizasql._statements import Statement
@@ -40,6 +40,8 @@ WORLDS = (0.001, 0.01, 0.05, 0.2, 0.739)
 
 _FILLER = "what was said here is of no account, only that it is about as long as what people say to each other. " * 2
 _REPORT = pytest.StashKey[Report]()
+# The line of the report that names the file of the peers' results.
+PEERS_KEPT = "results of the peers"
 
 
 class Run(Protocol):
@@ -79,14 +81,20 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         report.setup["load at the end"] = " ".join(f"{load:.2f}" for load in os.getloadavg())
         terminalreporter.section("elizasql benchmarks")
         terminalreporter.write_line(report.text())
-        terminalreporter.write_line(f"\nkept in {report.save()}")
+        kept = f"kept in {report.save()}"
+        if PEERS_KEPT in report.setup:
+            from benchmarks import charts
+
+            kept += f"; the page: {charts.write(Path(report.setup[PEERS_KEPT]), report)}"
+        terminalreporter.write_line(f"\n{kept}")
 
 
 @pytest.fixture(scope="session")
 def report(pytestconfig: pytest.Config) -> Report:
     """Give the place for what a benchmark has found."""
     report = pytestconfig.stash[_REPORT]
-    report.setup |= machine()
+    report.setup |= machine() | {"memories": f"{ROWS:,}"}
+    report.before = measured_before(report.setup["memories"])
     return report
 
 

@@ -7,6 +7,7 @@ not do: they make every index look bad and every second ranking useless.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,25 +123,36 @@ def _unit(vectors: NDArray[Any]) -> Floats:
     return np.ascontiguousarray(wide / np.linalg.norm(wide, axis=1, keepdims=True))
 
 
-def nearest(vectors: Floats, query: Floats, count: int) -> tuple[Floats, float]:
-    """Search exactly: give the similarity of every vector to one query, and that of the `count`th best."""
-    similarities = vectors @ query
-    count = min(count, len(similarities))
-    if count == 0:
-        return similarities, 1.0
-    return similarities, float(np.partition(similarities, -count)[-count])
-
-
-def recall(vectors: Floats, query: Floats, found: list[int], count: int) -> float:
-    """Give the share of the true `count` nearest that were found; of equally near ones any counts.
+class Exact:
+    """Exact answers, to which others are held. Each question is searched once, however often it is asked.
 
     Args:
-        vectors: All that could be found.
-        query: What was asked.
-        found: Positions in `vectors` of what came back, each once.
-        count: How many were asked for.
+        vectors: All that can be found.
+        count: How many are asked for.
     """
-    similarities, worst = nearest(vectors, query, count)
-    wanted = min(count, len(vectors))
-    # The server sums in another order: what differs by less than this is equal.
-    return float((similarities[found] >= worst - 1e-6).sum() / wanted) if wanted else 1.0
+
+    def __init__(self, vectors: Floats, count: int = 10) -> None:
+        self._vectors = vectors
+        self._wanted = min(count, len(vectors))
+        self._worst: dict[bytes, float] = {}
+
+    def recall(self, query: Floats, found: Sequence[int]) -> float:
+        """Give the share of the true nearest that were found; of equally near ones any counts.
+
+        Args:
+            query: What was asked.
+            found: Positions of what came back, each once.
+        """
+        if not self._wanted:
+            return 1.0
+        key = query.tobytes()
+        if key not in self._worst:
+            self._worst[key] = float(np.partition(self._vectors @ query, -self._wanted)[-self._wanted])
+        # The server sums in another order: what differs by less than this is equal.
+        near = self._vectors[list(found)] @ query >= self._worst[key] - 1e-6
+        return float(near.sum() / self._wanted)
+
+
+def recall(vectors: Floats, query: Floats, found: Sequence[int], count: int) -> float:
+    """Give the same for a question that is asked once."""
+    return Exact(vectors, count).recall(query, found)

@@ -167,28 +167,37 @@ def micro(seconds: float) -> str:
 
 @dataclass
 class Report:
-    """What a run has found, as tables; printed at its end and kept as JSON."""
+    """What a run has found, as tables; printed at its end and kept as JSON.
+
+    Attributes:
+        setup: On what it was found.
+        tables, goals: What.
+        judged: Whether the sizes are those of which the goals speak.
+        before: What the last run measured for each goal.
+    """
 
     setup: dict[str, Any] = field(default_factory=dict)
     tables: list[dict[str, Any]] = field(default_factory=list)
     goals: list[dict[str, Any]] = field(default_factory=list)
     judged: bool = True
+    before: dict[str, str] = field(default_factory=dict)
 
     def table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """Add a table."""
         self.tables.append({"title": title, "header": list(header), "rows": [list(row) for row in rows]})
 
-    def goal(self, what: str, measured: str, goal: str, met: bool) -> None:
-        """Add a line to the summary. Small sizes are not judged."""
-        verdict = ("yes" if met else "NO") if self.judged else "not judged: small sizes"
-        self.goals.append({"what": what, "measured": measured, "goal": goal, "met": verdict})
+    def goal(self, what: str, measured: str, goal: str, met: bool | None) -> None:
+        """Add a line to the summary. Small sizes are not judged; `met` is None for what could not be measured."""
+        last = self.before.get(named(what), "")
+        verdict = {True: "yes", False: "NO", None: "not measured"}[met] if self.judged else "not judged: small sizes"
+        self.goals.append({"what": what, "measured": measured, "last run": last, "goal": goal, "met": verdict})
 
     def text(self) -> str:
         """Write everything as markdown."""
         parts = ["\n".join(f"- {name}: {value}" for name, value in self.setup.items())]
         parts += [f"### {t['title']}\n\n{_markdown(t['header'], t['rows'])}" for t in self.tables]
         if self.goals:
-            goals = _markdown(["what", "measured", "goal", "met"], [list(goal.values()) for goal in self.goals])
+            goals = _markdown(list(self.goals[0]), [list(goal.values()) for goal in self.goals])
             parts.append(f"### Goals\n\n{goals}")
         return "\n\n".join(parts)
 
@@ -196,8 +205,33 @@ class Report:
         """Write everything as JSON into `.benchmarks/`."""
         FOLDER.mkdir(exist_ok=True)
         path = FOLDER / f"summary-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}.json"
-        path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+        kept = asdict(self)
+        del kept["before"]
+        keep(path, kept)
         return path
+
+
+def keep(path: Path, results: Mapping[str, Any]) -> None:
+    """Write results as JSON, whole or not at all: later runs read what is there."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    part.replace(path)
+
+
+def measured_before(memories: str, folder: Path = FOLDER) -> dict[str, str]:
+    """Give what was measured last for each goal, by runs with as many memories."""
+    found: dict[str, str] = {}
+    for path in sorted(folder.glob("summary-*.json")):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        if run["setup"].get("memories") == memories:
+            goals = {named(goal["what"]): goal["measured"] for goal in run["goals"]}
+            found |= {what: measured for what, measured in goals.items() if measured != "not measured"}
+    return found
+
+
+def named(what: str) -> str:
+    """Give a goal's name without what stands in brackets at its end: the peer that is the fastest may be another."""
+    return what.partition(" (")[0]
 
 
 def machine() -> dict[str, Any]:

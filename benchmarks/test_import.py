@@ -92,6 +92,7 @@ def test_import(benchmark: Any, run: Run, dsn: str, vectors: data.Data, report: 
         for number, agent in enumerate(agents):
             mine = np.arange(number, len(ids), AGENTS)
             place = {ids[row]: at for at, row in enumerate(mine)}
+            exact = data.Exact(vectors.vectors[mine])
             db = await open_adapter(dsn, agent)
             begun = perf_counter()
             await db.index_memories(rebuild=True)
@@ -99,7 +100,7 @@ def test_import(benchmark: Any, run: Run, dsn: str, vectors: data.Data, report: 
             for query in vectors.queries[: sized(100, 5)]:
                 hits = await db.search_memories(embedding=query, table_name=TABLE)
                 positions = [place[hit.id] for hit in hits if hit.id is not None]
-                found.append(round(10 * data.recall(vectors.vectors[mine], query, positions, 10)))
+                found.append(round(10 * exact.recall(query, positions)))
             await db.close()
         return taken, taken_by_index, found
 

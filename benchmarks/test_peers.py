@@ -10,8 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import charts
-from benchmarks.conftest import QUICK, ROWS, Run
+from benchmarks.conftest import PEERS_KEPT, QUICK, ROWS, Run
 from benchmarks.peers import tables
 from benchmarks.peers.driver import ASYNCPG, CHECKED, ELIZAOS_CHECKED, IN_PROCESS, OURS, PEERS, PSYCOPG, RESIDENT, Spec
 from benchmarks.peers.suite import Sizes, Suite, find_pgbench, last_run
@@ -60,6 +59,7 @@ def keep(suite: Suite) -> Iterator[None]:
 def test_search(suite: Suite) -> None:
     suite.search_points()
     suite.settle()
+    suite.rooms()
     ours = suite.results["peers"][OURS.name]
     assert all(point["short"] == 0 for point in ours["points"]), "fewer rows than match"
     for name, kept in suite.results["peers"].items():
@@ -92,12 +92,10 @@ def test_growth(suite: Suite) -> None:
 
 
 def test_report(suite: Suite, report: Report) -> None:
-    before = last_run(ROWS, before=suite.path)
-    tables.fill(report, suite.results, before)
+    tables.fill(report, suite.results, last_run(suite.results, suite.path))
     if QUICK:
         return
     suite.save()
-    path = suite.path
-    short = path.with_suffix(".md")
-    short.write_text(tables.readme(suite.results) + "\n", encoding="utf-8")
-    print(f"\nkept in {path} and {short}; {charts.write(path, before)}", file=sys.stderr)
+    suite.path.with_suffix(".md").write_text(tables.readme(suite.results) + "\n", encoding="utf-8")
+    # The page is written when everything else has been measured, too.
+    report.setup[PEERS_KEPT] = str(suite.path)

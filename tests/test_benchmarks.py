@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from benchmarks import charts
 from benchmarks.peers import driver, tables
-from benchmarks.report import Report
+from benchmarks.peers.suite import last_run
+from benchmarks.report import Report, measured_before
 
 
 def point(label: str, recall: float, p50: float, **more: Any) -> dict[str, Any]:
@@ -85,3 +88,136 @@ def test_a_row_that_comes_twice_is_found_once(tmp_path: Path) -> None:
     best = mine[np.argsort(-(task.vectors[mine] @ task.queries[0]), kind="stable")]
     assert task.recall(0, 0, [int(row) for row in best[:10]]) == 1.0
     assert task.recall(0, 0, [int(best[0])] * 10) == 0.1
+
+
+def test_what_could_not_be_measured_stands_among_the_goals_as_such() -> None:
+    """Without the original, without pgbench, and with a resident tier that failed, no goal goes missing."""
+    given = results(100_000)
+    given["limits"] = {"pgbench": "there is no pgbench"}
+    report = Report()
+    tables.fill(report, given, None)
+    verdicts = {goal["what"]: goal["met"] for goal in report.goals}
+    assert verdicts["elizasql: recall@10"] == "yes"
+    for what in (
+        "search, elizasql, against the original on the same server",
+        "elizasql-resident: recall@10",
+        "search against pgbench running the same statement",
+        "16 callers, throughput against pgbench -c 16",
+        "create_memory, unique given, against the original",
+        "create_memories against the original",
+        "bulk load of 100,000 with the index",
+        "growth of one agent, elizasql",
+    ):
+        assert verdicts[what] == "not measured", what
+    assert "<td class='no'>not measured</td>" in charts.page(given, {}, None)
+
+
+def test_the_goals_of_the_other_benchmarks_stand_on_the_page_once(tmp_path: Path) -> None:
+    path = tmp_path / "peers-202601010000-100000.json"
+    path.write_text(json.dumps(results(100_000)), encoding="utf-8")
+    whole = Report()
+    tables.fill(whole, results(100_000), None)
+    whole.table("Search in every room", ["rows"], [["37-69"]])
+    whole.goal("recall of every room", "0.97", "≥ 0.99", False)
+    charts.write(path, whole)
+    charts.write(path)  # as the command line does, from the JSON alone
+    page = path.with_suffix(".html").read_text(encoding="utf-8")
+    assert page.count("<h2>Search in every room</h2>") == 1
+    assert "<td>recall of every room</td><td>0.97</td><td></td><td>≥ 0.99</td><td class='no'>NO</td>" in page
+    assert page.count("<td>elizasql: recall@10</td>") == 1
+
+
+def test_a_run_is_held_to_the_last_one_that_measured_the_same(tmp_path: Path) -> None:
+    def kept(stamp: str, **setup: Any) -> None:
+        run = results(100_000)
+        run["setup"] |= {"date": stamp, **setup}
+        if setup.get("source") == "broken off":
+            run["setup"]["source"] = "some"
+            del run["peers"]["elizasql"]["equal"]
+        (tmp_path / f"peers-{stamp}-100000.json").write_text(json.dumps(run), encoding="utf-8")
+
+    now = tmp_path / "peers-202601060000-100000.json"
+    assert last_run(results(100_000), now) is None
+    kept("202601010000")
+    kept("202601020000")
+    kept("202601030000", source="others")
+    kept("202601040000", source="broken off")
+    kept("202601060000")  # itself
+    kept("202601070000")
+    before = last_run(results(100_000), now)
+    assert before is not None
+    assert before["setup"]["date"] == "202601020000"
+
+
+def test_what_the_background_does_later_is_added_to_what_the_caller_waits_for() -> None:
+    given = results(100_000)
+    given["peers"]["elizasql"] |= {"insert_one": [0.001], "insert_many": [1000.0], "indexing": 500.0}
+    report = Report()
+    tables.fill(report, given, None)
+    (writes,) = [table for table in report.tables if table["title"].startswith("Peers: writes")]
+    row = dict(zip(writes["header"], writes["rows"][-1], strict=True))
+    assert row["single insert p50 ms"] == "3.00"
+    assert row["over ours"] == "3.0"
+    assert row["batch rows/s"] == "333"
+    assert row["ours over it"] == "3.0"
+
+
+def test_the_charts_can_be_drawn_of_a_run_that_was_broken_off() -> None:
+    pytest.importorskip("matplotlib")
+    given = results(100_000)
+    assert {"recall", "equal"} == set(charts.charts(given))
+    given["peers"]["elizasql"] |= {"insert_one": [0.001, 0.002], "insert_many": [1000.0], "indexing": 500.0}
+    given["peers"]["peer"] |= {"insert_one": [0.003], "concurrency": {"1": [{"rate": 10.0}]}}
+    assert {"recall", "equal", "writes", "concurrency"} == set(charts.charts(given))
+    del given["peers"]["elizasql"]["equal"]
+    assert "equal" not in charts.charts(given)
+
+
+def test_a_room_is_compared_with_what_is_in_it(tmp_path: Path) -> None:
+    task = driver.make_task(tmp_path, 400, 20, 2, 5)
+    mine = task.roommates[1]
+    assert len(mine) == 20
+    assert set(mine) < set(task.members[1])
+    assert [int(each) for each in np.fromfile(tmp_path / "rooms.i32", np.int32)[[*mine, 400, 419]]] == [1] * 20 + [0, 0]
+    elsewhere = [int(row) for row in task.members[1] if row not in mine]
+    best = mine[np.argsort(-(task.vectors[mine] @ task.queries[0]), kind="stable")]
+    assert task.recall(0, 1, [int(row) for row in best[:9]] + elsewhere[:1], room=True) == pytest.approx(0.9)
+
+
+def test_a_room_is_held_to_the_original() -> None:
+    given = results(100_000)
+    given["setup"]["room"] = 1000
+    room = {"seconds": [0.001], "medians": [0.001], "recalls": [1.0]}
+    given["peers"]["elizasql-resident"] = given["peers"]["elizasql"] | {"title": "resident", "room": room}
+    given["peers"]["elizaos"] = given["peers"]["peer"] | {"room": room | {"seconds": [0.0105]}}
+    goals = {what: (measured, met) for what, measured, _, met in tables.goals(given)}
+    assert goals["search in a room of 1,000, resident, against the original"] == ("10.5 x", True)
+    report = Report()
+    tables.fill(report, given, None)
+    (rooms,) = [table for table in report.tables if "in a room of 1,000" in table["title"]]
+    assert [row[:3] for row in rooms["rows"]] == [["A peer", "1.000", "10.50"], ["resident", "1.000", "1.00"]][::-1]
+
+
+def test_every_goal_is_held_to_the_last_run_that_measured_it(tmp_path: Path) -> None:
+    def keep(name: str, memories: str, measured: str) -> None:
+        goals = [{"what": "search (of 12)", "measured": measured, "goal": "≤ 3 x", "met": "yes"}]
+        run = {"setup": {"memories": memories}, "tables": [], "goals": goals}
+        (tmp_path / f"summary-{name}.json").write_text(json.dumps(run), encoding="utf-8")
+
+    keep("1", "100,000", "1.2 x")
+    keep("2", "100,000", "1.3 x")
+    keep("3", "5,000", "9 x")
+    keep("4", "100,000", "not measured")
+    report = Report(before=measured_before("100,000", tmp_path))
+    report.goal("search (of 13)", "1.4 x", "≤ 3 x", True)
+    report.goal("insert", "2 x", "≤ 3 x", True)
+    assert [goal["last run"] for goal in report.goals] == ["1.3 x", ""]
+
+
+def test_the_goals_of_the_peers_are_held_to_their_last_run() -> None:
+    before = results(100_000)
+    before["peers"]["elizasql"]["equal"]["recall"] = 0.985
+    report = Report()
+    tables.fill(report, results(100_000), before)
+    (recall,) = [goal for goal in report.goals if goal["what"] == "elizasql: recall@10"]
+    assert (recall["measured"], recall["last run"]) == ("0.9900", "0.9850")

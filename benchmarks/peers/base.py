@@ -58,6 +58,7 @@ class Rows:
     Attributes:
         vectors: float32[n, width], those to insert later behind those to load.
         agents: Whose it is, a small number.
+        rooms: In which of its agent's two rooms it is: 1 for a tenth of what is loaded, else 0.
         queries: float32[q, width].
     """
 
@@ -66,6 +67,7 @@ class Rows:
         self.vectors: NDArray[np.float32] = _read(folder / "vectors.f32", np.float32).reshape(-1, width)
         self.queries: NDArray[np.float32] = _read(folder / "queries.f32", np.float32).reshape(-1, width)
         self.agents: NDArray[np.int32] = _read(folder / "agents.i32", np.int32)
+        self.rooms: NDArray[np.int32] = _read(folder / "rooms.i32", np.int32)
 
     @cached_property
     def agent_ids(self) -> list[UUID]:
@@ -180,6 +182,10 @@ class Peer:
             question: What `question` gave.
             agent: The number.
         """
+        raise NotImplementedError
+
+    def search_room(self, question: Any, agent: int) -> Any:
+        """Find the nearest ten in the smaller room of an agent; asked of the original and ours. Maybe a coroutine."""
         raise NotImplementedError
 
     def question(self, query: int) -> Any:

@@ -12,7 +12,8 @@ import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -158,7 +159,7 @@ PEERS = (
         "vecs",
         "on_vecs:OnVecs",
         ("vecs==0.4.5", "numpy"),
-        how="create_index(hnsw, cosine), metadata key for the agent",
+        how="create_index(hnsw, cosine), metadata key for the agent; the pool of its client, which takes none: 5 to 15",
     ),
     Spec(
         "elizaos",
@@ -370,11 +371,13 @@ class Task:
     """What every peer is given, as files that every language reads; and what is right.
 
     Attributes:
-        folder: Of vectors.f32, queries.f32 and agents.i32.
+        folder: Of vectors.f32, queries.f32, agents.i32 and rooms.i32.
         source: Where the vectors come from.
         loaded: So many rows are stored at the beginning; the others are there to be inserted later.
         vectors, queries: float32[n, width].
         agents: int32[n], whose a row is.
+        members: The rows of each agent that are loaded.
+        roommates: Those of them that are in the smaller of its two rooms.
     """
 
     folder: Path
@@ -383,19 +386,25 @@ class Task:
     vectors: data.Floats
     queries: data.Floats
     agents: Any
-    members: dict[int, Any] = field(default_factory=dict)
+    members: dict[int, Any]
+    roommates: dict[int, Any]
+
+    @cached_property
+    def _exact(self) -> list[dict[int, data.Exact]]:
+        both = self.members, self.roommates
+        return [{agent: data.Exact(self.vectors[mine]) for agent, mine in each.items()} for each in both]
 
     @property
     def width(self) -> int:
         """The dimension."""
         return int(self.vectors.shape[1])
 
-    def recall(self, query: int, agent: int, found: Sequence[int]) -> float:
-        """Compare with an exact search in what was loaded; a row of another agent counts for nothing."""
-        mine = self.members[agent]
+    def recall(self, query: int, agent: int, found: Sequence[int], *, room: bool = False) -> float:
+        """Compare with an exact search in what was loaded, or in a room; what is not of it counts for nothing."""
+        mine = (self.roommates if room else self.members)[agent]
         place = np.searchsorted(mine, found)
         known = {int(p) for p, row in zip(place, found, strict=True) if p < len(mine) and mine[p] == row}
-        return data.recall(self.vectors[mine], self.queries[query], sorted(known), 10)
+        return self._exact[room][agent].recall(self.queries[query], sorted(known))
 
 
 def make_task(folder: Path, loaded: int, extra: int, agents: int, queries: int) -> Task:
@@ -422,8 +431,12 @@ def make_task(folder: Path, loaded: int, extra: int, agents: int, queries: int) 
     vectors.tofile(folder / "vectors.f32")
     given.queries.tofile(folder / "queries.f32")
     everyone.tofile(folder / "agents.i32")
+    room = np.zeros(len(vectors), np.int32)
+    room[:loaded] = np.arange(loaded) // agents % 10 == 0
+    room.tofile(folder / "rooms.i32")
     members = {agent: np.flatnonzero(owner == agent) for agent in range(agents)}
-    return Task(folder, given.source, loaded, vectors, given.queries, everyone, members)
+    roommates = {agent: mine[room[mine] == 1] for agent, mine in members.items()}
+    return Task(folder, given.source, loaded, vectors, given.queries, everyone, members, roommates)
 
 
 # --- the server ------------------------------------------------------------------------------------------------------

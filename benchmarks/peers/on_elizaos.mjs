@@ -18,20 +18,21 @@ const dashed = (text) => text.replace(/^(.{8})(.{4})(.{4})(.{4})(.{12})$/, "$1-$
 const rowId = (row) => dashed(hex(row, 12) + "70008000" + hex(row, 12));
 const rowOf = (id) => parseInt(id.slice(-12), 16);
 const agentId = (number) => dashed(hex(number + 1, 8) + "a9e0400080000000" + hex(number + 1, 8));
-const roomId = (number) => dashed(hex(number + 1, 8) + "a9e0400080000001" + hex(number + 1, 8));
+const roomId = (number, room) =>
+  dashed(hex(number + 1, 8) + (room ? "a9e0400080000003" : "a9e0400080000001") + hex(number + 1, 8));
 const entityId = (number) => dashed(hex(number + 1, 8) + "a9e0400080000002" + hex(number + 1, 8));
 const seconds = () => performance.now() / 1000;
 
-let width, vectors, queries, agents, adapters, place, plugin;
+let width, vectors, queries, agents, rooms, adapters, place, plugin;
 
 const slice = (all, row) => Array.from(all.subarray(row * width, (row + 1) * width));
 // As it stores them: rounded to six decimals.
 const stored = (row) => `[${slice(vectors, row).map((x) => x.toFixed(6)).join(",")}]`;
 const text = (row) => `Memory ${row}: ${FILLER.slice(row % 50, 90 + (row % 70))}`;
 
-function floats(path) {
+function numbers(path, kind) {
   const bytes = readFileSync(path);
-  return new Float32Array(bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + bytes.byteLength));
+  return new kind(bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + bytes.byteLength));
 }
 
 async function connect() {
@@ -49,8 +50,9 @@ async function connect() {
     }
     await adapter.ensureAgentExists({ name: `Agent ${number}` });
     await adapter.ensureEmbeddingDimension(width);
-    if ((await adapter.getRoomsByIds([roomId(number)]))?.length !== 1) {
-      await adapter.createRooms([{ id: roomId(number), source: "benchmark", type: "GROUP", name: "A room" }]);
+    const both = [roomId(number, 0), roomId(number, 1)];
+    if ((await adapter.getRoomsByIds(both))?.length !== 2) {
+      await adapter.createRooms(both.map((id) => ({ id, source: "benchmark", type: "GROUP", name: "A room" })));
       await adapter.createEntities([{ id: entityId(number), agentId: agentId(number), names: ["Somebody"], metadata: {} }]);
     }
     adapters.push(adapter);
@@ -63,7 +65,7 @@ function memory(row, unique) {
     id: rowId(row),
     agentId: agentId(number),
     entityId: entityId(number),
-    roomId: roomId(number),
+    roomId: roomId(number, rooms[row]),
     content: { text: text(row) },
     metadata: { type: "message" },
     embedding: slice(vectors, row),
@@ -73,15 +75,17 @@ function memory(row, unique) {
 }
 
 const search = ([query, number]) => adapters[number].searchMemories({ tableName: TABLE, embedding: query, count: COUNT });
+const searchRoom = ([query, number]) =>
+  adapters[number].searchMemories({ tableName: TABLE, embedding: query, count: COUNT, roomId: roomId(number, 1) });
 const insert = ([number, made]) => adapters[number].createMemory(made, TABLE);
 
 const requests = {
   async open({ place: given, folder, width: wide }) {
     [place, width] = [given, wide];
-    vectors = floats(`${folder}/vectors.f32`);
-    queries = floats(`${folder}/queries.f32`);
-    const bytes = readFileSync(`${folder}/agents.i32`);
-    agents = new Int32Array(bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + bytes.byteLength));
+    vectors = numbers(`${folder}/vectors.f32`, Float32Array);
+    queries = numbers(`${folder}/queries.f32`, Float32Array);
+    agents = numbers(`${folder}/agents.i32`, Int32Array);
+    rooms = numbers(`${folder}/rooms.i32`, Int32Array);
     const require = createRequire(`${modules}/`);
     plugin = await import(pathToFileURL(require.resolve("@elizaos/plugin-sql")).href);
     await connect();
@@ -109,7 +113,7 @@ const requests = {
           rows.map((row) => JSON.stringify({ text: text(row) })),
           rows.map((row) => entityId(agents[row])),
           rows.map((row) => agentId(agents[row])),
-          rows.map((row) => roomId(agents[row])),
+          rows.map((row) => roomId(agents[row], rooms[row])),
         ],
       );
       await client.query(
@@ -125,9 +129,9 @@ const requests = {
     return { seconds: 0 };
   },
 
-  async search({ asked, warmup }) {
+  async search({ asked, warmup, room }) {
     const ready = asked.map(([query, number]) => [slice(queries, query), number]);
-    const [times, answers] = await timed(search, ready);
+    const [times, answers] = await timed(room ? searchRoom : search, ready);
     const found = answers.map((answer) => answer.map((hit) => rowOf(hit.id)));
     return { seconds: times.slice(warmup), found: found.slice(warmup) };
   },
@@ -176,7 +180,7 @@ async function loadPGlite(client, first, last, begun) {
   const copies = {
     "memories (id, type, content, entity_id, agent_id, room_id, metadata)": (row) => [
       ...[rowId(row), TABLE, JSON.stringify({ text: text(row) }), entityId(agents[row])],
-      ...[agentId(agents[row]), roomId(agents[row]), '{"type": "message"}'],
+      ...[agentId(agents[row]), roomId(agents[row], rooms[row]), '{"type": "message"}'],
     ],
     [`embeddings (memory_id, dim_${width})`]: (row) => [rowId(row), stored(row)],
   };

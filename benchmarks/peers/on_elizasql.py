@@ -42,7 +42,7 @@ class OnElizaSQL(Peer):
             self.adapters.append(db)
             await db.ensure_agent_exists({"name": f"Agent {number}"})
             await db.ensure_embedding_dimension(self.rows.width)
-            await db.create_rooms([{"id": _room(agent), "source": "benchmark", "type": "GROUP"}])
+            await db.create_rooms([{"id": _room(agent, n), "source": "benchmark", "type": "GROUP"} for n in (0, 1)])
             await db.create_entities([{"id": _entity(agent), "names": ["Somebody"]}])
 
     async def close(self) -> None:
@@ -71,6 +71,10 @@ class OnElizaSQL(Peer):
     async def search(self, question: Any, agent: int) -> list[Memory]:
         return await self.adapters[agent].search_memories(embedding=question, table_name=_TABLE)
 
+    async def search_room(self, question: Any, agent: int) -> list[Memory]:
+        room = _room(self.rows.agent_ids[agent], 1)
+        return await self.adapters[agent].search_memories(embedding=question, table_name=_TABLE, room_id=room)
+
     def found(self, answer: list[Memory]) -> list[object]:
         return [memory.id for memory in answer]
 
@@ -79,7 +83,7 @@ class OnElizaSQL(Peer):
         memory = Memory(
             id=row_id(row),
             entity_id=_entity(agent),
-            room_id=_room(agent),
+            room_id=_room(agent, int(self.rows.rooms[row])),
             content={"text": self.rows.content(row)},
             unique=self.unique,
             embedding=self.rows.vectors[row],
@@ -102,8 +106,8 @@ class OnElizaSQL(Peer):
             await db.create_memories(memories, _TABLE)
 
 
-def _room(agent: UUID) -> UUID:
-    return UUID(int=agent.int + (1 << 64))
+def _room(agent: UUID, number: int) -> UUID:
+    return UUID(int=agent.int + ((1, 3)[number] << 64))
 
 
 def _entity(agent: UUID) -> UUID:

@@ -27,7 +27,7 @@ import numpy as np
 
 import elizasql
 from benchmarks import data
-from benchmarks.report import machine, percentile
+from benchmarks.report import keep, machine, percentile
 from elizasql import Config, _embedded, _pool
 
 from . import driver
@@ -37,9 +37,9 @@ from .driver import CACHE, OURS, RESIDENT, PeerError, Process, Server, Spec, Tas
 T = TypeVar("T")
 
 # The peers' ways to find more; pgvector's README has both settings.
-KNOBS = (Knob(100, "relaxed_order"), Knob(400, "relaxed_order"), Knob(40, "relaxed_order"), Knob(200, "relaxed_order"))
+KNOBS = tuple(Knob(ef_search, "relaxed_order") for ef_search in (100, 400, 40, 200))
 # Ours, for the curve alone.
-OUR_KNOBS = (Knob(40), Knob(200), Knob(60), Knob(400))
+OUR_KNOBS = tuple(Knob(ef_search) for ef_search in (40, 200, 60, 400))
 CALLERS = (1, 4, 16, 64)
 # Batches that a quick peer stores in a turn, at most.
 AT_ONCE = 4
@@ -73,7 +73,7 @@ class Sizes:
     batch: int
     batches: int
     work: int
-    knobs: int = 4
+    knobs: int = len(KNOBS)
     callers: tuple[int, ...] = CALLERS
     growth: tuple[int, ...] = ()
 
@@ -124,10 +124,13 @@ class Suite:
             "peers": {},
             "limits": {},
             "growth": [],
+            "progress": [],
         }
 
     def _tell(self, text: str) -> None:
-        self._say(f"[{perf_counter() - self._begun:6.1f} s] {text}")
+        now = perf_counter() - self._begun
+        self.results["progress"].append([round(now, 1), text])
+        self._say(f"[{now:6.1f} s] {text}")
 
     # --- beginning and end -------------------------------------------------------------------------------------------
 
@@ -377,6 +380,24 @@ class Suite:
         for spec in self.alive(all_kinds=True, stores=False):
             self.results["peers"][spec.name]["memory"] = self.processes[spec.name].memory
         return equal
+
+    def rooms(self) -> None:
+        """Search in a room with a tenth of an agent's memories: ours and the original, which know rooms."""
+        self._tell("search in a room")
+        specs = [spec for spec in self.alive() if spec.name in (OURS.name, RESIDENT.name, "elizaos")]
+        agents, block = self.sizes.agents, self.sizes.block
+
+        def turn(spec: Spec, number: int) -> None:
+            asked = [((number * block + n) % len(self.task.queries), n % agents) for n in range(-agents, block)]
+            answer = self.processes[spec.name].ask("search", asked=asked, warmup=agents, room=True)
+            kept = self.results["peers"][spec.name].setdefault("room", {"seconds": [], "medians": [], "recalls": []})
+            kept["seconds"] += answer["seconds"]
+            kept["medians"].append(statistics.median(answer["seconds"]))
+            for (query, agent), found in zip(asked[agents:], answer["found"], strict=True):
+                kept["recalls"].append(self.task.recall(query, agent, found, room=True))
+
+        self.turns(specs, self.sizes.rounds, turn)
+        self.results["setup"]["room"] = len(self.task.roommates[0])
 
     def _work(self, spec: Spec) -> int:
         """Give the calls of a mixed run: those that take one and a half seconds one by one, `work` at most."""
@@ -641,6 +662,7 @@ class Suite:
         block, rounds = self.sizes.block, max(2, self.sizes.rounds // 2)
         seconds: dict[str, list[float]] = {spec.name: [] for spec in grown}
         recalls: dict[str, list[float]] = {spec.name: [] for spec in grown}
+        exact = data.Exact(task.vectors[:size])
 
         def turn(spec: Spec, number: int) -> None:
             count = max(2, block // 4) if spec.exact else block
@@ -649,7 +671,7 @@ class Suite:
             answer = self.processes[spec.name].ask("search", asked=asked, warmup=2)
             seconds[spec.name] += answer["seconds"]
             for query, found in zip(queries, answer["found"], strict=True):
-                recalls[spec.name].append(data.recall(task.vectors[:size], task.queries[query], sorted(set(found)), 10))
+                recalls[spec.name].append(exact.recall(task.queries[query], sorted(set(found))))
 
         self.turns(grown, rounds, turn)
         for spec in grown:
@@ -674,16 +696,28 @@ class Suite:
         CACHE.mkdir(exist_ok=True)
         self.results["setup"]["load at the end"] = _load()
         self.results["setup"]["seconds"] = round(perf_counter() - self._begun)
-        self.path.write_text(json.dumps(self.results, indent=1), encoding="utf-8")
+        keep(self.path, self.results)
 
 
-def last_run(rows: int, before: Path | None = None) -> dict[str, Any] | None:
-    """Give the results of the last run with so many rows, if there was one; `before`: only of older ones."""
-    found = sorted(path for path in CACHE.glob(f"peers-*-{rows}.json") if before is None or path.name < before.name)
-    if not found:
-        return None
-    results: dict[str, Any] = json.loads(found[-1].read_text(encoding="utf-8"))
-    return results
+def last_run(results: dict[str, Any], path: Path) -> dict[str, Any] | None:
+    """Give the run to which one is held: the last before it with as many rows of the same kind, if there was one.
+
+    A run that was broken off, or asked a few chosen peers, does not stand in the way of an older one that measured
+    more of what this one did.
+
+    Args:
+        results: Of the one.
+        path: Where they are kept, or will be.
+    """
+    best, most = None, 0
+    for other in sorted(path.parent.glob(f"peers-*-{results['setup']['rows']}.json"), reverse=True):
+        if other.name < path.name:
+            before: dict[str, Any] = json.loads(other.read_text(encoding="utf-8"))
+            measured = [{name for name, kept in each["peers"].items() if "equal" in kept} for each in (results, before)]
+            both = len(measured[0] & measured[1])
+            if before["setup"].get("source") == results["setup"].get("source") and both > most:
+                best, most = before, both
+    return best
 
 
 def _place(dsn: str) -> Place:

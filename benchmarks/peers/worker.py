@@ -21,7 +21,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .base import Knob, Peer, Place, Rows, row_of
+from .base import POOL, Knob, Peer, Place, Rows, row_of
 
 T = TypeVar("T")
 
@@ -77,10 +77,10 @@ class Worker:
         self._call(self.peer.catch_up)
         return {"seconds": time.perf_counter() - begun}
 
-    def search(self, asked: list[tuple[int, int]], warmup: int) -> dict[str, Any]:
+    def search(self, asked: list[tuple[int, int]], warmup: int, room: bool = False) -> dict[str, Any]:
         """Search one after the other: [query, agent] each; the first `warmup` ones are not counted."""
         ready = [(self.peer.question(query), agent) for query, agent in asked]
-        seconds, answers = self._timed(self.peer.search, ready)
+        seconds, answers = self._timed(self.peer.search_room if room else self.peer.search, ready)
         found = [[row_of(id) for id in self.peer.found(answer)] for answer in answers]
         return {"seconds": seconds[warmup:], "found": found[warmup:]}
 
@@ -100,12 +100,12 @@ class Worker:
     def mixed(self, asked: list[tuple[int, int]], rows: list[int], callers: int) -> dict[str, Any]:
         """Search and store with several callers at once, each with its share of the work, in random order.
 
-        Before the clock starts each caller searches a few times, so that the connections are there.
+        Before the clock starts they search a few times for each connection, so that these are there.
         """
         work: list[tuple[bool, tuple[Any, ...]]] = [
             (True, (self.peer.question(query), agent)) for query, agent in asked
         ]
-        before = [work[number % len(work)] for number in range(callers * 4)]
+        before = [work[number % len(work)] for number in range(min(callers, POOL) * 4)]
         work += [(False, (self.peer.prepare(row),)) for row in rows]
         random.Random(1).shuffle(work)
         gc.collect()
