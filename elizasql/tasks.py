@@ -418,10 +418,7 @@ class Tasks(Store):
 
         Statement: sql/tasks.sql claim_tasks or claim_tasks_by_names; get_seconds_to_next_task when nothing is ready.
         """
-        if self._executor.in_transaction:
-            raise ArgumentError(
-                "wait_for_tasks() does not run in a transaction: call it on the adapter that was opened"
-            )
+        self._refuse_in_transaction("wait_for_tasks")
         longest = _seconds(poll_interval, "poll_interval", least=0.001)
         wanted = {"names": _texts(names, "names"), "tags": _texts(tags, "tags")}
         if wanted["names"] == []:
