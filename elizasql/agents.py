@@ -101,7 +101,7 @@ class Agents(Store):
         """Get the adapter's agent, and create it from `agent` when it is not there yet.
 
         An agent that is there is only read, and comes back as it is. Defaults of a new one: name "Unknown Agent", bio
-        "An AI agent".
+        "An AI agent". What it says itself needs an entity of its id, too, which `create_entity` makes.
 
         Statement: sql/agents.sql ensure_agent. Source: ensureAgentExists; differs: one statement, no race.
         """

@@ -331,8 +331,9 @@ class Tasks(Store):
 
         Args:
             task: As `claim_tasks` gave it.
-            again_in: None: delete it. Otherwise its attempts begin anew; a `due_at` in the future that `update_task`
-                set during the claim counts in place of this.
+            again_in: None: delete it, whatever its tags: that "repeat" and `updateInterval` mean something is up to the
+                worker. Otherwise its attempts begin anew; a `due_at` in the future that `update_task` set during the
+                claim counts in place of this.
 
         Statement: sql/tasks.sql complete_task or repeat_task. One round trip.
         """
