@@ -251,8 +251,4 @@ def _read_pair(pair: Any) -> tuple[UUID, UUID]:
 
 
 def _read_tags(tags: Any) -> list[str] | None:
-    if tags is None:
-        return None
-    if isinstance(tags, (str, bytes)) or not isinstance(tags, Iterable):
-        raise ArgumentError("tags must be a collection of strings")
-    return [_codecs.as_text(tag, "tags") for tag in tags] or None
+    return None if tags is None else _codecs.as_texts(tags, "tags") or None

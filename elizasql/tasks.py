@@ -487,11 +487,7 @@ def _with_id(id: UUID, task: Task | Mapping[str, Any]) -> dict[str, Any]:
 def _texts(value: Iterable[str] | str | None, name: str) -> list[str] | None:
     if value is None:
         return None
-    if isinstance(value, str):
-        return [_codecs.as_text(value, name)]
-    if isinstance(value, (bytes, Mapping)) or not isinstance(value, Iterable):
-        raise ArgumentError(f"{name} must be a collection of strings, not {type(value).__name__}")
-    return [_codecs.as_text(item, name) for item in value]
+    return _codecs.as_texts([value] if isinstance(value, str) else value, name)
 
 
 def _seconds(value: float | timedelta, name: str, *, least: float = 0.0) -> float:
