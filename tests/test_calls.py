@@ -343,6 +343,14 @@ async def test_slow_call_is_logged(make_db: MakeAdapter, caplog: pytest.LogCaptu
     assert "ForeignKeyError" in caplog.text
 
 
+async def test_a_call_whose_work_takes_long_is_not_slow(make_db: MakeAdapter, caplog: pytest.LogCaptureFixture) -> None:
+    db = await make_db(slow_call=0.0)
+    caplog.clear()
+    await db.load_memories([memory(embedding=np.ones(384, np.float32))], "messages")
+    await db.index_memories()
+    assert not caplog.records
+
+
 async def test_quick_call_is_not(make_db: MakeAdapter, caplog: pytest.LogCaptureFixture) -> None:
     db = await make_db(slow_call=60.0)
     await db.create_memory(memory(), "messages")
