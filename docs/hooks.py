@@ -83,12 +83,10 @@ def _commands(group: Any, name: str) -> Iterator[str]:
         yield f"## {full}\n"
         yield f"{' '.join(command.help.split())}\n"
         yield f"```text\n{command.get_usage(context).removeprefix('Usage: ')}\n```\n"
-        yield "| argument or option | |\n|---|---|"
-        for parameter in command.get_params(context):
-            record = parameter.get_help_record(context)
-            if record is not None and parameter.name != "help":
-                yield f"| `{_cell(record[0])}` | {_cell(record[1])} |"
-        yield ""
+        records = [each.get_help_record(context) for each in command.get_params(context) if each.name != "help"]
+        rows = [f"| `{_cell(record[0])}` | {_cell(record[1])} |" for record in records if record is not None]
+        if rows:
+            yield "\n".join(["| argument or option | |\n|---|---|", *rows, ""])
 
 
 def _cell(text: str) -> str:

@@ -147,7 +147,7 @@ def _bounded(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[A
         finally:
             _running.reset(token)
             running.over = True
-            meter.record(name, started, clock() - started, failed)
+            meter.record(name, started, clock() - started, failed, may_last=own_limit is not None)
 
     return call
 
@@ -201,7 +201,9 @@ class Meter:
         self._methods: dict[str, _Method] = {}
         self.retries = 0
 
-    def record(self, name: str, started: float, seconds: float, error: BaseException | None) -> None:
+    def record(
+        self, name: str, started: float, seconds: float, error: BaseException | None, *, may_last: bool = False
+    ) -> None:
         """Count one call that has ended.
 
         Args:
@@ -209,6 +211,7 @@ class Meter:
             started: When it began, by `time.monotonic`.
             seconds: How long it took.
             error: What it raised, None when it went well.
+            may_last: Its work takes long: it is never slow.
         """
         method = self._methods.get(name)
         if method is None:
@@ -221,7 +224,7 @@ class Meter:
         if error is not None:
             kind = type(error).__name__
             method.errors[kind] = method.errors.get(kind, 0) + 1
-        if seconds >= self._slow_call:
+        if seconds >= self._slow_call and not may_last:
             logger.warning("%s took %.3f s%s", name, seconds, "" if error is None else f" ({type(error).__name__})")
         if self._observe is not None:
             try:

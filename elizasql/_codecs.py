@@ -92,6 +92,13 @@ def as_optional_text(value: object, name: str) -> str | None:
     return None if value is None else as_text(value, name)
 
 
+def as_texts(values: object, name: str) -> list[str]:
+    """Check a collection of texts, and clean them; a text alone is refused: it would be read letter by letter."""
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise ArgumentError(f"{name} must be a collection of strings, not {type(values).__name__}")
+    return [as_text(value, name) for value in values]
+
+
 def encode_json(value: object, name: str = "value") -> bytes:
     """Encode a value as the server's binary jsonb.
 

@@ -74,30 +74,16 @@ class Store:
         Raises:
             ArgumentError: Names the position of the row that is wrong.
         """
-        if isinstance(values, (Model, Mapping, str, bytes)) or not isinstance(values, Iterable):
-            raise ArgumentError(f"expected a collection of {kind.__name__}, not {type(values).__name__}")
-        ids: list[UUID] = []
+        given = self._read_each(kind, values, needed=needed, new_ids=new_ids, read=read)
         rows: dict[UUID, dict[str, Any]] = {}
-        for position, value in enumerate(values):
-            try:
-                row = (read or kind.read)(value)
-                self._check_agent(row)
-                if new_ids and row.get("id") is None:
-                    row["id"] = _codecs.new_id()
-                for name in ("id", *needed):
-                    if row.get(name) is None:
-                        raise ArgumentError(f"{name} is missing")
-            except ArgumentError as error:
-                error.args = (f"{kind.__name__} at position {position}: {error}",)
-                raise
-            ids.append(row["id"])
+        for row in given:
             if twice == "first":
                 rows.setdefault(row["id"], row)
             elif twice == "together" and row["id"] in rows:
                 rows[row["id"]] |= {name: field for name, field in row.items() if field is not None}
             else:
                 rows[row["id"]] = row
-        return ids, list(rows.values())
+        return [row["id"] for row in given], list(rows.values())
 
     def _read_partial(
         self,
@@ -124,28 +110,36 @@ class Store:
         Raises:
             ArgumentError: Names the position of the row that is wrong.
         """
-        if isinstance(values, (Model, Mapping, str, bytes)) or not isinstance(values, Iterable):
-            raise ArgumentError(f"expected a collection of {kind.__name__}, not {type(values).__name__}")
-        ids: list[UUID] = []
+        given = self._read_each(kind, values, needed=needed, fixed=fixed, new_ids=new_ids)
         rows: dict[UUID, dict[str, Any]] = {}
-        for position, value in enumerate(values):
-            try:
-                row = kind.read(value)
-                self._check_agent(row)
-                if new_ids and row.get("id") is None:
-                    row["id"] = _codecs.new_id()
-                for name in ("id", *needed):
-                    if row.get(name) is None:
-                        raise ArgumentError(f"{name} is missing")
-                for name in fixed:
-                    if name in row and row[name] is None:
-                        raise ArgumentError(f"{name} cannot be None")
-            except ArgumentError as error:
-                error.args = (f"{kind.__name__} at position {position}: {error}",)
-                raise
-            ids.append(row["id"])
+        for row in given:
             rows[row["id"]] = rows.get(row["id"], {}) | row
-        return ids, sorted(rows.values(), key=lambda row: row["id"].int)
+        return [row["id"] for row in given], sorted(rows.values(), key=lambda row: row["id"].int)
+
+    def _read_each(
+        self,
+        kind: type[Model],
+        values: Iterable[object],
+        *,
+        needed: Sequence[str] = (),
+        fixed: Sequence[str] = (),
+        new_ids: bool = True,
+        read: Callable[[Any], dict[str, Any]] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Check a batch row by row, as `_read_all` and `_read_partial` say; ids that come twice stand there twice."""
+
+        def read_row(value: object) -> dict[str, Any]:
+            row = (read or kind.read)(value)
+            self._check_agent(row)
+            if new_ids and row.get("id") is None:
+                row["id"] = _codecs.new_id()
+            need(row, "id", *needed)
+            for name in fixed:
+                if name in row and row[name] is None:
+                    raise ArgumentError(f"{name} cannot be None")
+            return row
+
+        return read_each(values, kind.__name__, read_row)
 
     def _refuse_in_transaction(self, name: str) -> None:
         if self._executor.in_transaction:
@@ -214,6 +208,42 @@ class Store:
             raise
 
 
+def read_each(values: Any, name: str, read: Callable[[Any], T], *, names: str | None = None) -> list[T]:
+    """Read a batch, a value at a time.
+
+    Args:
+        values: What the caller gave.
+        name: What errors call a value.
+        read: Checks one.
+        names: What errors call several; None: as one.
+
+    Raises:
+        ArgumentError: `values` is no collection of several, or as `read`, naming the position of what is wrong.
+    """
+    found = []
+    for position, value in enumerate(as_collection(values, names or name)):
+        try:
+            found.append(read(value))
+        except ArgumentError as error:  # noqa: PERF203 - what the collection itself raises is about no position
+            error.args = (f"{name} at position {position}: {error}",)
+            raise
+    return found
+
+
+def as_collection(values: Any, names: str) -> Iterable[Any]:
+    """Check that there may be several: one alone would be read by its letters or its keys."""
+    if isinstance(values, (Model, Mapping, str, bytes)) or not isinstance(values, Iterable):
+        raise ArgumentError(f"expected a collection of {names}, not {type(values).__name__}")
+    return values
+
+
+def need(row: Mapping[str, Any], *names: str) -> None:
+    """Refuse a row that lacks one of these fields."""
+    for name in names:
+        if row.get(name) is None:
+            raise ArgumentError(f"{name} is missing")
+
+
 def by_id(rows: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     """Give rows as an object by id, for the statements that look up what is given of each."""
     return {str(row["id"]): row for row in rows}
@@ -230,31 +260,25 @@ def order_by_id(rows: list[dict[str, Any]]) -> list[int]:
     return positions
 
 
-def unwrap(kind: type[Model], values: Any, key: str) -> Any:
+def unwrap(kind: type[Model], values: Any, key: str) -> list[Any]:
     """Take the batch contract's form of updates, {id, key: fields}, for mappings of these fields and the id.
 
     Raises:
         ArgumentError: Names the position of what has neither form.
     """
-    if isinstance(values, (str, bytes, Model, Mapping)) or not isinstance(values, Iterable):
-        return values
-    unwrapped = []
-    for position, value in enumerate(values):
+
+    def read(value: Any) -> Any:
         if not (isinstance(value, Mapping) and key in value):
-            unwrapped.append(value)
-            continue
-        try:
-            if set(value) != {"id", key}:
-                raise ArgumentError(f"expected id and {key}, and nothing else")
-            id = _codecs.as_id(value["id"])
-            fields = kind.read(value[key])
-            if fields.get("id") not in (None, id):
-                raise ArgumentError(f"id is {id} outside and {fields['id']} inside")
-        except ArgumentError as error:
-            error.args = (f"{kind.__name__} at position {position}: {error}",)
-            raise
-        unwrapped.append(fields | {"id": id})
-    return unwrapped
+            return value
+        if set(value) != {"id", key}:
+            raise ArgumentError(f"expected id and {key}, and nothing else")
+        id = _codecs.as_id(value["id"])
+        fields = kind.read(value[key])
+        if fields.get("id") not in (None, id):
+            raise ArgumentError(f"id is {id} outside and {fields['id']} inside")
+        return fields | {"id": id}
+
+    return read_each(values, kind.__name__, read)
 
 
 def as_limit(count: int | None, limit: int | None) -> int | None:

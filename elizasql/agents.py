@@ -9,9 +9,9 @@ from uuid import UUID
 
 from . import _codecs
 from ._statements import SQL
-from ._store import Store, by_id, order_by_id
+from ._store import Store, by_id, order_by_id, read_each
 from .errors import ArgumentError
-from .models import Agent, Model
+from .models import Agent
 
 # What None cannot clear. Settings are removed by a None inside them.
 _FIXED = ("name", "settings", "enabled", "created_at")
@@ -101,7 +101,7 @@ class Agents(Store):
         """Get the adapter's agent, and create it from `agent` when it is not there yet.
 
         An agent that is there is only read, and comes back as it is. Defaults of a new one: name "Unknown Agent", bio
-        "An AI agent".
+        "An AI agent". What it says itself needs an entity of its id, too, which `create_entity` makes.
 
         Statement: sql/agents.sql ensure_agent. Source: ensureAgentExists; differs: one statement, no race.
         """
@@ -167,25 +167,10 @@ class Agents(Store):
         Statement: sql/agents.sql update_agents. One round trip a chunk. Source: updateAgents; differs: one statement,
         and an agent that is not there is an error.
         """
-        if isinstance(agents, (Model, Mapping, str, bytes)) or not isinstance(agents, Iterable):
-            raise ArgumentError(f"expected a collection of Agent, not {type(agents).__name__}")
-        await self._update_agents([_split(agent) for agent in agents], required=True)
+        await self._update_agents(read_each(agents, "Agent", _split), required=True)
 
     async def _update_agents(self, agents: list[tuple[Any, Any]], *, required: bool) -> list[Any]:
-        given = []
-        for position, (id, agent) in enumerate(agents):
-            try:
-                row = Agent.read(agent)
-                if id is not None:
-                    asked = _codecs.as_id(id, "agent_id")
-                    if row.get("id") not in {None, asked}:
-                        raise ArgumentError(f"id is {row['id']}, but agent_id {asked}")
-                    row["id"] = asked
-            except ArgumentError as error:
-                error.args = (f"Agent at position {position}: {error}",)
-                raise
-            given.append(row)
-        ids, rows = self._read_partial(Agent, given, fixed=_FIXED)
+        ids, rows = self._read_partial(Agent, read_each(agents, "Agent", _read_change), fixed=_FIXED)
         _refuse_twice(ids)
         if not rows:
             return []
@@ -242,6 +227,18 @@ def _split(value: Any) -> tuple[Any, Any]:
     if isinstance(value, Mapping) and "agent" in value:
         return value.get("agentId", value.get("agent_id")), value["agent"]
     return None, value
+
+
+def _read_change(change: tuple[Any, Any]) -> dict[str, Any]:
+    """Read an agent's fields, and the id that stands beside them."""
+    id, agent = change
+    row = Agent.read(agent)
+    if id is not None:
+        asked = _codecs.as_id(id, "agent_id")
+        if row.get("id") not in {None, asked}:
+            raise ArgumentError(f"id is {row['id']}, but agent_id {asked}")
+        row["id"] = asked
+    return row
 
 
 def _refuse_twice(ids: list[UUID]) -> None:

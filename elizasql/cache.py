@@ -14,7 +14,7 @@ import numpy as np
 
 from . import _codecs
 from ._statements import SQL
-from ._store import Store
+from ._store import Store, read_each
 from .errors import ArgumentError, ElizaSQLError
 from .models import MISSING, Missing
 from .types import JSON
@@ -268,18 +268,9 @@ def _read_entries(entries: Any, ttl: Ttl) -> list[_Entry]:
     """Read the entries, every key once, the last one's."""
     if isinstance(entries, Mapping):
         entries = [{"key": key, "value": value} for key, value in entries.items()]
-    if isinstance(entries, (str, bytes)) or not isinstance(entries, Iterable):
-        raise ArgumentError(f"expected a collection of entries, not {type(entries).__name__}")
     default = _as_ttl(ttl)
-    rows: dict[str, _Entry] = {}
-    for position, entry in enumerate(entries):
-        try:
-            row = _read_entry(entry, default)
-        except ArgumentError as error:
-            error.args = (f"entry at position {position}: {error}",)
-            raise
-        rows[row[0]] = row
-    return list(rows.values())
+    read = read_each(entries, "entry", lambda entry: _read_entry(entry, default), names="entries")
+    return list({entry[0]: entry for entry in read}.values())
 
 
 def _read_entry(entry: object, default: timedelta | None) -> _Entry:

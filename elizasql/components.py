@@ -12,9 +12,9 @@ import numpy as np
 
 from . import _codecs
 from ._statements import SQL
-from ._store import Store
+from ._store import Store, as_collection, need, read_each
 from .errors import ArgumentError
-from .models import Component, Model
+from .models import Component
 
 _NEEDED = ("entity_id", "room_id", "type")
 _PATH = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*(\.[a-zA-Z_][a-zA-Z0-9_]*|\.[0-9]+)*")
@@ -95,24 +95,11 @@ class Components(Store):
         upsert, no race, and ids come back.
         """
         # By natural key, not by id: two with one id and different keys are an error that the server finds.
-        ids: list[UUID] = []
-        keys: list[NaturalKey] = []
-        rows: dict[NaturalKey, dict[str, Any]] = {}
-        for position, component in enumerate(_batch(components)):
-            try:
-                row = Component.read(component)
-                self._check_agent(row)
-                _need(row, *_NEEDED, "data")
-            except ArgumentError as error:
-                error.args = (f"Component at position {position}: {error}",)
-                raise
-            if row.get("id") is None:
-                row["id"] = _codecs.new_id()
-            ids.append(row["id"])
-            keys.append(_natural_key(row))
-            rows[keys[-1]] = row
-        if not rows:
+        given = self._read_each(Component, components, needed=(*_NEEDED, "data"))
+        if not given:
             return []
+        ids, keys = [row["id"] for row in given], [_natural_key(row) for row in given]
+        rows = dict(zip(keys, given, strict=True))
         in_order = sorted(rows.values(), key=_lock_order)
         chunks = [
             {"agent_id": self.agent_id, "components": chunk} for chunk in self._encode_chunks(Component, in_order, ids)
@@ -198,12 +185,7 @@ class Components(Store):
         what it says.
         """
         ops: dict[UUID, list[dict[str, Any]]] = {}
-        for position, patch in enumerate(_batch(patches)):
-            try:
-                id, given = _read_patch(patch)
-            except ArgumentError as error:
-                error.args = (f"patch at position {position}: {error}",)
-                raise
+        for id, given in read_each(patches, "patch", _read_patch, names="patches"):
             ops.setdefault(id, []).extend(given)
         if not ops:
             return
@@ -327,15 +309,7 @@ class Components(Store):
         Statement: sql/components.sql get_components_by_natural_keys. One round trip. Source:
         getComponentsByNaturalKeys; differs: None is a value.
         """
-        wanted = []
-        for position, key in enumerate(_batch(keys)):
-            try:
-                row = Component.read(key)
-                _need(row, "entity_id", "type")
-            except ArgumentError as error:
-                error.args = (f"key at position {position}: {error}",)
-                raise
-            wanted.append(_natural_key(row))
+        wanted = read_each(keys, "key", _read_natural_key, names="keys")
         if not wanted:
             return []
         entity_ids, types, world_ids, source_entity_ids = map(list, zip(*wanted, strict=True))
@@ -350,20 +324,14 @@ class Components(Store):
         return [None if row["id"] is None else Component(*row) for row in rows]
 
 
-def _batch(values: Any) -> Iterable[Any]:
-    if isinstance(values, (Model, Mapping, str, bytes)) or not isinstance(values, Iterable):
-        raise ArgumentError(f"expected a collection, not {type(values).__name__}")
-    return values
-
-
-def _need(row: Mapping[str, Any], *names: str) -> None:
-    for name in names:
-        if row.get(name) is None:
-            raise ArgumentError(f"{name} is missing")
-
-
 def _natural_key(row: Any) -> NaturalKey:
     return row["entity_id"], row["type"], row.get("world_id"), row.get("source_entity_id")
+
+
+def _read_natural_key(key: Any) -> NaturalKey:
+    row = Component.read(key)
+    need(row, "entity_id", "type")
+    return _natural_key(row)
 
 
 def _lock_order(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -382,7 +350,8 @@ def _read_patch(patch: Any) -> tuple[UUID, list[dict[str, Any]]]:
     if unknown:
         raise ArgumentError(f"a patch has no field {min(map(str, unknown))!r}")
     id = _codecs.as_id(patch.get("component_id", patch.get("componentId")), "component_id")
-    return id, [_read_op(op, number) for number, op in enumerate(_batch(patch.get("ops")), 1)]
+    ops = as_collection(patch.get("ops"), "operations")
+    return id, [_read_op(op, number) for number, op in enumerate(ops, 1)]
 
 
 def _read_op(op: Any, number: int) -> dict[str, Any]:

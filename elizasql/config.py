@@ -128,7 +128,8 @@ class Config:
         reset_timeout: Seconds that it stays open. [ELIZASQL_RESET_TIMEOUT]
         half_open_max_attempts: Calls that then try at a time, and successes that close it.
             [ELIZASQL_HALF_OPEN_MAX_ATTEMPTS]
-        slow_call: Seconds from which a call is logged as slow. [ELIZASQL_SLOW_CALL]
+        slow_call: Seconds from which a call is logged as slow, but for those whose work takes long, such as
+            `load_memories`. [ELIZASQL_SLOW_CALL]
         telemetry: Spans and durations through OpenTelemetry, where it is installed. [ELIZASQL_TELEMETRY]
         handle_signals: Shut down in order at SIGTERM when the application does not handle it. [ELIZASQL_HANDLE_SIGNALS]
         indexing: Who moves new vectors into the HNSW index: "background": a task of the adapter; "manual": nobody but

@@ -224,9 +224,7 @@ class Entities(Store):
         Statement: sql/entities.sql get_entities_by_names. One round trip. Source: getEntitiesByNames; differs: no
         names give no entities.
         """
-        if isinstance(names, (str, bytes)) or not isinstance(names, Iterable):
-            raise ArgumentError("names must be a collection of strings")
-        wanted = list(dict.fromkeys(_codecs.as_text(name, "names") for name in names))
+        wanted = list(dict.fromkeys(_codecs.as_texts(names, "names")))
         if not wanted:
             return []
         rows = await self._executor.fetch(SQL["get_entities_by_names"], agent_id=self.agent_id, names=wanted)

@@ -356,6 +356,8 @@ def translate(error: BaseException, statement: str | None = None) -> ElizaSQLErr
         detail = ""
         if error.detail and isinstance(error, asyncpg.IntegrityConstraintViolationError):
             detail = f": {error.detail}"
+        if (error.constraint_name or "").endswith("_agent_fkey"):
+            detail += " An agent is made by ensure_agent_exists() or create_agent()."
         made = kind(f"{prefix}{_first_line(error)}{detail}", statement=statement, sqlstate=sqlstate or None)
         if isinstance(made, IntegrityError):
             made.constraint = error.constraint_name

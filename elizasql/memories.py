@@ -460,6 +460,11 @@ class Memories(Store):
     ) -> list[Memory]:
         """Get those of the memories that exist, newest first.
 
+        Args:
+            memory_ids: The memories.
+            table_name: Only of this type; None: of any.
+            include_embedding: Fill `embedding`.
+
         Statement: sql/memories.sql get_memories_by_ids. One round trip. Source: getMemoriesByIds.
         """
         ids = _codecs.as_ids(memory_ids, "memory_ids")
@@ -480,6 +485,10 @@ class Memories(Store):
         timeout: float | None = None,
     ) -> list[Memory]:
         """Get the newest memories of several rooms together.
+
+        Args:
+            room_ids: The rooms; none give no memories.
+            table_name, count, limit, include_embedding: As in `get_memories`.
 
         Statement: sql/memories.sql get_memories_by_room_ids. One round trip. Source: getMemoriesByRoomIds.
         """
@@ -502,6 +511,10 @@ class Memories(Store):
         timeout: float | None = None,
     ) -> list[Memory]:
         """Get the newest memories of a world: those that name it, and those in rooms of it.
+
+        Args:
+            world_id: The world.
+            table_name, count, limit, include_embedding: As in `get_memories`.
 
         Statement: sql/memories.sql get_memories_by_world_id. One round trip. Source: getMemoriesByWorldId; differs:
         the memory's own `world_id` counts, too.

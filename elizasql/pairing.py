@@ -8,7 +8,7 @@ from uuid import UUID
 
 from . import _codecs
 from ._statements import SQL
-from ._store import Store, order_by_id
+from ._store import Store, order_by_id, read_each
 from .errors import ArgumentError
 from .models import PairingAllowlistEntry, PairingRequest
 
@@ -271,17 +271,7 @@ class Pairing(Store):
         return deleted
 
     def _read_pairing_channels(self, queries: Iterable[Query]) -> list[str]:
-        if isinstance(queries, (str, bytes, Mapping)) or not isinstance(queries, Iterable):
-            raise ArgumentError(f"expected a collection of queries, not {type(queries).__name__}")
-        channels = []
-        for position, query in enumerate(queries):
-            try:
-                channel = self._read_pairing_channel(query)
-            except ArgumentError as error:
-                error.args = (f"query at position {position}: {error}",)
-                raise
-            channels.append(channel)
-        return channels
+        return read_each(queries, "query", self._read_pairing_channel, names="queries")
 
     def _read_pairing_channel(self, query: Query) -> str:
         row = PairingRequest.read(query if isinstance(query, Mapping) else {"channel": query})

@@ -8,7 +8,7 @@ from uuid import UUID
 
 from . import _codecs
 from ._statements import SQL
-from ._store import Store
+from ._store import Store, need, read_each
 from .errors import ArgumentError
 from .models import Entity, Participant
 from .types import UserState
@@ -338,23 +338,16 @@ class Participants(Store):
         self, values: Iterable[Any], read: Callable[[Any], dict[str, Any]]
     ) -> list[dict[str, Any]]:
         """Read each value, check whose it is, and name the position of one that is wrong."""
-        if isinstance(values, (Participant, Mapping, str, bytes)) or not isinstance(values, Iterable):
-            raise ArgumentError(f"expected a collection of pairs, not {type(values).__name__}")
-        rows = []
-        for position, value in enumerate(values):
-            try:
-                row = read(value)
-                self._check_agent(row)
-                for name in ("entity_id", "room_id"):
-                    if row.get(name) is None:
-                        raise ArgumentError(f"{name} is missing")
-                if row.get("room_state") not in _STATES:
-                    raise ArgumentError(f"the state must be FOLLOWED, MUTED or None, not {row['room_state']!r:.40}")
-            except ArgumentError as error:
-                error.args = (f"pair at position {position}: {error}",)
-                raise
-            rows.append(row)
-        return rows
+
+        def read_row(value: Any) -> dict[str, Any]:
+            row = read(value)
+            self._check_agent(row)
+            need(row, "entity_id", "room_id")
+            if row.get("room_state") not in _STATES:
+                raise ArgumentError(f"the state must be FOLLOWED, MUTED or None, not {row['room_state']!r:.40}")
+            return row
+
+        return read_each(values, "pair", read_row, names="pairs")
 
 
 def _as_pair(value: Any) -> dict[str, Any]:

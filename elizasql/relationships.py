@@ -8,9 +8,9 @@ from uuid import UUID
 
 from . import _codecs
 from ._statements import SQL
-from ._store import Store
+from ._store import Store, need, read_each
 from .errors import ArgumentError
-from .models import Model, Relationship
+from .models import Relationship
 
 _NEEDED = ("source_entity_id", "target_entity_id")
 
@@ -228,9 +228,7 @@ class Relationships(Store):
 
         Statement: sql/relationships.sql get_relationships_by_pairs. One round trip. Source: getRelationshipsByPairs.
         """
-        if isinstance(pairs, (Model, Mapping, str, bytes)) or not isinstance(pairs, Iterable):
-            raise ArgumentError(f"expected a collection of pairs, not {type(pairs).__name__}")
-        wanted = [_read_pair(pair, position) for position, pair in enumerate(pairs)]
+        wanted = read_each(pairs, "pair", _read_pair, names="pairs")
         if not wanted:
             return []
         rows = await self._executor.fetch(
@@ -242,25 +240,15 @@ class Relationships(Store):
         return [None if row["id"] is None else Relationship(*row) for row in rows]
 
 
-def _read_pair(pair: Any, position: int) -> tuple[UUID, UUID]:
-    try:
-        if isinstance(pair, tuple):
-            if len(pair) != 2:
-                raise ArgumentError(f"expected source and target, not {len(pair)} values")
-            return _codecs.as_id(pair[0], "source_entity_id"), _codecs.as_id(pair[1], "target_entity_id")
-        row = Relationship.read(pair)
-        for name in _NEEDED:
-            if row.get(name) is None:
-                raise ArgumentError(f"{name} is missing")
-    except ArgumentError as error:
-        error.args = (f"pair at position {position}: {error}",)
-        raise
+def _read_pair(pair: Any) -> tuple[UUID, UUID]:
+    if isinstance(pair, tuple):
+        if len(pair) != 2:
+            raise ArgumentError(f"expected source and target, not {len(pair)} values")
+        return _codecs.as_id(pair[0], "source_entity_id"), _codecs.as_id(pair[1], "target_entity_id")
+    row = Relationship.read(pair)
+    need(row, *_NEEDED)
     return row["source_entity_id"], row["target_entity_id"]
 
 
 def _read_tags(tags: Any) -> list[str] | None:
-    if tags is None:
-        return None
-    if isinstance(tags, (str, bytes)) or not isinstance(tags, Iterable):
-        raise ArgumentError("tags must be a collection of strings")
-    return [_codecs.as_text(tag, "tags") for tag in tags] or None
+    return None if tags is None else _codecs.as_texts(tags, "tags") or None

@@ -331,8 +331,9 @@ class Tasks(Store):
 
         Args:
             task: As `claim_tasks` gave it.
-            again_in: None: delete it. Otherwise its attempts begin anew; a `due_at` in the future that `update_task`
-                set during the claim counts in place of this.
+            again_in: None: delete it, whatever its tags: that "repeat" and `updateInterval` mean something is up to the
+                worker. Otherwise its attempts begin anew; a `due_at` in the future that `update_task` set during the
+                claim counts in place of this.
 
         Statement: sql/tasks.sql complete_task or repeat_task. One round trip.
         """
@@ -418,10 +419,7 @@ class Tasks(Store):
 
         Statement: sql/tasks.sql claim_tasks or claim_tasks_by_names; get_seconds_to_next_task when nothing is ready.
         """
-        if self._executor.in_transaction:
-            raise ArgumentError(
-                "wait_for_tasks() does not run in a transaction: call it on the adapter that was opened"
-            )
+        self._refuse_in_transaction("wait_for_tasks")
         longest = _seconds(poll_interval, "poll_interval", least=0.001)
         wanted = {"names": _texts(names, "names"), "tags": _texts(tags, "tags")}
         if wanted["names"] == []:
@@ -489,11 +487,7 @@ def _with_id(id: UUID, task: Task | Mapping[str, Any]) -> dict[str, Any]:
 def _texts(value: Iterable[str] | str | None, name: str) -> list[str] | None:
     if value is None:
         return None
-    if isinstance(value, str):
-        return [_codecs.as_text(value, name)]
-    if isinstance(value, (bytes, Mapping)) or not isinstance(value, Iterable):
-        raise ArgumentError(f"{name} must be a collection of strings, not {type(value).__name__}")
-    return [_codecs.as_text(item, name) for item in value]
+    return _codecs.as_texts([value] if isinstance(value, str) else value, name)
 
 
 def _seconds(value: float | timedelta, name: str, *, least: float = 0.0) -> float:

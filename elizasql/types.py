@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 from uuid import UUID
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from pgvector import HalfVector, Vector
 
 __all__ = [
     "DIMENSIONS",
@@ -21,6 +24,7 @@ __all__ = [
     "Objective",
     "Recall",
     "RunStatus",
+    "SupportsArray",
     "UserState",
 ]
 
@@ -32,7 +36,14 @@ DIMENSIONS: tuple[Dimension, ...] = (384, 512, 768, 1024, 1536, 3072)
 Embedding: TypeAlias = NDArray[np.float32]
 """float32[dimension]"""
 
-EmbeddingInput: TypeAlias = "NDArray[Any] | Sequence[float]"
+
+class SupportsArray(Protocol):
+    """An array of another library, such as a tensor."""
+
+    def __array__(self) -> Any: ...
+
+
+EmbeddingInput: TypeAlias = "NDArray[Any] | Sequence[float] | SupportsArray | Vector | HalfVector"
 """What is taken as an embedding: a 1-D array or sequence of real numbers, or a vector of the pgvector package."""
 
 IdInput: TypeAlias = "UUID | str"

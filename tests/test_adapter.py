@@ -712,6 +712,36 @@ async def test_tries_that_callers_make_again_count_once_a_round(
     assert all(found) and max(counted) == 2 and breaker.opened == 0
 
 
+@pytest.mark.parametrize(
+    ("met", "state"),
+    [
+        (asyncpg.UniqueViolationError("it is there already"), "closed"),
+        (asyncpg.DeadlockDetectedError("another one was quicker"), "closed"),
+        (elizasql.UnknownOutcomeError("nobody can tell"), "half_open"),
+        (asyncio.CancelledError(), "half_open"),
+        (asyncpg.CannotConnectNowError("the database system is in recovery mode"), "open"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else value,
+)
+async def test_a_probe_makes_room_for_the_next_one_whatever_it_meets(
+    make_db: MakeAdapter, met: BaseException, state: str
+) -> None:
+    db = await make_db(failure_threshold=1, reset_timeout=0.0, half_open_max_attempts=1, max_retries=1)
+    breaker = db._connections.breaker
+    breaker.fail(breaker.enter())
+
+    async def meets(*args: Any, **options: Any) -> Any:
+        raise met
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asyncpg.Connection, "fetch", meets)
+        with pytest.raises((elizasql.ElizaSQLError, asyncio.CancelledError)):
+            await db.get_tasks()
+    assert breaker.state == state
+    assert await db.get_tasks() == []
+    assert await db.get_tasks() == []
+
+
 async def test_result_is_given_even_if_the_connection_breaks_on_its_way_back(
     db: DatabaseAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,10 +137,17 @@ def test_what_began_before_says_nothing_about_the_probes(breaker: CircuitBreaker
     breaker.fail(old[0])
     breaker.leave(old[1])
     assert breaker.state == "half_open"
-    breaker.succeed(probe)
-    for _ in range(2):
-        breaker.succeed(breaker.enter())
+    probes = [probe, breaker.enter(), breaker.enter()]
+    with pytest.raises(CircuitOpenError):
+        breaker.enter()  # no place became free
+    for permit in probes:
+        breaker.succeed(permit)
     assert state(breaker) == "closed"
+
+
+def test_what_is_closed_refuses_nobody_when_the_machine_has_just_started(breaker: CircuitBreaker, clock: Clock) -> None:
+    clock.now = 0.5
+    assert breaker.retry_after == 0.0
 
 
 class Machine(RuleBasedStateMachine):

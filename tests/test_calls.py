@@ -137,6 +137,25 @@ async def test_limit_bounds_the_tries(make_db: MakeAdapter, monkeypatch: pytest.
     assert tried == 1
 
 
+@pytest.mark.parametrize(("kind", "tries"), [(asyncpg.OutOfMemoryError, 2), (asyncpg.DiskFullError, 1)])
+async def test_tries_of_a_server_that_has_run_out_of_something(
+    make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch, kind: type[asyncpg.PostgresError], tries: int
+) -> None:
+    """Memory may be free a moment later, and not a third time; a disk that is full stays so."""
+    db = await make_db(base_delay=0.0, jitter_max=0.0, max_retries=5)
+    tried = 0
+
+    async def refused(*args: Any, **options: Any) -> Any:
+        nonlocal tried
+        tried += 1
+        raise kind("none left")
+
+    monkeypatch.setattr(asyncpg.Connection, "fetch", refused)
+    with pytest.raises(elizasql.ServerBusyError):
+        await db.get_tasks()
+    assert tried == tries
+
+
 @pytest.mark.parametrize("given", [True, False])
 async def test_limit_of_a_call_that_the_callers_code_makes_inside_another(
     make_db: MakeAdapter, raw: asyncpg.Connection[Any], given: bool
@@ -324,6 +343,14 @@ async def test_slow_call_is_logged(make_db: MakeAdapter, caplog: pytest.LogCaptu
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "create_memory took" in caplog.text
     assert "ForeignKeyError" in caplog.text
+
+
+async def test_a_call_whose_work_takes_long_is_not_slow(make_db: MakeAdapter, caplog: pytest.LogCaptureFixture) -> None:
+    db = await make_db(slow_call=0.0)
+    caplog.clear()
+    await db.load_memories([memory(embedding=np.ones(384, np.float32))], "messages")
+    await db.index_memories()
+    assert not caplog.records
 
 
 async def test_quick_call_is_not(make_db: MakeAdapter, caplog: pytest.LogCaptureFixture) -> None:

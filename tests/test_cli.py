@@ -176,6 +176,13 @@ def test_without_a_command_it_helps(run: Run) -> None:
     assert "Exit codes" in said.out
 
 
+@pytest.mark.parametrize("arguments", [[], ["migrate"]])
+def test_each_command_says_in_one_line_what_it_does(run: Run, arguments: list[str]) -> None:
+    _, _, commands = run(*arguments, "--help").out.partition("Commands:\n")
+    assert commands
+    assert "..." not in commands
+
+
 def test_version(run: Run) -> None:
     assert run("--version") == Said(0, f"elizasql {elizasql.__version__}\n", "")
     assert run("--version", "stats").out.strip() == f"elizasql {elizasql.__version__}"

@@ -193,6 +193,14 @@ async def test_unique_violation_says_which_row(raw: asyncpg.Connection[Any], db:
     assert str(db.agent_id) in str(made)
 
 
+async def test_missing_agent_says_how_one_is_made(dsn: str) -> None:
+    async with elizasql.connect(agent_id=uuid4(), dsn=dsn, indexing="manual") as db:
+        with pytest.raises(errors.ForeignKeyError, match=rf"{db.agent_id}.* ensure_agent_exists\(\)"):
+            await db.create_memory({"content": {"text": "hello"}}, "messages")
+        with pytest.raises(errors.ForeignKeyError, match=r"ensure_agent_exists\(\)"):
+            await db.set_cache("key", 1)
+
+
 async def test_failed_transaction(raw: asyncpg.Connection[Any]) -> None:
     with pytest.raises(asyncpg.InFailedSQLTransactionError) as caught:
         async with raw.transaction():

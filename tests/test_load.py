@@ -617,6 +617,24 @@ async def test_a_partition_that_grows_fast_is_not_disturbed(db: DatabaseAdapter,
         assert (await index_of(raw, db.agent_id) is not None) is built
 
 
+async def test_after_a_rebuild_that_was_cut_while_it_dropped_the_index_the_background_builds_it(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    db = await make_db(indexing="background")
+    real = db._indexer.drop
+
+    async def drop() -> bool:
+        assert await real()
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(db._indexer, "drop", drop)
+    with pytest.raises(asyncio.CancelledError):
+        await db.index_memories(rebuild=True)
+    assert db._indexer._lost
+    while await index_of(raw, db.agent_id) is None:
+        await asyncio.sleep(0.01)
+
+
 async def test_after_a_load_that_failed_index_memories_builds_the_index(
     db: DatabaseAdapter, raw: asyncpg.Connection[Any], small: None
 ) -> None:

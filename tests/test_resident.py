@@ -192,7 +192,9 @@ class Model:
         for id, vector in zip(ids, vectors, strict=True):
             scope = (self.rooms[self.random.integers(4)] for _ in range(3))
             self.rows[id] = (*scope, bool(self.random.integers(2)), vector)  # type: ignore[assignment]
-        self.matrix.put(as_sent((id, *self.rows[id]) for id in ids))
+        content, half = as_sent((id, *self.rows[id]) for id in ids), len(ids) // 2
+        self.matrix.put(content, 0, half)  # in parts, as a large page is
+        self.matrix.put(content, half)
 
     def drop(self, ids: list[UUID]) -> None:
         for id in ids:

@@ -77,6 +77,7 @@ def test_what_the_driver_refuses_by_itself_is_permanent() -> None:
     assert classify(asyncpg.InterfaceError("the server expects 2 arguments"), sent=True, lost=False) is PERMANENT
     assert classify(asyncpg.ClientConfigurationError("sslmode"), sent=False, lost=True) is PERMANENT
     assert classify(TypeError("expected str"), sent=True, lost=False) is PERMANENT
+    assert classify(TypeError("expected str"), sent=False, lost=True) is PERMANENT
     assert classify(asyncpg.DataError("invalid input for query argument"), sent=True, lost=False) is PERMANENT
 
 

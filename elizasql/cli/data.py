@@ -58,7 +58,7 @@ def export(
     data_dir: DataDir = None,
     json: Json = False,
 ) -> None:
-    """Write agents with all that belongs to them into an archive, from one consistent snapshot."""
+    """Write agents with all that is theirs into an archive. What is in it is one consistent snapshot."""
     if str(path) == "-":
         raise ArgumentError("an archive is a file or a folder: it cannot be written to standard output")
 
@@ -212,7 +212,7 @@ def index_(
     data_dir: DataDir = None,
     json: Json = False,
 ) -> None:
-    """Put the vectors that wait into the index now, of all agents or of some."""
+    """Put the vectors that wait into the index now. Those of all agents, or of some."""
 
     async def work() -> list[dict[str, Any]]:
         async with _place.reach(dsn, data_dir) as place:
@@ -244,7 +244,7 @@ def backup(
     data_dir: DataDir = None,
     json: Json = False,
 ) -> None:
-    """Write all that is in the embedded server's database, and its roles, into one file; it may be in use meanwhile."""
+    """Write the embedded server's database into a file. Its roles, too; it may be in use meanwhile."""
     config = _place.load(None, data_dir)
     if os.path.lexists(path):
         raise ArgumentError(f"{path} is there already: choose another name")
@@ -276,7 +276,7 @@ def restore(
     data_dir: DataDir = None,
     json: Json = False,
 ) -> None:
-    """Make a new embedded server out of a backup; the folder must be new or empty."""
+    """Make a new embedded server out of a backup. The folder must be new or empty."""
     config = _place.load(None, data_dir)
     folder = config.data_dir.expanduser().resolve()
     roles = _read_roles(path)

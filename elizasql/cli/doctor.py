@@ -63,7 +63,7 @@ def doctor(
     data_dir: DataDir = None,
     json: Json = False,
 ) -> None:
-    """Examine the server, the schema and the data; changes nothing. Exit code 1 when something does not work."""
+    """Examine the server, the schema and the data. Changes nothing. Exit code 1 when something does not work."""
     findings = asyncio.run(_examine(dsn, data_dir))
     if json:
         _out.emit([asdict(finding) for finding in findings])

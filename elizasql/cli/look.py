@@ -30,7 +30,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def stats(agent: OneAgent = None, dsn: Dsn = None, data_dir: DataDir = None, json: Json = False) -> None:
-    """Count what each agent has; with --agent also its memories by type."""
+    """Count what each agent has. With --agent also its memories by type."""
 
     async def work() -> None:
         async with _place.reach(dsn, data_dir) as place, place.connect() as connection:
@@ -120,7 +120,7 @@ def tasks(
     data_dir: DataDir = None,
     json: Json = False,
 ) -> None:
-    """Show an agent's tasks and how each stands: ready, waiting, claimed, dead, or not for workers."""
+    """Show an agent's tasks and how each stands. It is ready, waiting, claimed, dead, or not for workers."""
 
     async def work() -> None:
         async with _place.reach(dsn, data_dir) as place:

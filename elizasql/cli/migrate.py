@@ -195,7 +195,7 @@ def new(
     dir: Annotated[Path, typer.Option(help="Folder of your own migrations; made when missing.")] = Path("migrations"),
     json: Json = False,
 ) -> None:
-    """Begin a migration: a file with an empty part for up and one for down."""
+    """Begin a migration. Makes a file with an empty part for up and one for down."""
     cleaned = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
     if not cleaned:
         raise ArgumentError(f"{name!r} is no name for a file")

@@ -58,7 +58,7 @@ def explain(
     data_dir: DataDir = None,
     json: Json = False,
 ) -> None:
-    """Run a method that reads, and show the plan of every statement it sent and whether an index was used."""
+    """Run a method that reads, and show its statements' plans. Says of each whether an index was used."""
     if method not in methods():
         raise ArgumentError(f"{method} is no method that reads; there are {', '.join(sorted(methods()))}")
 
@@ -242,7 +242,7 @@ def recall_check(
     data_dir: DataDir = None,
     json: Json = False,
 ) -> None:
-    """Compare the index with exact search, on a sample of your own data, and recommend an ef_search."""
+    """Compare the index with exact search, on your own data. Takes a sample, and recommends an ef_search."""
 
     async def work() -> dict[str, Any]:
         async with _place.reach(dsn, data_dir) as place:
@@ -399,7 +399,7 @@ def bench(
     data_dir: DataDir = None,
     json: Json = False,
 ) -> None:
-    """Measure searches, look-ups and writes on your own server, with your own data."""
+    """Measure searches, look-ups and writes on your own server. Searches are for vectors of your own data."""
 
     async def work() -> list[dict[str, Any]]:
         async with _place.reach(dsn, data_dir) as place:

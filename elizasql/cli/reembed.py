@@ -43,7 +43,7 @@ def reembed(
     data_dir: DataDir = None,
     json: Json = False,
 ) -> None:
-    """Give an agent's vectors another width, while it works; may be broken off, the next run goes on."""
+    """Give an agent's vectors another width, while it works. May be broken off; the next run goes on."""
     if abandon:
         if to is not None or function is not None:
             raise ArgumentError("--abandon takes neither --to nor --with")

@@ -48,7 +48,7 @@ def up(
     migrate: Annotated[bool, typer.Option(help="Bring the schema up to date.")] = True,
     json: Json = False,
 ) -> None:
-    """Start the embedded server and keep it up until `elizasql down`, whoever else uses it meanwhile."""
+    """Start the embedded server and keep it up until `down`. Others may use it and leave it meanwhile."""
     config = _place.load(None, data_dir)
     started = False
     try:
@@ -129,7 +129,7 @@ def down(
     force: Annotated[bool, typer.Option(help="Stop it even while others use it.")] = False,
     json: Json = False,
 ) -> None:
-    """Stop keeping the embedded server up; it stops when nobody uses it any more."""
+    """Stop keeping the embedded server up. It stops when nobody uses it any more."""
     config = _place.load(None, data_dir)
     if _place.has_cluster(config):
         asyncio.run(_stop(config, force=force))
@@ -182,7 +182,7 @@ def is_running(data_dir: Path) -> bool:
 
 
 def status(dsn: Dsn = None, data_dir: DataDir = None, json: Json = False) -> None:
-    """Tell whether the server runs, what it is, and whether its schema is up to date. Starts nothing."""
+    """Tell whether the server runs, and what it is. Also whether its schema is up to date. Starts nothing."""
     config = _place.load(dsn, data_dir)
     embedded = config.dsn is None
     if embedded and not (_place.has_cluster(config) and is_running(config.data_dir)):
@@ -227,7 +227,7 @@ async def _look(place: Place) -> dict[str, Any]:
 
 
 def psql(context: typer.Context, dsn: Dsn = None, data_dir: DataDir = None) -> None:
-    """Open psql on the server; what stands behind `--` goes to psql, such as: elizasql psql -- -c "TABLE pg_roles"."""
+    """Open psql on the server. What stands behind `--` goes to psql: elizasql psql -- -c "TABLE pg_roles"."""
 
     async def work() -> int:
         async with _place.reach(dsn, data_dir) as place:
@@ -306,7 +306,7 @@ def find_program(name: str) -> str:
 
 
 def run_demo(context: typer.Context) -> None:
-    """An agent remembers a conversation and answers: --file FILE, --data-dir DIR, --dsn DSN."""
+    """An agent remembers a conversation and answers. Takes --file FILE, --data-dir DIR, --dsn DSN."""
     from elizasql import demo  # noqa: PLC0415 - no other command needs it
 
     code = demo.main(context.args)

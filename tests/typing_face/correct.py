@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 from uuid import UUID, uuid4
 
 import numpy as np
 from numpy.typing import NDArray
+from pgvector import HalfVector, Vector
 from typing_extensions import assert_type
 
 import elizasql
@@ -52,6 +54,23 @@ def embed(text: str) -> NDArray[np.float32]:
 
 def as_list(text: str) -> EmbeddingInput:
     return [float(len(text))] * 384
+
+
+class Tensor:
+    """An array of another library, which declares as little as they do."""
+
+    def __array__(self, dtype: Any = None) -> NDArray[Any]:
+        return np.ones(384, dtype)
+
+
+INPUTS: list[EmbeddingInput] = [
+    (0.5, 1) * 192,
+    np.ones(384),
+    np.ones(384, np.int64),
+    Tensor(),
+    Vector([1.0] * 384),
+    HalfVector([1.0] * 384),
+]
 
 
 async def remember(db: DatabaseAdapter, room: UUID, user: UUID) -> list[Memory]:
