@@ -20,7 +20,7 @@ from uuid import UUID
 
 import asyncpg
 
-from ._calls import Meter, current_deadline
+from ._calls import Meter, current_deadline, wait_for
 from ._pool import Lane, is_open, steady
 from ._registry import Connections, retry_policy
 from ._retry import OUT_OF_MEMORY, Outcome, classify, is_answer
@@ -532,7 +532,7 @@ class Executor:
         """Wait for the calls in flight at most `timeout` seconds, once new ones are refused, and cut what is left."""
         if self.in_flight:
             try:
-                await asyncio.wait_for(self._drained.wait(), timeout)
+                await wait_for(self._drained.wait(), timeout, "elizasql-drain")
             except (asyncio.TimeoutError, TimeoutError):
                 self.cut()
 

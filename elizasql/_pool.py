@@ -21,7 +21,7 @@ from typing import Any
 import asyncpg
 
 from . import _codecs, _hosts
-from ._calls import spawn
+from ._calls import spawn, wait_for
 from ._statements import SQL
 from .config import Config, redact
 from .errors import (
@@ -505,7 +505,7 @@ class Lane:
         self._end()
         await self.let_go()
         with suppress(asyncio.TimeoutError, TimeoutError):
-            await asyncio.wait_for(self.pool.close(), self._config.connection_timeout)  # else it cuts them
+            await wait_for(self.pool.close(), self._config.connection_timeout, "elizasql-close")  # else it cuts them
 
     def terminate(self) -> None:
         """Cut every connection."""
