@@ -3128,13 +3128,13 @@ CREATE INDEX logs_run_idx ON elizasql.logs USING btree (agent_id, run_id) WHERE 
 
 CREATE INDEX logs_type_idx ON elizasql.logs USING btree (agent_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_document_idx ON ONLY elizasql.memories USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_document_idx ON ONLY elizasql.memories USING btree (agent_id, "left"(lower((metadata ->> 'documentId'::text)), 37)) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_entity_idx ON ONLY elizasql.memories USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
 CREATE INDEX memories_p00_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p00 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p00_agent_id_lower_idx ON elizasql.memories_p00 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p00_agent_id_left_idx ON elizasql.memories_p00 USING btree (agent_id, "left"(lower((metadata ->> 'documentId'::text)), 37)) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_room_idx ON ONLY elizasql.memories USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3154,7 +3154,7 @@ CREATE INDEX memories_p00_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p01_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p01 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p01_agent_id_lower_idx ON elizasql.memories_p01 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p01_agent_id_left_idx ON elizasql.memories_p01 USING btree (agent_id, "left"(lower((metadata ->> 'documentId'::text)), 37)) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p01_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p01 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3166,7 +3166,7 @@ CREATE INDEX memories_p01_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p02_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p02 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p02_agent_id_lower_idx ON elizasql.memories_p02 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p02_agent_id_left_idx ON elizasql.memories_p02 USING btree (agent_id, "left"(lower((metadata ->> 'documentId'::text)), 37)) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p02_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p02 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3178,7 +3178,7 @@ CREATE INDEX memories_p02_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p03_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p03 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p03_agent_id_lower_idx ON elizasql.memories_p03 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p03_agent_id_left_idx ON elizasql.memories_p03 USING btree (agent_id, "left"(lower((metadata ->> 'documentId'::text)), 37)) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p03_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p03 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3190,7 +3190,7 @@ CREATE INDEX memories_p03_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p04_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p04 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p04_agent_id_lower_idx ON elizasql.memories_p04 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p04_agent_id_left_idx ON elizasql.memories_p04 USING btree (agent_id, "left"(lower((metadata ->> 'documentId'::text)), 37)) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p04_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p04 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3202,7 +3202,7 @@ CREATE INDEX memories_p04_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p05_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p05 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p05_agent_id_lower_idx ON elizasql.memories_p05 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p05_agent_id_left_idx ON elizasql.memories_p05 USING btree (agent_id, "left"(lower((metadata ->> 'documentId'::text)), 37)) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p05_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p05 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3214,7 +3214,7 @@ CREATE INDEX memories_p05_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p06_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p06 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p06_agent_id_lower_idx ON elizasql.memories_p06 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p06_agent_id_left_idx ON elizasql.memories_p06 USING btree (agent_id, "left"(lower((metadata ->> 'documentId'::text)), 37)) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p06_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p06 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3226,7 +3226,7 @@ CREATE INDEX memories_p06_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p07_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p07 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p07_agent_id_lower_idx ON elizasql.memories_p07 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p07_agent_id_left_idx ON elizasql.memories_p07 USING btree (agent_id, "left"(lower((metadata ->> 'documentId'::text)), 37)) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p07_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p07 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3238,7 +3238,7 @@ CREATE INDEX memories_p07_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p08_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p08 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p08_agent_id_lower_idx ON elizasql.memories_p08 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p08_agent_id_left_idx ON elizasql.memories_p08 USING btree (agent_id, "left"(lower((metadata ->> 'documentId'::text)), 37)) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p08_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p08 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3250,7 +3250,7 @@ CREATE INDEX memories_p08_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p09_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p09 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p09_agent_id_lower_idx ON elizasql.memories_p09 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p09_agent_id_left_idx ON elizasql.memories_p09 USING btree (agent_id, "left"(lower((metadata ->> 'documentId'::text)), 37)) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p09_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p09 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3262,7 +3262,7 @@ CREATE INDEX memories_p09_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p10_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p10 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p10_agent_id_lower_idx ON elizasql.memories_p10 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p10_agent_id_left_idx ON elizasql.memories_p10 USING btree (agent_id, "left"(lower((metadata ->> 'documentId'::text)), 37)) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p10_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p10 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3274,7 +3274,7 @@ CREATE INDEX memories_p10_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p11_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p11 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p11_agent_id_lower_idx ON elizasql.memories_p11 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p11_agent_id_left_idx ON elizasql.memories_p11 USING btree (agent_id, "left"(lower((metadata ->> 'documentId'::text)), 37)) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p11_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p11 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3286,7 +3286,7 @@ CREATE INDEX memories_p11_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p12_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p12 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p12_agent_id_lower_idx ON elizasql.memories_p12 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p12_agent_id_left_idx ON elizasql.memories_p12 USING btree (agent_id, "left"(lower((metadata ->> 'documentId'::text)), 37)) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p12_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p12 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3298,7 +3298,7 @@ CREATE INDEX memories_p12_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p13_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p13 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p13_agent_id_lower_idx ON elizasql.memories_p13 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p13_agent_id_left_idx ON elizasql.memories_p13 USING btree (agent_id, "left"(lower((metadata ->> 'documentId'::text)), 37)) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p13_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p13 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3310,7 +3310,7 @@ CREATE INDEX memories_p13_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p14_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p14 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p14_agent_id_lower_idx ON elizasql.memories_p14 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p14_agent_id_left_idx ON elizasql.memories_p14 USING btree (agent_id, "left"(lower((metadata ->> 'documentId'::text)), 37)) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p14_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p14 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3322,7 +3322,7 @@ CREATE INDEX memories_p14_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p15_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p15 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p15_agent_id_lower_idx ON elizasql.memories_p15 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p15_agent_id_left_idx ON elizasql.memories_p15 USING btree (agent_id, "left"(lower((metadata ->> 'documentId'::text)), 37)) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p15_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p15 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3560,7 +3560,7 @@ ALTER INDEX elizasql.embeddings_pkey ATTACH PARTITION elizasql.embeddings_p15_pk
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p00_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p00_agent_id_lower_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p00_agent_id_left_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p00_agent_id_room_id_type_created_at_id_idx;
 
@@ -3574,7 +3574,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p00_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p01_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p01_agent_id_lower_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p01_agent_id_left_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p01_agent_id_room_id_type_created_at_id_idx;
 
@@ -3588,7 +3588,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p01_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p02_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p02_agent_id_lower_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p02_agent_id_left_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p02_agent_id_room_id_type_created_at_id_idx;
 
@@ -3602,7 +3602,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p02_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p03_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p03_agent_id_lower_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p03_agent_id_left_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p03_agent_id_room_id_type_created_at_id_idx;
 
@@ -3616,7 +3616,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p03_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p04_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p04_agent_id_lower_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p04_agent_id_left_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p04_agent_id_room_id_type_created_at_id_idx;
 
@@ -3630,7 +3630,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p04_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p05_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p05_agent_id_lower_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p05_agent_id_left_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p05_agent_id_room_id_type_created_at_id_idx;
 
@@ -3644,7 +3644,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p05_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p06_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p06_agent_id_lower_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p06_agent_id_left_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p06_agent_id_room_id_type_created_at_id_idx;
 
@@ -3658,7 +3658,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p06_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p07_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p07_agent_id_lower_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p07_agent_id_left_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p07_agent_id_room_id_type_created_at_id_idx;
 
@@ -3672,7 +3672,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p07_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p08_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p08_agent_id_lower_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p08_agent_id_left_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p08_agent_id_room_id_type_created_at_id_idx;
 
@@ -3686,7 +3686,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p08_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p09_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p09_agent_id_lower_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p09_agent_id_left_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p09_agent_id_room_id_type_created_at_id_idx;
 
@@ -3700,7 +3700,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p09_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p10_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p10_agent_id_lower_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p10_agent_id_left_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p10_agent_id_room_id_type_created_at_id_idx;
 
@@ -3714,7 +3714,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p10_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p11_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p11_agent_id_lower_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p11_agent_id_left_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p11_agent_id_room_id_type_created_at_id_idx;
 
@@ -3728,7 +3728,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p11_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p12_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p12_agent_id_lower_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p12_agent_id_left_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p12_agent_id_room_id_type_created_at_id_idx;
 
@@ -3742,7 +3742,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p12_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p13_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p13_agent_id_lower_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p13_agent_id_left_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p13_agent_id_room_id_type_created_at_id_idx;
 
@@ -3756,7 +3756,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p13_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p14_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p14_agent_id_lower_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p14_agent_id_left_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p14_agent_id_room_id_type_created_at_id_idx;
 
@@ -3770,7 +3770,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p14_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p15_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p15_agent_id_lower_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p15_agent_id_left_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p15_agent_id_room_id_type_created_at_id_idx;
 
