@@ -83,10 +83,6 @@ SELECT
 -- Whether nobody else in this database has the mark, which is then this transaction's to its end.
 SELECT pg_try_advisory_xact_lock(:mark::bigint) AS taken;
 
--- name: may_only_read()$
--- Whether transactions are read-only by the session's settings, and not since the server is a standby.
-SELECT NOT pg_is_in_recovery() AND current_setting('default_transaction_read_only')::boolean AS so;
-
 -- name: get_transaction_status(id, timeline)$
 -- What became of a transaction: committed, aborted, in progress; NULL when it is long ago, or on another timeline, where
 -- the id means nothing.
