@@ -128,7 +128,7 @@ class Executor:
         return self._run(statement, "execute", params)
 
     async def fetch_chunks(
-        self, statement: Statement, chunks: Sequence[dict[str, Any]], *, settle: bool = False
+        self, statement: Statement, chunks: Sequence[dict[str, Any]], *, settle: bool = False, unlimited: bool = False
     ) -> list[asyncpg.Record]:
         """Run a statement once for each chunk, all in one transaction when there are several; give all rows.
 
@@ -136,13 +136,17 @@ class Executor:
             statement: What to run.
             chunks: Its parameters.
             settle: A transaction for a single chunk, too: three round trips more, and a lost end is settled.
+            unlimited: A transaction in which no `statement_timeout` of the role ends what takes long: it is meant for
+                what callers wait for. One round trip more.
         """
-        if len(chunks) == 1 and not settle:
+        if len(chunks) == 1 and not settle and not unlimited:
             return await self.fetch(statement, **chunks[0])
         arguments = [_order(statement, chunk) for chunk in chunks]
 
         async def work(connection: Any, deadline: float) -> list[asyncpg.Record]:
             rows: list[asyncpg.Record] = []
+            if unlimited:
+                await connection.fetch(SQL["lift_limits"].sql, timeout=_left(deadline))
             for each in arguments:
                 rows += await connection.fetch(statement.sql, *each, timeout=_left(deadline))
             return rows

@@ -24,6 +24,9 @@ _PATIENCE = 0.5
 _ANALYZE_SHARE = 0.2
 _ANALYZE_LEAST = 500
 
+# After failures in a row the pause before the next look doubles so often at most: from a second to four minutes.
+_MOST_DOUBLINGS = 8
+
 # Seconds that the index of a partition may take to build: 1,000 to 4,000 vectors a second.
 _BUILD_TIME = 6 * 3600.0
 
@@ -32,6 +35,10 @@ class Indexer:
     """An asyncio task that looks at the agent's tail when it is woken, and now and then.
 
     Batches are small transactions with SKIP LOCKED, so that several processes may run one for the same agent.
+
+    Attributes:
+        failures: Of the background's looks, in a row.
+        error: What the last one met; None: it went well.
     """
 
     def __init__(self, executor: Executor, callers: Executor, agent_id: UUID, config: Config) -> None:
@@ -48,6 +55,8 @@ class Indexer:
         # had when it was last seen without one, whoever had dropped it.
         self._lost = False
         self._lost_size: int | None = None
+        self.failures = 0
+        self.error: str | None = None
 
     def start(self) -> None:
         """Begin the task, when indexing is "background"."""
@@ -85,7 +94,7 @@ class Indexer:
         if await self._executor.fetch_value(SQL["find_lost_index"], agent_id=self._agent_id) is not None:
             done += await self.build()
         if done:
-            await self._executor.execute(SQL["refresh_statistics"], agent_id=self._agent_id)
+            await self._refresh_statistics()
         return done
 
     async def drop(self, coming: int | None = None) -> bool:
@@ -137,11 +146,15 @@ class Indexer:
                     await self._analyze_when_it_pays()
                 if idle or self._lost:
                     await self._restore_index()
+                self.failures, self.error = 0, None
             except ElizaSQLError as error:
                 # The next look tries again: soon where time may mend it, and not where the role may only read. Callers
-                # meet the same trouble themselves, as an error of their own call.
-                logger.warning("indexing is interrupted: %s", error)
-                await asyncio.sleep(self._config.index_interval)
+                # meet the same trouble themselves, as an error of their own call; but not what ends the build of an
+                # index time and again, while their writes wait for it: so the pause grows.
+                self.failures, self.error = self.failures + 1, f"{type(error).__name__}: {error}"
+                pause = self._config.index_interval * 2.0 ** min(self.failures - 1, _MOST_DOUBLINGS)
+                logger.warning("indexing is interrupted, and goes on in %.3g s: %s", pause, error)
+                await asyncio.sleep(pause)
                 if error.retryable:
                     self._wanted.set()
 
@@ -180,15 +193,20 @@ class Indexer:
         Args:
             name: Of the statement.
             settle: The number matters: when an answer is lost, a second run would not count what the first has moved.
+                And what takes long may do so.
             **params: Of the statement, without the agent.
         """
         chunk = {"agent_id": self._agent_id, **params}
-        [row] = await self._executor.fetch_chunks(SQL[name], [chunk], settle=settle)
+        [row] = await self._executor.fetch_chunks(SQL[name], [chunk], settle=settle, unlimited=settle)
         moved: int = row[0]
         return moved
 
     async def _analyze_when_it_pays(self) -> None:
         since = self._moved - self._analyzed_at
         if since >= max(_ANALYZE_LEAST, self._analyzed_at * _ANALYZE_SHARE):
-            await self._executor.execute(SQL["refresh_statistics"], agent_id=self._agent_id)
+            await self._refresh_statistics()
             self._analyzed_at = self._moved
+
+    async def _refresh_statistics(self) -> None:
+        chunk = {"agent_id": self._agent_id}
+        await self._executor.fetch_chunks(SQL["refresh_statistics"], [chunk], unlimited=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from typing import Any, Literal
 from uuid import UUID
 
@@ -254,6 +255,34 @@ async def test_trouble_is_logged_and_the_next_look_goes_on(
 
         await until(empty)
     assert "indexing is interrupted" in caplog.text
+
+
+async def test_the_pause_grows_while_the_background_fails(
+    make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such as the build of an index that a pooler ends: writes of vectors wait for it, each time."""
+    db = await make_db(indexing="background", index_interval=0.001)
+    real, failures = db._indexer._move_batch, 5
+
+    async def failing(**options: Any) -> int:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            if not failures:
+                assert (await db.stats())["indexing"] == {"failures": 4, "error": "ConnectionLostError: cut"}
+            raise ConnectionLostError("cut")
+        return await real(**options)
+
+    monkeypatch.setattr(db._indexer, "_move_batch", failing)
+    with caplog.at_level(logging.WARNING, "elizasql"):
+        db._indexer.wake()
+
+        async def mended() -> bool:
+            return not failures and (await db.stats())["indexing"] == {"failures": 0, "error": None}
+
+        await until(mended)
+    pauses = re.findall("goes on in (.*) s: cut", caplog.text)
+    assert pauses == ["0.001", "0.002", "0.004", "0.008", "0.016"]
 
 
 @pytest.mark.parametrize(("trouble", "again"), [(ConnectionLostError("cut"), 1), (PermissionDeniedError("no"), 0)])
