@@ -13,9 +13,10 @@
 
 -- name: list_source_tables()
 -- The tables of the schema public, and about how many rows each has; NULL: some, but nobody has counted, as after a crash
--- or in a PGlite.
+-- or in a PGlite. is_hidden: whether row-level security keeps rows from this role.
 SELECT
     c.relname AS name,
+    row_security_active(c.oid) AS is_hidden,
     CASE
         WHEN greatest(c.reltuples, s.n_live_tup) > 0 THEN greatest(c.reltuples, s.n_live_tup)::bigint
         WHEN pg_relation_size(c.oid) = 0 THEN 0
