@@ -63,6 +63,10 @@ _UUID = re.compile("(urn:uuid:)?[{]?[0-9a-fA-F-]{32,36}[}]?")
 # Bytes that the server takes as one jsonb; with several such the message would end the connection.
 _MOST_JSON = 1 << 28
 
+# Bytes of a text that rows are looked up by. An entry of a b-tree has 2,704: room for two such texts, and for the ids
+# and the time that stand beside them.
+_MOST_KEY = 1024
+
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 
@@ -85,6 +89,14 @@ def as_text(value: object, name: str, *, empty: bool = True) -> str:
     if not value and not empty:
         raise ArgumentError(f"{name} must not be empty")
     return clean_text(value)
+
+
+def as_key(value: object, name: str, *, empty: bool = True) -> str:
+    """Check text that an index holds, and clean it."""
+    key = as_text(value, name, empty=empty)
+    if len(key) * 4 > _MOST_KEY and len(key.encode()) > _MOST_KEY:
+        raise ArgumentError(f"{name} must have at most {_MOST_KEY:,} bytes in UTF-8, not {len(key.encode()):,}")
+    return key
 
 
 def as_optional_text(value: object, name: str) -> str | None:
@@ -212,8 +224,10 @@ def as_count(value: object, name: str, *, least: int = 0) -> int:
     """Check that an argument is a whole number that a bigint can hold."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise ArgumentError(f"{name} must be a whole number, not {value!r:.80}")
-    if not least <= value < 2**63:
+    if value < least:
         raise ArgumentError(f"{name} must be at least {least}, not {value}")
+    if value >= 2**63:
+        raise ArgumentError(f"{name} must be below 2**63, what a bigint holds")
     return int(value)
 
 

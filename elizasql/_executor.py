@@ -20,8 +20,8 @@ from uuid import UUID
 
 import asyncpg
 
-from ._calls import Meter, current_deadline
-from ._pool import Lane, is_open, steady
+from ._calls import Meter, current_deadline, wait_for
+from ._pool import Lane, is_open
 from ._registry import Connections, retry_policy
 from ._retry import OUT_OF_MEMORY, Outcome, classify, is_answer
 from ._statements import SQL, Statement
@@ -128,7 +128,7 @@ class Executor:
         return self._run(statement, "execute", params)
 
     async def fetch_chunks(
-        self, statement: Statement, chunks: Sequence[dict[str, Any]], *, settle: bool = False
+        self, statement: Statement, chunks: Sequence[dict[str, Any]], *, settle: bool = False, unlimited: bool = False
     ) -> list[asyncpg.Record]:
         """Run a statement once for each chunk, all in one transaction when there are several; give all rows.
 
@@ -136,13 +136,17 @@ class Executor:
             statement: What to run.
             chunks: Its parameters.
             settle: A transaction for a single chunk, too: three round trips more, and a lost end is settled.
+            unlimited: A transaction in which no `statement_timeout` of the role ends what takes long: it is meant for
+                what callers wait for. One round trip more.
         """
-        if len(chunks) == 1 and not settle:
+        if len(chunks) == 1 and not settle and not unlimited:
             return await self.fetch(statement, **chunks[0])
         arguments = [_order(statement, chunk) for chunk in chunks]
 
         async def work(connection: Any, deadline: float) -> list[asyncpg.Record]:
             rows: list[asyncpg.Record] = []
+            if unlimited:
+                await connection.fetch(SQL["lift_limits"].sql, timeout=_left(deadline))
             for each in arguments:
                 rows += await connection.fetch(statement.sql, *each, timeout=_left(deadline))
             return rows
@@ -308,12 +312,8 @@ class Executor:
                 result = await work(connection, deadline)
             except asyncpg.ReadOnlySQLTransactionError as error:
                 # One that was made before the call may say what is no longer so: the next try has a new one.
-                if (renewed or not used) and await self._may_only_read(connection, deadline):
-                    raise PermissionDeniedError(
-                        f"{name}: {error}: default_transaction_read_only is on for this role or database",
-                        statement=name,
-                        sqlstate=error.sqlstate,
-                    ) from error
+                if renewed or not used:
+                    _tell_read_only(error, connection, name)
                 raise
         except BaseException as error:
             self._held.discard(connection)
@@ -327,14 +327,6 @@ class Executor:
             self.lane.keep(connection)
         self._breaker.succeed(permit)
         return result
-
-    async def _may_only_read(self, connection: Any, deadline: float) -> bool:
-        """Tell whether the role or the database is set to read only, and the server is no standby."""
-        try:
-            async with steady(connection, self._config):
-                return bool(await connection.fetchval(SQL["may_only_read"].sql, timeout=_left(deadline)))
-        except Exception:  # noqa: BLE001 - then nobody knows, and the next try tells
-            return False
 
     async def _acquire(self, name: str, deadline: float, permit: int | None) -> tuple[Any, bool]:
         def late(error: Exception) -> None:
@@ -531,7 +523,7 @@ class Executor:
         """Wait for the calls in flight at most `timeout` seconds, once new ones are refused, and cut what is left."""
         if self.in_flight:
             try:
-                await asyncio.wait_for(self._drained.wait(), timeout)
+                await wait_for(self._drained.wait(), timeout, "elizasql-drain")
             except (asyncio.TimeoutError, TimeoutError):
                 self.cut()
 
@@ -579,6 +571,8 @@ class _TransactionExecutor(Executor):
                     self.lane.drop(self._connection)
                 if isinstance(error, _OUTDATED):
                     await self.lane.replace()  # the caller may try again: not on this one, nor on one like it
+                if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
+                    _tell_read_only(error, self._connection, name)
                 raise self._explain(_as_lost(error, self._connection), name) from error
         finally:
             self._turn.pass_on()
@@ -734,6 +728,22 @@ def _as_lost(error: Exception, connection: Any) -> Exception:
     made: Exception = asyncpg.ConnectionDoesNotExistError("the connection was cut")
     made.__cause__ = error
     return made
+
+
+def _tell_read_only(error: asyncpg.ReadOnlySQLTransactionError, connection: Any, name: str) -> None:
+    """Raise what it means that nothing can be written where the server is no standby: a setting is in the way.
+
+    Raises:
+        PermissionDeniedError: No wait mends that, as it may for a standby.
+    """
+    said = connection.get_settings()  # the server tells them by itself, also through a pooler
+    default, standby = (getattr(said, key, None) for key in ("default_transaction_read_only", "in_hot_standby"))
+    if (default, standby) == ("on", "off"):
+        raise PermissionDeniedError(
+            f"{name}: {error}: default_transaction_read_only is on for this role or database",
+            statement=name,
+            sqlstate=error.sqlstate,
+        ) from error
 
 
 def _is_free(connection: Any) -> bool:

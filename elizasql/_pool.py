@@ -16,14 +16,14 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import asyncpg
 
 from . import _codecs, _hosts
-from ._calls import spawn
+from ._calls import spawn, wait_for
 from ._statements import SQL
 from .config import Config, redact
 from .errors import (
@@ -97,7 +97,6 @@ class Server:
         encoding: Of the database.
         vector_path: What `search_path` must be for the extension to be found, or made; None: as it is.
         may_use_vector: Whether the role may use what is in the extension's schema.
-        timeouts: Names of the settings by which the server ends what takes long; none behind a pooler.
     """
 
     version: int
@@ -108,7 +107,6 @@ class Server:
     encoding: str = "UTF8"
     vector_path: str | None = None
     may_use_vector: bool = True
-    timeouts: Sequence[str] = ()
 
     def check(self) -> None:
         """Refuse a server that this library cannot trust.
@@ -151,10 +149,7 @@ async def look_at(connection: asyncpg.Connection[Any]) -> Server:
     """Ask the server what it is; one round trip."""
     row = await connection.fetchrow(SQL["look_at_server"].sql)
     assert row is not None
-    *found, pid = row
-    server = Server(*found)
-    # A pooler, which is known by its own number, refuses parameters that it was not told of.
-    return server if pid == connection.get_server_pid() else replace(server, timeouts=())
+    return Server(*row)
 
 
 @asynccontextmanager
@@ -318,19 +313,11 @@ class Lane:
                 # Otherwise each is prepared anew every 5 minutes, and the caller who does so waits without limit while
                 # asyncpg closes all that have expired, one round trip each.
                 max_cached_statement_lifetime=0,
-                server_settings=session_settings(config, self._server.vector_path) | self._unlimited(),
+                server_settings=session_settings(config, self._server.vector_path),
             )
         except Exception as error:
             raise _explain(error, self._dsn, config) from error
         return self
-
-    def _unlimited(self) -> dict[str, str]:
-        """Give the settings under which the server ends nothing that takes long, where it would.
-
-        A limit of the role's is meant for what callers wait for. The build of an index that it ended would be tried
-        again for ever, and each time the writes of vectors wait for it. The calls' own limits hold in any case.
-        """
-        return dict.fromkeys(self._server.timeouts, "0") if self._patient else {}
 
     @property
     def in_use(self) -> int:
@@ -539,7 +526,7 @@ class Lane:
         self._end()
         await self.let_go()
         with suppress(asyncio.TimeoutError, TimeoutError):
-            await asyncio.wait_for(self.pool.close(), self._config.connection_timeout)  # else it cuts them
+            await wait_for(self.pool.close(), self._config.connection_timeout, "elizasql-close")  # else it cuts them
 
     def terminate(self) -> None:
         """Cut every connection."""

@@ -143,7 +143,8 @@ class DatabaseAdapter(
         Returns:
             `methods`: of each public method that was called its `count`, `errors` by type, `mean`, `p50`, `p95`, `p99`
             and `longest` in seconds; `retries`: tries that were made again; `unindexed`: vectors of the agent that are
-            not in the HNSW index yet; `resident`: searches that vectors in the process answered (`hits`) or left to the
+            not in the HNSW index yet; `indexing`: `failures` in a row of the background's looks at them, and the last
+            `error`; `resident`: searches that vectors in the process answered (`hits`) or left to the
             database (`misses`), what was merged and loaded, and the `vectors` and `bytes` held; and `breaker`, `pool`
             and `background` as in `health`.
 
@@ -154,6 +155,7 @@ class DatabaseAdapter(
             "methods": self._meter.snapshot(),
             "retries": self._meter.retries,
             "unindexed": unindexed,
+            "indexing": {"failures": self._indexer.failures, "error": self._indexer.error},
             "resident": self._resident.snapshot(),
             **self._connections.snapshot(),
         }

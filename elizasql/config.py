@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from numbers import Number
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -19,10 +20,10 @@ __all__ = ["Config"]
 
 def _number(kind: type[int] | type[float], least: float) -> Callable[[Any], Any]:
     def parse(value: Any) -> Any:
-        if isinstance(value, bool):
+        if isinstance(value, bool) or not isinstance(value, (str, Number)):
             raise ValueError("must be a number")
-        number = kind(value)
-        if isinstance(value, float) and number != value:
+        number: Any = kind(value)  # type: ignore[arg-type]
+        if kind is int and not isinstance(value, str) and number != value:
             raise ValueError("must be a whole number")
         if not least <= number < 1e9:
             raise ValueError(f"must be at least {least:g} and below 1,000,000,000")
@@ -76,8 +77,10 @@ def _is_unambiguous(dsn: str) -> bool:
 
 
 def _names(value: Any) -> frozenset[str]:
-    names = value.split(",") if isinstance(value, str) else value
-    cleaned = frozenset(str(name).strip() for name in names)
+    names = value.split(",") if isinstance(value, str) else list(value)
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError("must be names of memory types")
+    cleaned = frozenset(name.strip() for name in names)
     if not cleaned or "" in cleaned:
         raise ValueError("must name at least one memory type, and none may be empty")
     return cleaned

@@ -59,7 +59,7 @@ class Memories(Store):
     """Remember, recall, change and forget.
 
     Methods that create, list, count or search take `table_name`, the type of memory, such as "messages", "facts" or
-    "documents".
+    "documents"; at most 1,024 bytes.
     """
 
     _dimension: int | None
@@ -992,12 +992,10 @@ def check_search(
 
 
 def _as_type(table_name: object, config: Config) -> str:
-    kind = _codecs.as_text(table_name, "table_name", empty=False)
+    kind = _codecs.as_key(table_name, "table_name", empty=False)
     known = config.memory_types
     if known is not None and kind not in known:
         raise ArgumentError(f"table_name {kind!r:.80} is not one of memory_types: {', '.join(sorted(known))}")
-    if len(kind) > 255:
-        raise ArgumentError("table_name must have at most 255 characters")
     return kind
 
 

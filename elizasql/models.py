@@ -26,7 +26,7 @@ import numpy as np
 
 from . import _codecs
 from .errors import ArgumentError
-from .types import JSON, Embedding, GoalStatus, Objective, RunStatus
+from .types import JSON, Embedding, GoalStatus, Key, Objective, RunStatus
 
 __all__ = [
     "MISSING",
@@ -252,7 +252,7 @@ class Component(Model):
         room_id: Where it was learned.
         world_id: In which world it holds.
         source_entity_id: Who said so.
-        type: A name of the caller's choice, such as "profile".
+        type: A name of the caller's choice, such as "profile"; at most 1,024 bytes.
         data: JSON object.
         created_at: Made by the server when missing.
     """
@@ -263,7 +263,7 @@ class Component(Model):
     room_id: UUID | None = None
     world_id: UUID | None = None
     source_entity_id: UUID | None = None
-    type: str | None = None
+    type: Key | None = None
     data: dict[str, Any] | None = None
     created_at: datetime | None = None
 
@@ -325,7 +325,7 @@ class Memory(Model):
         agent_id: The adapter's agent; another one is refused.
         room_id: Where.
         world_id: In which world.
-        type: The `table_name`, such as "messages".
+        type: The `table_name`, such as "messages"; at most 1,024 bytes.
         content: JSON object; its "text" is what `text_contains`, `get_cached_embeddings` and `reembed` read.
         metadata: JSON object.
         unique: False marks a near-duplicate. None on creation: decided by the store.
@@ -339,7 +339,7 @@ class Memory(Model):
     agent_id: UUID | None = None
     room_id: UUID | None = None
     world_id: UUID | None = None
-    type: str | None = None
+    type: Key | None = None
     content: dict[str, Any] | None = None
     metadata: dict[str, Any] | None = None
     unique: bool | None = None
@@ -468,16 +468,16 @@ class PairingRequest(Model):
         agent_id: The adapter's agent.
         channel: The platform, such as "telegram"; no `Channel`.
         sender_id: Who asks, by the platform's name for them; once in a channel.
-        code: What the sender shows to the agent's owner; once in a channel.
+        code: What the sender shows to the agent's owner; once in a channel. Each of the three has at most 1,024 bytes.
         metadata: JSON object.
         created_at, last_seen_at: Made by the server when missing.
     """
 
     id: UUID | None = None
     agent_id: UUID | None = None
-    channel: str | None = None
-    sender_id: str | None = None
-    code: str | None = None
+    channel: Key | None = None
+    sender_id: Key | None = None
+    code: Key | None = None
     metadata: dict[str, Any] | None = None
     created_at: datetime | None = None
     last_seen_at: datetime | None = None
@@ -497,8 +497,8 @@ class PairingAllowlistEntry(Model):
 
     id: UUID | None = None
     agent_id: UUID | None = None
-    channel: str | None = None
-    sender_id: str | None = None
+    channel: Key | None = None
+    sender_id: Key | None = None
     metadata: dict[str, Any] | None = None
     created_at: datetime | None = None
 
@@ -513,7 +513,7 @@ class Task(Model):
     Attributes:
         id: Made when missing.
         agent_id: The adapter's agent.
-        name: Of what is to be done; workers choose by it.
+        name: Of what is to be done; workers choose by it. At most 1,024 bytes.
         description: Text.
         room_id, world_id, entity_id: What it is about; they need not exist.
         tags: Texts.
@@ -531,7 +531,7 @@ class Task(Model):
 
     id: UUID | None = None
     agent_id: UUID | None = None
-    name: str | None = None
+    name: Key | None = None
     description: str | None = None
     room_id: UUID | None = None
     world_id: UUID | None = None
@@ -585,7 +585,7 @@ class Log(Model):
         agent_id: The adapter's agent.
         entity_id: Who did it.
         room_id: Where.
-        type: Such as "action", "evaluator", "useModel:TEXT_LARGE" or "run_event".
+        type: Such as "action", "evaluator", "useModel:TEXT_LARGE" or "run_event"; at most 1,024 bytes.
         body: JSON object; `body["runId"]` is the run that it belongs to.
         created_at: When; made by the server when missing.
     """
@@ -594,7 +594,7 @@ class Log(Model):
     agent_id: UUID | None = None
     entity_id: UUID | None = None
     room_id: UUID | None = None
-    type: str | None = None
+    type: Key | None = None
     body: dict[str, Any] | None = None
     created_at: datetime | None = None
 
@@ -680,7 +680,10 @@ def _read_bio(value: object, name: str) -> list[Any]:
 def _read_number(value: object, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise ArgumentError(f"{name} must be a number, not {value!r:.40}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ArgumentError(f"{name} is a number beyond what a float holds") from None
 
 
 def _read_components(value: object, name: str) -> list[Component]:
@@ -741,6 +744,7 @@ def _read_json(value: object, name: str) -> Any:  # noqa: ARG001 - what JSON can
 _READERS: dict[str, Callable[[Any, str], Any]] = {
     "UUID": _codecs.as_id,
     "str": _codecs.as_text,
+    "Key": _codecs.as_key,
     "bool": _codecs.as_bool,
     "int": _codecs.as_count,
     "datetime": _codecs.as_time,

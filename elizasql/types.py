@@ -21,6 +21,7 @@ __all__ = [
     "GoalStatus",
     "IdInput",
     "Indexing",
+    "Key",
     "Objective",
     "Recall",
     "RunStatus",
@@ -63,6 +64,9 @@ UserState: TypeAlias = Literal["FOLLOWED", "MUTED"]
 
 GoalStatus: TypeAlias = Literal["IN_PROGRESS", "DONE", "FAILED"]
 """How far a goal is."""
+
+Key: TypeAlias = str
+"""Text that rows are looked up by: at most 1,024 bytes in UTF-8."""
 
 Objective: TypeAlias = "dict[str, Any]"
 """A step of a goal: `id`, `description`, `completed`, and whatever else belongs to it."""

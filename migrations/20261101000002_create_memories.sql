@@ -35,8 +35,9 @@ CREATE INDEX memories_room_idx ON elizasql.memories (agent_id, room_id, type, cr
 CREATE INDEX memories_entity_idx ON elizasql.memories (agent_id, entity_id, type, created_at DESC, id DESC);
 CREATE INDEX memories_world_idx ON elizasql.memories (agent_id, world_id, type, created_at DESC, id DESC)
 WHERE world_id IS NOT NULL;
--- The fragments of a document, found when the document is deleted, in whatever case they write its id.
-CREATE INDEX memories_document_idx ON elizasql.memories (agent_id, lower(metadata ->> 'documentId'))
+-- The fragments of a document, found when the document is deleted, in whatever case they write its id. An id has 36
+-- characters; of what is longer, and no id, the index holds enough to tell.
+CREATE INDEX memories_document_idx ON elizasql.memories (agent_id, left(lower(metadata ->> 'documentId'), 37))
 WHERE metadata ? 'documentId';
 -- An edit distance of k bounds the difference of the lengths by k: the range of lengths is the exact prefilter.
 CREATE INDEX memories_text_length_idx ON elizasql.memories (agent_id, type, length(content ->> 'text'))

@@ -3133,13 +3133,13 @@ CREATE INDEX logs_run_idx ON elizasql.logs USING btree (agent_id, run_id) WHERE 
 
 CREATE INDEX logs_type_idx ON elizasql.logs USING btree (agent_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_document_idx ON ONLY elizasql.memories USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_document_idx ON ONLY elizasql.memories USING btree (agent_id, "left"(lower((metadata ->> 'documentId'::text)), 37)) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_entity_idx ON ONLY elizasql.memories USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
 CREATE INDEX memories_p00_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p00 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p00_agent_id_lower_idx ON elizasql.memories_p00 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p00_agent_id_left_idx ON elizasql.memories_p00 USING btree (agent_id, "left"(lower((metadata ->> 'documentId'::text)), 37)) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_room_idx ON ONLY elizasql.memories USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3159,7 +3159,7 @@ CREATE INDEX memories_p00_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p01_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p01 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p01_agent_id_lower_idx ON elizasql.memories_p01 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p01_agent_id_left_idx ON elizasql.memories_p01 USING btree (agent_id, "left"(lower((metadata ->> 'documentId'::text)), 37)) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p01_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p01 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3171,7 +3171,7 @@ CREATE INDEX memories_p01_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p02_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p02 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p02_agent_id_lower_idx ON elizasql.memories_p02 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p02_agent_id_left_idx ON elizasql.memories_p02 USING btree (agent_id, "left"(lower((metadata ->> 'documentId'::text)), 37)) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p02_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p02 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3183,7 +3183,7 @@ CREATE INDEX memories_p02_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p03_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p03 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p03_agent_id_lower_idx ON elizasql.memories_p03 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p03_agent_id_left_idx ON elizasql.memories_p03 USING btree (agent_id, "left"(lower((metadata ->> 'documentId'::text)), 37)) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p03_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p03 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3195,7 +3195,7 @@ CREATE INDEX memories_p03_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p04_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p04 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p04_agent_id_lower_idx ON elizasql.memories_p04 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p04_agent_id_left_idx ON elizasql.memories_p04 USING btree (agent_id, "left"(lower((metadata ->> 'documentId'::text)), 37)) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p04_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p04 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3207,7 +3207,7 @@ CREATE INDEX memories_p04_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p05_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p05 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p05_agent_id_lower_idx ON elizasql.memories_p05 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p05_agent_id_left_idx ON elizasql.memories_p05 USING btree (agent_id, "left"(lower((metadata ->> 'documentId'::text)), 37)) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p05_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p05 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3219,7 +3219,7 @@ CREATE INDEX memories_p05_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p06_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p06 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p06_agent_id_lower_idx ON elizasql.memories_p06 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p06_agent_id_left_idx ON elizasql.memories_p06 USING btree (agent_id, "left"(lower((metadata ->> 'documentId'::text)), 37)) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p06_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p06 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3231,7 +3231,7 @@ CREATE INDEX memories_p06_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p07_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p07 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p07_agent_id_lower_idx ON elizasql.memories_p07 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p07_agent_id_left_idx ON elizasql.memories_p07 USING btree (agent_id, "left"(lower((metadata ->> 'documentId'::text)), 37)) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p07_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p07 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3243,7 +3243,7 @@ CREATE INDEX memories_p07_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p08_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p08 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p08_agent_id_lower_idx ON elizasql.memories_p08 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p08_agent_id_left_idx ON elizasql.memories_p08 USING btree (agent_id, "left"(lower((metadata ->> 'documentId'::text)), 37)) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p08_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p08 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3255,7 +3255,7 @@ CREATE INDEX memories_p08_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p09_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p09 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p09_agent_id_lower_idx ON elizasql.memories_p09 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p09_agent_id_left_idx ON elizasql.memories_p09 USING btree (agent_id, "left"(lower((metadata ->> 'documentId'::text)), 37)) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p09_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p09 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3267,7 +3267,7 @@ CREATE INDEX memories_p09_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p10_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p10 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p10_agent_id_lower_idx ON elizasql.memories_p10 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p10_agent_id_left_idx ON elizasql.memories_p10 USING btree (agent_id, "left"(lower((metadata ->> 'documentId'::text)), 37)) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p10_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p10 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3279,7 +3279,7 @@ CREATE INDEX memories_p10_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p11_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p11 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p11_agent_id_lower_idx ON elizasql.memories_p11 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p11_agent_id_left_idx ON elizasql.memories_p11 USING btree (agent_id, "left"(lower((metadata ->> 'documentId'::text)), 37)) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p11_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p11 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3291,7 +3291,7 @@ CREATE INDEX memories_p11_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p12_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p12 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p12_agent_id_lower_idx ON elizasql.memories_p12 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p12_agent_id_left_idx ON elizasql.memories_p12 USING btree (agent_id, "left"(lower((metadata ->> 'documentId'::text)), 37)) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p12_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p12 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3303,7 +3303,7 @@ CREATE INDEX memories_p12_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p13_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p13 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p13_agent_id_lower_idx ON elizasql.memories_p13 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p13_agent_id_left_idx ON elizasql.memories_p13 USING btree (agent_id, "left"(lower((metadata ->> 'documentId'::text)), 37)) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p13_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p13 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3315,7 +3315,7 @@ CREATE INDEX memories_p13_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p14_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p14 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p14_agent_id_lower_idx ON elizasql.memories_p14 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p14_agent_id_left_idx ON elizasql.memories_p14 USING btree (agent_id, "left"(lower((metadata ->> 'documentId'::text)), 37)) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p14_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p14 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3327,7 +3327,7 @@ CREATE INDEX memories_p14_agent_id_world_id_type_created_at_id_idx ON elizasql.m
 
 CREATE INDEX memories_p15_agent_id_entity_id_type_created_at_id_idx ON elizasql.memories_p15 USING btree (agent_id, entity_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p15_agent_id_lower_idx ON elizasql.memories_p15 USING btree (agent_id, lower((metadata ->> 'documentId'::text))) WHERE (metadata ? 'documentId'::text);
+CREATE INDEX memories_p15_agent_id_left_idx ON elizasql.memories_p15 USING btree (agent_id, "left"(lower((metadata ->> 'documentId'::text)), 37)) WHERE (metadata ? 'documentId'::text);
 
 CREATE INDEX memories_p15_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p15 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
@@ -3565,7 +3565,7 @@ ALTER INDEX elizasql.embeddings_pkey ATTACH PARTITION elizasql.embeddings_p15_pk
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p00_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p00_agent_id_lower_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p00_agent_id_left_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p00_agent_id_room_id_type_created_at_id_idx;
 
@@ -3579,7 +3579,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p00_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p01_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p01_agent_id_lower_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p01_agent_id_left_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p01_agent_id_room_id_type_created_at_id_idx;
 
@@ -3593,7 +3593,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p01_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p02_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p02_agent_id_lower_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p02_agent_id_left_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p02_agent_id_room_id_type_created_at_id_idx;
 
@@ -3607,7 +3607,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p02_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p03_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p03_agent_id_lower_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p03_agent_id_left_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p03_agent_id_room_id_type_created_at_id_idx;
 
@@ -3621,7 +3621,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p03_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p04_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p04_agent_id_lower_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p04_agent_id_left_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p04_agent_id_room_id_type_created_at_id_idx;
 
@@ -3635,7 +3635,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p04_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p05_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p05_agent_id_lower_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p05_agent_id_left_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p05_agent_id_room_id_type_created_at_id_idx;
 
@@ -3649,7 +3649,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p05_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p06_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p06_agent_id_lower_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p06_agent_id_left_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p06_agent_id_room_id_type_created_at_id_idx;
 
@@ -3663,7 +3663,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p06_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p07_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p07_agent_id_lower_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p07_agent_id_left_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p07_agent_id_room_id_type_created_at_id_idx;
 
@@ -3677,7 +3677,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p07_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p08_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p08_agent_id_lower_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p08_agent_id_left_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p08_agent_id_room_id_type_created_at_id_idx;
 
@@ -3691,7 +3691,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p08_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p09_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p09_agent_id_lower_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p09_agent_id_left_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p09_agent_id_room_id_type_created_at_id_idx;
 
@@ -3705,7 +3705,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p09_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p10_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p10_agent_id_lower_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p10_agent_id_left_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p10_agent_id_room_id_type_created_at_id_idx;
 
@@ -3719,7 +3719,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p10_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p11_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p11_agent_id_lower_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p11_agent_id_left_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p11_agent_id_room_id_type_created_at_id_idx;
 
@@ -3733,7 +3733,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p11_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p12_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p12_agent_id_lower_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p12_agent_id_left_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p12_agent_id_room_id_type_created_at_id_idx;
 
@@ -3747,7 +3747,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p12_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p13_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p13_agent_id_lower_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p13_agent_id_left_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p13_agent_id_room_id_type_created_at_id_idx;
 
@@ -3761,7 +3761,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p13_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p14_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p14_agent_id_lower_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p14_agent_id_left_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p14_agent_id_room_id_type_created_at_id_idx;
 
@@ -3775,7 +3775,7 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p14_pkey;
 
 ALTER INDEX elizasql.memories_entity_idx ATTACH PARTITION elizasql.memories_p15_agent_id_entity_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p15_agent_id_lower_idx;
+ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p15_agent_id_left_idx;
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p15_agent_id_room_id_type_created_at_id_idx;
 

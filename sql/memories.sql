@@ -602,7 +602,7 @@ WITH doomed AS (
     FROM elizasql.memories
     WHERE
         agent_id = :agent_id AND metadata ? 'documentId'
-        AND lower(metadata ->> 'documentId') = ANY((:ids::uuid[])::text[])
+        AND left(lower(metadata ->> 'documentId'), 37) = ANY((:ids::uuid[])::text[])
 ),
 
 deleted AS (
@@ -630,7 +630,7 @@ doomed AS (
     INNER JOIN elizasql.memories AS fragment
         ON
             fragment.agent_id = :agent_id AND fragment.metadata ? 'documentId'
-            AND lower(fragment.metadata ->> 'documentId') = chosen.id::text
+            AND left(lower(fragment.metadata ->> 'documentId'), 37) = chosen.id::text
 ),
 
 deleted AS (

@@ -3,7 +3,7 @@
 -- name: look_at_server()^
 -- Version of the server, and of pgvector: created, where, available; indexes of ours that the server does not use; the
 -- encoding; the path to the extension, or to where it can be made, if the session's does not lead there; whether the role
--- may use what is there; what ends a statement or a transaction that takes long; the process that answers.
+-- may use what is there.
 SELECT
     current_setting('server_version_num')::integer AS version,
     x.extversion AS vector_version,
@@ -22,15 +22,7 @@ SELECT
         WHEN n.nspname IS NULL AND current_schema IS NULL THEN 'public'
         WHEN n.nspname <> ALL(current_schemas(FALSE)) THEN quote_ident(n.nspname)
     END AS vector_path,
-    coalesce(has_schema_privilege(n.oid, 'USAGE'), TRUE) AS may_use_vector,
-    array_remove(
-        ARRAY[
-            CASE WHEN current_setting('statement_timeout') <> '0' THEN 'statement_timeout' END,
-            CASE WHEN current_setting('transaction_timeout', TRUE) <> '0' THEN 'transaction_timeout' END
-        ],
-        NULL
-    ) AS timeouts,
-    pg_backend_pid() AS pid
+    coalesce(has_schema_privilege(n.oid, 'USAGE'), TRUE) AS may_use_vector
 FROM (SELECT) AS one
 LEFT JOIN pg_extension AS x ON x.extname = 'vector'
 LEFT JOIN pg_namespace AS n ON x.extnamespace = n.oid;
@@ -83,9 +75,11 @@ SELECT
 -- Whether nobody else in this database has the mark, which is then this transaction's to its end.
 SELECT pg_try_advisory_xact_lock(:mark::bigint) AS taken;
 
--- name: may_only_read()$
--- Whether transactions are read-only by the session's settings, and not since the server is a standby.
-SELECT NOT pg_is_in_recovery() AND current_setting('default_transaction_read_only')::boolean AS so;
+-- name: lift_limits()
+-- To the end of the transaction nothing ends what takes long; through a pooler, too, which takes no settings of a session.
+SELECT set_config(name, '0', TRUE) AS lifted
+FROM pg_catalog.pg_settings
+WHERE name IN ('statement_timeout', 'transaction_timeout');
 
 -- name: get_transaction_status(id, timeline)$
 -- What became of a transaction: committed, aborted, in progress; NULL when it is long ago, or on another timeline, where

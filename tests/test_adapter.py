@@ -21,6 +21,7 @@ import pytest
 import elizasql
 from elizasql import Config, DatabaseAdapter, Entity, Memory, _embedded, _pool, _registry, _store
 from elizasql._pool import Server
+from elizasql._statements import SQL
 from tests.conftest import MakeAdapter
 from tests.locking import blocked_pid, locked
 
@@ -453,13 +454,30 @@ async def test_settings_of_the_role_that_change_what_text_means(make_db: MakeAda
     assert await db.get_cache("\\k'") == ["\\", None]
 
 
-async def test_a_limit_of_the_role_holds_for_what_callers_wait_for(make_db: MakeAdapter, dsn: str) -> None:
+@pytest.mark.parametrize("settings", [{}, {"prepared_statements": False}], ids=["prepared", "unprepared"])
+async def test_a_limit_of_the_role_holds_for_what_callers_wait_for(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any], dsn: str, settings: dict[str, Any]
+) -> None:
     """The build of an index takes minutes, and one that is ended is tried again."""
-    db = await make_db(dsn=with_query(dsn, statement_timeout="30s"))
-    for lane, wanted in ((db._executor.lane, "30s"), (db._background.lane, "0")):
-        connection, _ = await lane.acquire(5)
-        assert await connection.fetchval("SELECT current_setting('statement_timeout')") == wanted
-        lane.keep(connection)
+    limits = {"statement_timeout": "30s"}
+    if raw.get_server_version().major >= 17:
+        limits["transaction_timeout"] = "40s"
+    db = await make_db(dsn=with_query(dsn, **limits), **settings)
+    for unlimited, wanted in ((True, dict.fromkeys(limits, "0")), (False, limits)):
+        chunk = {"names": list(limits)}
+        rows = await db._background.fetch_chunks(SQL["get_settings"], [chunk], unlimited=unlimited)
+        assert dict(rows) == wanted
+
+
+@pytest.mark.parametrize("rebuild", [False, True])
+async def test_the_build_of_an_index_goes_without_a_limit(
+    db: DatabaseAdapter, round_trips: list[str], rebuild: bool
+) -> None:
+    if not rebuild:
+        await db._indexer.drop()
+    await db.index_memories(rebuild=rebuild)
+    build = next(position for position, sent in enumerate(round_trips) if "build_index" in sent)
+    assert round_trips[build - 1] == SQL["lift_limits"].sql
 
 
 async def test_refused_server_is_let_go(

@@ -649,7 +649,7 @@ def test_milliseconds_are_taken_exactly(milliseconds: int) -> None:
 
 # --- types, texts, filters ---
 
-BAD_TYPES: list[Any] = ["", 5, True, b"messages", ["messages"], {"messages"}, object(), "x" * 256]
+BAD_TYPES: list[Any] = ["", 5, True, b"messages", ["messages"], {"messages"}, object(), "x" * 1025]
 TAKES_TYPE: dict[str, Call] = {
     "create_memory": lambda db, kind: db.create_memory({"content": {}}, kind),
     "create_memory type": lambda db, kind: db.create_memory({"content": {}, "type": kind}),
@@ -824,6 +824,7 @@ BAD_MEMORIES: dict[str, Any] = {
     "bad id": {"content": {}, "id": "x"},
     "bad unique": {"content": {}, "unique": "yes"},
     "bad similarity": {"content": {}, "similarity": "high"},
+    "similarity beyond a float": {"content": {}, "similarity": 10**400},
     "type of another kind": {"content": {}, "type": 5},
     "model with a bad field": Memory(content=5),  # type: ignore[arg-type]
     "model of a foreign agent": Memory(content={}, agent_id=uuid4()),
@@ -1171,3 +1172,66 @@ async def test_json_that_is_larger_than_a_jsonb_is_refused(
     with refused(ArgumentError, round_trips, "a large cleaned text", "value has 3 MB"):
         await db.set_cache("key", "\0" * (1 << 20))
     await db.create_memory({"content": {"text": "x" * ((1 << 20) - 20)}}, "messages")
+
+
+# --- text that an index holds ---
+
+TAKES_KEY: dict[str, Callable[[DatabaseAdapter, Scene, str], Awaitable[Any]]] = {
+    "type of a memory": lambda db, scene, key: db.create_memory(
+        {"content": {}, "roomId": scene.room, "worldId": scene.world, "entityId": scene.entity, "embedding": ones()},
+        key,
+    ),
+    "type of a component": lambda db, scene, key: db.create_component(
+        {
+            "entityId": scene.entity,
+            "roomId": scene.room,
+            "worldId": scene.world,
+            "sourceEntityId": scene.other,
+            "type": key,
+        }
+    ),
+    "type of a log": lambda db, scene, key: db.log(
+        {"entityId": scene.entity, "roomId": scene.room, "type": key, "body": {}}
+    ),
+    "name of a task": lambda db, scene, key: db.create_task({"name": key, "tags": ["queue"], "roomId": scene.room}),
+    "what a request names": lambda db, scene, key: db.create_pairing_request(
+        {"channel": key, "senderId": key, "code": key}
+    ),
+    "what an entry names": lambda db, scene, key: db.create_pairing_allowlist_entry({"channel": key, "senderId": key}),
+}
+
+
+@pytest.mark.parametrize("case", TAKES_KEY)
+async def test_text_that_an_index_holds(
+    db: DatabaseAdapter, agent_world: Scene, round_trips: list[str], case: str
+) -> None:
+    # Of characters that the server cannot compress.
+    longest = "".join(chr(0x4E00 + i * 7919 % 20000) for i in range(341)) + "x"
+    assert len(longest.encode()) == 1024
+    await TAKES_KEY[case](db, agent_world, longest)
+    with refused(ArgumentError, round_trips, case, r"at most 1,024 bytes in UTF-8, not 1,025"):
+        await TAKES_KEY[case](db, agent_world, longest + "x")
+
+
+async def test_text_that_an_index_holds_is_checked_in_updates(db: DatabaseAdapter, round_trips: list[str]) -> None:
+    with refused(ArgumentError, round_trips, "update_task", "name must have at most 1,024 bytes"):
+        await db.update_task(uuid4(), {"name": "x" * 1025})
+    with refused(ArgumentError, round_trips, "update_logs", "type must have at most 1,024 bytes"):
+        await db.update_logs([{"id": uuid4(), "type": "x" * 1025}])
+
+
+async def test_a_document_id_may_be_longer_than_an_index_entry(db: DatabaseAdapter) -> None:
+    document = uuid4()
+    long = str(document) + "".join(chr(0x4E00 + i * 7919 % 20000) for i in range(9000))
+    fragments = [{"type": "fragment", "documentId": id, "position": 0} for id in (long, str(document).upper())]
+    ids = await db.create_memories([{"content": {}, "metadata": metadata} for metadata in fragments], "documents")
+    await db.delete_memories([document])
+    assert [memory.id for memory in await db.get_memories_by_ids(ids)] == [ids[0]]
+
+
+def test_a_count_that_a_bigint_cannot_hold() -> None:
+    assert _codecs.as_count(2**63 - 1, "count") == 2**63 - 1
+    with pytest.raises(ArgumentError, match=r"count must be below 2\*\*63"):
+        _codecs.as_count(2**63, "count")
+    with pytest.raises(ArgumentError, match="count must be at least 0, not -1"):
+        _codecs.as_count(-1, "count")

@@ -221,6 +221,47 @@ async def test_task_that_a_call_starts_has_not_its_limit() -> None:
         assert await asyncio.create_task(running()) is not None
 
 
+@pytest.mark.parametrize("steps", range(5))
+async def test_wait_for_hears_a_cancellation_that_comes_together_with_the_result(steps: int) -> None:
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[int] = loop.create_future()
+
+    async def wait() -> int:
+        return await ready
+
+    task = asyncio.create_task(_calls.wait_for(wait(), 60.0, "test"))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    ready.set_result(1)
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    done = task.done()
+    task.cancel()
+    await asyncio.wait({task})
+    assert task.cancelled() is not done
+
+
+async def test_wait_for_ends_what_takes_longer() -> None:
+    ended = []
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            ended.append(True)
+
+    with pytest.raises(asyncio.TimeoutError):
+        await _calls.wait_for(work(), 0.0, "test")
+    assert ended
+    with pytest.raises(ZeroDivisionError):
+        await _calls.wait_for(_divide(), 60.0, "test")
+
+
+async def _divide() -> float:
+    return 1 / 0
+
+
 async def test_task_that_outlives_the_call_in_which_it_was_begun(db: DatabaseAdapter) -> None:
     """Such as a worker that the source of a load, or what makes vectors, begins for good at its first use."""
     over = asyncio.Event()

@@ -246,6 +246,15 @@ def test_a_bug_is_not_hidden(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         run("up")
 
 
+def test_an_interrupt_while_the_command_loads_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "elizasql", "stats"], env=environ, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "elizasql: interrupted\n")
+
+
 def test_without_the_extra_one_line_says_so_and_the_demo_works(tmp_path: Path) -> None:
     code = "import sys; sys.modules['typer'] = None; from elizasql.__main__ import main; sys.exit(main(sys.argv[1:]))"
 

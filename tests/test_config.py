@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import traceback
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -190,6 +193,11 @@ def test_file_that_is_no_text(bare: Path) -> None:
         ("pool_max_size", "many", "'many'"),
         ("pool_max_size", True, "number"),
         ("pool_max_size", 2.5, "whole"),
+        ("pool_max_size", Decimal("2.5"), "whole"),
+        ("pool_max_size", Fraction(5, 2), "whole"),
+        ("pool_max_size", np.float32(2.5), "whole"),
+        ("pool_max_size", np.True_, "number"),
+        ("pool_max_size", b"2", "number"),
         ("pool_max_size", "2.5", "2.5"),
         ("pool_max_size", 10**9, "below"),
         ("pool_max_size", 10_001, "at most 10000"),
@@ -208,6 +216,7 @@ def test_file_that_is_no_text(bare: Path) -> None:
         ("memory_types", "", "memory type"),
         ("memory_types", "a,,b", "none may be empty"),
         ("memory_types", 5, "iterable"),
+        ("memory_types", b"a", "names"),
         ("application_name", "x" * 64, "63"),
         ("application_name", "naïve", "ASCII"),
         ("application_name", "a\x00b", "ASCII"),

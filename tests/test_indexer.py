@@ -257,6 +257,28 @@ async def test_trouble_is_logged_and_the_next_look_goes_on(
     assert "indexing is interrupted" in caplog.text
 
 
+async def test_stats_tell_of_trouble_in_the_background(make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    db = await make_db(indexing="background", index_interval=0.001)
+    real, failures = db._indexer._move_batch, 5
+
+    async def failing(**options: Any) -> int:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            if not failures:
+                assert (await db.stats())["indexing"] == {"failures": 4, "error": "ConnectionLostError: cut"}
+            raise ConnectionLostError("cut")
+        return await real(**options)
+
+    monkeypatch.setattr(db._indexer, "_move_batch", failing)
+    db._indexer.wake()
+
+    async def mended() -> bool:
+        return not failures and (await db.stats())["indexing"] == {"failures": 0, "error": None}
+
+    await until(mended)
+
+
 @pytest.mark.parametrize(
     ("trouble", "again"),
     [

@@ -526,6 +526,25 @@ async def test_close_that_is_cancelled_while_it_closes_the_connections(
     assert await gone(raw, application)
 
 
+@pytest.mark.parametrize("name", ["interactive", "background"])
+async def test_close_hears_a_cancellation_that_comes_when_it_has_closed_connections(
+    make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    db = await make_db(application_name=f"test {uuid4()}")
+    await asyncio.gather(db.count_memories(), db.sweep_cache())
+    pool, real = getattr(db._connections, name).pool, asyncpg.Pool.close
+
+    async def close(closed: asyncpg.Pool) -> None:
+        await real(closed)
+        if closed is pool:
+            closing.cancel()
+
+    monkeypatch.setattr(asyncpg.Pool, "close", close)
+    closing = asyncio.create_task(db.close())
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+
+
 async def test_close_that_does_not_wait_stops_calls_that_have_no_connection_yet(make_db: MakeAdapter) -> None:
     """The connections are shared and go on: what comes to one after the end of its adapter writes nothing."""
     db, other = [await make_db(pool_max_size=1) for _ in range(2)]

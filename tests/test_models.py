@@ -77,6 +77,7 @@ def of_type(text: str) -> st.SearchStrategy[Any]:
     return {
         "UUID": st.uuids(),
         "str": TEXT,
+        "Key": TEXT,
         "bool": st.booleans(),
         "int": st.integers(0, 2**63 - 1),
         "float": st.floats(allow_nan=False, allow_infinity=False),
@@ -241,6 +242,7 @@ def test_two_values_for_one_field_are_refused() -> None:
 BAD_VALUES: dict[str, list[Any]] = {
     "UUID": ["nope", "", 5, b"x", [uuid4()]],
     "str": [5, b"x", ["x"], {}],
+    "Key": [5, b"x", ["x"], {}, "x" * 1025],
     "bool": [1, 0, "true", [], 1.0],
     "int": [True, 1.0, "1", -1, 2**63],
     "float": [True, "1.0", [1.0], 1j],

@@ -27,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"elizasql: {error.name} is missing: pip install 'elizasql[cli]'", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # they take a moment to load
+        print("elizasql: interrupted", file=sys.stderr)
+        return 130
     return _app.run(sys.argv[1:] if argv is None else argv)
 
 

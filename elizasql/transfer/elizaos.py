@@ -123,17 +123,10 @@ async def import_elizaos(
     given = None if agent_ids is None else _codecs.as_ids(agent_ids, "agent_ids")
     if dimension is not None and dimension not in DIMENSIONS:
         raise ConfigurationError(f"dimension must be one of {', '.join(map(str, DIMENSIONS))}")
-    try:
-        async with snapshot(source, config) as opened:
-            taking = _Taking(opened, db, given, tell, advance)
-            await taking.decide(dimension)
-            await taking.run()
-    except PermissionDeniedError as error:
-        if "row-level security" not in str(error):
-            raise
-        raise PermissionDeniedError(
-            f"{error}: data isolation is on there; connect as a superuser or a role with BYPASSRLS"
-        ) from error
+    async with snapshot(source, config) as opened:
+        taking = _Taking(opened, db, given, tell, advance)
+        await taking.decide(dimension)
+        await taking.run()
     return taking.summary, taking.decisions
 
 
@@ -160,13 +153,19 @@ class _Taking:
 
     async def decide(self, dimension: int | None) -> None:
         """Look at the tables and at the widths of the vectors."""
-        tables = {row["name"]: row["estimate"] for row in await self._source.fetch(reads()["list_source_tables"])}
+        rows = await self._source.fetch(reads()["list_source_tables"])
+        tables = {row["name"]: row["estimate"] for row in rows}
         if missing := _NEEDED - set(tables):
             raise ConfigurationError(
                 f"this is no database of ElizaOS's plugin-sql 1.6 to 2.0: there is no table public.{min(missing)}"
             )
         self._tables = set(tables)
         known = {table for _, _, table in _READS} | {"embeddings"}
+        if hidden := sorted(known & {row["name"] for row in rows if row["is_hidden"]}):
+            raise PermissionDeniedError(
+                f"data isolation is on there, and row-level security hides rows of public.{', public.'.join(hidden)}: "
+                "connect as a superuser or a role with BYPASSRLS"
+            )
         self.decisions.left = {name: rows for name, rows in tables.items() if name not in known and rows != 0}
         if self._agent_ids is not None:
             agents = await self._source.fetch(reads()["find_agents"], agent_ids=self._agent_ids)

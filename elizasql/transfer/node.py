@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from elizasql import _embedded
+from elizasql._calls import wait_for
 from elizasql.errors import ConfigurationError
 
 # Seconds for the start: it is a database in WebAssembly that may have to recover.
@@ -52,7 +53,7 @@ async def serve_pglite(folder: Path) -> AsyncIterator[str]:
         assert process.stdin is not None
         try:
             try:
-                answer = (await asyncio.wait_for(process.stdout.readline(), _PATIENCE)).decode().strip()
+                answer = (await wait_for(process.stdout.readline(), _PATIENCE, "elizasql-node")).decode().strip()
             except asyncio.TimeoutError:
                 raise ConfigurationError(f"PGlite does not open {folder} within {_PATIENCE:g} s") from None
             if answer != "ready":
@@ -63,7 +64,7 @@ async def serve_pglite(folder: Path) -> AsyncIterator[str]:
             process.stdin.close()
             try:
                 with suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(process.wait(), 5)
+                    await wait_for(process.wait(), 5, "elizasql-node")
             finally:
                 if process.returncode is None:
                     with suppress(ProcessLookupError):

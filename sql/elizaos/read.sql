@@ -6,16 +6,17 @@
 -- each name, and a name that the table does not know is that of `absent`, NULL.
 -- A time without a zone is UTC; it becomes one where the row is taken.
 --
--- An entry of a b-tree has 2,704 bytes. The original has none on the names that rows are looked up by here.
+-- What rows are looked up by has at most 1,024 bytes here, since indexes hold it. The original has none on these names.
 --
 -- Each gives: line, the row as JSON; note, what the row had to lose; problem, why it cannot be taken; copies, how many
 -- rows were folded into it, itself included.
 
 -- name: list_source_tables()
 -- The tables of the schema public, and about how many rows each has; NULL: some, but nobody has counted, as after a crash
--- or in a PGlite.
+-- or in a PGlite. is_hidden: whether row-level security keeps rows from this role.
 SELECT
     c.relname AS name,
+    row_security_active(c.oid) AS is_hidden,
     CASE
         WHEN greatest(c.reltuples, s.n_live_tup) > 0 THEN greatest(c.reltuples, s.n_live_tup)::bigint
         WHEN pg_relation_size(c.oid) = 0 THEN 0
@@ -342,7 +343,7 @@ SELECT
         'created_at', coalesce(s.j -> 'created_at', s.j -> 'createdAt')
     )::text AS line,
     NULL::text AS note,
-    CASE WHEN octet_length(s.j ->> 'type') > 2500 THEN 'its type is too long for an index' END AS problem,
+    CASE WHEN octet_length(s.j ->> 'type') > 1024 THEN 'its type is too long for an index' END AS problem,
     1 AS copies
 FROM public.components AS t
 CROSS JOIN LATERAL (SELECT to_jsonb(t) AS j) AS s
@@ -467,7 +468,7 @@ SELECT
         'max_attempts', 5
     )::text AS line,
     NULL::text AS note,
-    CASE WHEN octet_length(s.j ->> 'name') > 2500 THEN 'its name is too long for an index' END AS problem,
+    CASE WHEN octet_length(s.j ->> 'name') > 1024 THEN 'its name is too long for an index' END AS problem,
     1 AS copies
 FROM public.tasks AS t
 CROSS JOIN LATERAL (SELECT to_jsonb(t) AS j) AS s
@@ -486,7 +487,7 @@ SELECT
         'created_at', t.created_at
     )::text AS line,
     NULL::text AS note,
-    CASE WHEN octet_length(t.type) > 2500 THEN 'its type is too long for an index' END AS problem,
+    CASE WHEN octet_length(t.type) > 1024 THEN 'its type is too long for an index' END AS problem,
     1 AS copies
 FROM (
     SELECT

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import resource
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -275,7 +277,9 @@ async def test_server_that_is_full_for_a_while(make_db: MakeAdapter, server: Fau
 
 
 @pytest.mark.parametrize("kind", ["call", "batch", "transaction", "savepoint"])
-async def test_connections_to_a_standby_are_replaced(make_db: MakeAdapter, server: FaultServer, kind: str) -> None:
+async def test_connections_to_a_standby_are_replaced(
+    make_db: MakeAdapter, server: FaultServer, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     """All were made before the failover. One try tells; inside a transaction the caller has to make the next one."""
     db = await make_db(pool_max_size=3, batch_size=1)
     lane, chance = db._connections.interactive, random.Random(1)
@@ -286,6 +290,8 @@ async def test_connections_to_a_standby_are_replaced(make_db: MakeAdapter, serve
         # As on a server that was a standby when they were made: for the session, whatever is asked of it.
         await connection.execute("SET default_transaction_read_only = on")
         lane.keep(connection)
+    said = SimpleNamespace(default_transaction_read_only="off", in_hot_standby="on")
+    monkeypatch.setattr(asyncpg.Connection, "get_settings", lambda self: said)
 
     async def write() -> None:
         if kind == "call":
@@ -316,7 +322,7 @@ async def test_connections_to_a_standby_are_replaced(make_db: MakeAdapter, serve
     await pool_is_whole(db)
 
 
-@pytest.mark.parametrize("kind", ["call", "batch"])
+@pytest.mark.parametrize("kind", ["call", "batch", "transaction", "savepoint"])
 @pytest.mark.parametrize("settings", [{}, {"prepared_statements": False}], ids=["prepared", "unprepared"])
 async def test_a_role_that_may_only_read_is_told_so_at_once(
     make_db: MakeAdapter, server: FaultServer, kind: str, settings: dict[str, Any]
@@ -334,14 +340,18 @@ async def test_a_role_that_may_only_read_is_told_so_at_once(
             ) as db:
                 for number in (1, 2):
                     with pytest.raises(elizasql.PermissionDeniedError, match="default_transaction_read_only") as caught:
-                        await (
-                            db.create_memories(memories, TYPE)
-                            if kind == "batch"
-                            else db.create_memory(memories[0], TYPE)
-                        )
+                        async with contextlib.AsyncExitStack() as stack:
+                            tx = db
+                            for _ in range({"transaction": 1, "savepoint": 2}.get(kind, 0)):
+                                tx = await stack.enter_async_context(tx.transaction())
+                            await (
+                                tx.create_memories(memories, TYPE)
+                                if kind == "batch"
+                                else tx.create_memory(memories[0], TYPE)
+                            )
                     assert (caught.value.sqlstate, caught.value.retryable) == ("25006", False)
                     # The connection was made before the call: a second one tells whether a new one is no better.
-                    assert db._meter.retries == number
+                    assert db._meter.retries == (0 if tx is not db else number)
                     assert await db.get_memories_by_ids([memory.id for memory in memories if memory.id]) == []
                 assert db._connections.breaker.failures == 0
                 await pool_is_whole(db)
