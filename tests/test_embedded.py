@@ -448,7 +448,10 @@ async def test_forked_child_neither_holds_nor_stops_it(stopped: Path) -> None:
         client.process.communicate(timeout=10)
 
 
-async def test_release_that_is_cut_short_while_it_waits_for_its_turn(stopped: Path) -> None:
+async def test_release_that_is_cut_short_while_it_waits_for_its_turn(
+    stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_embedded, "_servers", set())  # the other tests' server stays
     server = await acquire(stopped)
     async with server._cluster.lifecycle(time.monotonic() + 10):  # another process starts or stops it
         leaving = asyncio.create_task(server.release())
