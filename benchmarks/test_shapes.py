@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -199,7 +200,10 @@ def test_after_deletes(benchmark: Any, run: Run, dsn: str, vectors: data.Data, r
     record(benchmark, comparison, "agent")
 
 
-def test_while_others_write(benchmark: Any, run: Run, dsn: str, vectors: data.Data, report: Report) -> None:
+@pytest.mark.parametrize("resident", ["off", "required"])
+def test_while_others_write(
+    benchmark: Any, run: Run, dsn: str, vectors: data.Data, report: Report, resident: str
+) -> None:
     """An agent searches while another one, of another partition or of its own, stores and indexes memories.
 
     The other one does in the same process what loads most: a bulk load that builds the partition's index anew, and then
@@ -211,7 +215,12 @@ def test_while_others_write(benchmark: Any, run: Run, dsn: str, vectors: data.Da
     taken: dict[str, tuple[float, list[float]]] = {}
 
     async def measure() -> None:
-        async with _agents(dsn, part, "beside a load") as (agent,), bare(dsn) as connection:
+        async with AsyncExitStack() as stack:
+            (agent,) = await stack.enter_async_context(_agents(dsn, part, "beside a load"))
+            connection = await stack.enter_async_context(bare(dsn))
+            asking = await open_adapter(dsn, agent.db.agent_id, resident=resident)
+            stack.push_async_callback(asking.close)
+            agent = replace(agent, db=asking)
             found: dict[int, list[Memory]] = {}
             search = _search(agent, part.queries, found)
 
@@ -245,10 +254,10 @@ def test_while_others_write(benchmark: Any, run: Run, dsn: str, vectors: data.Da
         for what, (recall, times) in taken.items()
     ]
     header = ["meanwhile", "searches", "recall", "p50 us", "p95 us", "p95 over idle"]
-    report.table(f"Search among {SIZE:,} while another agent writes", header, rows)
+    report.table(f"Search among {SIZE:,} while another agent writes, resident={resident}", header, rows)
     for where in ("another partition", "the same partition"):
         ratio = max(percentile(times, 0.95) for what, (_, times) in taken.items() if where in what) / idle
-        what = f"search p95 while a load and the indexer run in {where}, over idle"
+        what = f"search p95 while a load and the indexer run in {where}, over idle, resident={resident}"
         report.goal(what, f"{ratio:.2f} x", "≤ 3 x", ratio <= 3)
     busy = {"search": [each for what, (_, times) in taken.items() if what != "idle" for each in times]}
     record(benchmark, Comparison(busy), "search")
