@@ -217,7 +217,7 @@ class Memories(Store):
         Vectors of a small load wait in the tail and are moved into the index at the end. A load that is large beside
         what is indexed (10,000 and more, and a quarter of it) drops the HNSW index of the agent's partition on its way
         and builds a new one at the end: five times faster. Until that is there, searches of the partition's agents scan
-        exactly what is theirs, 2 us a row; and while it is built, their writes of vectors wait. A load that fails
+        exactly what is theirs, 2 to 4 us a row; and while it is built, their writes of vectors wait. A load that fails
         leaves the building to the background indexer, or to `index_memories`.
 
         Args:
