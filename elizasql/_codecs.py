@@ -181,7 +181,8 @@ def _densify(array: NDArray[Any]) -> Any:
     return np.ascontiguousarray(array, array.dtype.newbyteorder("=")) if array.ndim else array[()]
 
 
-def _decode_json(data: bytes) -> Any:
+def decode_json(data: bytes) -> Any:
+    """Decode the server's binary jsonb."""
     return orjson.loads(data[1:])
 
 
@@ -389,5 +390,5 @@ async def register(connection: asyncpg.Connection[Any], vector_schema: str, *, n
     await connection.set_type_codec(
         "vector", schema=vector_schema, encoder=_as_is, decoder=_decode_vector, format="binary"
     )
-    await connection.set_type_codec("jsonb", schema="pg_catalog", encoder=_as_is, decoder=_decode_json, format="binary")
+    await connection.set_type_codec("jsonb", schema="pg_catalog", encoder=_as_is, decoder=decode_json, format="binary")
     await connection.prepare(SQL["introduce_types"].sql, name=None if named else "")

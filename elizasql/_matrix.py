@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from datetime import datetime
+from itertools import pairwise
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import numpy as np
@@ -39,6 +41,19 @@ _of_thread = threading.local()
 # Bytes of a row beside its components: id, scope, scale, error, and its part of the dictionary from ids to places.
 _ROW_OVERHEAD = 208
 
+# Bytes of a row's contents beside these: version, references, the time, and what Python adds to a bytes object.
+_CONTENTS_OVERHEAD = 8 + 3 * 8 + 48 + 33
+
+# What most memories have as metadata is held once.
+_NO_METADATA = b"\x01{}"
+
+# A listed memory: its id and its version.
+_LISTED = np.dtype([("id", "V16"), ("version", ">i8")])
+
+# What the process holds of a memory beside its vector: its version, when it was created, and its content and metadata
+# as the server sends them.
+Contents = tuple[int, datetime, bytes, bytes]
+
 
 @dataclass(frozen=True, slots=True)
 class Found:
@@ -51,6 +66,81 @@ class Found:
 
     ids: list[UUID]
     reach: float
+
+
+class Row(NamedTuple):
+    """A row among the nearest, with what else is held of its memory.
+
+    Attributes:
+        id, room_id, world_id, entity_id, unique: Of the memory.
+        created_at, content, metadata: Of the memory, the latter two as the server sends them.
+        similarity: To the query.
+    """
+
+    id: UUID
+    room_id: UUID | None
+    world_id: UUID | None
+    entity_id: UUID | None
+    unique: bool
+    created_at: datetime
+    content: bytes
+    metadata: bytes
+    similarity: float
+
+
+class _Held:
+    """The contents of a matrix's rows, at the same places.
+
+    Attributes:
+        versions: The server's number of each; what is not above 0 is not known, below 0 since that put.
+        puts: Grows; a put leaves it, with a minus, as the version of its rows.
+        size: Bytes of all of this.
+    """
+
+    __slots__ = ("contents", "created", "metadata", "puts", "size", "versions")
+
+    def __init__(self, capacity: int) -> None:
+        self.versions: NDArray[np.int64] = np.zeros(capacity, np.int64)
+        self.created: NDArray[np.object_] = np.empty(capacity, np.object_)
+        self.contents: NDArray[np.object_] = np.empty(capacity, np.object_)
+        self.metadata: NDArray[np.object_] = np.empty(capacity, np.object_)
+        self.puts = 1
+        self.size = 32 * capacity
+
+    def grow(self, capacity: int) -> None:
+        more = capacity - len(self.versions)
+        self.versions = np.concatenate([self.versions, np.zeros(more, np.int64)])
+        nothing = np.empty(more, np.object_)
+        self.created, self.contents, self.metadata = (
+            np.concatenate([column, nothing]) for column in (self.created, self.contents, self.metadata)
+        )
+        self.size += 32 * more
+
+    def move(self, place: int, last: int) -> None:
+        """Put the last row in the place of one that is cleared."""
+        for column in (self.versions, self.created, self.contents, self.metadata):
+            column[place] = column[last]
+        self.created[last] = self.contents[last] = self.metadata[last] = None
+        self.versions[last] = 0
+
+    def clear(self, place: int) -> None:
+        """Let go of what is held of a row that changes or goes."""
+        if self.versions[place] > 0:
+            self.size -= size_of(self.contents[place], self.metadata[place])
+            self.created[place] = self.contents[place] = self.metadata[place] = None
+        self.versions[place] = -self.puts
+
+    def fill(self, place: int, contents: Contents) -> None:
+        self.clear(place)
+        self.versions[place], self.created[place], content, metadata = contents
+        self.contents[place] = content
+        self.metadata[place] = _NO_METADATA if metadata == _NO_METADATA else metadata
+        self.size += size_of(content, metadata)
+
+
+def size_of(content: bytes, metadata: bytes) -> int:
+    """Give the bytes that a memory's contents take beside their place."""
+    return _CONTENTS_OVERHEAD - 32 + len(content) + (33 + len(metadata) if metadata != _NO_METADATA else 0)
 
 
 class Matrix:
@@ -71,6 +161,8 @@ class Matrix:
         self.dimension = dimension
         gamma = dimension * 2.0**-24 / (1 - dimension * 2.0**-24)
         self._slack = 4.1 * gamma
+        # Of two similarities, what they can be off by together: sums in eight lanes, of the product and of the norms.
+        self._doubt = dimension * 2.0**-25
         self._row = np.dtype(
             [
                 *((name, "V16") for name in ("id", "room", "world", "entity")),
@@ -83,6 +175,8 @@ class Matrix:
         self._places: dict[bytes, int] = {}
         # Of rooms, worlds and entities alike; 0 stands for none.
         self._codes: dict[bytes, int] = {}
+        self._coded: list[UUID | None] = [None]
+        self._held: _Held | None = None
         self._allocate(_with_spare(size))
 
     # --- memory ------------------------------------------------------------------------------------------------------
@@ -95,7 +189,8 @@ class Matrix:
     @property
     def footprint(self) -> int:
         """Bytes that all of this takes."""
-        return self._vectors.nbytes + self._levels.nbytes + _ROW_OVERHEAD * (self.capacity + len(self._codes))
+        vectors = self._vectors.nbytes + self._levels.nbytes
+        return vectors + _ROW_OVERHEAD * (self.capacity + len(self._codes)) + self.contents_size
 
     @property
     def capacity(self) -> int:
@@ -116,10 +211,12 @@ class Matrix:
     def _reserve(self, size: int) -> None:
         if size <= self.capacity:
             return
-        used, before = self.size, self._columns()
+        used, before, held = self.size, self._columns(), self._held
         self._allocate(_with_spare(size))
         for old, new in zip(before, self._columns(), strict=True):
             new[:used] = old[:used]
+        if held is not None:
+            held.grow(self.capacity)
 
     def _columns(self) -> tuple[NDArray[Any], ...]:
         """Give all that is kept of the rows, a row first."""
@@ -139,13 +236,14 @@ class Matrix:
         """Give the number of rows that the server has sent."""
         return len(content) // self._row.itemsize
 
-    def put(self, content: bytes, start: int = 0, count: int = -1) -> None:
+    def put(self, content: bytes, start: int = 0, count: int = -1, contents: Sequence[Contents] | None = None) -> None:
         """Add rows as the server sends them, or put them in place of those with the same ids.
 
         Args:
             content: Rows, one after the other.
             start: The first one to take.
             count: How many; -1: all from there on.
+            contents: Of the same rows, to be held where others are; None: they are not known.
         """
         width = self._row.itemsize
         rows = np.frombuffer(content, self._row, count, start * width)
@@ -169,13 +267,24 @@ class Matrix:
                 if flag & (2 << which):
                     begin_of = begin + 16 + 16 * which
                     key = content[begin_of : begin_of + 16]
-                    scopes[number, which] = codes.get(key) or codes.setdefault(key, len(codes) + 1)
+                    code = codes.get(key)
+                    if code is None:
+                        code = codes[key] = len(self._coded)
+                        self._coded.append(pgproto.UUID(key))
+                    scopes[number, which] = code
             begin += width
         self._vectors[at] = vectors
         self._ids[at] = np.frombuffer(rows["id"].tobytes(), np.uint8).reshape(-1, 16)
         self._scopes[:, at] = scopes.T
         self._unique[at] = flags & 1
         self._levels[at], self._scales[at], self._errors[at] = _quantize(vectors)
+        held = self._held
+        if held is not None:
+            for number, place in enumerate(at.tolist()):
+                if contents is None:
+                    held.clear(place)
+                else:
+                    held.fill(place, contents[number])
 
     def drop(self, ids: Iterable[UUID]) -> None:
         """Take rows out, where they are; the last rows come in their places."""
@@ -184,11 +293,75 @@ class Matrix:
             if place is None:
                 continue
             self.size -= 1
-            last = self.size
+            last, held = self.size, self._held
+            if held is not None:
+                held.clear(place)
             if place != last:
                 self._places[self._ids[last].tobytes()] = place
                 for column in self._columns():
                     column[place] = column[last]
+                if held is not None:
+                    held.move(place, last)
+
+    # --- contents ----------------------------------------------------------------------------------------------------
+
+    @property
+    def contents_size(self) -> int:
+        """Bytes of the contents; 0: none are held."""
+        held = self._held
+        return 0 if held is None else held.size
+
+    @staticmethod
+    def estimate_contents(size: int) -> int:
+        """Give the bytes that the contents of so many rows take before any is known."""
+        return 32 * _with_spare(size)
+
+    def hold_contents(self) -> int:
+        """Begin to hold contents, or a new stretch of puts; give the number of that stretch."""
+        if self._held is None:
+            self._held = _Held(self.capacity)
+        self._held.puts += 1
+        return self._held.puts
+
+    def release_contents(self) -> None:
+        """Let go of all contents. Another thread may do so while this one's goes on with what it has."""
+        self._held = None
+
+    def find_outdated(self, listed: bytes) -> list[UUID]:
+        """Give the ids of rows whose contents are not known in the version that the server has listed."""
+        held = self._held
+        if held is None:
+            return []
+        found: list[UUID] = []
+        rows = np.frombuffer(listed, _LISTED)
+        versions = rows["version"].tolist()
+        for number, version in enumerate(versions):
+            id = listed[24 * number : 24 * number + 16]
+            place = self._places.get(id)
+            if place is not None and held.versions[place] != version:
+                found.append(pgproto.UUID(id))
+        return found
+
+    def find_unknown(self) -> list[UUID]:
+        """Give the ids of rows whose contents are not known."""
+        held = self._held
+        return [] if held is None else self._ids_at(np.flatnonzero(held.versions[: self.size] <= 0))
+
+    def find_gone(self, listed: bytes, since: int) -> list[UUID]:
+        """Give the ids of rows that the server has not listed, and that were not put since that stretch began."""
+        held = self._held
+        if held is None:
+            return []
+        there = {listed[begin : begin + 16] for begin in range(0, len(listed), 24)}
+        return [
+            pgproto.UUID(id) for id, place in self._places.items() if id not in there and held.versions[place] > -since
+        ]
+
+    def put_contents(self, id: UUID, contents: Contents) -> None:
+        """Hold the contents of a row, if it is there."""
+        place, held = self._places.get(id.bytes), self._held
+        if place is not None and held is not None:
+            held.fill(place, contents)
 
     # --- search ------------------------------------------------------------------------------------------------------
 
@@ -219,11 +392,89 @@ class Matrix:
             The candidates; None when fewer or more match, or too many are equally near.
         """
         at = self._select((room_id, world_id, entity_id), only_unique)
-        matching = self.size if at is None else len(at)
-        if not least <= matching <= most:
+        if not least <= (self.size if at is None else len(at)) <= most:
             return None
+        found = self._find(query, count, at, threshold)
+        return None if found is None else Found(self._ids_at(found[0]), found[1])
+
+    def rank(
+        self,
+        query: Floats,
+        count: int,
+        *,
+        room_id: UUID | None = None,
+        world_id: UUID | None = None,
+        entity_id: UUID | None = None,
+        only_unique: bool = False,
+        threshold: float | None = None,
+        least: int = 0,
+        most: int = sys.maxsize,
+    ) -> list[Row] | None:
+        """Find the `count` nearest, most similar first; equal ones are ordered by id.
+
+        Similarities are computed in double precision. The server, which sums in float32, may find others, but not by
+        more than `_doubt`: where less than that decides, over the order or the threshold, it is to be asked.
+
+        Args:
+            As of `search`.
+
+        Returns:
+            The rows; None when fewer or more match, the server is to be asked, or contents are not known.
+        """
+        held = self._held
+        at = self._select((room_id, world_id, entity_id), only_unique)
+        if held is None or not least <= (self.size if at is None else len(at)) <= most:
+            return None
+        found = self._find(query, count, at, threshold)
+        if found is None:
+            return None
+        at = found[0]
+        vectors, asked = self._vectors[at].astype(np.float64), query.astype(np.float64)
+        # Not by BLAS or einsum, in which the sum of a row hangs on its place: equal vectors score the same.
+        squares = (vectors * vectors).sum(axis=1) * float(np.dot(asked, asked))
+        similarities = np.clip((vectors * asked).sum(axis=1) / np.sqrt(squares), -1.0, 1.0).tolist()
+        ids = self._ids[at].tobytes()
+        order = sorted(range(len(at)), key=lambda number: (-similarities[number], ids[16 * number : 16 * number + 16]))
+        for place, (number, following) in enumerate(pairwise(order), start=1):
+            if similarities[number] - similarities[following] >= self._doubt:
+                if place >= count:
+                    break
+            elif not np.array_equal(vectors[number], vectors[following]):
+                return None
+        if threshold is not None:
+            if any(abs(similarities[number] - threshold) < self._doubt for number in order[:count]):
+                return None
+            order = [number for number in order if similarities[number] >= threshold]
+        order = order[:count]
+        places = at[order]
+        if not (held.versions[places] > 0).all():
+            return None
+        coded = self._coded
+        return [
+            Row(
+                pgproto.UUID(ids[16 * number : 16 * number + 16]),
+                *(coded[room], coded[world], coded[entity]),
+                *(unique, created, content, metadata),
+                similarities[number],
+            )
+            for number, (room, world, entity), unique, created, content, metadata in zip(
+                order,
+                self._scopes[:, places].T.tolist(),
+                self._unique[places].tolist(),
+                held.created[places].tolist(),
+                held.contents[places].tolist(),
+                held.metadata[places].tolist(),
+                strict=True,
+            )
+        ]
+
+    def _find(
+        self, query: Floats, count: int, at: Places | None, threshold: float | None
+    ) -> tuple[Places, float] | None:
+        """Give the places of what can be among the nearest, and the reach of all others; None: too many are as near."""
+        matching = self.size if at is None else len(at)
         if matching <= count:
-            return Found(self._ids_at(np.arange(matching) if at is None else at), -math.inf)
+            return np.arange(matching) if at is None else at, -math.inf
         query = query / np.float32(math.sqrt(float(np.dot(query, query))))
         floor = -math.inf if threshold is None else threshold - self._slack
         at, scores, cut = self._contenders(query, at, count, floor)
@@ -232,9 +483,7 @@ class Matrix:
         chosen = np.flatnonzero(scores >= cut)
         if len(chosen) > 2 * count + _MOST_EQUAL:
             return None
-        return Found(
-            self._ids_at(chosen if at is None else at[chosen]), cut + self._slack if cut > floor else -math.inf
-        )
+        return chosen if at is None else at[chosen], cut + self._slack if cut > floor else -math.inf
 
     def _select(self, scope: Iterable[UUID | None], only_unique: bool) -> Places | None:
         """Give the places of the rows that match, None for all."""

@@ -1,9 +1,16 @@
 """The resident tier: an agent's vectors of one type in the process, searched exactly.
 
-What an agent asks of its memory again and again is one vector against its own few thousand. `Matrix` finds the
-candidates here; one statement, `fetch_resident`, fetches their rows, ranks them exactly, and tells in the same snapshot
-what has changed since this process last looked. So a search is one round trip, and what it gives is what an exact
-search in the database gives at the moment of the fetch, whoever wrote what until then:
+What an agent asks of its memory again and again is one vector against its own few thousand. Where the contents of the
+memories are held, too, one statement, `check_resident`, is sent that only tells what has changed, and while the server
+is busy with it `Matrix` ranks the rows that are here. When nothing has changed, that is the answer; rows that were
+written since come with it, are merged, and all is ranked again. Of what was updated or removed it tells only that: then
+the contents are brought up to date in the background, and until that is done the server fetches the rows.
+
+So it does where contents are not held, or the order hangs on less than the server's own arithmetic is off by: `Matrix`
+finds the candidates; one statement, `fetch_resident`, fetches their rows, ranks them exactly, and tells in the same
+snapshot what has changed since this process last looked. So a search is one round trip, two when something was updated
+or removed, and what it gives is what an exact search in the database gives at the moment of the last one, whoever wrote
+what until then. As for `fetch_resident`:
 
 - Rows that were written since are in the statement's ranking, and come back with it to be merged here. When there are
   too many for that, they are read first and the search is done again.
@@ -33,9 +40,10 @@ from functools import partial
 from typing import Any
 from uuid import UUID
 
+from . import _codecs
 from ._calls import current_deadline, spawn
 from ._executor import Executor
-from ._matrix import Matrix
+from ._matrix import Matrix, Row, size_of
 from ._statements import SQL
 from .config import Config
 from .errors import ElizaSQLError
@@ -58,6 +66,19 @@ _CHANGES_BYTES = 8 << 20
 
 # Times that a search is done here; each takes four times the candidates of the one before.
 _ROUNDS = 6
+
+# More memories than this are left to the server to rank: of a hundred, some two stand closer than it can tell.
+_MOST_RANKED = 50
+
+# Contents that are read at once, some milliseconds of the event loop's time.
+_CONTENTS = 500
+
+# Listed memories that are compared at once.
+_LISTED_AT_ONCE = 2000
+
+# Seconds between two times that contents are brought up to date, and times as long as one took, at least.
+_RENEWAL = 1.0
+_RENEWAL_SHARE = 50
 
 # In "auto" a type is loaded at this search of it: a load takes as much of the processor as some hundred searches save,
 # so that a script which asks a few times does not pay for it; whoever asks that often goes on asking.
@@ -91,9 +112,15 @@ _COUNTS = {
 }
 Scope = Mapping[str, UUID]
 
+# What a search filters by.
+_FILTERS = ("room_id", "world_id", "entity_id", "only_unique", "threshold")
+
 # The columns of a memory come first in a row of fetch_resident.
 _FIELDS = 12
 _SIMILARITY = 11
+
+# What is held of a memory comes last in a row of check_resident and of read_resident_contents, after its id.
+_CONTENT = -4
 
 
 # --- the tiers of the process ----------------------------------------------------------------------------------------
@@ -106,10 +133,13 @@ class Tier:
         matrix: The rows; None: not loaded. A load in another thread may put them out at any moment.
         granted: Bytes of the budget that it has, for the matrix or for the load of one.
         seen: The snapshot that they were read in, changes merged up to it.
+        listed: The snapshot up to which updates and removals are known; None: contents are not held, or not yet.
+        behind: Whether there were any since, or rows came without contents.
+        renew_at: When contents may be brought up to date again, by `time.monotonic`.
         life: The server's life in which its numbers of transactions count.
         used: When it was last asked, by `time.monotonic`.
         asked: Searches since it was last loaded or put out, while there is no matrix.
-        loading: The task that loads it.
+        loading: The task that loads it, or its contents.
         not_before: When it may be loaded, by `time.monotonic`.
         large_until: Until when it counts as one that has more rows than are searched as a whole, while there is no
             matrix, by `time.monotonic`.
@@ -121,15 +151,18 @@ class Tier:
     __slots__ = (
         "__weakref__",
         "asked",
+        "behind",
         "catching_up",
         "dropped",
         "granted",
         "large_until",
         "life",
+        "listed",
         "loaded_size",
         "loading",
         "matrix",
         "not_before",
+        "renew_at",
         "seen",
         "used",
     )
@@ -138,6 +171,9 @@ class Tier:
         self.matrix: Matrix | None = None
         self.granted = 0
         self.seen: Snapshot = (0, 0, ())
+        self.listed: Snapshot | None = None
+        self.behind = False
+        self.renew_at = 0.0
         self.life = ""
         self.used = 0.0
         self.asked = 0
@@ -200,14 +236,24 @@ def _make_room(tier: Tier, needed: int, limit: int) -> int | None:
         others = [(shelf, each) for shelf in _shelves.values() for each in shelf.filled if each is not tier]
         excess = needed + sum(each.granted for _, each in others) - limit
         out: list[tuple[_Shelf, Tier]] = []
-        for shelf, each in sorted(others, key=lambda pair: pair[1].used):
+        others = sorted((pair for pair in others if pair[1].loading is None), key=lambda pair: pair[1].used)
+        # The contents of all go before the vectors of one.
+        bare: list[tuple[Tier, Matrix]] = []
+        for _, each in others:
+            matrix = each.matrix
+            if excess > 0 and matrix is not None and matrix.contents_size:
+                excess -= matrix.contents_size
+                bare.append((each, matrix))
+        for shelf, each in others:
             if excess <= 0 or now - each.used < _REST:
                 break
-            if each.loading is None:
-                excess -= each.granted
-                out.append((shelf, each))
+            excess -= each.granted - (0 if each.matrix is None else each.matrix.contents_size)
+            out.append((shelf, each))
         if excess > 0:
             return None
+        for each, matrix in bare:
+            matrix.release_contents()
+            each.listed, each.renew_at, each.granted = None, now + _TOO_LARGE, matrix.footprint
         for shelf, each in out:
             each.matrix = None
             each.asked = each.granted = 0
@@ -215,6 +261,15 @@ def _make_room(tier: Tier, needed: int, limit: int) -> int | None:
         tier.granted = needed
         _shelves[asyncio.get_running_loop()].filled.add(tier)
     return len(out)
+
+
+async def _end(task: asyncio.Task[Any]) -> None:
+    """See to it that a task has ended, and nobody misses what it met."""
+    if not task.done():
+        task.cancel()
+        await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()
 
 
 # --- the adapter's side ----------------------------------------------------------------------------------------------
@@ -230,6 +285,8 @@ class Stats:
         repeats: Times that a search was done once more, a round trip each.
         deltas: Times that changes were merged.
         changes: Rows that were merged.
+        checks: Searches that were answered here with nothing to be fetched.
+        renewals: Times that contents were brought up to date.
         loads: Types that were loaded.
         evictions: Types that were put out to make room.
     """
@@ -239,6 +296,8 @@ class Stats:
     repeats: int = 0
     deltas: int = 0
     changes: int = 0
+    checks: int = 0
+    renewals: int = 0
     loads: int = 0
     evictions: int = 0
 
@@ -298,7 +357,7 @@ class Resident:
             params: Those of `search_memories`, the scope included: embedding, agent_id, type, room_id, world_id,
                 entity_id, only_unique, threshold, count, include_embedding.
 
-        Statement: sql/resident.sql fetch_resident. One round trip; more after many changes.
+        Statement: sql/resident.sql check_resident or fetch_resident. One round trip; more after many changes.
         """
         if self.off or executor.in_transaction:
             return None
@@ -319,7 +378,9 @@ class Resident:
                 await self._consider(tier, params["type"], vector.shape[0], scope)
             if tier.matrix is not None:
                 try:
-                    found = await self._search(tier, executor, vector, params)
+                    found = await self._answer(tier, executor, vector, params)
+                    if found is None and tier.matrix is not None:
+                        found = await self._search(tier, executor, vector, params)
                 except MemoryError as error:
                     # A change may have been made by half. The database can answer all the more without what is held.
                     logger.warning("vectors of type %s are let go of: %s", params["type"], error)
@@ -330,13 +391,86 @@ class Resident:
             self.stats.hits += 1
         return found
 
+    async def _answer(
+        self, tier: Tier, executor: Executor, vector: Embedding, params: Mapping[str, Any]
+    ) -> list[Memory] | None:
+        """Search here, when the server confirms that what is held is all there is; None: it has to fetch the rows."""
+        kind, count = params["type"], params["count"]
+        if params["include_embedding"] or count > _MOST_RANKED:
+            return None
+        filters: dict[str, Any] = {name: params[name] for name in _FILTERS}
+        filters |= {"least": self._least, "most": self._most(vector.shape[0])}
+        for number in range(_ROUNDS):
+            matrix, seen, listed = tier.matrix, tier.seen, tier.listed
+            if matrix is None or listed is None or tier.behind or tier.loading is not None:
+                self._begin_renewal(tier, kind)
+                return None
+            self.stats.repeats += number > 0
+            # In a task, so that the server works while the rows are ranked.
+            checking = asyncio.ensure_future(
+                executor.fetch(
+                    SQL.at("check_resident", vector.shape[0]),
+                    agent_id=self._agent_id,
+                    type=kind,
+                    seen=seen,
+                    listed=listed,
+                    life=tier.life,
+                    most=_MOST_CHANGES,
+                )
+            )
+            try:
+                await asyncio.sleep(0)
+                found = None
+                if tier.matrix is matrix and tier.seen is seen:
+                    found = self._give_out(matrix.rank(vector, count, **filters), kind)
+                news = await checking
+            finally:
+                await _end(checking)
+            first = news[0]
+            if tier.matrix is not matrix:
+                continue
+            if not first["alive"]:
+                self._give_up(tier, 1.0)
+                return None
+            if first["rewritten"]:
+                if tier.listed is listed:
+                    tier.behind = True
+            elif first["changed"] is None:
+                if tier.seen is seen or found is not None:
+                    self.stats.checks += found is not None
+                    return found
+            elif len(news) >= _MOST_CHANGES:
+                await self._catch_up(tier, matrix, seen, executor, kind)
+            elif tier.seen is seen and tier.listed is listed and not tier.behind and tier.loading is None:
+                changed = b"".join(row["changed"] for row in news)
+                self._merge(
+                    *(tier, matrix, kind, first["seen"], changed), contents=[tuple(row[_CONTENT:]) for row in news]
+                )
+                if tier.matrix is matrix:
+                    found = self._give_out(matrix.rank(vector, count, **filters), kind)
+                    self.stats.checks += found is not None
+                    return found
+        return None
+
+    def _give_out(self, rows: list[Row] | None, kind: str) -> list[Memory] | None:
+        if rows is None:
+            return None
+        decode = _codecs.decode_json
+        return [
+            Memory(
+                *(row.id, row.entity_id, self._agent_id, row.room_id, row.world_id, kind),
+                *(decode(row.content), decode(row.metadata), row.unique, row.created_at, None, row.similarity),
+            )
+            for row in rows
+        ]
+
     async def _search(
         self, tier: Tier, executor: Executor, vector: Embedding, params: Mapping[str, Any]
     ) -> list[Memory] | None:
         statement = SQL.at("fetch_resident", vector.shape[0])
         count = params["count"]
         wanted, most = count + _SPARE, self._most(vector.shape[0])
-        filters = {name: params[name] for name in ("room_id", "world_id", "entity_id", "only_unique", "threshold")}
+        filters = {name: params[name] for name in _FILTERS}
         for number in range(_ROUNDS):
             matrix, seen = tier.matrix, tier.seen
             if matrix is None:
@@ -385,11 +519,13 @@ class Resident:
         seen: Snapshot,
         changed: bytes | None,
         gone: list[UUID] | None = None,
+        contents: list[Any] | None = None,
     ) -> None:
         """Bring a tier up to a snapshot; only with what was read for the state that it is in."""
         if changed:
             capacity = matrix.capacity
-            matrix.put(changed)
+            matrix.put(changed, contents=contents)
+            tier.behind |= contents is None
             self.stats.deltas += 1
             self.stats.changes += matrix.rows_in(changed)
             if matrix.capacity > capacity and not self._make_room(tier, matrix.footprint):
@@ -401,6 +537,8 @@ class Resident:
             matrix.drop(gone)
             tier.dropped += len(gone)
         tier.seen = seen
+        if contents is not None:
+            self._settle(tier)
         if gone and tier.outlived:
             self._begin_load(tier, kind, matrix.dimension)
 
@@ -434,7 +572,7 @@ class Resident:
 
     def _give_up(self, tier: Tier, seconds: float) -> None:
         """Let go of what a tier holds, and leave it at that for a while."""
-        tier.matrix = None
+        tier.matrix = tier.listed = None
         tier.not_before = time.monotonic() + seconds
         self._settle(tier)
 
@@ -487,6 +625,7 @@ class Resident:
     async def _load(self, tier: Tier, kind: str, dimension: int, scope: Scope | None) -> None:
         try:
             await self._read(tier, kind, dimension, scope)
+            await self._renew(tier, kind)
         except (ElizaSQLError, MemoryError) as error:
             # Searches go on in the database; if that cannot be reached, they tell.
             logger.warning("loading vectors of type %s is put off: %s", kind, error)
@@ -524,9 +663,82 @@ class Resident:
             after = page["last"]
         if not self._make_room(tier, matrix.footprint):
             return
-        tier.matrix, tier.seen, tier.life = matrix, first["seen"], first["life"]
+        tier.matrix, tier.seen, tier.life, tier.listed = matrix, first["seen"], first["life"], None
         tier.loaded_size, tier.dropped, tier.asked = matrix.size, 0, 0
         self.stats.loads += 1
+
+    # --- contents ----------------------------------------------------------------------------------------------------
+
+    def _begin_renewal(self, tier: Tier, kind: str) -> None:
+        if tier.loading is None and not self._closed and time.monotonic() >= tier.renew_at:
+            tier.loading = spawn(self._renew_alone(tier, kind), "elizasql-resident-renewal")
+            self._tasks.add(tier.loading)
+            tier.loading.add_done_callback(partial(self._end_load, tier))
+
+    async def _renew_alone(self, tier: Tier, kind: str) -> None:
+        try:
+            await self._renew(tier, kind)
+        except (ElizaSQLError, MemoryError) as error:
+            logger.warning("contents of type %s are not brought up to date: %s", kind, error)
+            tier.renew_at = time.monotonic() + _FAILED
+
+    async def _renew(self, tier: Tier, kind: str) -> None:
+        """Bring the contents of a tier up to date: the server lists what there is, and what is not known is read.
+
+        All counts as known by the snapshot of the list; what is read later may be newer, and a check tells of that.
+        What is merged meanwhile comes without contents, since it may be older than the list.
+        """
+        matrix, begun = tier.matrix, time.monotonic()
+        if matrix is None:
+            return
+        if not matrix.contents_size and not self._grant(tier, Matrix.estimate_contents(matrix.size)):
+            tier.renew_at = begun + _TOO_LARGE
+            return
+        since = matrix.hold_contents()
+        about = {"agent_id": self._agent_id}
+        row = await self._background.fetch_row(SQL["list_resident"], type=kind, dimension=matrix.dimension, **about)
+        assert row is not None
+        listed: bytes = row["content"] or b""
+        outdated: list[UUID] = []
+        for start in range(0, len(listed), 24 * _LISTED_AT_ONCE):
+            outdated += matrix.find_outdated(listed[start : start + 24 * _LISTED_AT_ONCE])
+            await asyncio.sleep(0)
+        gone = matrix.find_gone(listed, since)
+        if tier.matrix is not matrix:
+            return
+        matrix.drop(gone)
+        tier.dropped += len(gone)
+        for _ in range(_ROUNDS):
+            for start in range(0, len(outdated), _CONTENTS):
+                rows = await self._background.fetch(
+                    SQL["read_resident_contents"], ids=outdated[start : start + _CONTENTS], **about
+                )
+                needed = sum(size_of(each["content"], each["metadata"]) for each in rows)
+                if tier.matrix is not matrix or not matrix.contents_size:
+                    return
+                if not self._grant(tier, needed):
+                    matrix.release_contents()
+                    tier.listed, tier.renew_at = None, time.monotonic() + _TOO_LARGE
+                    return
+                for each in rows:
+                    matrix.put_contents(each["id"], tuple(each[_CONTENT:]))
+            # What was merged meanwhile came without.
+            outdated = matrix.find_unknown()
+            if not outdated:
+                break
+        tier.listed, tier.behind = row["seen"], bool(outdated)
+        now = time.monotonic()
+        tier.renew_at = now + max(_RENEWAL, _RENEWAL_SHARE * (now - begun))
+        self.stats.renewals += 1
+
+    def _grant(self, tier: Tier, more: int) -> bool:
+        """Take more of the budget for a tier, where nothing else has to go for it."""
+        with _lock:
+            held = sum(each.granted for shelf in _shelves.values() for each in shelf.filled)
+            if held + more > self._budget:
+                return False
+            tier.granted += more
+            return True
 
     async def _fits(self, tier: Tier, found: Mapping[str, Any], kind: str, dimension: int, scope: Scope | None) -> bool:
         """Tell by what `measure_resident` found whether to go on, and make room."""

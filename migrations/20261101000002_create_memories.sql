@@ -174,6 +174,104 @@ FOR EACH ROW
 WHEN (new.xid IS DISTINCT FROM pg_current_xact_id())
 EXECUTE FUNCTION elizasql.stamp_embedding();
 
+-- What a process that holds memories cannot see by embeddings.xid: which transactions have last updated or removed
+-- memories of an agent and type. A transaction takes over the row of one that has ended, and adds a row only when all are
+-- taken: there are never more than transactions that did so at once, whatever was written. No primary key, since rows
+-- that are replicated from another server, with its numbers, must not collide with those of this one.
+CREATE TABLE elizasql.memory_rewrites (
+    agent_id uuid NOT NULL,
+    type text NOT NULL,
+    xid xid8 NOT NULL
+);
+CREATE INDEX memory_rewrites_idx ON elizasql.memory_rewrites (agent_id, type, xid);
+ALTER TABLE elizasql.memory_rewrites REPLICA IDENTITY FULL;
+
+-- A later transaction may stand in for one that has ended: whoever does not know of that one does not know of it either.
+-- Under another isolation than READ COMMITTED to take over a row could fail, so that one is added.
+CREATE FUNCTION elizasql.note_rewrite(given_agent uuid, given_type text) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM FROM elizasql.memory_rewrites
+    WHERE agent_id = given_agent AND type = given_type AND xid = pg_current_xact_id();
+    IF NOT FOUND AND current_setting('transaction_isolation') = 'read committed' THEN
+        UPDATE elizasql.memory_rewrites SET xid = pg_current_xact_id()
+        WHERE ctid = (
+            SELECT ctid FROM elizasql.memory_rewrites
+            WHERE agent_id = given_agent AND type = given_type
+            LIMIT 1
+            FOR UPDATE SKIP LOCKED
+        );
+    END IF;
+    IF NOT FOUND THEN
+        INSERT INTO elizasql.memory_rewrites (agent_id, type, xid)
+        SELECT id, given_type, pg_current_xact_id() FROM elizasql.agents WHERE id = given_agent;
+    END IF;
+END
+$$;
+
+CREATE FUNCTION elizasql.note_rewritten_row() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM elizasql.note_rewrite(OLD.agent_id, OLD.type);
+    RETURN NULL;
+END
+$$;
+
+CREATE FUNCTION elizasql.note_truncated_rows() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    EXECUTE format(
+        'SELECT elizasql.note_rewrite(agent_id, type) FROM (SELECT DISTINCT agent_id, type FROM %I.%I) AS held',
+        TG_TABLE_SCHEMA, TG_TABLE_NAME);
+    RETURN NULL;
+END
+$$;
+
+CREATE FUNCTION elizasql.forget_rewrites() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    DELETE FROM elizasql.memory_rewrites WHERE agent_id = OLD.id;
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER memories_rewritten
+AFTER UPDATE ON elizasql.memories
+FOR EACH ROW
+EXECUTE FUNCTION elizasql.note_rewritten_row();
+
+CREATE TRIGGER embeddings_removed
+AFTER DELETE ON elizasql.embeddings
+FOR EACH ROW
+EXECUTE FUNCTION elizasql.note_rewritten_row();
+
+CREATE TRIGGER embeddings_moved
+AFTER UPDATE OF agent_id, memory_id, type, dimension ON elizasql.embeddings
+FOR EACH ROW
+WHEN (
+    (old.agent_id, old.memory_id, old.type, old.dimension)
+    IS DISTINCT FROM (new.agent_id, new.memory_id, new.type, new.dimension)
+)
+EXECUTE FUNCTION elizasql.note_rewritten_row();
+
+-- After the cascades, by its name: what they remove is noted, too.
+CREATE TRIGGER agents_rewrites_forgotten
+AFTER DELETE ON elizasql.agents
+FOR EACH ROW
+EXECUTE FUNCTION elizasql.forget_rewrites();
+
+ALTER TABLE elizasql.memories ENABLE ALWAYS TRIGGER memories_rewritten;
+ALTER TABLE elizasql.embeddings ENABLE ALWAYS TRIGGER embeddings_removed;
+ALTER TABLE elizasql.embeddings ENABLE ALWAYS TRIGGER embeddings_moved;
+
+DO $$
+BEGIN
+    FOR part IN 0..15 LOOP
+        EXECUTE format(
+            'CREATE TRIGGER embeddings_truncated BEFORE TRUNCATE ON elizasql.embeddings_p%1$s
+             FOR EACH STATEMENT EXECUTE FUNCTION elizasql.note_truncated_rows();
+             ALTER TABLE elizasql.embeddings_p%1$s ENABLE ALWAYS TRIGGER embeddings_truncated',
+            lpad(part::text, 2, '0'));
+    END LOOP;
+END
+$$;
+
 ALTER TABLE elizasql.embeddings ENABLE ALWAYS TRIGGER embeddings_stamp_new;
 ALTER TABLE elizasql.embeddings ENABLE ALWAYS TRIGGER embeddings_stamp_changed;
 
@@ -434,6 +532,12 @@ DROP FUNCTION elizasql.partition_of(uuid);
 DROP FUNCTION elizasql.refresh_statistics(uuid);
 DROP TABLE elizasql.embeddings;
 DROP TABLE elizasql.memories;
+DROP TRIGGER agents_rewrites_forgotten ON elizasql.agents;
+DROP TABLE elizasql.memory_rewrites;
+DROP FUNCTION elizasql.forget_rewrites();
+DROP FUNCTION elizasql.note_truncated_rows();
+DROP FUNCTION elizasql.note_rewritten_row();
+DROP FUNCTION elizasql.note_rewrite(uuid, text);
 DROP FUNCTION elizasql.stamp_embedding();
 DROP FUNCTION elizasql.copy_scope_to_embedding();
 DROP FUNCTION elizasql.near_duplicates_384;

@@ -201,6 +201,15 @@ BEGIN
 END
 $$;
 
+CREATE FUNCTION elizasql.forget_rewrites() RETURNS trigger
+    LANGUAGE plpgsql
+    AS $$
+BEGIN
+    DELETE FROM elizasql.memory_rewrites WHERE agent_id = OLD.id;
+    RETURN NULL;
+END
+$$;
+
 CREATE FUNCTION elizasql.hash_key(key text) RETURNS bytea
     LANGUAGE plpgsql IMMUTABLE STRICT PARALLEL SAFE
     AS $$
@@ -1171,6 +1180,48 @@ BEGIN
         duplicates[i] := found;
     END LOOP;
     RETURN duplicates;
+END
+$$;
+
+CREATE FUNCTION elizasql.note_rewrite(given_agent uuid, given_type text) RETURNS void
+    LANGUAGE plpgsql
+    AS $$
+BEGIN
+    PERFORM FROM elizasql.memory_rewrites
+    WHERE agent_id = given_agent AND type = given_type AND xid = pg_current_xact_id();
+    IF NOT FOUND AND current_setting('transaction_isolation') = 'read committed' THEN
+        UPDATE elizasql.memory_rewrites SET xid = pg_current_xact_id()
+        WHERE ctid = (
+            SELECT ctid FROM elizasql.memory_rewrites
+            WHERE agent_id = given_agent AND type = given_type
+            LIMIT 1
+            FOR UPDATE SKIP LOCKED
+        );
+    END IF;
+    IF NOT FOUND THEN
+        INSERT INTO elizasql.memory_rewrites (agent_id, type, xid)
+        SELECT id, given_type, pg_current_xact_id() FROM elizasql.agents WHERE id = given_agent;
+    END IF;
+END
+$$;
+
+CREATE FUNCTION elizasql.note_rewritten_row() RETURNS trigger
+    LANGUAGE plpgsql
+    AS $$
+BEGIN
+    PERFORM elizasql.note_rewrite(OLD.agent_id, OLD.type);
+    RETURN NULL;
+END
+$$;
+
+CREATE FUNCTION elizasql.note_truncated_rows() RETURNS trigger
+    LANGUAGE plpgsql
+    AS $$
+BEGIN
+    EXECUTE format(
+        'SELECT elizasql.note_rewrite(agent_id, type) FROM (SELECT DISTINCT agent_id, type FROM %I.%I) AS held',
+        TG_TABLE_SCHEMA, TG_TABLE_NAME);
+    RETURN NULL;
 END
 $$;
 
@@ -2348,6 +2399,14 @@ CREATE TABLE elizasql.memories_p15 (
 )
 WITH (autovacuum_vacuum_scale_factor='0.05', autovacuum_analyze_scale_factor='0.05');
 
+CREATE TABLE elizasql.memory_rewrites (
+    agent_id uuid NOT NULL,
+    type text NOT NULL,
+    xid xid8 NOT NULL
+);
+
+ALTER TABLE ONLY elizasql.memory_rewrites REPLICA IDENTITY FULL;
+
 CREATE TABLE elizasql.message_server_agents (
     message_server_id uuid NOT NULL,
     agent_id uuid NOT NULL
@@ -3337,6 +3396,8 @@ CREATE INDEX memories_p15_agent_id_type_timezone_id_idx ON elizasql.memories_p15
 
 CREATE INDEX memories_p15_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p15 USING btree (agent_id, world_id, type, created_at DESC, id DESC) WHERE (world_id IS NOT NULL);
 
+CREATE INDEX memory_rewrites_idx ON elizasql.memory_rewrites USING btree (agent_id, type, xid);
+
 CREATE INDEX message_server_agents_agent_idx ON elizasql.message_server_agents USING btree (agent_id);
 
 CREATE INDEX message_servers_created_at_idx ON elizasql.message_servers USING btree (created_at, id);
@@ -3789,9 +3850,19 @@ ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p15_pkey;
 
 CREATE TRIGGER agents_embedding_dimension_locked BEFORE UPDATE OF embedding_dimension ON elizasql.agents FOR EACH ROW WHEN (((old.embedding_dimension IS NOT NULL) AND (new.embedding_dimension IS DISTINCT FROM old.embedding_dimension))) EXECUTE FUNCTION elizasql.refuse_dimension_change();
 
+CREATE TRIGGER agents_rewrites_forgotten AFTER DELETE ON elizasql.agents FOR EACH ROW EXECUTE FUNCTION elizasql.forget_rewrites();
+
 CREATE TRIGGER embeddings_check_changed BEFORE UPDATE OF agent_id, dimension ON elizasql.embeddings FOR EACH ROW WHEN (((old.agent_id IS DISTINCT FROM new.agent_id) OR (old.dimension IS DISTINCT FROM new.dimension))) EXECUTE FUNCTION elizasql.check_dimension();
 
 CREATE TRIGGER embeddings_check_new BEFORE INSERT ON elizasql.embeddings FOR EACH ROW EXECUTE FUNCTION elizasql.check_dimension();
+
+CREATE TRIGGER embeddings_moved AFTER UPDATE OF agent_id, memory_id, type, dimension ON elizasql.embeddings FOR EACH ROW WHEN (((((old.agent_id IS DISTINCT FROM new.agent_id) OR (old.memory_id IS DISTINCT FROM new.memory_id)) OR (old.type IS DISTINCT FROM new.type)) OR (old.dimension IS DISTINCT FROM new.dimension))) EXECUTE FUNCTION elizasql.note_rewritten_row();
+
+ALTER TABLE elizasql.embeddings ENABLE ALWAYS TRIGGER embeddings_moved;
+
+CREATE TRIGGER embeddings_removed AFTER DELETE ON elizasql.embeddings FOR EACH ROW EXECUTE FUNCTION elizasql.note_rewritten_row();
+
+ALTER TABLE elizasql.embeddings ENABLE ALWAYS TRIGGER embeddings_removed;
 
 CREATE TRIGGER embeddings_stamp_changed BEFORE UPDATE OF agent_id, memory_id, type, room_id, world_id, entity_id, "unique", dimension, xid, dim_384, dim_512, dim_768, dim_1024, dim_1536, dim_3072 ON elizasql.embeddings FOR EACH ROW WHEN ((new.xid IS DISTINCT FROM pg_current_xact_id())) EXECUTE FUNCTION elizasql.stamp_embedding();
 
@@ -3801,7 +3872,75 @@ CREATE TRIGGER embeddings_stamp_new BEFORE INSERT ON elizasql.embeddings FOR EAC
 
 ALTER TABLE elizasql.embeddings ENABLE ALWAYS TRIGGER embeddings_stamp_new;
 
+CREATE TRIGGER embeddings_truncated BEFORE TRUNCATE ON elizasql.embeddings_p00 FOR EACH STATEMENT EXECUTE FUNCTION elizasql.note_truncated_rows();
+
+ALTER TABLE elizasql.embeddings_p00 ENABLE ALWAYS TRIGGER embeddings_truncated;
+
+CREATE TRIGGER embeddings_truncated BEFORE TRUNCATE ON elizasql.embeddings_p01 FOR EACH STATEMENT EXECUTE FUNCTION elizasql.note_truncated_rows();
+
+ALTER TABLE elizasql.embeddings_p01 ENABLE ALWAYS TRIGGER embeddings_truncated;
+
+CREATE TRIGGER embeddings_truncated BEFORE TRUNCATE ON elizasql.embeddings_p02 FOR EACH STATEMENT EXECUTE FUNCTION elizasql.note_truncated_rows();
+
+ALTER TABLE elizasql.embeddings_p02 ENABLE ALWAYS TRIGGER embeddings_truncated;
+
+CREATE TRIGGER embeddings_truncated BEFORE TRUNCATE ON elizasql.embeddings_p03 FOR EACH STATEMENT EXECUTE FUNCTION elizasql.note_truncated_rows();
+
+ALTER TABLE elizasql.embeddings_p03 ENABLE ALWAYS TRIGGER embeddings_truncated;
+
+CREATE TRIGGER embeddings_truncated BEFORE TRUNCATE ON elizasql.embeddings_p04 FOR EACH STATEMENT EXECUTE FUNCTION elizasql.note_truncated_rows();
+
+ALTER TABLE elizasql.embeddings_p04 ENABLE ALWAYS TRIGGER embeddings_truncated;
+
+CREATE TRIGGER embeddings_truncated BEFORE TRUNCATE ON elizasql.embeddings_p05 FOR EACH STATEMENT EXECUTE FUNCTION elizasql.note_truncated_rows();
+
+ALTER TABLE elizasql.embeddings_p05 ENABLE ALWAYS TRIGGER embeddings_truncated;
+
+CREATE TRIGGER embeddings_truncated BEFORE TRUNCATE ON elizasql.embeddings_p06 FOR EACH STATEMENT EXECUTE FUNCTION elizasql.note_truncated_rows();
+
+ALTER TABLE elizasql.embeddings_p06 ENABLE ALWAYS TRIGGER embeddings_truncated;
+
+CREATE TRIGGER embeddings_truncated BEFORE TRUNCATE ON elizasql.embeddings_p07 FOR EACH STATEMENT EXECUTE FUNCTION elizasql.note_truncated_rows();
+
+ALTER TABLE elizasql.embeddings_p07 ENABLE ALWAYS TRIGGER embeddings_truncated;
+
+CREATE TRIGGER embeddings_truncated BEFORE TRUNCATE ON elizasql.embeddings_p08 FOR EACH STATEMENT EXECUTE FUNCTION elizasql.note_truncated_rows();
+
+ALTER TABLE elizasql.embeddings_p08 ENABLE ALWAYS TRIGGER embeddings_truncated;
+
+CREATE TRIGGER embeddings_truncated BEFORE TRUNCATE ON elizasql.embeddings_p09 FOR EACH STATEMENT EXECUTE FUNCTION elizasql.note_truncated_rows();
+
+ALTER TABLE elizasql.embeddings_p09 ENABLE ALWAYS TRIGGER embeddings_truncated;
+
+CREATE TRIGGER embeddings_truncated BEFORE TRUNCATE ON elizasql.embeddings_p10 FOR EACH STATEMENT EXECUTE FUNCTION elizasql.note_truncated_rows();
+
+ALTER TABLE elizasql.embeddings_p10 ENABLE ALWAYS TRIGGER embeddings_truncated;
+
+CREATE TRIGGER embeddings_truncated BEFORE TRUNCATE ON elizasql.embeddings_p11 FOR EACH STATEMENT EXECUTE FUNCTION elizasql.note_truncated_rows();
+
+ALTER TABLE elizasql.embeddings_p11 ENABLE ALWAYS TRIGGER embeddings_truncated;
+
+CREATE TRIGGER embeddings_truncated BEFORE TRUNCATE ON elizasql.embeddings_p12 FOR EACH STATEMENT EXECUTE FUNCTION elizasql.note_truncated_rows();
+
+ALTER TABLE elizasql.embeddings_p12 ENABLE ALWAYS TRIGGER embeddings_truncated;
+
+CREATE TRIGGER embeddings_truncated BEFORE TRUNCATE ON elizasql.embeddings_p13 FOR EACH STATEMENT EXECUTE FUNCTION elizasql.note_truncated_rows();
+
+ALTER TABLE elizasql.embeddings_p13 ENABLE ALWAYS TRIGGER embeddings_truncated;
+
+CREATE TRIGGER embeddings_truncated BEFORE TRUNCATE ON elizasql.embeddings_p14 FOR EACH STATEMENT EXECUTE FUNCTION elizasql.note_truncated_rows();
+
+ALTER TABLE elizasql.embeddings_p14 ENABLE ALWAYS TRIGGER embeddings_truncated;
+
+CREATE TRIGGER embeddings_truncated BEFORE TRUNCATE ON elizasql.embeddings_p15 FOR EACH STATEMENT EXECUTE FUNCTION elizasql.note_truncated_rows();
+
+ALTER TABLE elizasql.embeddings_p15 ENABLE ALWAYS TRIGGER embeddings_truncated;
+
 CREATE TRIGGER memories_copy_scope AFTER UPDATE OF type, room_id, world_id, entity_id, "unique" ON elizasql.memories FOR EACH ROW WHEN ((((((old.type IS DISTINCT FROM new.type) OR (old.room_id IS DISTINCT FROM new.room_id)) OR (old.world_id IS DISTINCT FROM new.world_id)) OR (old.entity_id IS DISTINCT FROM new.entity_id)) OR (old."unique" IS DISTINCT FROM new."unique"))) EXECUTE FUNCTION elizasql.copy_scope_to_embedding();
+
+CREATE TRIGGER memories_rewritten AFTER UPDATE ON elizasql.memories FOR EACH ROW EXECUTE FUNCTION elizasql.note_rewritten_row();
+
+ALTER TABLE elizasql.memories ENABLE ALWAYS TRIGGER memories_rewritten;
 
 CREATE TRIGGER tasks_notify_created AFTER INSERT ON elizasql.tasks FOR EACH ROW WHEN (((new.tags @> '{queue}'::text[]) AND (new.attempts < new.max_attempts))) EXECUTE FUNCTION elizasql.notify_task();
 

@@ -105,6 +105,123 @@ CROSS JOIN
         LIMIT :most::bigint
     ) AS changed;
 
+-- name: check_resident(agent_id, type, seen, listed, life, most)
+-- What has changed since `seen`, with the memories of the changed rows, a row for each (`most`: so many or more); one row
+-- without where nothing has. `rewritten`: memories were updated or removed since `listed`, of which nothing else tells.
+SELECT
+    pg_current_snapshot() AS seen,
+    coalesce((
+        SELECT
+            CASE
+                WHEN coalesce(a.embedding_dimension, 384) = 384
+                    THEN
+                        :life = concat_ws(
+                            ' ', pg_postmaster_start_time(), pg_stat_get_bgwriter_stat_reset_time(),
+                            pg_relation_filepath('elizasql.agents')
+                        )
+                ELSE elizasql.refuse_dimension(a.id, a.embedding_dimension, 384)
+            END
+        FROM elizasql.agents AS a
+        WHERE a.id = :agent_id
+    ), FALSE) AS alive,
+    (
+        SELECT count(*) > 0 FROM elizasql.memory_rewrites AS noted
+        WHERE
+            noted.agent_id = :agent_id AND noted.type = :type
+            AND noted.xid >= pg_snapshot_xmin(:listed::pg_snapshot)
+            AND noted.xid < pg_snapshot_xmax(pg_current_snapshot())
+            AND NOT pg_visible_in_snapshot(noted.xid, :listed)
+    ) AS rewritten,
+    changed.sent AS changed,
+    m.id,
+    m.version,
+    m.created_at,
+    m.content,
+    m.metadata
+FROM (VALUES (TRUE)) AS news (come)
+LEFT JOIN LATERAL (
+    SELECT
+        memory_id,
+        uuid_send(memory_id)
+        || uuid_send(coalesce(room_id, '00000000-0000-0000-0000-000000000000'))
+        || uuid_send(coalesce(world_id, '00000000-0000-0000-0000-000000000000'))
+        || uuid_send(coalesce(entity_id, '00000000-0000-0000-0000-000000000000'))
+        || int2send((
+            "unique"::int + 2 * (room_id IS NOT NULL)::int + 4 * (world_id IS NOT NULL)::int
+            + 8 * (entity_id IS NOT NULL)::int
+        )::smallint)
+        || vector_send(dim_384) AS sent
+    FROM (
+        SELECT
+            pg_snapshot_xmax(:seen::pg_snapshot) AS earliest,
+            '18446744073709551615'::xid8 AS latest
+        UNION ALL
+        SELECT
+            running.xid AS earliest,
+            running.xid AS latest
+        FROM pg_snapshot_xip(:seen) AS running (xid)
+    ) AS span
+    CROSS JOIN
+        LATERAL (
+            SELECT * FROM elizasql.embeddings
+            WHERE
+                agent_id = :agent_id AND type = :type AND dimension = 384
+                AND xid >= span.earliest AND xid <= span.latest AND xid < pg_snapshot_xmax(pg_current_snapshot())
+            ORDER BY xid
+            LIMIT :most::bigint
+        ) AS written
+) AS changed ON TRUE
+LEFT JOIN LATERAL (
+    SELECT
+        id,
+        xmin::text::bigint AS version,
+        created_at,
+        jsonb_send(content) AS content,
+        jsonb_send(metadata) AS metadata
+    FROM elizasql.memories
+    WHERE agent_id = :agent_id AND id = changed.memory_id
+    LIMIT 1
+) AS m ON TRUE;
+
+-- name: list_resident(agent_id, type, dimension)^
+-- Which memories of a type there are, and which version of each: its id and, in eight bytes, its xmin.
+SELECT
+    pg_current_snapshot() AS seen,
+    string_agg(uuid_send(m.id) || int8send(m.xmin::text::bigint), '') AS content
+FROM elizasql.embeddings AS e
+CROSS JOIN
+    LATERAL (
+        SELECT
+            id,
+            xmin
+        FROM elizasql.memories
+        WHERE agent_id = :agent_id AND id = e.memory_id
+        LIMIT 1
+    ) AS m
+WHERE e.agent_id = :agent_id AND e.type = :type AND e.dimension = :dimension::smallint;
+
+-- name: read_resident_contents(agent_id, ids)
+-- What a process holds of memories beside their vectors, as the server sends it: decoded when it is given out.
+SELECT
+    m.id,
+    m.version,
+    m.created_at,
+    m.content,
+    m.metadata
+FROM unnest(:ids::uuid[]) AS wanted (id)
+CROSS JOIN
+    LATERAL (
+        SELECT
+            id,
+            xmin::text::bigint AS version,
+            created_at,
+            jsonb_send(content) AS content,
+            jsonb_send(metadata) AS metadata
+        FROM elizasql.memories
+        WHERE agent_id = :agent_id AND id = wanted.id
+        LIMIT 1
+    ) AS m;
+
 -- name: fetch_resident(embedding, agent_id, type, ids, seen, life, room_id, world_id, entity_id, only_unique, threshold, count, most, include_embedding)
 -- The nearest memories among those that the process found and those that have changed since `seen`, ranked exactly, all
 -- filters applied to the rows as they are now. The last row tells about the rest: the snapshot of all this, whether the

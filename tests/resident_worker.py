@@ -4,6 +4,7 @@ It says what it is about to do before it does it, and that it is done after the 
 
     try create ID ROOM | done create ID ROOM        the vector is `vector_of(ID)`
     try move ID ROOM   | done move ID ROOM
+    try edit ID NUMBER | done edit ID NUMBER        the content is {"edit": NUMBER}, {} before the first
     try delete ID      | done delete ID
 
 So whoever has read all lines knows what must be found, what must not, and what may or may not.
@@ -41,15 +42,19 @@ async def write(dsn: str, agent_id: UUID, rooms: list[UUID], seed: int, steps: i
     chance = random.Random(seed)
     where: dict[UUID, UUID] = {}
     async with elizasql.connect(dsn=dsn, agent_id=agent_id, indexing="background", resident="off") as db:
-        for _ in range(steps):
-            action = chance.choices(("create", "batch", "move", "delete", "transaction"), (5, 1, 3, 2, 1))[0]
-            if action in ("move", "delete") and where:
+        for step in range(steps):
+            action = chance.choices(("create", "batch", "move", "edit", "delete", "transaction"), (5, 1, 3, 2, 2, 1))[0]
+            if action in ("move", "edit", "delete") and where:
                 id = chance.choice(list(where))
                 if action == "delete":
                     say("try delete", id)
                     await db.delete_memory(id)
                     say("done delete", id)
                     del where[id]
+                elif action == "edit":
+                    say("try edit", id, step)
+                    await db.update_memory({"id": id, "content": {"edit": step}})
+                    say("done edit", id, step)
                 else:
                     where[id] = chance.choice(rooms)
                     say("try move", id, where[id])

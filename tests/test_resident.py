@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -67,8 +68,20 @@ def some_vectors(number: int, *, seed: int = 0, dimension: int = 384) -> Vectors
     spread = np.exp(-np.arange(dimension) / (dimension / 6))
     centers = np.random.default_rng(99).normal(size=(12, dimension)) * spread
     vectors = centers[random.integers(12, size=number)] + random.normal(size=(number, dimension)) * spread
+    vectors *= random.uniform(0.1, 10, size=(number, 1))
     vectors[number // 2 : number // 2 + number // 10] = vectors[: number // 10]
-    return (vectors * random.uniform(0.1, 10, size=(number, 1))).astype(np.float32)
+    return vectors.astype(np.float32)
+
+
+class Score(float):
+    """A similarity of the server's, which sums in float32: equal to one that is off by what that costs."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, float) and abs(self - other) < 2e-6
+
+    __hash__ = float.__hash__
 
 
 class Mind:
@@ -130,19 +143,31 @@ class Mind:
             *(_codecs.encode_vector(query), self.db.agent_id, table_name),
             *(room_id, world_id, entity_id, unique, match_threshold, count),
         )
-        return [(row[0], row[1]) for row in rows]
+        return [(row[0], Score(row[1])) for row in rows]
 
     async def search(self, query: Vectors, **options: Any) -> list[tuple[Any, Any]]:
         hits = await self.db.search_memories(embedding=query, table_name=options.pop("table_name", TABLE), **options)
         assert all(hit.agent_id == self.db.agent_id for hit in hits)
         return [(hit.id, hit.similarity) for hit in hits]
 
+    async def renew(self) -> None:
+        """Let the contents be brought up to date, and wait for it."""
+        self.tier.renew_at = 0.0
+        self.resident._begin_renewal(self.tier, TABLE)
+        assert self.tier.loading is not None
+        await self.tier.loading
+        assert not self.tier.behind and self.tier.listed is not None
+
     async def check(self, query: Vectors, **options: Any) -> list[tuple[Any, Any]]:
         """Search by the tier and hold it to an exact search in the database: rows, order and similarities."""
         hits = self.resident.stats.hits
-        found = await self.search(query, **options)
+        memories = await self.db.search_memories(embedding=query, **{"table_name": TABLE} | options)
         assert self.resident.stats.hits == hits + 1
+        found: list[tuple[Any, Any]] = [(memory.id, memory.similarity) for memory in memories]
         assert found == await self.exact(query, **options)
+        stored = await self.writer.get_memories_by_ids([memory.id for memory in memories])  # type: ignore[misc]
+        by_id = {memory.id: memory for memory in stored}
+        assert [replace(memory, similarity=None) for memory in memories] == [by_id[id] for id, _ in found]
         return found
 
 
@@ -359,7 +384,8 @@ async def test_the_fields_of_a_memory(mind: Mind) -> None:
     for include in (False, True):
         wanted = await mind.writer.search_memories(embedding=vectors[3], table_name=TABLE, include_embedding=include)
         found = await mind.db.search_memories(embedding=vectors[3], table_name=TABLE, include_embedding=include)
-        assert found == wanted and len(found) == 10
+        assert [m.similarity for m in found] == [Score(m.similarity) for m in wanted] and len(found) == 10
+        assert [replace(m, similarity=None) for m in found] == [replace(m, similarity=None) for m in wanted]
         assert all((memory.embedding is not None) == include for memory in found)
     assert mind.resident.stats.hits == 2
     assert await mind.search(vectors[0], count=0) == []
@@ -373,7 +399,8 @@ async def test_other_dimensions(make_db: MakeAdapter, dimension: int) -> None:
     await writer.create_memories([Memory(content={}, embedding=vector, unique=True) for vector in vectors], TABLE)
     for query in some_vectors(5, seed=9, dimension=dimension):
         options = {"embedding": query, "table_name": TABLE, "count": 20}
-        assert await db.search_memories(**options) == await writer.search_memories(**options)
+        found, wanted = await db.search_memories(**options), await writer.search_memories(**options)
+        assert [(m.id, m.similarity) for m in found] == [(m.id, Score(m.similarity)) for m in wanted]
     await writer.create_memory(Memory(content={}, embedding=vectors[0] * 2, unique=True), TABLE)
     assert len(await db.search_memories(embedding=vectors[0], table_name=TABLE, match_threshold=0.9999)) >= 2
     assert db._resident.stats.hits == 6
@@ -471,8 +498,9 @@ async def changes(mind: Mind) -> AsyncIterator[str]:
         *(agent, mind.ids[30:33], _codecs.encode_vector(new[16])),
     )
     yield "SQL: vectors"
-    await raw.execute('UPDATE elizasql.embeddings SET "unique" = NOT "unique", xid = \'3\' WHERE agent_id = $1', agent)
-    yield "SQL: unique of the embeddings, with another number"
+    await raw.execute('UPDATE elizasql.memories SET "unique" = NOT "unique" WHERE agent_id = $1', agent)
+    await raw.execute("UPDATE elizasql.embeddings SET xid = '3' WHERE agent_id = $1", agent)
+    yield "SQL: unique of the memories, and another number at the embeddings"
     await raw.execute(
         "DELETE FROM elizasql.embeddings WHERE agent_id = $1 AND memory_id = ANY($2)", agent, mind.ids[33:36]
     )
@@ -533,13 +561,23 @@ async def test_one_round_trip(mind: Mind, round_trips: list[str]) -> None:
     await mind.remember([query, query * 2])
     assert await trips() == 1 and mind.resident.stats.changes == 2
     assert await trips() == 1 and mind.resident.stats.changes == 2
+    assert mind.resident.stats.checks == mind.resident.stats.hits
+    # After an update the server fetches the rows, until the contents have been brought up to date.
+    mind.tier.renew_at = math.inf
     await mind.writer.update_memory({"id": mind.ids[0], "room_id": mind.rooms[1]})
-    assert await trips(room_id=mind.rooms[1]) == 1 and mind.resident.stats.changes == 3
+    assert await trips(room_id=mind.rooms[1]) == 2 and mind.resident.stats.changes == 3
+    assert await trips(room_id=mind.rooms[1]) == 1
     # The spare candidates stand in for what was deleted.
     nearest = [id for id, _ in await mind.search(query)]
     await mind.writer.delete_memories(nearest[:3])
     assert await trips() == 1
     assert await trips() == 1
+    checks = mind.resident.stats.checks
+    await mind.renew()
+    assert await trips() == 1 and mind.resident.stats.checks == checks + 1
+    await mind.writer.delete_memory(nearest[3])
+    assert await trips() == 2
+    await mind.renew()
     # Many changes are read first.
     await mind.remember(some_vectors(64, seed=3))
     assert await trips() == 1
@@ -1095,9 +1133,9 @@ async def test_one_that_another_thread_puts_out(mind: Mind, monkeypatch: pytest.
     await mind.check(query)
     merge = Resident._merge
 
-    def put_out_first(self: Resident, tier: Tier, *args: Any) -> None:
+    def put_out_first(self: Resident, tier: Tier, *args: Any, **options: Any) -> None:
         tier.matrix = None
-        merge(self, tier, *args)
+        merge(self, tier, *args, **options)
 
     monkeypatch.setattr(Resident, "_merge", put_out_first)
     await mind.remember(some_vectors(60, seed=1))
@@ -1217,6 +1255,7 @@ class Writer:
         self._rest = b""
         # The room of each id that must be found; ids that must not; ids of which something was begun and not done.
         self.rooms: dict[UUID, UUID] = {}
+        self.edits: dict[UUID, int] = {}
         self.gone: set[UUID] = set()
         self.uncertain: set[UUID] = set()
         self.ended = False
@@ -1232,8 +1271,8 @@ class Writer:
             self.ended = not said
             *lines, self._rest = (self._rest + said).split(b"\n")
             for line in lines:
-                state, action, *ids = line.decode().split()
-                id, *room = map(UUID, ids)
+                state, action, word, *more = line.decode().split()
+                id = UUID(word)
                 touched.add(id)
                 if state == "try":
                     self.uncertain.add(id)
@@ -1242,8 +1281,10 @@ class Writer:
                 if action == "delete":
                     del self.rooms[id]
                     self.gone.add(id)
+                elif action == "edit":
+                    self.edits[id] = int(more[0])
                 else:
-                    self.rooms[id] = room[0]
+                    self.rooms[id] = UUID(more[0])
         return touched
 
     def close(self) -> None:
@@ -1265,6 +1306,7 @@ async def test_several_processes_write(mind: Mind, dsn: str) -> None:
             certain = [(id, room) for w in writers for id, room in w.rooms.items() if id not in w.uncertain]
             gone = {id for writer in writers for id in writer.gone}
             where = dict(certain)
+            edits = {id: edit for writer in writers for id, edit in writer.edits.items() if id in where}
             if not certain:
                 await asyncio.sleep(0)  # lets the loop breathe; nothing is waited for
                 continue
@@ -1282,6 +1324,9 @@ async def test_several_processes_write(mind: Mind, dsn: str) -> None:
                 assert hit.room_id == room
                 assert hit.id in touched or where.get(hit.id, room) == room  # type: ignore[arg-type]
             assert not {hit.id for hit in (*wide, *narrow)} & gone
+            for hit in (*wide, *narrow):
+                if hit.id in where and hit.id not in touched:
+                    assert hit.content == ({"edit": edits[hit.id]} if hit.id in edits else {})
             searches += 2
         assert all(writer.process.wait() == 0 for writer in writers)
     finally:
