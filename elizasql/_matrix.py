@@ -38,6 +38,10 @@ _GATHERED = 96 << 10
 
 _of_thread = threading.local()
 
+# Of how many rows one more is made room for: at first, when most agents grow slowly, and when one has grown.
+_SPARE_AT_FIRST = 32
+_SPARE = 8
+
 # Bytes of a row beside its components: id, scope, scale, error, and its part of the dictionary from ids to places.
 _ROW_OVERHEAD = 208
 
@@ -177,14 +181,14 @@ class Matrix:
         self._codes: dict[bytes, int] = {}
         self._coded: list[UUID | None] = [None]
         self._held: _Held | None = None
-        self._allocate(_with_spare(size))
+        self._allocate(_with_spare(size, _SPARE_AT_FIRST))
 
     # --- memory ------------------------------------------------------------------------------------------------------
 
     @staticmethod
     def estimate(dimension: int, size: int) -> int:
         """Give the bytes that so many rows are going to take."""
-        return _with_spare(size) * (5 * dimension + _ROW_OVERHEAD)
+        return _with_spare(size, _SPARE_AT_FIRST) * (5 * dimension + _ROW_OVERHEAD)
 
     @property
     def footprint(self) -> int:
@@ -212,7 +216,7 @@ class Matrix:
         if size <= self.capacity:
             return
         used, before, held = self.size, self._columns(), self._held
-        self._allocate(_with_spare(size))
+        self._allocate(_with_spare(size, _SPARE))
         for old, new in zip(before, self._columns(), strict=True):
             new[:used] = old[:used]
         if held is not None:
@@ -314,7 +318,7 @@ class Matrix:
     @staticmethod
     def estimate_contents(size: int) -> int:
         """Give the bytes that the contents of so many rows take before any is known."""
-        return 32 * _with_spare(size)
+        return 32 * _with_spare(size, _SPARE_AT_FIRST)
 
     def hold_contents(self) -> int:
         """Begin to hold contents, or a new stretch of puts; give the number of that stretch."""
@@ -537,9 +541,9 @@ class Matrix:
         return [pgproto.UUID(content[begin : begin + 16]) for begin in range(0, len(content), 16)]
 
 
-def _with_spare(size: int) -> int:
-    """Give the rows to make room for: an eighth more, and a multiple of every block."""
-    return (size + size // 8 + 64) // 128 * 128 + 128
+def _with_spare(size: int, part: int) -> int:
+    """Give the rows to make room for: a part of them more, and a multiple of every block."""
+    return (size + size // part + 64) // 128 * 128 + 128
 
 
 def _block(width: int) -> int:

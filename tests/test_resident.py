@@ -1459,7 +1459,7 @@ async def test_contents_make_room_for_vectors(make_db: MakeAdapter) -> None:
     for number in range(2):
         db = await make_db(resident_memory_mb=3, **RESIDENT)
         memories = [
-            Memory(content={"text": "x" * 1500}, embedding=vector, unique=True)
+            Memory(content={"text": "x" * 3000}, embedding=vector, unique=True)
             for vector in some_vectors(400, seed=number)
         ]
         await db.create_memories(memories, TABLE)
@@ -1469,7 +1469,7 @@ async def test_contents_make_room_for_vectors(make_db: MakeAdapter) -> None:
         await db.search_memories(embedding=query, table_name=TABLE)
         (tier,) = db._resident._tiers.values()
         assert tier.matrix is not None and db._resident.snapshot()["bytes"] <= 3 << 20
-        assert (tier.matrix.contents_size > 400 * 1500) == (number == 0)
+        assert (tier.matrix.contents_size > 400 * 3000) == (number == 0)
         assert db._resident.stats.checks == (2 if number == 0 else 0) and db._resident.stats.hits == 2
     (first,) = minds[0]._tiers.values()
     assert first.matrix is not None and not first.matrix.contents_size and first.listed is None
