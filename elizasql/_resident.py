@@ -396,7 +396,8 @@ class Resident:
     ) -> list[Memory] | None:
         """Search here, when the server confirms that what is held is all there is; None: it has to fetch the rows."""
         kind, count = params["type"], params["count"]
-        if params["include_embedding"] or count > _MOST_RANKED:
+        # Policies may hide at any time what nobody has changed; where there may be some, the server gives out the rows.
+        if params["include_embedding"] or count > _MOST_RANKED or executor.home is None:
             return None
         filters: dict[str, Any] = {name: params[name] for name in _FILTERS}
         filters |= {"least": self._least, "most": self._most(vector.shape[0])}
@@ -689,7 +690,7 @@ class Resident:
         What is merged meanwhile comes without contents, since it may be older than the list.
         """
         matrix, begun = tier.matrix, time.monotonic()
-        if matrix is None:
+        if matrix is None or self._background.home is None:
             return
         if not matrix.contents_size and not self._grant(tier, Matrix.estimate_contents(matrix.size)):
             tier.renew_at = begun + _TOO_LARGE

@@ -1595,6 +1595,25 @@ async def test_truncated(make_db: MakeAdapter, own_database: str, what: str) -> 
     assert await db.search_memories(embedding=vectors[0], table_name=TABLE) == []
 
 
+async def test_where_policies_hold_the_server_gives_out_the_rows(make_db: MakeAdapter, own_database: str) -> None:
+    await make_db(dsn=own_database)
+    raw = await asyncpg.connect(own_database)
+    await raw.execute("""
+        ALTER TABLE elizasql.memories ENABLE ROW LEVEL SECURITY;
+        ALTER TABLE elizasql.memories FORCE ROW LEVEL SECURITY;
+        CREATE POLICY guard ON elizasql.memories USING (TRUE)
+    """)
+    db = await make_db(dsn=own_database, **RESIDENT)
+    vectors = some_vectors(30)
+    await db.create_memories([Memory(content={}, embedding=vector, unique=True) for vector in vectors], TABLE)
+    for _ in range(2):
+        assert len(await db.search_memories(embedding=vectors[0], table_name=TABLE)) == 10
+    await raw.execute("ALTER POLICY guard ON elizasql.memories USING (FALSE)")
+    assert await db.search_memories(embedding=vectors[0], table_name=TABLE) == []
+    assert (db._resident.stats.hits, db._resident.stats.checks) == (3, 0)
+    await raw.close()
+
+
 # --- the statements --------------------------------------------------------------------------------------------------
 
 
