@@ -144,9 +144,9 @@ class DatabaseAdapter(
             `methods`: of each public method that was called its `count`, `errors` by type, `mean`, `p50`, `p95`, `p99`
             and `longest` in seconds; `retries`: tries that were made again; `unindexed`: vectors of the agent that are
             not in the HNSW index yet; `indexing`: `failures` in a row of the background's looks at them, and the last
-            `error`; `resident`: searches that vectors in the process answered (`hits`) or left to the
-            database (`misses`), what was merged and loaded, and the `vectors` and `bytes` held; and `breaker`, `pool`
-            and `background` as in `health`.
+            `error`; `resident`: searches that memories in the process answered (`hits`, of these `checks` with nothing
+            to fetch) or left to the database (`misses`), what was merged and loaded, and the `vectors` and `bytes`
+            held; and `breaker`, `pool` and `background` as in `health`.
 
         Statement: sql/embeddings.sql count_unindexed_embeddings. One round trip.
         """

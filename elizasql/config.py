@@ -145,7 +145,7 @@ class Config:
         log_lane: Whose connections writing logs takes: "interactive", or "background", so that a flood of logs keeps no
             caller waiting. [ELIZASQL_LOG_LANE]
         memory_types: The only values taken as `table_name`; None: any. [ELIZASQL_MEMORY_TYPES, comma-separated]
-        resident: Whether vectors are held in the process and searched there: "off"; "auto": where that pays, loaded in
+        resident: Whether memories are held in the process and searched there: "off"; "auto": where that pays, loaded in
             the background; "required": from the first search on, which waits for it. [ELIZASQL_RESIDENT]
         resident_memory_mb: What the process may hold of them, over all agents, in MiB. [ELIZASQL_RESIDENT_MEMORY_MB]
         resident_max_vectors: Most vectors that a search compares in the process; None: 40,000 of 384 dimensions, and

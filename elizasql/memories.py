@@ -618,9 +618,9 @@ class Memories(Store):
             EmbeddingError: Not a vector that can be compared; nothing was sent.
             EmbeddingDimensionError: The agent is locked to another width.
 
-        Statement: sql/resident.sql fetch_resident, or sql/embeddings.sql search_memories, search_memories_by_hnsw,
-        search_memories_of_room, _of_entity, _of_world or _of_several. One round trip; in the process more after many
-        changes.
+        Statement: sql/resident.sql check_resident or fetch_resident, or sql/embeddings.sql search_memories,
+        search_memories_by_hnsw, search_memories_of_room, _of_entity, _of_world or _of_several. One round trip; in the
+        process two after an update or a removal, and more after many changes.
         Source: searchMemories; differs: uses an index, the threshold 0 means 0.
         """
         # A copy: the caller may change it while the server is asked.

@@ -1208,8 +1208,12 @@ $$;
 CREATE FUNCTION elizasql.note_rewritten_row() RETURNS trigger
     LANGUAGE plpgsql
     AS $$
+DECLARE
+    noted text := concat_ws(' ', pg_current_xact_id(), OLD.agent_id, OLD.type);
 BEGIN
-    PERFORM elizasql.note_rewrite(OLD.agent_id, OLD.type);
+    IF current_setting('elizasql.noted', TRUE) IS DISTINCT FROM noted THEN
+        PERFORM elizasql.note_rewrite(OLD.agent_id, OLD.type), set_config('elizasql.noted', noted, TRUE);
+    END IF;
     RETURN NULL;
 END
 $$;
@@ -2403,7 +2407,8 @@ CREATE TABLE elizasql.memory_rewrites (
     agent_id uuid NOT NULL,
     type text NOT NULL,
     xid xid8 NOT NULL
-);
+)
+WITH (fillfactor='25');
 
 ALTER TABLE ONLY elizasql.memory_rewrites REPLICA IDENTITY FULL;
 
@@ -3396,7 +3401,7 @@ CREATE INDEX memories_p15_agent_id_type_timezone_id_idx ON elizasql.memories_p15
 
 CREATE INDEX memories_p15_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p15 USING btree (agent_id, world_id, type, created_at DESC, id DESC) WHERE (world_id IS NOT NULL);
 
-CREATE INDEX memory_rewrites_idx ON elizasql.memory_rewrites USING btree (agent_id, type, xid);
+CREATE INDEX memory_rewrites_idx ON elizasql.memory_rewrites USING btree (agent_id, type);
 
 CREATE INDEX message_server_agents_agent_idx ON elizasql.message_server_agents USING btree (agent_id);
 

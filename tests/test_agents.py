@@ -451,9 +451,10 @@ async def test_delete_takes_everything_that_is_the_agents(make_db: MakeAdapter, 
             {"entityId": scene.entity, "roomId": scene.room, "worldId": scene.world, "type": "t"}
         )
         await adapter.create_relationship({"sourceEntityId": scene.entity, "targetEntityId": scene.other})
-        await adapter.create_memory(
+        memory = await adapter.create_memory(
             Memory(room_id=scene.room, entity_id=scene.entity, content={}, embedding=np.ones(384, np.float32)), "m"
         )
+        assert await adapter.update_memory({"id": memory, "content": {"new": 1}})
         await adapter.set_cache("key", 1)
         await adapter.create_task({"name": "task"})
         await adapter.create_goal({"name": "goal"})
@@ -482,7 +483,7 @@ async def test_delete_takes_everything_that_is_the_agents(make_db: MakeAdapter, 
 
 
 async def test_every_table_of_an_agent_goes_with_it(raw: asyncpg.Connection[Any]) -> None:
-    """By the schema, so that no table is forgotten: each reaches agents by foreign keys that cascade."""
+    """By the schema, so that no table is forgotten: each reaches agents by foreign keys that cascade, or a trigger."""
     rows = await raw.fetch(
         """
         SELECT regexp_replace(c.conrelid::regclass::text, '^elizasql\\.', '') AS child,
@@ -495,7 +496,7 @@ async def test_every_table_of_an_agent_goes_with_it(raw: asyncpg.Connection[Any]
     def whole(table: str) -> str:
         return re.sub(r"_p\d\d$", "", table)
 
-    reached = {"agents"}
+    reached = {"agents", "memory_rewrites"}  # the latter by agents_rewrites_forgotten
     while True:
         # The key of a partition counts for its parent: every partition has one.
         more = {whole(row["child"]) for row in rows if whole(row["parent"]) in reached} - reached

@@ -578,7 +578,7 @@ async def test_the_resident_tier_learns_too(make_db: MakeAdapter, raw: Raw) -> N
     await db.reembed(NEW, embedder(NEW))
     with pytest.raises(EmbeddingDimensionError) as caught:
         await stale.search_memories(embedding=vector_of("x", OLD), table_name="messages")
-    assert (caught.value.locked, caught.value.statement) == (NEW, "fetch_resident")
+    assert (caught.value.locked, caught.value.statement) == (NEW, "check_resident")
     assert (await stale.stats())["resident"]["vectors"] == 0
     await check_search(stale, raw)
     assert (await stale.stats())["resident"]["vectors"] == 30

@@ -428,6 +428,7 @@ def rows(found: dict[str, list[str]]) -> Counter[str]:
     counts: Counter[str] = Counter()
     for table, lines in found.items():
         counts[re.sub(r"_p\d\d$", "", table)] += len(lines)
+    del counts["memory_rewrites"]  # a second upsert updates what the first has inserted
     return counts
 
 
