@@ -571,8 +571,10 @@ async def changes(mind: Mind) -> AsyncIterator[str]:
     yield "SQL: vectors deleted"
     await raw.execute(
         """
-        INSERT INTO elizasql.embeddings (agent_id, memory_id, type, "unique", dimension, xid, dim_384)
-        SELECT agent_id, id, type, "unique", 384, '3', $3 FROM elizasql.memories WHERE agent_id = $1 AND id = ANY($2)
+        INSERT INTO elizasql.embeddings
+            (agent_id, memory_id, type, room_id, world_id, entity_id, "unique", dimension, xid, dim_384)
+        SELECT agent_id, id, type, room_id, world_id, entity_id, "unique", 384, '3', $3
+        FROM elizasql.memories WHERE agent_id = $1 AND id = ANY($2)
         """,
         *(agent, mind.ids[33:36], _codecs.encode_vector(new[17])),
     )
