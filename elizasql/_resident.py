@@ -135,6 +135,7 @@ class Tier:
         seen: The snapshot that they were read in, changes merged up to it.
         listed: The snapshot up to which updates and removals are known; None: contents are not held, or not yet.
         behind: Whether there were any since, or rows came without contents.
+        quiet: Whether the last check told of nothing new.
         renew_at: When contents may be brought up to date again, by `time.monotonic`.
         life: The server's life in which its numbers of transactions count.
         used: When it was last asked, by `time.monotonic`.
@@ -162,6 +163,7 @@ class Tier:
         "loading",
         "matrix",
         "not_before",
+        "quiet",
         "renew_at",
         "seen",
         "used",
@@ -173,6 +175,7 @@ class Tier:
         self.seen: Snapshot = (0, 0, ())
         self.listed: Snapshot | None = None
         self.behind = False
+        self.quiet = True
         self.renew_at = 0.0
         self.life = ""
         self.used = 0.0
@@ -261,6 +264,11 @@ def _make_room(tier: Tier, needed: int, limit: int) -> int | None:
         tier.granted = needed
         _shelves[asyncio.get_running_loop()].filled.add(tier)
     return len(out)
+
+
+def _is_later(snapshot: Snapshot, other: Snapshot) -> bool:
+    """Tell whether more transactions have ended in a snapshot of the same server."""
+    return (snapshot[1], -len(snapshot[2])) > (other[1], -len(other[2]))
 
 
 async def _end(task: asyncio.Task[Any]) -> None:
@@ -407,7 +415,6 @@ class Resident:
                 self._begin_renewal(tier, kind)
                 return None
             self.stats.repeats += number > 0
-            # In a task, so that the server works while the rows are ranked.
             checking = asyncio.ensure_future(
                 executor.fetch(
                     SQL.at("check_resident", vector.shape[0]),
@@ -419,34 +426,38 @@ class Resident:
                     most=_MOST_CHANGES,
                 )
             )
+            found = None
             try:
+                # The server works while the rows are ranked: in vain if it tells of changes, as it did last time.
                 await asyncio.sleep(0)
-                found = None
-                if tier.matrix is matrix and tier.seen is seen:
+                ranked = tier.quiet and tier.matrix is matrix and tier.seen is seen
+                if ranked:
                     found = self._give_out(matrix.rank(vector, count, **filters), kind)
                 news = await checking
             finally:
                 await _end(checking)
             first = news[0]
+            unchanged = tier.quiet = first["changed"] is None
             if tier.matrix is not matrix:
                 continue
             if not first["alive"]:
                 self._give_up(tier, 1.0)
                 return None
             if first["rewritten"]:
-                if tier.listed is listed:
-                    tier.behind = True
-            elif first["changed"] is None:
-                if tier.seen is seen or found is not None:
-                    self.stats.checks += found is not None
-                    return found
+                tier.behind |= tier.listed is listed
             elif len(news) >= _MOST_CHANGES:
                 await self._catch_up(tier, matrix, seen, executor, kind)
-            elif tier.seen is seen and tier.listed is listed and not tier.behind and tier.loading is None:
-                changed = b"".join(row["changed"] for row in news)
-                self._merge(
-                    *(tier, matrix, kind, first["seen"], changed), contents=[tuple(row[_CONTENT:]) for row in news]
-                )
+            elif ranked and unchanged:
+                if seen[2] and tier.seen is seen:
+                    tier.seen = first["seen"]  # those that ran then need not be looked for again
+                self.stats.checks += found is not None
+                return found
+            elif tier.listed is listed and not tier.behind and tier.loading is None:
+                # Also what another search has merged in part: these are the rows as they are now, in any case.
+                if _is_later(first["seen"], tier.seen):
+                    changed = b"".join(row["changed"] for row in news if not unchanged)
+                    contents = [tuple(row[_CONTENT:]) for row in news]
+                    self._merge(tier, matrix, kind, first["seen"], changed, contents=contents)
                 if tier.matrix is matrix:
                     found = self._give_out(matrix.rank(vector, count, **filters), kind)
                     self.stats.checks += found is not None
