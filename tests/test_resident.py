@@ -653,6 +653,19 @@ async def test_one_round_trip(mind: Mind, round_trips: list[str]) -> None:
     assert mind.resident.stats.changes == 3 + 64 + 65
 
 
+async def test_searches_at_once_take_a_round_trip_each(mind: Mind, round_trips: list[str]) -> None:
+    """Also when all of them are told of the same changes, which the first merges."""
+    await mind.remember(some_vectors(60))
+    query = some_vectors(1, seed=8)[0]
+    await mind.check(query)
+    for _ in range(3):
+        await mind.remember([query * 1.1])
+        round_trips.clear()
+        found = await asyncio.gather(*(mind.search(query) for _ in range(8)))
+        assert sum("pg_current_snapshot" in sent for sent in round_trips) == 8  # others open connections
+        assert all(each == found[0] for each in found) and found[0] == await mind.exact(query)
+
+
 async def test_the_nearest_are_gone(mind: Mind) -> None:
     vectors = some_vectors(400)
     await mind.remember(vectors)
