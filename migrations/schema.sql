@@ -1183,25 +1183,39 @@ BEGIN
 END
 $$;
 
-CREATE FUNCTION elizasql.note_rewrite(given_agent uuid, given_type text) RETURNS void
+CREATE FUNCTION elizasql.note_agent() RETURNS trigger
     LANGUAGE plpgsql
     AS $$
 BEGIN
-    PERFORM FROM elizasql.memory_rewrites
-    WHERE agent_id = given_agent AND type = given_type AND xid = pg_current_xact_id();
-    IF NOT FOUND AND current_setting('transaction_isolation') = 'read committed' THEN
-        UPDATE elizasql.memory_rewrites SET xid = pg_current_xact_id()
-        WHERE ctid = (
-            SELECT ctid FROM elizasql.memory_rewrites
-            WHERE agent_id = given_agent AND type = given_type
-            LIMIT 1
-            FOR UPDATE SKIP LOCKED
-        );
+    INSERT INTO elizasql.memory_rewrites (agent_id, type, xid) VALUES (NEW.id, '', pg_current_xact_id());
+    RETURN NULL;
+END
+$$;
+
+CREATE FUNCTION elizasql.note_rewrite(given_agent uuid, given_type text) RETURNS void
+    LANGUAGE plpgsql
+    AS $$
+DECLARE
+    noted text := coalesce(current_setting('elizasql.noted', TRUE), '');
+    this text := format('%s %L;', given_agent, given_type);
+    place tid;
+BEGIN
+    IF position(this IN noted) > 0 THEN
+        RETURN;
     END IF;
-    IF NOT FOUND THEN
+    IF current_setting('transaction_isolation') = 'read committed' THEN
+        SELECT ctid INTO place FROM elizasql.memory_rewrites
+        WHERE agent_id = given_agent AND type = given_type
+        ORDER BY xid DESC LIMIT 1
+        FOR UPDATE SKIP LOCKED;
+    END IF;
+    IF place IS NULL THEN
         INSERT INTO elizasql.memory_rewrites (agent_id, type, xid)
         SELECT id, given_type, pg_current_xact_id() FROM elizasql.agents WHERE id = given_agent;
+    ELSE
+        UPDATE elizasql.memory_rewrites SET xid = pg_current_xact_id() WHERE ctid = place;
     END IF;
+    PERFORM set_config('elizasql.noted', this || left(noted, 4000), TRUE);
 END
 $$;
 
@@ -3853,9 +3867,15 @@ ALTER INDEX elizasql.memories_world_idx ATTACH PARTITION elizasql.memories_p15_a
 
 ALTER INDEX elizasql.memories_pkey ATTACH PARTITION elizasql.memories_p15_pkey;
 
+CREATE TRIGGER agents_created AFTER INSERT ON elizasql.agents FOR EACH ROW EXECUTE FUNCTION elizasql.note_agent();
+
+ALTER TABLE elizasql.agents ENABLE ALWAYS TRIGGER agents_created;
+
 CREATE TRIGGER agents_embedding_dimension_locked BEFORE UPDATE OF embedding_dimension ON elizasql.agents FOR EACH ROW WHEN (((old.embedding_dimension IS NOT NULL) AND (new.embedding_dimension IS DISTINCT FROM old.embedding_dimension))) EXECUTE FUNCTION elizasql.refuse_dimension_change();
 
 CREATE TRIGGER agents_rewrites_forgotten AFTER DELETE ON elizasql.agents FOR EACH ROW EXECUTE FUNCTION elizasql.forget_rewrites();
+
+ALTER TABLE elizasql.agents ENABLE ALWAYS TRIGGER agents_rewrites_forgotten;
 
 CREATE TRIGGER embeddings_check_changed BEFORE UPDATE OF agent_id, dimension ON elizasql.embeddings FOR EACH ROW WHEN (((old.agent_id IS DISTINCT FROM new.agent_id) OR (old.dimension IS DISTINCT FROM new.dimension))) EXECUTE FUNCTION elizasql.check_dimension();
 

@@ -125,12 +125,25 @@ SELECT
         WHERE a.id = :agent_id
     ), FALSE) AS alive,
     (
-        SELECT count(*) > 0 FROM elizasql.memory_rewrites AS noted
-        WHERE
-            noted.agent_id = :agent_id AND noted.type = :type
-            AND noted.xid >= pg_snapshot_xmin(:listed::pg_snapshot)
-            AND noted.xid < pg_snapshot_xmax(pg_current_snapshot())
-            AND NOT pg_visible_in_snapshot(noted.xid, :listed)
+        SELECT count(*) > 0
+        FROM (
+            SELECT
+                pg_snapshot_xmax(:listed::pg_snapshot) AS earliest,
+                '18446744073709551615'::xid8 AS latest
+            UNION ALL
+            SELECT
+                running.xid AS earliest,
+                running.xid AS latest
+            FROM pg_snapshot_xip(:listed) AS running (xid)
+        ) AS span
+        CROSS JOIN
+            LATERAL (
+                SELECT FROM elizasql.memory_rewrites
+                WHERE
+                    agent_id = :agent_id AND type IN (:type, '')
+                    AND xid >= span.earliest AND xid <= span.latest AND xid < pg_snapshot_xmax(pg_current_snapshot())
+                LIMIT 1
+            ) AS noted
     ) AS rewritten,
     changed.sent AS changed,
     m.id,

@@ -605,6 +605,30 @@ async def test_every_change_is_seen_at_once(mind: Mind) -> None:
     assert stats.loads == 2 and stats.deltas > 10
 
 
+async def test_an_agent_that_is_created_anew(mind: Mind) -> None:
+    """What was noted of the agent went with it, and nothing else tells that its memories are gone."""
+    await mind.remember(some_vectors(40))
+    await mind.remember(some_vectors(40, seed=1), "facts")
+    query = some_vectors(1, seed=8)[0]
+    await mind.check(query)
+    await mind.check(query, table_name="facts")
+    agent = await mind.writer.get_agent(mind.db.agent_id)
+    assert agent is not None
+    await mind.writer.delete_agent(mind.db.agent_id)
+    await mind.writer.create_agent(agent)
+    await mind.writer.ensure_embedding_dimension(384)
+    assert await mind.search(query) == []
+    assert await mind.search(query, table_name="facts") == []
+    await mind.furnish()
+    await mind.remember(some_vectors(30, seed=2))
+    await mind.check(query)
+    async with mind.raw.transaction():
+        await mind.raw.execute("CREATE TEMPORARY TABLE kept ON COMMIT DROP AS SELECT * FROM elizasql.agents")
+        await mind.raw.execute("DELETE FROM elizasql.agents WHERE id = $1", mind.db.agent_id)
+        await mind.raw.execute("INSERT INTO elizasql.agents SELECT * FROM kept WHERE id = $1", mind.db.agent_id)
+    assert await mind.search(query) == []
+
+
 async def test_one_round_trip(mind: Mind, round_trips: list[str]) -> None:
     vectors = some_vectors(120)
     await mind.remember(vectors)
@@ -737,6 +761,65 @@ async def test_a_transaction_that_ends_late(mind: Mind, make_db: MakeAdapter) ->
     changes = mind.resident.stats.changes
     await mind.check(query)
     assert mind.resident.stats.changes == changes
+
+
+async def test_serializable_transactions_do_not_meet(mind: Mind, dsn: str) -> None:
+    """They delete different memories, and none reads what another has noted."""
+    await mind.remember(some_vectors(40))
+    query = some_vectors(1, seed=8)[0]
+    await mind.check(query)
+    sessions = [await asyncpg.connect(dsn) for _ in range(3)]
+    transactions = [session.transaction(isolation="serializable") for session in sessions]
+    for transaction in transactions:
+        await transaction.start()
+    for number, session in enumerate(sessions):
+        for id in mind.ids[number:30:3]:
+            await session.execute("DELETE FROM elizasql.memories WHERE agent_id = $1 AND id = $2", mind.db.agent_id, id)
+    for transaction in reversed(transactions):
+        await transaction.commit()
+        await mind.check(query, count=40)
+    for session in sessions:
+        await session.close()
+    noted = "SELECT count(*) FROM elizasql.memory_rewrites WHERE agent_id = $1 AND type = $2"
+    assert await mind.raw.fetchval(noted, mind.db.agent_id, TABLE) == 3
+
+
+async def test_what_a_savepoint_undid_is_noted_again(mind: Mind, dsn: str) -> None:
+    await mind.remember(some_vectors(40))
+    query = some_vectors(1, seed=8)[0]
+    ids = [id for id, _ in await mind.check(query)]
+    async with mind.raw.transaction():
+        savepoint = mind.raw.transaction()
+        await savepoint.start()
+        await mind.raw.execute(
+            "DELETE FROM elizasql.memories WHERE agent_id = $1 AND id = $2", mind.db.agent_id, ids[0]
+        )
+        await savepoint.rollback()
+        await mind.raw.execute(
+            "DELETE FROM elizasql.memories WHERE agent_id = $1 AND id = $2", mind.db.agent_id, ids[1]
+        )
+    assert [id for id, _ in await mind.check(query)][:2] == [ids[0], ids[2]]
+
+
+async def test_an_old_snapshot_does_not_slow_changes_down(
+    mind: Mind, dsn: str, session: asyncpg.Connection[Any]
+) -> None:
+    """It keeps what each change has noted from being vacuumed; none looks through what the others have left."""
+    await mind.remember(some_vectors(3))
+    update = "UPDATE elizasql.memories SET content = '{}' WHERE agent_id = $1 AND id = $2"
+    foreign = await asyncpg.connect(dsn)
+    transaction = foreign.transaction(isolation="repeatable_read")
+    await transaction.start()
+    await foreign.fetchval("SELECT count(*) FROM elizasql.memory_rewrites")
+    for _ in range(60):
+        await session.execute(update, mind.db.agent_id, mind.ids[0])
+    entries = "SELECT pg_stat_get_xact_tuples_returned('elizasql.memory_rewrites_idx'::regclass)"
+    async with session.transaction():
+        before = await session.fetchval(entries)
+        await session.execute(update, mind.db.agent_id, mind.ids[0])
+        assert 0 < await session.fetchval(entries) - before < 10
+    await transaction.rollback()
+    await foreign.close()
 
 
 async def test_the_own_transaction_goes_to_the_database(mind: Mind) -> None:
