@@ -176,9 +176,9 @@ EXECUTE FUNCTION elizasql.stamp_embedding();
 
 -- What a process that holds memories cannot see by embeddings.xid: which transactions have last updated or removed
 -- memories of an agent and type; type '' is that of all, whose row the creation of the agent leaves: with one that is
--- deleted all else is forgotten, and the next may have its id. A transaction takes over the row of one that has ended, and adds a row only when all are
--- taken: there are never more than transactions that did so at once, whatever was written. No primary key, since rows
--- that are replicated from another server, with its numbers, must not collide with those of this one.
+-- deleted all else is forgotten, and the next may have its id. A transaction takes over the row of one that has ended, and
+-- adds a row only when all are taken, or when it may not look; one in a hundred removes what others have left. No primary
+-- key, since rows that are replicated from another server, with its numbers, must not collide with those of this one.
 CREATE TABLE elizasql.memory_rewrites (
     agent_id uuid NOT NULL,
     type text NOT NULL,
@@ -209,6 +209,12 @@ BEGIN
         SELECT id, given_type, pg_current_xact_id() FROM elizasql.agents WHERE id = given_agent;
     ELSE
         UPDATE elizasql.memory_rewrites SET xid = pg_current_xact_id() WHERE ctid = place;
+        IF pg_current_xact_id()::text LIKE '%00' THEN
+            DELETE FROM elizasql.memory_rewrites WHERE ctid = ANY(ARRAY(
+                SELECT ctid FROM elizasql.memory_rewrites
+                WHERE agent_id = given_agent AND type = given_type AND xid <> pg_current_xact_id()
+                FOR UPDATE SKIP LOCKED));
+        END IF;
     END IF;
     PERFORM set_config('elizasql.noted', concat(
         format('%s %L;', given_agent, given_type), left(current_setting('elizasql.noted', TRUE), 4000)), TRUE);

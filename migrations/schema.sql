@@ -1196,13 +1196,8 @@ CREATE FUNCTION elizasql.note_rewrite(given_agent uuid, given_type text) RETURNS
     LANGUAGE plpgsql
     AS $$
 DECLARE
-    noted text := coalesce(current_setting('elizasql.noted', TRUE), '');
-    this text := format('%s %L;', given_agent, given_type);
     place tid;
 BEGIN
-    IF position(this IN noted) > 0 THEN
-        RETURN;
-    END IF;
     IF current_setting('transaction_isolation') = 'read committed' THEN
         SELECT ctid INTO place FROM elizasql.memory_rewrites
         WHERE agent_id = given_agent AND type = given_type
@@ -1214,19 +1209,26 @@ BEGIN
         SELECT id, given_type, pg_current_xact_id() FROM elizasql.agents WHERE id = given_agent;
     ELSE
         UPDATE elizasql.memory_rewrites SET xid = pg_current_xact_id() WHERE ctid = place;
+        IF pg_current_xact_id()::text LIKE '%00' THEN
+            DELETE FROM elizasql.memory_rewrites WHERE ctid = ANY(ARRAY(
+                SELECT ctid FROM elizasql.memory_rewrites
+                WHERE agent_id = given_agent AND type = given_type AND xid <> pg_current_xact_id()
+                FOR UPDATE SKIP LOCKED));
+        END IF;
     END IF;
-    PERFORM set_config('elizasql.noted', this || left(noted, 4000), TRUE);
+    PERFORM set_config('elizasql.noted', concat(
+        format('%s %L;', given_agent, given_type), left(current_setting('elizasql.noted', TRUE), 4000)), TRUE);
 END
 $$;
 
 CREATE FUNCTION elizasql.note_rewritten_row() RETURNS trigger
     LANGUAGE plpgsql
     AS $$
-DECLARE
-    noted text := concat_ws(' ', pg_current_xact_id(), OLD.agent_id, OLD.type);
 BEGIN
-    IF current_setting('elizasql.noted', TRUE) IS DISTINCT FROM noted THEN
-        PERFORM elizasql.note_rewrite(OLD.agent_id, OLD.type), set_config('elizasql.noted', noted, TRUE);
+    IF position(
+        format('%s %L;', OLD.agent_id, OLD.type) IN coalesce(current_setting('elizasql.noted', TRUE), '')
+    ) = 0 THEN
+        PERFORM elizasql.note_rewrite(OLD.agent_id, OLD.type);
     END IF;
     RETURN NULL;
 END
@@ -2421,8 +2423,7 @@ CREATE TABLE elizasql.memory_rewrites (
     agent_id uuid NOT NULL,
     type text NOT NULL,
     xid xid8 NOT NULL
-)
-WITH (fillfactor='25');
+);
 
 ALTER TABLE ONLY elizasql.memory_rewrites REPLICA IDENTITY FULL;
 
@@ -3415,7 +3416,7 @@ CREATE INDEX memories_p15_agent_id_type_timezone_id_idx ON elizasql.memories_p15
 
 CREATE INDEX memories_p15_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p15 USING btree (agent_id, world_id, type, created_at DESC, id DESC) WHERE (world_id IS NOT NULL);
 
-CREATE INDEX memory_rewrites_idx ON elizasql.memory_rewrites USING btree (agent_id, type);
+CREATE INDEX memory_rewrites_idx ON elizasql.memory_rewrites USING btree (agent_id, type, xid);
 
 CREATE INDEX message_server_agents_agent_idx ON elizasql.message_server_agents USING btree (agent_id);
 

@@ -615,6 +615,8 @@ async def test_an_agent_that_is_created_anew(mind: Mind) -> None:
     agent = await mind.writer.get_agent(mind.db.agent_id)
     assert agent is not None
     await mind.writer.delete_agent(mind.db.agent_id)
+    noted = "SELECT count(*) FROM elizasql.memory_rewrites WHERE agent_id = $1"
+    assert await mind.raw.fetchval(noted, mind.db.agent_id) == 0
     await mind.writer.create_agent(agent)
     await mind.writer.ensure_embedding_dimension(384)
     assert await mind.search(query) == []
@@ -764,24 +766,35 @@ async def test_a_transaction_that_ends_late(mind: Mind, make_db: MakeAdapter) ->
 
 
 async def test_serializable_transactions_do_not_meet(mind: Mind, dsn: str) -> None:
-    """They delete different memories, and none reads what another has noted."""
-    await mind.remember(some_vectors(40))
-    query = some_vectors(1, seed=8)[0]
-    await mind.check(query)
+    """None reads what another has noted, so that memories of one agent can be changed side by side."""
     sessions = [await asyncpg.connect(dsn) for _ in range(3)]
     transactions = [session.transaction(isolation="serializable") for session in sessions]
     for transaction in transactions:
         await transaction.start()
-    for number, session in enumerate(sessions):
-        for id in mind.ids[number:30:3]:
-            await session.execute("DELETE FROM elizasql.memories WHERE agent_id = $1 AND id = $2", mind.db.agent_id, id)
+    for session in sessions:
+        await session.execute("SELECT elizasql.note_rewrite($1, $2)", mind.db.agent_id, TABLE)
     for transaction in reversed(transactions):
         await transaction.commit()
-        await mind.check(query, count=40)
     for session in sessions:
         await session.close()
+    assert await rewrites(mind) == 3
+
+
+async def test_notes_do_not_pile_up(mind: Mind) -> None:
+    """Those of transactions that may not look at others' are taken away by the ones that may."""
+    await mind.remember(some_vectors(3))
+    update = "UPDATE elizasql.memories SET content = '{}' WHERE agent_id = $1 AND id = $2"
     noted = "SELECT count(*) FROM elizasql.memory_rewrites WHERE agent_id = $1 AND type = $2"
-    assert await mind.raw.fetchval(noted, mind.db.agent_id, TABLE) == 3
+    for _ in range(20):
+        async with mind.raw.transaction(isolation="repeatable_read"):
+            await mind.raw.execute(update, mind.db.agent_id, mind.ids[0])
+    assert await mind.raw.fetchval(noted, mind.db.agent_id, TABLE) == 20
+    for _ in range(1000):  # each takes a number, and others may take one in between
+        await mind.raw.execute(update, mind.db.agent_id, mind.ids[1])
+        if await mind.raw.fetchval(noted, mind.db.agent_id, TABLE) == 1:
+            break
+    else:
+        raise AssertionError("nothing was taken away")
 
 
 async def test_what_a_savepoint_undid_is_noted_again(mind: Mind, dsn: str) -> None:
@@ -1624,8 +1637,9 @@ async def test_what_changes_while_contents_are_brought_up_to_date(mind: Mind, mo
 
 
 async def rewrites(mind: Mind) -> int:
+    """Count what is noted beside that the agent was created."""
     count: int = await mind.raw.fetchval(
-        "SELECT count(*) FROM elizasql.memory_rewrites WHERE agent_id = $1", mind.db.agent_id
+        "SELECT count(*) FROM elizasql.memory_rewrites WHERE agent_id = $1 AND type <> ''", mind.db.agent_id
     )
     return count
 
