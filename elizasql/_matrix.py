@@ -247,7 +247,7 @@ class Matrix:
             content: Rows, one after the other.
             start: The first one to take.
             count: How many; -1: all from there on.
-            contents: Of the same rows, to be held where others are; None: they are not known.
+            contents: Of the same rows, to be held where others are; None, or a version that is: they are not known.
         """
         width = self._row.itemsize
         rows = np.frombuffer(content, self._row, count, start * width)
@@ -285,7 +285,7 @@ class Matrix:
         held = self._held
         if held is not None:
             for number, place in enumerate(at.tolist()):
-                if contents is None:
+                if contents is None or contents[number][0] is None:
                     held.clear(place)
                 else:
                     held.fill(place, contents[number])

@@ -537,7 +537,7 @@ class Resident:
         if changed:
             capacity = matrix.capacity
             matrix.put(changed, contents=contents)
-            tier.behind |= contents is None
+            tier.behind |= contents is None or any(version is None for version, *_ in contents)
             self.stats.deltas += 1
             self.stats.changes += matrix.rows_in(changed)
             if matrix.capacity > capacity and not self._make_room(tier, matrix.footprint):
@@ -707,8 +707,8 @@ class Resident:
             tier.renew_at = begun + _TOO_LARGE
             return
         since = matrix.hold_contents()
-        about = {"agent_id": self._agent_id}
-        row = await self._background.fetch_row(SQL["list_resident"], type=kind, dimension=matrix.dimension, **about)
+        about = {"agent_id": self._agent_id, "type": kind, "dimension": matrix.dimension}
+        row = await self._background.fetch_row(SQL["list_resident"], **about)
         assert row is not None
         listed: bytes = row["content"] or b""
         outdated: list[UUID] = []

@@ -197,24 +197,23 @@ LEFT JOIN LATERAL (
 ) AS m ON TRUE;
 
 -- name: list_resident(agent_id, type, dimension)^
--- Which memories of a type there are, and which version of each: its id and, in eight bytes, its xmin.
+-- Which memories of a type there are, and which version of each: its id and, in eight bytes, its xmin; 0 where only the
+-- vector is there yet, as while tables are replicated one by one.
 SELECT
     pg_current_snapshot() AS seen,
-    string_agg(uuid_send(m.id) || int8send(m.xmin::text::bigint), '') AS content
+    string_agg(uuid_send(e.memory_id) || int8send(coalesce(m.version, 0)), '') AS content
 FROM elizasql.embeddings AS e
-CROSS JOIN
-    LATERAL (
-        SELECT
-            id,
-            xmin
-        FROM elizasql.memories
-        WHERE agent_id = :agent_id AND id = e.memory_id
-        LIMIT 1
-    ) AS m
+LEFT JOIN LATERAL (
+    SELECT xmin::text::bigint AS version
+    FROM elizasql.memories
+    WHERE agent_id = :agent_id AND id = e.memory_id
+    LIMIT 1
+) AS m ON TRUE
 WHERE e.agent_id = :agent_id AND e.type = :type AND e.dimension = :dimension::smallint;
 
--- name: read_resident_contents(agent_id, ids)
--- What a process holds of memories beside their vectors, as the server sends it: decoded when it is given out.
+-- name: read_resident_contents(agent_id, type, dimension, ids)
+-- What a process holds of memories beside their vectors, as the server sends it: decoded when it is given out. Only of
+-- those that have the type and a vector still: one that lost them before the list was made nothing else tells of.
 SELECT
     m.id,
     m.version,
@@ -222,6 +221,14 @@ SELECT
     m.content,
     m.metadata
 FROM unnest(:ids::uuid[]) AS wanted (id)
+CROSS JOIN
+    LATERAL (
+        SELECT FROM elizasql.embeddings
+        WHERE
+            agent_id = :agent_id AND memory_id = wanted.id
+            AND type = :type AND dimension = :dimension::smallint
+        LIMIT 1
+    ) AS e
 CROSS JOIN
     LATERAL (
         SELECT

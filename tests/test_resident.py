@@ -631,6 +631,38 @@ async def test_an_agent_that_is_created_anew(mind: Mind) -> None:
     assert await mind.search(query) == []
 
 
+async def test_a_vector_that_comes_before_its_memory(mind: Mind, dsn: str) -> None:
+    """Tables are replicated one by one: the vector is there, and the memory is not yet."""
+    await mind.remember(some_vectors(40))
+    query = some_vectors(1, seed=8)[0]
+    before = await mind.check(query)
+    id, admin = uuid4(), await asyncpg.connect(dsn.replace("//elizasql@", "//postgres@"))
+    await admin.execute("SET session_replication_role = replica")
+    await _codecs.register(admin, "public")
+    await admin.execute(
+        """
+        INSERT INTO elizasql.embeddings (agent_id, memory_id, type, "unique", dimension, dim_384)
+        VALUES ($1, $2, $3, TRUE, 384, $4)
+        """,
+        *(mind.db.agent_id, id, TABLE, _codecs.encode_vector(query)),
+    )
+    # The vector takes a place among those asked for, as in the database.
+    assert [id for id, _ in await mind.search(query)] == [id for id, _ in before[:9]]
+    mind.tier.renew_at = 0.0
+    mind.resident._begin_renewal(mind.tier, TABLE)
+    assert mind.tier.loading is not None
+    await mind.tier.loading
+    assert [id for id, _ in await mind.search(query)] == [id for id, _ in before[:9]]
+    await admin.execute(
+        "INSERT INTO elizasql.memories (agent_id, id, type, content) VALUES ($1, $2, $3, '{}')",
+        *(mind.db.agent_id, id, TABLE),
+    )
+    await admin.close()
+    assert (await mind.check(query))[0][0] == id
+    await mind.renew()
+    assert (await mind.check(query))[0][0] == id
+
+
 async def test_one_round_trip(mind: Mind, round_trips: list[str]) -> None:
     vectors = some_vectors(120)
     await mind.remember(vectors)
@@ -763,6 +795,46 @@ async def test_a_transaction_that_ends_late(mind: Mind, make_db: MakeAdapter) ->
     changes = mind.resident.stats.changes
     await mind.check(query)
     assert mind.resident.stats.changes == changes
+
+
+async def test_one_that_leaves_the_type_while_contents_are_read(mind: Mind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search has seen it there before the list was made, and merges it after: nothing else tells that it left."""
+    await mind.remember(some_vectors(40))
+    query = some_vectors(1, seed=8)[0]
+    await mind.check(query)
+    (id,) = await mind.remember([query])
+    mind.tier.behind, mind.tier.renew_at = True, math.inf
+    fetched, merged = asyncio.Event(), asyncio.Event()
+    fetch, fetch_row = mind.db._executor.fetch, mind.resident._background.fetch_row
+
+    async def arrive_late(statement: Any, **params: Any) -> Any:
+        rows = await fetch(statement, **params)
+        fetched.set()
+        await merged.wait()
+        return rows
+
+    async def merge_first(statement: Any, **params: Any) -> Any:
+        row = await fetch_row(statement, **params)
+        merged.set()
+        await searching
+        return row
+
+    monkeypatch.setattr(mind.db._executor, "fetch", arrive_late)
+    searching = asyncio.ensure_future(mind.search(query))
+    await fetched.wait()
+    await mind.raw.execute(
+        "UPDATE elizasql.memories SET type = 'facts' WHERE agent_id = $1 AND id = $2", mind.db.agent_id, id
+    )
+    monkeypatch.setattr(mind.resident._background, "fetch_row", merge_first)
+    mind.tier.renew_at = 0.0
+    mind.resident._begin_renewal(mind.tier, TABLE)
+    assert mind.tier.loading is not None
+    await mind.tier.loading
+    monkeypatch.undo()
+    assert (await searching)[0][0] == id
+    await mind.check(query)
+    await mind.renew()
+    await mind.check(query)
 
 
 async def test_serializable_transactions_do_not_meet(mind: Mind, dsn: str) -> None:
