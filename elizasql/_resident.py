@@ -411,7 +411,7 @@ class Resident:
         filters |= {"least": self._least, "most": self._most(vector.shape[0])}
         for number in range(_ROUNDS):
             matrix, seen, listed = tier.matrix, tier.seen, tier.listed
-            if matrix is None or listed is None or tier.behind or tier.loading is not None:
+            if matrix is None or listed is None or tier.behind or tier.loading is not None or not matrix.contents_size:
                 self._begin_renewal(tier, kind)
                 return None
             self.stats.repeats += number > 0
@@ -535,13 +535,14 @@ class Resident:
     ) -> None:
         """Bring a tier up to a snapshot; only with what was read for the state that it is in."""
         if changed:
-            capacity = matrix.capacity
             matrix.put(changed, contents=contents)
             tier.behind |= contents is None or any(version is None for version, *_ in contents)
             self.stats.deltas += 1
             self.stats.changes += matrix.rows_in(changed)
-            if matrix.capacity > capacity and not self._make_room(tier, matrix.footprint):
-                return
+            if matrix.footprint > tier.granted and not self._grant(tier, matrix.footprint - tier.granted):
+                self._release_contents(tier, matrix)
+                if matrix.footprint > tier.granted and not self._make_room(tier, matrix.footprint):
+                    return
             if tier.matrix is not matrix:
                 self._settle(tier)
                 return
@@ -729,8 +730,7 @@ class Resident:
                 if tier.matrix is not matrix or not matrix.contents_size:
                     return
                 if not self._grant(tier, needed):
-                    matrix.release_contents()
-                    tier.listed, tier.renew_at = None, time.monotonic() + _TOO_LARGE
+                    self._release_contents(tier, matrix)
                     return
                 for each in rows:
                     matrix.put_contents(each["id"], tuple(each[_CONTENT:]))
@@ -742,6 +742,11 @@ class Resident:
         now = time.monotonic()
         tier.renew_at = now + max(_RENEWAL, _RENEWAL_SHARE * (now - begun))
         self.stats.renewals += 1
+
+    def _release_contents(self, tier: Tier, matrix: Matrix) -> None:
+        """Let go of the contents of a tier, which fit no more beside what is held, and leave it at that for a while."""
+        matrix.release_contents()
+        tier.listed, tier.renew_at = None, time.monotonic() + _TOO_LARGE
 
     def _grant(self, tier: Tier, more: int) -> bool:
         """Take more of the budget for a tier, where nothing else has to go for it."""

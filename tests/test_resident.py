@@ -1413,6 +1413,23 @@ async def test_growth_beyond_the_budget(mind: Mind, make_db: MakeAdapter) -> Non
     assert mind.tier.matrix is None
 
 
+async def test_contents_beyond_the_budget(mind: Mind, make_db: MakeAdapter) -> None:
+    """New memories come with their contents, for which there was no room yet."""
+    mind.db = await make_db(mind.db.agent_id, resident_memory_mb=2, **RESIDENT)
+    with _resident._lock:
+        _resident._shelves.clear()
+    await mind.remember(some_vectors(200))
+    query = some_vectors(1, seed=8)[0]
+    await mind.check(query)
+    for number, vector in enumerate(some_vectors(20, seed=1)):
+        await mind.writer.create_memory(
+            Memory(content={"text": "x" * 200_000}, embedding=vector, unique=True, metadata={"number": number}), TABLE
+        )
+        await mind.check(query)
+        assert mind.tier.matrix is not None and mind.tier.matrix.footprint == _resident._held() <= 2 << 20
+    assert mind.tier.listed is None and mind.tier.matrix.size == 220
+
+
 @pytest.mark.parametrize("options", [{"resident": "off"}, {"resident_memory_mb": 0}, {"resident_max_vectors": 0}])
 async def test_off_costs_nothing(make_db: MakeAdapter, options: dict[str, Any]) -> None:
     db = await make_db(**{"resident": "required", **options})
