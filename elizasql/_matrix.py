@@ -42,8 +42,9 @@ _of_thread = threading.local()
 _SPARE_AT_FIRST = 32
 _SPARE = 8
 
-# Bytes of a row beside its components: id, scope, scale, error, and its part of the dictionary from ids to places.
-_ROW_OVERHEAD = 208
+# Bytes of a row beside its components: id, mark, scope, scale, error, and its part of the dictionary from ids to
+# places.
+_ROW_OVERHEAD = 216
 
 # Bytes of a row's contents beside these: version, references, the time, and what Python adds to a bytes object.
 _CONTENTS_OVERHEAD = 8 + 3 * 8 + 48 + 33
@@ -210,6 +211,8 @@ class Matrix:
         # What one level is, and the norm of what rounding to levels leaves out, never too small.
         self._scales: Floats = np.zeros(capacity, np.float32)
         self._errors: Floats = np.zeros(capacity, np.float32)
+        # Of rows with equal marks the vectors are the same as stored, to the bit.
+        self._marks: NDArray[np.int64] = np.zeros(capacity, np.int64)
         self._scores_of_all: Floats = np.zeros(capacity, np.float32)
 
     def _reserve(self, size: int) -> None:
@@ -230,6 +233,7 @@ class Matrix:
             self._scales,
             self._errors,
             self._ids,
+            self._marks,
             self._unique,
             self._scopes.T,
         )
@@ -257,6 +261,7 @@ class Matrix:
         self._reserve(self.size + len(rows))
         places, codes = self._places, self._codes
         at = np.empty(len(rows), np.intp)
+        marks = np.empty(len(rows), np.int64)
         scopes = np.zeros((len(rows), 3), np.int32)
         flags = rows["flags"].astype(np.int64)
         begin = start * width
@@ -267,6 +272,7 @@ class Matrix:
                 place = places[id] = self.size
                 self.size += 1
             at[number] = place
+            marks[number] = hash(content[begin + width - 4 * self.dimension : begin + width])
             for which in (0, 1, 2):
                 if flag & (2 << which):
                     begin_of = begin + 16 + 16 * which
@@ -280,6 +286,7 @@ class Matrix:
         self._vectors[at] = vectors
         self._ids[at] = np.frombuffer(rows["id"].tobytes(), np.uint8).reshape(-1, 16)
         self._scopes[:, at] = scopes.T
+        self._marks[at] = marks
         self._unique[at] = flags & 1
         self._levels[at], self._scales[at], self._errors[at] = _quantize(vectors)
         held = self._held
@@ -437,13 +444,13 @@ class Matrix:
         # Not by BLAS or einsum, in which the sum of a row hangs on its place: equal vectors score the same.
         squares = (vectors * vectors).sum(axis=1) * float(np.dot(asked, asked))
         similarities = np.clip((vectors * asked).sum(axis=1) / np.sqrt(squares), -1.0, 1.0).tolist()
-        ids = self._ids[at].tobytes()
+        ids, marks = self._ids[at].tobytes(), self._marks[at].tolist()
         order = sorted(range(len(at)), key=lambda number: (-similarities[number], ids[16 * number : 16 * number + 16]))
         for place, (number, following) in enumerate(pairwise(order), start=1):
             if similarities[number] - similarities[following] >= self._doubt:
                 if place >= count:
                     break
-            elif not np.array_equal(vectors[number], vectors[following]):
+            elif marks[number] != marks[following]:
                 return None
         if threshold is not None:
             if any(abs(similarities[number] - threshold) < self._doubt for number in order[:count]):
