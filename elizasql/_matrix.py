@@ -376,6 +376,21 @@ class Matrix:
 
     # --- search ------------------------------------------------------------------------------------------------------
 
+    def suits(
+        self,
+        *,
+        room_id: UUID | None = None,
+        world_id: UUID | None = None,
+        entity_id: UUID | None = None,
+        only_unique: bool = False,
+        threshold: float | None = None,  # noqa: ARG002
+        least: int = 0,
+        most: int = sys.maxsize,
+    ) -> bool:
+        """Tell whether as many rows match as `search` and `rank` compare; the arguments are theirs."""
+        at = self._select((room_id, world_id, entity_id), only_unique)
+        return least <= (self.size if at is None else len(at)) <= most
+
     def search(
         self,
         query: Floats,

@@ -414,6 +414,8 @@ class Resident:
             if matrix is None or listed is None or tier.behind or tier.loading is not None or not matrix.contents_size:
                 self._begin_renewal(tier, kind)
                 return None
+            if not matrix.suits(**filters):
+                return None
             self.stats.repeats += number > 0
             checking = asyncio.ensure_future(
                 executor.fetch(

@@ -972,6 +972,22 @@ async def test_a_small_type_is_left_to_the_database(mind: Mind, make_db: MakeAda
     await mind.check(query)
 
 
+async def test_a_small_room_takes_one_round_trip(mind: Mind, make_db: MakeAdapter, round_trips: list[str]) -> None:
+    """It is known beforehand that the database is to be asked."""
+    mind.db = await make_db(mind.db.agent_id, resident="auto")
+    await mind.remember(some_vectors(300))
+    query = some_vectors(1, seed=8)[0]
+    for _ in range(_resident._LOAD_AFTER):
+        await mind.search(query)
+    assert mind.tier.loading is not None
+    await mind.tier.loading
+    round_trips.clear()
+    await mind.search(query)
+    assert mind.resident.stats.checks == 1
+    await mind.search(query, room_id=mind.rooms[0])
+    assert len(round_trips) == 2 and mind.resident.stats.hits == 1
+
+
 async def test_writes_between_the_pages_of_a_load(
     mind: Mind, make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
