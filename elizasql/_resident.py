@@ -70,8 +70,9 @@ _ROUNDS = 6
 # More memories than this are left to the server to rank: of a hundred, some two stand closer than it can tell.
 _MOST_RANKED = 50
 
-# Contents that are read at once, some milliseconds of the event loop's time.
+# Contents that are read at once, some milliseconds of the event loop's time, and bytes of them.
 _CONTENTS = 500
+_CONTENTS_BYTES = 1 << 20
 
 # Listed memories that are compared at once.
 _LISTED_AT_ONCE = 2000
@@ -454,8 +455,14 @@ class Resident:
                     tier.seen = first["seen"]  # those that ran then need not be looked for again
                 self.stats.checks += found is not None
                 return found
-            elif tier.listed is listed and not tier.behind and tier.loading is None:
-                # Also what another search has merged in part: these are the rows as they are now, in any case.
+            elif (
+                tier.listed is listed
+                and not tier.behind
+                and tier.loading is None
+                # What another search has merged since may be of transactions that removed rows, too.
+                and not _is_later(tier.seen, first["seen"])
+            ):
+                # Also where another search has merged a part: these are the rows as they are now, in any case.
                 if _is_later(first["seen"], tier.seen):
                     changed = b"".join(row["changed"] for row in news if not unchanged)
                     contents = [tuple(row[_CONTENT:]) for row in news]
@@ -723,17 +730,25 @@ class Resident:
             return
         matrix.drop(gone)
         tier.dropped += len(gone)
+        # What will not fit is not even read. These are the bytes that the server has compressed them to; what they are
+        # beyond that is counted as they come.
+        ahead = max(0, row["size"] - matrix.contents_size)
+        if not self._grant(tier, ahead):
+            self._release_contents(tier, matrix)
+            return
+        at_once = min(_CONTENTS, 1 + _CONTENTS_BYTES * len(listed) // 24 // (row["size"] + 1))
         for _ in range(_ROUNDS):
-            for start in range(0, len(outdated), _CONTENTS):
+            for start in range(0, len(outdated), at_once):
                 rows = await self._background.fetch(
-                    SQL["read_resident_contents"], ids=outdated[start : start + _CONTENTS], **about
+                    SQL["read_resident_contents"], ids=outdated[start : start + at_once], **about
                 )
                 needed = sum(size_of(each["content"], each["metadata"]) for each in rows)
                 if tier.matrix is not matrix or not matrix.contents_size:
                     return
-                if not self._grant(tier, needed):
+                if not self._grant(tier, max(0, needed - ahead)):
                     self._release_contents(tier, matrix)
                     return
+                ahead = max(0, ahead - needed)
                 for each in rows:
                     matrix.put_contents(each["id"], tuple(each[_CONTENT:]))
             # What was merged meanwhile came without.

@@ -198,13 +198,16 @@ LEFT JOIN LATERAL (
 
 -- name: list_resident(agent_id, type, dimension)^
 -- Which memories of a type there are, and which version of each: its id and, in eight bytes, its xmin; 0 where only the
--- vector is there yet, as while tables are replicated one by one.
+-- vector is there yet, as while tables are replicated one by one. `size`: the bytes in which the server keeps the contents.
 SELECT
     pg_current_snapshot() AS seen,
+    coalesce(sum(m.size), 0)::bigint AS size,
     string_agg(uuid_send(e.memory_id) || int8send(coalesce(m.version, 0)), '') AS content
 FROM elizasql.embeddings AS e
 LEFT JOIN LATERAL (
-    SELECT xmin::text::bigint AS version
+    SELECT
+        xmin::text::bigint AS version,
+        pg_column_size(content) + pg_column_size(metadata) AS size
     FROM elizasql.memories
     WHERE agent_id = :agent_id AND id = e.memory_id
     LIMIT 1

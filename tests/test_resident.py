@@ -1678,6 +1678,27 @@ async def test_where_less_decides_than_the_server_can_tell(mind: Mind, round_tri
     assert 0 < mind.resident.stats.checks < mind.resident.stats.hits
 
 
+async def test_contents_that_do_not_fit_are_not_read(make_db: MakeAdapter, round_trips: list[str]) -> None:
+    """Nor are many large ones at once."""
+    with _resident._lock:
+        _resident._shelves.clear()
+    random = np.random.default_rng(1)
+    for number, budget in enumerate((3, 64)):
+        db = await make_db(resident_memory_mb=budget, **RESIDENT)
+        memories = [
+            Memory(content={"text": random.bytes(100_000).hex()}, embedding=vector, unique=True)
+            for vector in some_vectors(40)
+        ]
+        await db.create_memories(memories, TABLE)
+        round_trips.clear()
+        assert len(await db.search_memories(embedding=memories[0].embedding, table_name=TABLE)) == 10  # type: ignore[arg-type]
+        read = sum("jsonb_send" in sent and "wanted" in sent for sent in round_trips)
+        assert (read == 0) if number == 0 else (read >= 3)
+        (tier,) = db._resident._tiers.values()
+        assert tier.matrix is not None and tier.granted == tier.matrix.footprint
+        assert (tier.matrix.contents_size > 40 * 200_000) == (number == 1)
+
+
 async def test_contents_make_room_for_vectors(make_db: MakeAdapter) -> None:
     with _resident._lock:
         _resident._shelves.clear()
