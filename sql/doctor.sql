@@ -191,6 +191,29 @@ FROM pg_catalog.pg_stat_activity
 WHERE datname = current_database() AND pid <> pg_backend_pid() AND now() - xact_start > make_interval(secs => :seconds)
 ORDER BY xact_start;
 
+-- name: list_weak_triggers()
+-- Tables with triggers that are off, or that do not fire any more, as they were made to, for what is replicated.
+SELECT
+    format('elizasql.%I', c.relname) AS table_name,
+    bool_or(t.tgenabled = 'D') AS disabled,
+    array_agg(DISTINCT t.tgname::text) FILTER (WHERE NOT t.tgisinternal) AS names
+FROM pg_catalog.pg_trigger AS t
+INNER JOIN pg_catalog.pg_class AS c ON t.tgrelid = c.oid
+WHERE
+    c.relnamespace = 'elizasql'::regnamespace
+    AND (
+        t.tgenabled = 'D'
+        OR (
+            t.tgenabled <> 'A'
+            AND t.tgname IN (
+                'agents_created', 'agents_rewrites_forgotten', 'memories_rewritten', 'embeddings_stamp_new',
+                'embeddings_stamp_changed', 'embeddings_removed', 'embeddings_moved', 'embeddings_truncated'
+            )
+        )
+    )
+GROUP BY c.relname
+ORDER BY disabled DESC, table_name ASC;
+
 -- name: get_largest_type(agent_id)^
 -- The type of which the agent has the most vectors, and how many these are.
 SELECT

@@ -985,7 +985,7 @@ def test_doctor_on_a_healthy_database(run: Run, empty_database: str, monkeypatch
     assert said.code == 0, said
     assert {finding["severity"] for finding in said.json} <= {"ok", "note"}, said.out
     checks = {"server", "role", "clock", "distance", "pooler", "connections", "disk", "extensions", "migrations"}
-    checks |= {"session", "indexes", "tables", "memory", "tail", "reembed"}
+    checks |= {"session", "indexes", "triggers", "tables", "memory", "tail", "reembed"}
     assert {finding["check"] for finding in said.json} == checks
     assert all(finding["remedy"] for finding in said.json if finding["severity"] in ("warning", "error"))
     text = run("doctor")
@@ -1010,6 +1010,8 @@ def test_doctor_finds_what_is_broken(run: Run, empty_database: str, monkeypatch:
             "DROP INDEX elizasql.embeddings_p03_dim_384_hnsw",
             "REVOKE DELETE ON elizasql.logs FROM elizasql",
             "ALTER TABLE elizasql.logs OWNER TO postgres",
+            "ALTER TABLE elizasql.rooms DISABLE TRIGGER ALL",
+            "ALTER TABLE elizasql.embeddings_p03 ENABLE TRIGGER embeddings_removed",
         )
     )
     monkeypatch.setattr(doctor, "_LONG_TAIL", 4)
@@ -1020,6 +1022,14 @@ def test_doctor_finds_what_is_broken(run: Run, empty_database: str, monkeypatch:
     assert "REINDEX INDEX elizasql.rooms_world_idx" in {finding["remedy"] for finding in findings(said, "indexes")}
     (privileges,) = findings(said, "privileges")
     assert privileges["severity"] == "error" and "elizasql.logs" in privileges["finding"]
+    off, weak = findings(said, "triggers")
+    assert (off["severity"], weak["severity"]) == ("error", "note")
+    assert (
+        "elizasql.rooms are off" in off["finding"]
+        and "embeddings_removed of elizasql.embeddings_p03" in weak["finding"]
+    )
+    asyncio.run(as_admin(empty_database, off["remedy"].split(", then")[0], weak["remedy"]))
+    assert [each["severity"] for each in findings(run("doctor", "--json"), "triggers")] == ["ok"]
     (tail,) = findings(said, "tail")
     assert tail["severity"] == "warning" and f"5 of 5 vectors of agent {agent}" in tail["finding"]
     assert "error" in run("doctor").out

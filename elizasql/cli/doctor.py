@@ -112,10 +112,12 @@ async def examine(place: Place, connection: asyncpg.Connection[Any]) -> AsyncIte
         return
     yield await check_session(place)
     indexes = await connection.fetch(SQL["list_indexes"].sql)
+    triggers = await connection.fetch(SQL["list_weak_triggers"].sql)
     lacking = await connection.fetch(SQL["list_lacking_privileges"].sql)
     tables = await connection.fetch(SQL["list_tables"].sql)
     for finding in (
         *check_indexes(indexes),
+        *check_triggers(triggers),
         *check_privileges(lacking),
         *check_tables(tables),
         *check_memory(row, indexes, place.embedded),
@@ -356,6 +358,29 @@ def check_privileges(rows: Sequence[asyncpg.Record]) -> Iterator[Finding]:
         more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
         remedy = "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA elizasql TO the role"
         yield Finding("privileges", "error", f"the role lacks {', '.join(lacking[:3])}{more}", remedy)
+
+
+def check_triggers(rows: Sequence[asyncpg.Record]) -> Iterator[Finding]:
+    """Find triggers that are off, as a restore or an import may leave them."""
+    for row in rows[:10]:
+        table, names = row["table_name"], row["names"]
+        if row["disabled"]:
+            yield Finding(
+                "triggers",
+                "error",
+                f"triggers of {table} are off: references are not checked, or changes go unnoticed by processes that "
+                "hold memories",
+                f"ALTER TABLE {table} ENABLE TRIGGER ALL, then open what is open anew",
+            )
+        else:
+            yield Finding(
+                "triggers",
+                "note",
+                f"{', '.join(names)} of {table} do not fire for what is replicated",
+                "; ".join(f"ALTER TABLE {table} ENABLE ALWAYS TRIGGER {name}" for name in names),
+            )
+    if not rows:
+        yield Finding("triggers", "ok", "all are on")
 
 
 def check_tables(rows: Sequence[asyncpg.Record]) -> Iterator[Finding]:
