@@ -174,6 +174,20 @@ FOR EACH ROW
 WHEN (new.xid IS DISTINCT FROM pg_current_xact_id())
 EXECUTE FUNCTION elizasql.stamp_embedding();
 
+-- The ids of an embedding as they travel to a process that holds them: memory, room, world, entity (nil for none), and
+-- flags (1: unique, 2, 4, 8: has a room, a world, an entity). Written so that the planner puts it into the statement.
+CREATE FUNCTION elizasql.send_scope(memory uuid, room uuid, world uuid, entity uuid, is_unique boolean)
+RETURNS bytea LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
+    SELECT
+        uuid_send(memory)
+        || uuid_send(coalesce(room, '00000000-0000-0000-0000-000000000000'))
+        || uuid_send(coalesce(world, '00000000-0000-0000-0000-000000000000'))
+        || uuid_send(coalesce(entity, '00000000-0000-0000-0000-000000000000'))
+        || int2send((
+            is_unique::int + 2 * (room IS NOT NULL)::int + 4 * (world IS NOT NULL)::int + 8 * (entity IS NOT NULL)::int
+        )::smallint)
+$$;
+
 -- What a process that holds memories cannot see by embeddings.xid: which transactions have last updated or removed
 -- memories of an agent and type; type '' is that of all, whose row the creation of the agent leaves: with one that is
 -- deleted all else is forgotten, and the next may have its id. A transaction takes over the row of one that has ended, and
@@ -572,6 +586,7 @@ DROP FUNCTION elizasql.note_agent();
 DROP FUNCTION elizasql.note_truncated_rows();
 DROP FUNCTION elizasql.note_rewritten_row();
 DROP FUNCTION elizasql.note_rewrite(uuid, text);
+DROP FUNCTION elizasql.send_scope(uuid, uuid, uuid, uuid, boolean);
 DROP FUNCTION elizasql.stamp_embedding();
 DROP FUNCTION elizasql.copy_scope_to_embedding();
 DROP FUNCTION elizasql.near_duplicates_384;

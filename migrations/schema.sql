@@ -1471,6 +1471,19 @@ BEGIN
 END
 $$;
 
+CREATE FUNCTION elizasql.send_scope(memory uuid, room uuid, world uuid, entity uuid, is_unique boolean) RETURNS bytea
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    AS $$
+    SELECT
+        uuid_send(memory)
+        || uuid_send(coalesce(room, '00000000-0000-0000-0000-000000000000'))
+        || uuid_send(coalesce(world, '00000000-0000-0000-0000-000000000000'))
+        || uuid_send(coalesce(entity, '00000000-0000-0000-0000-000000000000'))
+        || int2send((
+            is_unique::int + 2 * (room IS NOT NULL)::int + 4 * (world IS NOT NULL)::int + 8 * (entity IS NOT NULL)::int
+        )::smallint)
+$$;
+
 CREATE FUNCTION elizasql.stamp_embedding() RETURNS trigger
     LANGUAGE plpgsql
     AS $$

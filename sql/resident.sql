@@ -7,10 +7,11 @@
 -- that stays open, of whomever, would make all that is written beside it new again for every search.) What lies beyond
 -- the xmax of the present snapshot was not written by this server, but restored into it; loads have it.
 --
--- Deleted rows leave nothing behind, nor do rows of another type now: they are missing when they are to be fetched.
+-- Deleted rows leave nothing behind, nor do rows of another type now: they are missing when they are to be fetched. Where
+-- nothing is to be fetched, memory_rewrites tells that there may be such, or memories that were updated.
 --
--- A row travels as id, room, world, entity (nil for none), flags (1: unique, 2, 4, 8: has a room, a world, an entity) and
--- the vector. `life` names the server's life: after a crash, a failover or a restore transactions are numbered anew.
+-- A row travels as elizasql.send_scope writes its ids, and the vector. `life` names the server's life: after a crash, a
+-- failover or a restore transactions are numbered anew.
 
 -- name: measure_resident(agent_id, type, most)^
 -- What a load begins with: `size`, how many rows there are, `most` at most, so that what is too large is not even read.
@@ -42,16 +43,7 @@ SELECT
     count(*) AS number,
     max(xid) AS last,
     string_agg(
-        uuid_send(memory_id)
-        || uuid_send(coalesce(room_id, '00000000-0000-0000-0000-000000000000'))
-        || uuid_send(coalesce(world_id, '00000000-0000-0000-0000-000000000000'))
-        || uuid_send(coalesce(entity_id, '00000000-0000-0000-0000-000000000000'))
-        || int2send((
-            "unique"::int + 2 * (room_id IS NOT NULL)::int + 4 * (world_id IS NOT NULL)::int
-            + 8 * (entity_id IS NOT NULL)::int
-        )::smallint)
-        || vector_send(dim_384),
-        ''
+        elizasql.send_scope(memory_id, room_id, world_id, entity_id, "unique") || vector_send(dim_384), ''
     ) AS content
 FROM (
     SELECT
@@ -74,16 +66,7 @@ SELECT
     pg_current_snapshot() AS seen,
     count(*) AS number,
     string_agg(
-        uuid_send(memory_id)
-        || uuid_send(coalesce(room_id, '00000000-0000-0000-0000-000000000000'))
-        || uuid_send(coalesce(world_id, '00000000-0000-0000-0000-000000000000'))
-        || uuid_send(coalesce(entity_id, '00000000-0000-0000-0000-000000000000'))
-        || int2send((
-            "unique"::int + 2 * (room_id IS NOT NULL)::int + 4 * (world_id IS NOT NULL)::int
-            + 8 * (entity_id IS NOT NULL)::int
-        )::smallint)
-        || vector_send(dim_384),
-        ''
+        elizasql.send_scope(memory_id, room_id, world_id, entity_id, "unique") || vector_send(dim_384), ''
     ) AS content
 FROM (
     SELECT
@@ -155,15 +138,7 @@ FROM (VALUES (TRUE)) AS news (come)
 LEFT JOIN LATERAL (
     SELECT
         memory_id,
-        uuid_send(memory_id)
-        || uuid_send(coalesce(room_id, '00000000-0000-0000-0000-000000000000'))
-        || uuid_send(coalesce(world_id, '00000000-0000-0000-0000-000000000000'))
-        || uuid_send(coalesce(entity_id, '00000000-0000-0000-0000-000000000000'))
-        || int2send((
-            "unique"::int + 2 * (room_id IS NOT NULL)::int + 4 * (world_id IS NOT NULL)::int
-            + 8 * (entity_id IS NOT NULL)::int
-        )::smallint)
-        || vector_send(dim_384) AS sent
+        elizasql.send_scope(memory_id, room_id, world_id, entity_id, "unique") || vector_send(dim_384) AS sent
     FROM (
         SELECT
             pg_snapshot_xmax(:seen::pg_snapshot) AS earliest,
@@ -254,15 +229,7 @@ CROSS JOIN
 WITH changed AS MATERIALIZED (
     SELECT
         memory_id,
-        uuid_send(memory_id)
-        || uuid_send(coalesce(room_id, '00000000-0000-0000-0000-000000000000'))
-        || uuid_send(coalesce(world_id, '00000000-0000-0000-0000-000000000000'))
-        || uuid_send(coalesce(entity_id, '00000000-0000-0000-0000-000000000000'))
-        || int2send((
-            "unique"::int + 2 * (room_id IS NOT NULL)::int + 4 * (world_id IS NOT NULL)::int
-            + 8 * (entity_id IS NOT NULL)::int
-        )::smallint)
-        || vector_send(dim_384) AS content
+        elizasql.send_scope(memory_id, room_id, world_id, entity_id, "unique") || vector_send(dim_384) AS content
     FROM (
         SELECT
             pg_snapshot_xmax(:seen::pg_snapshot) AS earliest,
