@@ -378,16 +378,15 @@ class Matrix:
 
     def suits(
         self,
+        least: int,
+        most: int,
         *,
         room_id: UUID | None = None,
         world_id: UUID | None = None,
         entity_id: UUID | None = None,
         only_unique: bool = False,
-        threshold: float | None = None,  # noqa: ARG002
-        least: int = 0,
-        most: int = sys.maxsize,
     ) -> bool:
-        """Tell whether as many rows match as `search` and `rank` compare; the arguments are theirs."""
+        """Tell whether as many rows match as `search` with these arguments would compare."""
         at = self._select((room_id, world_id, entity_id), only_unique)
         return least <= (self.size if at is None else len(at)) <= most
 
@@ -433,8 +432,6 @@ class Matrix:
         entity_id: UUID | None = None,
         only_unique: bool = False,
         threshold: float | None = None,
-        least: int = 0,
-        most: int = sys.maxsize,
     ) -> list[Row] | None:
         """Find the `count` nearest, most similar first; equal ones are ordered by id.
 
@@ -445,12 +442,12 @@ class Matrix:
             As of `search`.
 
         Returns:
-            The rows; None when fewer or more match, the server is to be asked, or contents are not known.
+            The rows; None when the server is to be asked, or contents are not known.
         """
         held = self._held
-        at = self._select((room_id, world_id, entity_id), only_unique)
-        if held is None or not least <= (self.size if at is None else len(at)) <= most:
+        if held is None:
             return None
+        at = self._select((room_id, world_id, entity_id), only_unique)
         found = self._find(query, count, at, threshold)
         if found is None:
             return None

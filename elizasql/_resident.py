@@ -114,7 +114,7 @@ _COUNTS = {
 Scope = Mapping[str, UUID]
 
 # What a search filters by.
-_FILTERS = ("room_id", "world_id", "entity_id", "only_unique", "threshold")
+_SCOPE = ("room_id", "world_id", "entity_id", "only_unique")
 
 # The columns of a memory come first in a row of fetch_resident.
 _FIELDS = 12
@@ -408,14 +408,14 @@ class Resident:
         # Policies may hide at any time what nobody has changed; where there may be some, the server gives out the rows.
         if params["include_embedding"] or count > _MOST_RANKED or executor.home is None:
             return None
-        filters: dict[str, Any] = {name: params[name] for name in _FILTERS}
-        filters |= {"least": self._least, "most": self._most(vector.shape[0])}
+        scope: dict[str, Any] = {name: params[name] for name in _SCOPE}
+        threshold, most = params["threshold"], self._most(vector.shape[0])
         for number in range(_ROUNDS):
             matrix, seen, listed = tier.matrix, tier.seen, tier.listed
             if matrix is None or listed is None or tier.behind or tier.loading is not None or not matrix.contents_size:
                 self._begin_renewal(tier, kind)
                 return None
-            if not matrix.suits(**filters):
+            if not matrix.suits(self._least, most, **scope):
                 return None
             self.stats.repeats += number > 0
             checking = asyncio.ensure_future(
@@ -435,7 +435,7 @@ class Resident:
                 await asyncio.sleep(0)
                 ranked = tier.quiet and tier.matrix is matrix and tier.seen is seen
                 if ranked:
-                    found = self._give_out(matrix.rank(vector, count, **filters), kind)
+                    found = self._give_out(matrix.rank(vector, count, threshold=threshold, **scope), kind)
                 news = await checking
             finally:
                 await _end(checking)
@@ -468,7 +468,7 @@ class Resident:
                     contents = [tuple(row[_CONTENT:]) for row in news]
                     self._merge(tier, matrix, kind, first["seen"], changed, contents=contents)
                 if tier.matrix is matrix:
-                    found = self._give_out(matrix.rank(vector, count, **filters), kind)
+                    found = self._give_out(matrix.rank(vector, count, threshold=threshold, **scope), kind)
                     self.stats.checks += found is not None
                     return found
         return None
@@ -491,7 +491,7 @@ class Resident:
         statement = SQL.at("fetch_resident", vector.shape[0])
         count = params["count"]
         wanted, most = count + _SPARE, self._most(vector.shape[0])
-        filters = {name: params[name] for name in _FILTERS}
+        filters = {name: params[name] for name in (*_SCOPE, "threshold")}
         for number in range(_ROUNDS):
             matrix, seen = tier.matrix, tier.seen
             if matrix is None:
