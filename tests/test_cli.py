@@ -1251,7 +1251,11 @@ def test_recall_check_sees_what_is_missed(
     assert said["recommended"] == 20 and "ELIZASQL_EF_SEARCH=20:" in said["advice"]
 
 
-def test_recall_check_on_an_index_that_is_used(on_server: Run, dsn: str) -> None:
+def test_recall_check_on_an_index_that_is_used(run: Run, empty_database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A database of its own: beside a large agent in its partition this one would be compared exactly.
+    monkeypatch.setenv("POSTGRES_URL", empty_database)
+    assert run("migrate", "up").code == 0
+
     async def remember(db: DatabaseAdapter) -> None:
         await db.ensure_embedding_dimension(384)
         vectors = np.random.default_rng(6).normal(size=(2500, 384)).astype(np.float32)
@@ -1259,8 +1263,8 @@ def test_recall_check_on_an_index_that_is_used(on_server: Run, dsn: str) -> None
         await db.create_memories(memories, "facts")
         await db.index_memories(rebuild=True)
 
-    agent = with_agent(dsn, remember)
-    said = on_server("recall-check", "--agent", agent, "--sample", 200, "--json").json
+    agent = with_agent(empty_database, remember)
+    said = run("recall-check", "--agent", agent, "--sample", 200, "--json").json
     assert said["by_index"] is True
     recalls = [step["recall"] for step in said["steps"]]
     assert min(recalls) < 1  # random vectors are hard for a graph: of 2,000 neighbours some thirty are missed
