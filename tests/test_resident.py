@@ -909,12 +909,15 @@ async def test_an_old_snapshot_does_not_slow_changes_down(
     for _ in range(60):
         await session.execute(update, mind.db.agent_id, mind.ids[0])
     entries = "SELECT pg_stat_get_xact_tuples_returned('elizasql.memory_rewrites_idx'::regclass)"
-    async with session.transaction():
-        before = await session.fetchval(entries)
-        await session.execute(update, mind.db.agent_id, mind.ids[0])
-        assert 0 < await session.fetchval(entries) - before < 10
+    read = []
+    for _ in range(2):  # one in a hundred transactions tidies up, and looks at everything
+        async with session.transaction():
+            before = await session.fetchval(entries)
+            await session.execute(update, mind.db.agent_id, mind.ids[0])
+            read.append(await session.fetchval(entries) - before)
     await transaction.rollback()
     await foreign.close()
+    assert 0 < min(read) < 10
 
 
 async def test_the_own_transaction_goes_to_the_database(mind: Mind) -> None:
