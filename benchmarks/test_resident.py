@@ -157,10 +157,10 @@ def test_warm(benchmark: Any, run: Run, ten: Database, vectors: data.Data, repor
 
 
 async def _floor(connection: Any, calls: list[Any], adapters: list[DatabaseAdapter]) -> Any:
-    """Give a call of the statement that each search sends, with the rows that numpy found for it."""
+    """Give a call of the statement that each search sends."""
 
     async def try_out(call: Any) -> None:
-        with suppress(IndexError):  # the answer lacks the row about changes
+        with suppress(IndexError):  # there is no answer
             await call()
 
     sent = [await sent_by(adapters[at % len(adapters)], partial(try_out, call)) for at, call in enumerate(calls)]

@@ -107,6 +107,15 @@ def spawn(coroutine: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
     return contextvars.Context().run(asyncio.get_running_loop().create_task, coroutine, name=name)
 
 
+async def end(task: asyncio.Future[Any]) -> None:
+    """Cancel a task that has not ended, and wait for it; what it met is told already, or nobody misses it."""
+    if not task.done():
+        task.cancel()
+        await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()
+
+
 async def wait_for(coroutine: Coroutine[Any, Any, T], seconds: float, name: str) -> T:
     """Give what a coroutine gives, which is cancelled when it takes longer, or when the caller is.
 

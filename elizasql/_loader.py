@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from . import _codecs
-from ._calls import within
+from ._calls import end, within
 from .errors import ArgumentError, ElizaSQLError, IntegrityError
 from .models import LoadSummary, Model
 
@@ -97,10 +97,7 @@ class Loader:
                 storing = asyncio.ensure_future(self._store_batch(batch, count))
         finally:
             if storing is not None:
-                storing.cancel()
-                await asyncio.wait([storing])
-                if not storing.cancelled():
-                    storing.exception()  # it was raised already, or the load was cancelled
+                await end(storing)
 
     async def _take(self, memories: AsyncIterator[Any]) -> tuple[dict[UUID, tuple[int, Row]], int]:
         """Read the next batch: each row with its position, by id; and how many memories that took."""

@@ -46,14 +46,18 @@ _SPARE = 8
 # places.
 _ROW_OVERHEAD = 216
 
-# Bytes of a row's contents beside these: version, references, the time, and what Python adds to a bytes object.
-_CONTENTS_OVERHEAD = 8 + 3 * 8 + 48 + 33
+# Bytes that Python adds to a bytes object; and those of a row's contents beside the texts: the place for a version and
+# three references, the time.
+_BYTES_OVERHEAD = 33
+_PLACE = 8 + 3 * 8
+_TIME = 48
 
 # What most memories have as metadata is held once.
 _NO_METADATA = b"\x01{}"
 
 # A listed memory: its id and its version.
 _LISTED = np.dtype([("id", "V16"), ("version", ">i8")])
+LISTED = _LISTED.itemsize
 
 # What the process holds of a memory beside its vector: its version, when it was created, and its content and metadata
 # as the server sends them.
@@ -110,7 +114,7 @@ class _Held:
         self.contents: NDArray[np.object_] = np.empty(capacity, np.object_)
         self.metadata: NDArray[np.object_] = np.empty(capacity, np.object_)
         self.puts = 1
-        self.size = 32 * capacity
+        self.size = _PLACE * capacity
 
     def grow(self, capacity: int) -> None:
         more = capacity - len(self.versions)
@@ -119,7 +123,7 @@ class _Held:
         self.created, self.contents, self.metadata = (
             np.concatenate([column, nothing]) for column in (self.created, self.contents, self.metadata)
         )
-        self.size += 32 * more
+        self.size += _PLACE * more
 
     def move(self, place: int, last: int) -> None:
         """Put the last row in the place of one that is cleared."""
@@ -145,7 +149,8 @@ class _Held:
 
 def size_of(content: bytes, metadata: bytes) -> int:
     """Give the bytes that a memory's contents take beside their place."""
-    return _CONTENTS_OVERHEAD - 32 + len(content) + (33 + len(metadata) if metadata != _NO_METADATA else 0)
+    own = _BYTES_OVERHEAD + len(metadata) if metadata != _NO_METADATA else 0
+    return _TIME + _BYTES_OVERHEAD + len(content) + own
 
 
 class Matrix:
@@ -325,7 +330,7 @@ class Matrix:
     @staticmethod
     def estimate_contents(size: int) -> int:
         """Give the bytes that the contents of so many rows take before any is known."""
-        return 32 * _with_spare(size, _SPARE_AT_FIRST)
+        return _PLACE * _with_spare(size, _SPARE_AT_FIRST)
 
     def hold_contents(self) -> int:
         """Begin to hold contents, or a new stretch of puts; give the number of that stretch."""
@@ -347,7 +352,7 @@ class Matrix:
         rows = np.frombuffer(listed, _LISTED)
         versions = rows["version"].tolist()
         for number, version in enumerate(versions):
-            id = listed[24 * number : 24 * number + 16]
+            id = listed[LISTED * number : LISTED * number + 16]
             place = self._places.get(id)
             if place is not None and held.versions[place] != version:
                 found.append(pgproto.UUID(id))
@@ -363,7 +368,7 @@ class Matrix:
         held = self._held
         if held is None:
             return []
-        there = {listed[begin : begin + 16] for begin in range(0, len(listed), 24)}
+        there = {listed[begin : begin + 16] for begin in range(0, len(listed), LISTED)}
         return [
             pgproto.UUID(id) for id, place in self._places.items() if id not in there and held.versions[place] > -since
         ]

@@ -41,9 +41,9 @@ from typing import Any
 from uuid import UUID
 
 from . import _codecs
-from ._calls import current_deadline, spawn
+from ._calls import current_deadline, end, spawn
 from ._executor import Executor
-from ._matrix import Matrix, Row, size_of
+from ._matrix import LISTED, Matrix, Row, size_of
 from ._statements import SQL
 from .config import Config
 from .errors import ElizaSQLError
@@ -272,15 +272,6 @@ def _is_later(snapshot: Snapshot, other: Snapshot) -> bool:
     return (snapshot[1], -len(snapshot[2])) > (other[1], -len(other[2]))
 
 
-async def _end(task: asyncio.Task[Any]) -> None:
-    """See to it that a task has ended, and nobody misses what it met."""
-    if not task.done():
-        task.cancel()
-        await asyncio.wait({task})
-    if not task.cancelled():
-        task.exception()
-
-
 # --- the adapter's side ----------------------------------------------------------------------------------------------
 
 
@@ -438,7 +429,7 @@ class Resident:
                     found = self._give_out(matrix.rank(vector, count, threshold=threshold, **scope), kind)
                 news = await checking
             finally:
-                await _end(checking)
+                await end(checking)
             first = news[0]
             unchanged = tier.quiet = first["changed"] is None
             if tier.matrix is not matrix:
@@ -722,8 +713,9 @@ class Resident:
         assert row is not None
         listed: bytes = row["content"] or b""
         outdated: list[UUID] = []
-        for start in range(0, len(listed), 24 * _LISTED_AT_ONCE):
-            outdated += matrix.find_outdated(listed[start : start + 24 * _LISTED_AT_ONCE])
+        part = LISTED * _LISTED_AT_ONCE
+        for start in range(0, len(listed), part):
+            outdated += matrix.find_outdated(listed[start : start + part])
             await asyncio.sleep(0)
         gone = matrix.find_gone(listed, since)
         if tier.matrix is not matrix:
@@ -736,7 +728,7 @@ class Resident:
         if not self._grant(tier, ahead):
             self._release_contents(tier, matrix)
             return
-        at_once = min(_CONTENTS, 1 + _CONTENTS_BYTES * len(listed) // 24 // (row["size"] + 1))
+        at_once = min(_CONTENTS, 1 + _CONTENTS_BYTES * len(listed) // LISTED // (row["size"] + 1))
         for _ in range(_ROUNDS):
             for start in range(0, len(outdated), at_once):
                 rows = await self._background.fetch(
