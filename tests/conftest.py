@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -53,6 +54,21 @@ def dsn(server_dir: Path) -> Iterator[str]:
     if server is not None:
         loop.run_until_complete(server.release())
     loop.close()
+
+
+@pytest.fixture
+async def own_database(dsn: str) -> AsyncIterator[str]:
+    """Give the address of a database without anything but the extension."""
+    name = f"test_{uuid4().hex}"
+    made = urlunsplit(urlsplit(dsn)._replace(path=f"/{name}"))
+    admin = await asyncpg.connect(dsn.replace("//elizasql@", "//postgres@"))
+    await admin.execute(f"CREATE DATABASE {name} OWNER elizasql")
+    inside = await asyncpg.connect(made.replace("//elizasql@", "//postgres@"))
+    await inside.execute("CREATE EXTENSION vector")
+    await inside.close()
+    yield made
+    await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    await admin.close()
 
 
 async def _migrated(address: str) -> None:

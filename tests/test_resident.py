@@ -15,7 +15,6 @@ from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -281,7 +280,7 @@ class Model:
         assert self.matrix.find_outdated(listed) == []
         assert set(self.matrix.find_unknown()) == set(self.rows) - set(self.contents)
         bytes_held = sum(_matrix.size_of(content, metadata) for _, _, content, metadata in self.contents.values())
-        assert self.matrix.contents_size == 32 * self.matrix.capacity + bytes_held
+        assert self.matrix.contents_size == _matrix._PLACE * self.matrix.capacity + bytes_held
 
     def check(self, query: Vectors, count: int, **filters: Any) -> None:
         """Whatever can be among the nearest is a candidate, and nothing else is above `reach`."""
@@ -1813,21 +1812,6 @@ async def test_rewrites_leave_a_number_each_that_ran_together(mind: Mind, dsn: s
     await mind.writer.delete_agent(mind.db.agent_id)
     assert await rewrites(mind) == 0
     assert await mind.db.search_memories(embedding=some_vectors(1)[0], table_name=TABLE) == []
-
-
-@pytest.fixture
-async def own_database(dsn: str) -> AsyncIterator[str]:
-    """Give the address of a database without anything but the extension."""
-    name = f"test_{uuid4().hex}"
-    made = urlunsplit(urlsplit(dsn)._replace(path=f"/{name}"))
-    admin = await asyncpg.connect(dsn.replace("//elizasql@", "//postgres@"))
-    await admin.execute(f"CREATE DATABASE {name} OWNER elizasql")
-    inside = await asyncpg.connect(made.replace("//elizasql@", "//postgres@"))
-    await inside.execute("CREATE EXTENSION vector")
-    await inside.close()
-    yield made
-    await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
-    await admin.close()
 
 
 @pytest.mark.parametrize("what", ["elizasql.memories, elizasql.embeddings", "one partition"])

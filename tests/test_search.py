@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 from uuid import UUID, uuid4
 
-import asyncpg
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -87,15 +86,9 @@ class Loaded:
 
 
 @pytest.fixture
-async def alone(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> DatabaseAdapter:
-    """Give an agent in the emptiest partition: whether a scope is a large part of the graph hangs on its neighbours."""
-    emptiest = await raw.fetchval(
-        "SELECT relname::text FROM pg_class WHERE relname ~ '^embeddings_p[0-9]+$' ORDER BY reltuples, relname LIMIT 1"
-    )
-    agent_id = uuid4()
-    while await raw.fetchval("SELECT elizasql.partition_of($1)", agent_id) != emptiest:
-        agent_id = uuid4()
-    return await make_db(agent_id)
+async def alone(make_db: MakeAdapter, own_database: str) -> DatabaseAdapter:
+    """Give an agent without neighbours: how large a part of the graph a scope is, and what it hides, hangs on these."""
+    return await make_db(dsn=own_database)
 
 
 @pytest.fixture
@@ -227,7 +220,7 @@ async def test_a_scope_that_shrinks_after_it_was_measured(loaded: Loaded) -> Non
 
 @pytest.mark.parametrize("filters", [(), ("room_id",), ("entity_id",), ("world_id",), ("room_id", "entity_id")])
 async def test_the_tail_does_not_hide_what_hnsw_has_not_reached(
-    alone: DatabaseAdapter, make_db: MakeAdapter, dsn: str, filters: tuple[str, ...]
+    alone: DatabaseAdapter, make_db: MakeAdapter, own_database: str, filters: tuple[str, ...]
 ) -> None:
     """HNSW ends its scan among those that do not match; the tail has enough rows, but further ones."""
     scene = await make_scene(alone)
@@ -245,7 +238,8 @@ async def test_the_tail_does_not_hide_what_hnsw_has_not_reached(
     await alone.create_memories([*memories(2500, 0.9, unique=False), *memories(8, 0.5, unique=True)], "messages")
     await alone.index_memories(rebuild=True)
     await alone.create_memories(memories(12, 0.1, unique=True), "messages")
-    db = await make_db(alone.agent_id, dsn=f"{dsn}{'&' if '?' in dsn else '?'}hnsw.max_scan_tuples=200")
+    separator = "&" if "?" in own_database else "?"
+    db = await make_db(alone.agent_id, dsn=f"{own_database}{separator}hnsw.max_scan_tuples=200")
     scope = {name: getattr(scene, name.removesuffix("_id")) for name in filters}
     for _ in range(2):
         hits = await db.search_memories(embedding=query, table_name="messages", unique=True, **scope)
