@@ -205,7 +205,7 @@ def test_every_world(benchmark: Any, run: Run, one: Database, vectors: data.Data
             tier = await open_adapter(one.dsn, agent.db.agent_id, resident="required")
             stack.push_async_callback(tier.close)
             await in_world(tier, 0, [{} for _ in WORLDS])(0)
-            assert tier._resident.stats.loads == 1
+            assert tier._resident.stats.hits == 1  # what an adapter before had loaded may still be held
             vector = [_codecs.encode_vector(query) for query in queries]
 
             def exact(world: int) -> Call:

@@ -9,8 +9,8 @@ the contents are brought up to date in the background, and until that is done th
 So it does where contents are not held, or the order hangs on less than the server's own arithmetic is off by: `Matrix`
 finds the candidates; one statement, `fetch_resident`, fetches their rows, ranks them exactly, and tells in the same
 snapshot what has changed since this process last looked. So a search is one round trip, two when something was updated
-or removed, and what it gives is what an exact search in the database gives at the moment of the last one, whoever wrote
-what until then. As for `fetch_resident`:
+or removed or the order is too close to tell, and what it gives is what an exact search in the database gives at the
+moment of the last one, whoever wrote what until then. As for `fetch_resident`:
 
 - Rows that were written since are in the statement's ranking, and come back with it to be merged here. When there are
   too many for that, they are read first and the search is done again.
@@ -281,11 +281,11 @@ class Stats:
 
     Attributes:
         hits: Searches that were answered here.
-        misses: Searches that were left to the database.
-        repeats: Times that a search was done once more, a round trip each.
+        misses: Searches that were left to the database, those inside a transaction apart.
+        repeats: Times that a search was done once more in the same way.
         deltas: Times that changes were merged.
         changes: Rows that were merged.
-        checks: Searches that were answered here with nothing to be fetched.
+        checks: Searches that `check_resident` alone answered.
         renewals: Times that contents were brought up to date.
         loads: Types that were loaded.
         evictions: Types that were put out to make room.

@@ -204,7 +204,8 @@ class DatabaseAdapter(
         concurrent calls on it run one after the other, and while a savepoint is open only its own adapter may be used.
 
         Raises:
-            TransactionError: An error was caught inside that had ended the transaction; nothing was kept.
+            TransactionError: An error was caught inside that had ended the transaction, or a call in it was cut short;
+                nothing was kept.
             ConnectionLostError: The connection broke; nothing was kept.
             UnknownOutcomeError: It broke at the very end, and the server could not be asked how that ended: all was
                 kept or nothing.

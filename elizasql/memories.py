@@ -236,7 +236,7 @@ class Memories(Store):
             As `create_memory`. Errors of a memory name its position, the server's where it tells which one it means.
             UniqueViolationError: An id is there already, and `on_conflict` is "error".
 
-        Statement: sql/memories.sql load_memories, `config.batch_size` rows a round trip, and four for each transaction;
+        Statement: sql/memories.sql load_memories, `config.batch_size` rows a round trip, three for each transaction;
         sql/embeddings.sql drop_index, build_index.
         """
         self._refuse_in_transaction("load_memories")

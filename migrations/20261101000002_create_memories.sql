@@ -333,7 +333,7 @@ ALTER TABLE elizasql.embeddings ENABLE ALWAYS TRIGGER embeddings_stamp_changed;
 -- first chunk, lock_types and lock_rooms, and in one order, so that two batches cannot wait for each other.
 --
 -- A scope of up to 2,000 rows is compared exactly, through the index of the narrowest one that is given. For a larger one
--- HNSW gives the ten nearest of all that the agent has, whatever their room, world and entity: where none of them is that
+-- HNSW gives the ten nearest of that type that the agent has, whatever their room, world and entity: where none of them is that
 -- near, none is in the scope either, and the scan need not go on until the scope has answered. Only where all ten are that
 -- near and elsewhere the scope itself is asked. An agent of less than a tenth of its graph HNSW could not answer for:
 -- then up to 20,000 rows are compared exactly. In the server, for 6,000 rows of 10,000, real embeddings: 3 ms in place of
@@ -489,7 +489,7 @@ $$;
 -- be safe. While there is none, searches scan exactly what is the agent's. A load by a role that could not build it
 -- again is told to go on as if it were there, also where somebody else has dropped it.
 --
--- It waits two seconds at most for those who read the partition, since everybody else would wait behind it.
+-- For a load it waits two seconds at most for those who read the partition: everybody else would wait behind it.
 CREATE FUNCTION elizasql.drop_index(given_agent uuid, coming bigint) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
     part text := 'elizasql.' || elizasql.partition_of(given_agent);

@@ -11,8 +11,8 @@
 -- WHERE it would make the index walk everything.
 --
 -- Exact or HNSW. HNSW under a selective filter loses rows (recall 0.41 for a room of 37 rows among 100,000). So the
--- statements measure the scope first, which costs 0.1 us a row: up to 2,000 rows, or up to 20,000 that are less than a
--- third of the graph, are scanned exactly through the b-tree. The size of the graph is its partition's, found by the
+-- statements measure the scope first, which costs 0.1 us a row: up to 2,000 rows, or up to 20,000 that are less than
+-- 0.3 of the graph, are scanned exactly through the b-tree. The size of the graph is its partition's, found by the
 -- type's oldest row: without an order the generic plan made a bitmap of all the agent's rows for it, 5 ms for 100,000.
 -- One that was never counted, -1, is taken for 100,000: as a small one it would be asked for any scope of 2,001.
 -- Whatever was chosen, when HNSW yields fewer rows than asked for, the same statement scans the scope exactly: never

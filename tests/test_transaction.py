@@ -17,7 +17,6 @@ from elizasql import DatabaseAdapter, Memory, Room, World, _executor
 from tests.conftest import MakeAdapter, Scene, make_scene
 from tests.locking import blocked_pid, locked
 
-ASK_PID = "SELECT pg_backend_pid()"
 VECTOR = np.ones(384, dtype=np.float32)
 
 
