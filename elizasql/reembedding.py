@@ -375,7 +375,9 @@ class _Move:
             async with self._executor.transaction() as tx:
                 await tx.execute(SQL["hold_agent"], agent_id=self._store.agent_id)
                 while rows := await self._fetch_left(tx, _FIRST):
-                    stored += await self._put(tx, rows)
+                    if not (number := await self._put(tx, rows)):
+                        return stored  # abandoned meanwhile, which the next look says: texts cannot change any more
+                    stored += number
                 await tx.execute(SQL["switch_dimension"], **self._widths)
         except CheckError as error:
             if error.constraint not in _NOT_YET:

@@ -907,7 +907,15 @@ async def test_what_is_new_for_tail(make_db: MakeAdapter) -> None:
     for number in range(250, 400):
         await log(number)
     await log(400, known[5].created_at)  # was committed late
-    assert numbers(await look._newer(db, None, known)) == [*range(399, 249, -1), 400]
+    new = await look._newer(db, None, known)
+    assert numbers(new) == [*range(399, 249, -1), 400]
+    # A late one pushes out none that is newer: nothing would be shown twice.
+    for number in range(401, 461):
+        await log(number)
+    await log(500, known[50].created_at)
+    known = look._newest(await look._newer(db, None, known) + known)
+    assert await look._newer(db, None, known) == []
+    assert numbers(known)[:3] == [460, 459, 458]
     assert await look._newer(db, "b", known) == []
 
 

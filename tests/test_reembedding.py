@@ -509,6 +509,33 @@ async def test_where_writers_never_pause_the_last_few_are_embedded_while_they_wa
     assert await check_end(raw, db.agent_id) == done.embedded
 
 
+async def test_what_is_abandoned_while_writers_wait_ends(
+    db: DatabaseAdapter, raw: Raw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await remember(db, 4)
+    held, made = module._Move._switch_while_writers_wait, embedder(NEW)
+    asked: list[int] = []
+
+    async def abandoned(self: module._Move) -> int:
+        await remember(db, 3, "late")
+        await raw.execute(
+            "UPDATE elizasql.reembeddings SET source = target, target = NULL WHERE agent_id = $1", db.agent_id
+        )
+        asked.clear()
+        return await held(self)
+
+    def embed(texts: list[str]) -> Any:
+        asked.append(len(texts))
+        assert len(asked) < 20
+        return made(texts)
+
+    monkeypatch.setattr(module, "_TRIES", 0)
+    monkeypatch.setattr(module._Move, "_switch_while_writers_wait", abandoned)
+    with pytest.raises(ReembeddingError, match="abandoned"):
+        await db.reembed(NEW, embed)
+    assert len(asked) == 1
+
+
 # --- others learn of it ----------------------------------------------------------------------------------------------
 
 STALE: dict[str, Callable[[DatabaseAdapter, int], Awaitable[Any]]] = {

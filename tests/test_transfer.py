@@ -921,3 +921,13 @@ async def test_a_row_that_no_table_can_hold_ends_the_part(make_db: MakeAdapter) 
         with pytest.raises((DataError, NotNullError)):
             await _rows.put_lines(db, "rooms", [*map(orjson.dumps, (good, bad))], Summary(), lambda *_: None)
     assert await db.get_rooms_by_ids([good["id"]]) == []
+
+
+def test_an_export_that_fails_leaves_what_others_put_into_its_folder(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="full"), _archive.create(tmp_path) as writer:
+        assert writer
+        writer._store.add("agents/one.jsonl", b"{}")
+        (tmp_path / "photos").mkdir()
+        (tmp_path / "photos" / "a.jpg").write_bytes(b"x")
+        raise OSError("full")
+    assert [each.name for each in tmp_path.rglob("*")] == ["photos", "a.jpg"]

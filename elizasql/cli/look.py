@@ -81,7 +81,7 @@ def tail(
                     await asyncio.sleep(_PAUSE)
                     new = await _newer(db, type, known)
                     _show_logs(new, json=json)
-                    known = (new + known)[:_WINDOW]
+                    known = _newest(new + known)
 
     asyncio.run(work())
 
@@ -98,6 +98,11 @@ async def _newer(db: DatabaseAdapter, type: str | None, known: list[Log]) -> lis
             break
         page = await db.get_logs(type=type, count=_WINDOW, cursor=page[-1])
     return new
+
+
+def _newest(logs: list[Log]) -> list[Log]:
+    """Give those that later looks compare with; one that was committed late is older than some behind it."""
+    return sorted(logs, key=_rank, reverse=True)[:_WINDOW]
 
 
 def _rank(log: Log) -> tuple[Any, Any]:

@@ -12,7 +12,6 @@ import json
 import lzma
 import os
 import re
-import shutil
 import tarfile
 import uuid
 import zlib
@@ -70,28 +69,45 @@ class Part:
 class _Store(Protocol):
     def add(self, name: str, data: bytes) -> None: ...
     def close(self) -> None: ...
+    def discard(self) -> None: ...
 
 
 class _Folder:
     def __init__(self, path: Path) -> None:
         self._path = path
-        path.mkdir(mode=0o700, exist_ok=True)
+        self._made: list[Path] = []
+        self._make(path)
 
     def add(self, name: str, data: bytes) -> None:
         target = self._path / name
         for folder in reversed(target.parents[: name.count("/")]):
-            folder.mkdir(mode=0o700, exist_ok=True)
+            self._make(folder)
         with open_private(target, "xb") as file:
+            self._made.append(target)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
 
+    def _make(self, folder: Path) -> None:
+        if not folder.is_dir():
+            folder.mkdir(mode=0o700)
+            self._made.append(folder)
+
     def close(self) -> None:
         pass
+
+    def discard(self) -> None:
+        """Remove what was made here; what others have put there stays."""
+        for each in reversed(self._made):
+            if not each.is_dir():
+                each.unlink(missing_ok=True)
+            elif not any(each.iterdir()):
+                each.rmdir()
 
 
 class _Tar:
     def __init__(self, path: Path, mode: str) -> None:
+        self._path = path
         self._file = open_private(path, "xb")
         self._tar = tarfile.open(fileobj=self._file, mode=mode)  # type: ignore[call-overload]  # noqa: SIM115
 
@@ -108,6 +124,9 @@ class _Tar:
             os.fsync(self._file.fileno())
         finally:
             self._file.close()
+
+    def discard(self) -> None:
+        self._path.unlink(missing_ok=True)
 
 
 class Writer:
@@ -168,8 +187,8 @@ def create(path: Path) -> Iterator[Writer]:
         raise ArchiveError(f"{path} is there already: choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path if fills else path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    store: _Store = _Folder(unfinished) if mode is None else _Tar(unfinished, f"w:{mode}")
     try:
-        store: _Store = _Folder(unfinished) if mode is None else _Tar(unfinished, f"w:{mode}")
         try:
             yield Writer(store)
         finally:
@@ -177,11 +196,7 @@ def create(path: Path) -> Iterator[Writer]:
         if not fills:
             unfinished.rename(path)
     except BaseException:
-        for each in list(unfinished.iterdir()) if fills else [unfinished]:
-            if each.is_dir():
-                shutil.rmtree(each)
-            else:
-                each.unlink(missing_ok=True)
+        store.discard()
         raise
 
 
