@@ -333,11 +333,12 @@ ALTER TABLE elizasql.embeddings ENABLE ALWAYS TRIGGER embeddings_stamp_changed;
 -- first chunk, lock_types and lock_rooms, and in one order, so that two batches cannot wait for each other.
 --
 -- A scope of up to 2,000 rows is compared exactly, through the index of the narrowest one that is given. For a larger one
--- HNSW gives the ten nearest of that type that the agent has, whatever their room, world and entity: where none of them is that
--- near, none is in the scope either, and the scan need not go on until the scope has answered. Only where all ten are that
--- near and elsewhere the scope itself is asked. An agent of less than a tenth of its graph HNSW could not answer for:
--- then up to 20,000 rows are compared exactly. In the server, for 6,000 rows of 10,000, real embeddings: 3 ms in place of
--- 6.7 row by row; for all 10,000 3 in place of 10; and each of 2,400 near-duplicates of similarity 0.951 and more was found.
+-- HNSW gives the ten nearest of that type that the agent has, whatever their room, world and entity: where none of them
+-- is that near, none is in the scope either, and the scan need not go on until the scope has answered. Only where all ten
+-- are that near and elsewhere the scope itself is asked. An agent of less than a tenth of its graph HNSW could not answer
+-- for: then up to 20,000 rows are compared exactly. In the server, for 6,000 rows of 10,000, real embeddings: 3 ms in
+-- place of 6.7 row by row; for all 10,000 3 in place of 10; and each of 2,400 near-duplicates of similarity 0.951 and
+-- more was found.
 DO $create$
 DECLARE
     dim int;

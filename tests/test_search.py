@@ -86,9 +86,9 @@ class Loaded:
 
 
 @pytest.fixture
-async def alone(make_db: MakeAdapter, own_database: str) -> DatabaseAdapter:
+async def alone(make_db: MakeAdapter, empty_database: str) -> DatabaseAdapter:
     """Give an agent without neighbours: how large a part of the graph a scope is, and what it hides, hangs on these."""
-    return await make_db(dsn=own_database)
+    return await make_db(dsn=empty_database)
 
 
 @pytest.fixture
@@ -220,7 +220,7 @@ async def test_a_scope_that_shrinks_after_it_was_measured(loaded: Loaded) -> Non
 
 @pytest.mark.parametrize("filters", [(), ("room_id",), ("entity_id",), ("world_id",), ("room_id", "entity_id")])
 async def test_the_tail_does_not_hide_what_hnsw_has_not_reached(
-    alone: DatabaseAdapter, make_db: MakeAdapter, own_database: str, filters: tuple[str, ...]
+    alone: DatabaseAdapter, make_db: MakeAdapter, empty_database: str, filters: tuple[str, ...]
 ) -> None:
     """HNSW ends its scan among those that do not match; the tail has enough rows, but further ones."""
     scene = await make_scene(alone)
@@ -238,8 +238,8 @@ async def test_the_tail_does_not_hide_what_hnsw_has_not_reached(
     await alone.create_memories([*memories(2500, 0.9, unique=False), *memories(8, 0.5, unique=True)], "messages")
     await alone.index_memories(rebuild=True)
     await alone.create_memories(memories(12, 0.1, unique=True), "messages")
-    separator = "&" if "?" in own_database else "?"
-    db = await make_db(alone.agent_id, dsn=f"{own_database}{separator}hnsw.max_scan_tuples=200")
+    separator = "&" if "?" in empty_database else "?"
+    db = await make_db(alone.agent_id, dsn=f"{empty_database}{separator}hnsw.max_scan_tuples=200")
     scope = {name: getattr(scene, name.removesuffix("_id")) for name in filters}
     for _ in range(2):
         hits = await db.search_memories(embedding=query, table_name="messages", unique=True, **scope)

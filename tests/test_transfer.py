@@ -925,9 +925,20 @@ async def test_a_row_that_no_table_can_hold_ends_the_part(make_db: MakeAdapter) 
 
 def test_an_export_that_fails_leaves_what_others_put_into_its_folder(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="full"), _archive.create(tmp_path) as writer:
-        assert writer
         writer._store.add("agents/one.jsonl", b"{}")
         (tmp_path / "photos").mkdir()
         (tmp_path / "photos" / "a.jpg").write_bytes(b"x")
         raise OSError("full")
     assert [each.name for each in tmp_path.rglob("*")] == ["photos", "a.jpg"]
+
+
+def test_an_export_whose_compression_is_not_there_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: Any, **__: Any) -> None:
+        raise tarfile.CompressionError("no such module")
+
+    monkeypatch.setattr(tarfile, "open", missing)
+    with pytest.raises(tarfile.CompressionError), _archive.create(tmp_path / "a.tar.gz"):
+        pass
+    assert not [*tmp_path.iterdir()]

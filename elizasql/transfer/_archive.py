@@ -17,7 +17,7 @@ import uuid
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -89,7 +89,7 @@ class _Folder:
             os.fsync(file.fileno())
 
     def _make(self, folder: Path) -> None:
-        if not folder.is_dir():
+        with suppress(FileExistsError):
             folder.mkdir(mode=0o700)
             self._made.append(folder)
 
@@ -109,7 +109,12 @@ class _Tar:
     def __init__(self, path: Path, mode: str) -> None:
         self._path = path
         self._file = open_private(path, "xb")
-        self._tar = tarfile.open(fileobj=self._file, mode=mode)  # type: ignore[call-overload]  # noqa: SIM115
+        try:
+            self._tar = tarfile.open(fileobj=self._file, mode=mode)  # type: ignore[call-overload]  # noqa: SIM115
+        except BaseException:
+            self._file.close()
+            self.discard()
+            raise
 
     def add(self, name: str, data: bytes) -> None:
         member = tarfile.TarInfo(name)
