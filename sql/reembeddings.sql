@@ -171,8 +171,15 @@ moved AS (
 SELECT count(*) FROM moved;
 
 -- name: hold_agent(agent_id)!
--- Keeps everybody else from writing for the agent until the transaction ends.
-SELECT FROM elizasql.agents
+-- Keeps everybody else from writing for the agent until the transaction ends. No limit of the server's own ends it while the
+-- client embeds, which may take long.
+SELECT
+    set_config('idle_in_transaction_session_timeout', '0', TRUE),
+    CASE
+        WHEN current_setting('transaction_timeout', TRUE) IS NOT NULL
+            THEN set_config('transaction_timeout', '0', TRUE)
+    END
+FROM elizasql.agents
 WHERE id = :agent_id
 FOR UPDATE;
 

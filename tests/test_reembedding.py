@@ -28,10 +28,13 @@ from elizasql import (
     ReembeddingError,
 )
 from elizasql import reembedding as module
+from elizasql._executor import Executor
+from elizasql._statements import SQL
 
 from .conftest import MakeAdapter, Scene, make_scene
 from .locking import blocked_pid
 from .reembed_worker import embedder, vector_of
+from .test_adapter import with_query
 from .test_dimension_lock import until_waiting
 
 Raw: TypeAlias = "asyncpg.Connection[Any]"
@@ -507,6 +510,34 @@ async def test_where_writers_never_pause_the_last_few_are_embedded_while_they_wa
     assert tried == ["switch"] * 3 + ["held"]
     assert done.embedded == 4 + 3 * 3 + 130
     assert await check_end(raw, db.agent_id) == done.embedded
+
+
+async def test_no_limit_of_the_servers_own_ends_the_switch_while_embed_works(
+    make_db: MakeAdapter, raw: Raw, dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The transaction stands idle for as long as `embed` takes."""
+    limits = ["idle_in_transaction_session_timeout"]
+    if raw.get_server_version().major >= 17:
+        limits.append("transaction_timeout")
+    db = await make_db(dsn=with_query(dsn, **dict.fromkeys(limits[1:], "40s")))
+    await remember(db, 4)
+    held, put = module._Move._switch_while_writers_wait, module._Move._put
+    found: list[dict[str, str]] = []
+
+    async def late(self: module._Move) -> int:
+        await remember(db, 3, "late")
+        return await held(self)
+
+    async def look(self: module._Move, executor: Executor, rows: Sequence[Any]) -> int:
+        if executor.in_transaction:
+            found.append(dict(await executor.fetch(SQL["get_settings"], names=limits)))
+        return await put(self, executor, rows)
+
+    monkeypatch.setattr(module, "_TRIES", 0)
+    monkeypatch.setattr(module._Move, "_switch_while_writers_wait", late)
+    monkeypatch.setattr(module._Move, "_put", look)
+    assert (await db.reembed(NEW, embedder(NEW))).embedded == 7
+    assert found == [dict.fromkeys(limits, "0")]
 
 
 async def test_what_is_abandoned_while_writers_wait_ends(
