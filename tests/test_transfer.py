@@ -616,6 +616,57 @@ async def test_a_row_that_could_not_be_read_again_ends_the_export(
     assert list(tmp_path.iterdir()) == []
 
 
+async def test_a_list_of_parts_that_could_not_be_read_again_ends_the_export(
+    databases: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = uuid4()
+    async with opened(databases[0], agent) as db:
+        await remember(db, 50)
+    monkeypatch.setattr(export, "_ROWS", 1)
+    monkeypatch.setattr(_archive, "_LARGEST", 10_000)
+    for name in ("a", "a.tar"):
+        with pytest.raises(ArchiveError, match=r"^1\d\d parts are too many for an archive"):
+            await out(databases[0], tmp_path / name, agent_ids=[agent])
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_what_a_part_takes_does_not_grow_with_their_number(
+    databases: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing goes through all agents, or all parts, for each part."""
+    passes = 0
+
+    class Counted(list[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            nonlocal passes
+            passes += 1
+            return super().__iter__()
+
+        def __reversed__(self) -> Iterator[Any]:
+            nonlocal passes
+            passes += 1
+            return super().__reversed__()
+
+    work, members = export._Export, tarfile.TarFile.getmembers
+    monkeypatch.setattr(export, "_Export", lambda a, b, c, agents: work(a, b, c, Counted(agents)))
+    monkeypatch.setattr(tarfile.TarFile, "getmembers", lambda tar: Counted(members(tar)))
+    agent = uuid4()
+    async with opened(databases[0], agent) as db:
+        await remember(db, 50)
+    found = {}
+    for rows in (5, 50):
+        monkeypatch.setattr(export, "_ROWS", rows)
+        passes = 0
+        await out(databases[0], tmp_path / f"{rows}.tar", agent_ids=[agent])
+        with Archive(tmp_path / f"{rows}.tar") as archive:
+            archive.parts = Counted(archive.parts)
+            async with opened(databases[1]) as db:
+                await import_archive(db, archive)
+            found[len(archive.parts)] = passes
+    (many, for_many), (few, for_few) = found.items()
+    assert many >= few + 18 and for_many == for_few
+
+
 async def test_ids_and_paths_may_be_text(databases: list[str], tmp_path: Path) -> None:
     agent = uuid4()
     async with opened(databases[0], agent) as db:

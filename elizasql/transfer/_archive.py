@@ -153,9 +153,16 @@ class Writer:
         self.parts.append(Part(name, table, agent_id, rows, len(data), hashlib.sha256(data).hexdigest()))
 
     def finish(self, **facts: Any) -> None:
-        """Add the manifest."""
+        """Add the manifest.
+
+        Raises:
+            ArchiveError: It is larger than what is read again.
+        """
         manifest = {"format": FORMAT, **facts, "parts": [asdict(part) for part in self.parts]}
-        self._store.add(MANIFEST, orjson.dumps(manifest, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+        data = orjson.dumps(manifest, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+        if len(data) > _LARGEST:
+            raise ArchiveError(f"{len(self.parts):,} parts are too many for an archive: export some agents at a time")
+        self._store.add(MANIFEST, data)
 
 
 def _reraise_real(error: Exception) -> None:
@@ -223,6 +230,7 @@ class Archive:
         """
         self.path: Path = Path(path)
         self._tar: tarfile.TarFile | None = None
+        self._members: dict[str, tarfile.TarInfo] = {}
         if self.path.is_fifo():
             raise ArchiveError(
                 f"{self.path} is a pipe: an archive is read more than once, it must be a file or a folder"
@@ -350,7 +358,9 @@ class Archive:
                 if path.stat().st_size > _LARGEST or not path.is_file():
                     raise ArchiveError(f"{self.path}: {name} is no part")
                 return path.read_bytes()
-            member = self._tar.getmember(name)
+            if not self._members:  # `getmember` looks through all of them for each
+                self._members = {member.name: member for member in self._tar.getmembers()}
+            member = self._members[name]
             file = self._tar.extractfile(member) if member.isreg() and member.size <= _LARGEST else None
             if file is None:
                 raise ArchiveError(f"{self.path}: {name} is no part")

@@ -58,7 +58,7 @@ async def export_archive(
     Raises:
         ArgumentError: An id is none.
         NotFoundError: There is no such agent.
-        ArchiveError: There is something of this name already, or a row is too large for an archive.
+        ArchiveError: There is something of this name already, a row is too large, or parts are too many.
         PermissionDeniedError: The role does not see all rows.
     """
     given = None if agent_ids is None else _codecs.as_ids(agent_ids, "agent_ids")
@@ -85,6 +85,7 @@ class _Export:
         self._writer = writer
         self._advance = advance
         self._agents = agents
+        self._totals = {name: sum(agent[name] for agent in agents) for name in ("memories", "embeddings")}
         self._rows: dict[str, int] = {}
 
     async def run(self, chosen: list[UUID] | None) -> dict[str, Any]:
@@ -111,12 +112,9 @@ class _Export:
             "rows": self._rows,
         }
 
-    def _total(self, name: str) -> int | None:
-        return sum(agent[name] for agent in self._agents) if name in ("memories", "embeddings") else None
-
     def _count(self, name: str, rows: int) -> None:
         self._rows[name] = self._rows.get(name, 0) + rows
-        self._advance(name, self._rows[name], self._total(name))
+        self._advance(name, self._rows[name], self._totals.get(name))
 
     async def _lines(self, table: Table, agent_id: UUID | None, prefix: str) -> None:
         """Write the rows of a table in as many parts as they need."""

@@ -54,11 +54,13 @@ async def import_archive(
     totals: dict[str, int] = {}
     for part in parts:
         totals[part.table] = totals.get(part.table, 0) + part.rows * (part.table != "embeddings" or _is_matrix(part))
+    matrices = {part.name.removesuffix(".npy"): part for part in archive.parts if _is_matrix(part)}
     replies: list[Part] = []
     for part in parts:
         if part.table == "embeddings":
             if not _is_matrix(part):
-                await _put_embeddings(db, archive, part, summary, refuse)
+                matrix = matrices[part.name.removesuffix(".jsonl")]
+                await _put_embeddings(db, archive, part, matrix, summary, refuse)
         else:
             lines = archive.read(part).splitlines()
             summary.read[part.table] += len(lines)
@@ -82,11 +84,11 @@ async def _check_dimensions(db: DatabaseAdapter, agents: list[dict[str, Any]]) -
             raise EmbeddingDimensionError(row["id"], locked=row["dimension"], given=given[row["id"]])
 
 
-async def _put_embeddings(db: DatabaseAdapter, archive: Archive, part: Part, summary: Summary, refuse: Refuse) -> None:
+async def _put_embeddings(
+    db: DatabaseAdapter, archive: Archive, part: Part, beside: Part, summary: Summary, refuse: Refuse
+) -> None:
     """Import vectors: a part of ids and the matrix beside it."""
     lines = archive.read(part).splitlines()
-    name = part.name.removesuffix(".jsonl") + ".npy"
-    beside = next(each for each in archive.parts if each.name == name)
     try:
         matrix = np.lib.format.read_array(io.BytesIO(archive.read(beside)), allow_pickle=False)
         ids = [_codecs.as_id(orjson.loads(line)["memory_id"]) for line in lines]
