@@ -1382,12 +1382,28 @@ def test_import_of_bad_files(on_server: Run, tmp_path: Path, empty_database: str
     on_server("import", ".").fails(1, "no archive of elizasql, or not a complete one")
     on_server("import").fails(2, "either an archive or --from")
     on_server("import", "text", "--from", "postgres://h/d").fails(2, "either an archive or --from")
-    on_server("import", "text", "--report", "none/x").fails(2, "--report: none/x cannot be written")
-    on_server("import", "text", "--report", ".").fails(2, "--report: . cannot be written")
     on_server("export", "-").fails(2, "standard output")
     on_server("export", "out", "--agent", uuid4()).fails(1, "there is no agent")
     on_server("export", "/proc/nothing/out").fails(1, "/proc/nothing")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["text"]
+
+
+def test_a_report_that_cannot_be_written_is_refused_at_once(
+    on_server: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the first row to tell of would find it out, after hours."""
+    text = tmp_path / "text"
+    text.write_text("hello")
+    for report in ("none/x", ".", "text/x"):
+        on_server("import", text, "--report", report).fails(2, f"the report {re.escape(report)} cannot be written: ")
+    on_server("import", text, "--report", "text").fails(1, "no archive of elizasql")
+    on_server("import", text, "--report", "new").fails(1, "no archive of elizasql")
+    on_server("import", text).fails(1, "no archive of elizasql")
+    assert [path.name for path in tmp_path.iterdir()] == ["text"] and text.read_text() == "hello"
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    on_server("import", text).fails(2, r"the report elizasql-import-.*\.jsonl cannot be written: .*--report")
 
 
 def test_index_moves_the_tail(on_server: Run, dsn: str) -> None:

@@ -110,10 +110,13 @@ def import_(
         raise ArgumentError("give either an archive or --from")
     if path is not None and dimension is not None:
         raise ArgumentError("--dimension goes with --from: an archive holds vectors of one width for each agent")
-    if report is not None and (report.is_dir() or not os.access(report.parent, os.W_OK)):
-        raise ArgumentError(f"--report: {report} cannot be written")  # else it is found out by the first row to list
-    place_of_report = report or Path(f"elizasql-import-{datetime.now():%Y%m%d-%H%M%S}.jsonl")  # noqa: DTZ005
-    told = Report(place_of_report)
+    told = Report(report or Path(f"elizasql-import-{datetime.now():%Y%m%d-%H%M%S}.jsonl"))  # noqa: DTZ005
+    try:
+        told.check()  # else it is found out by the first row to list, perhaps after hours
+    except OSError as error:
+        raise ArgumentError(
+            f"the report {told.path} cannot be written: {error.strerror}; --report names another place"
+        ) from None
 
     async def work() -> dict[str, Any]:
         chosen = _read_agents(agent)

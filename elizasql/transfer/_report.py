@@ -31,6 +31,19 @@ class Report:
         self.count: int = 0
         self._file: IO[bytes] | None = None
 
+    def check(self) -> None:
+        """Find out whether it can be written, by opening it: rights alone do not tell. What is there stays as it is.
+
+        Raises:
+            OSError: It cannot.
+        """
+        if self.path.is_fifo():
+            return  # its reader would take this for the end
+        new = not os.path.lexists(self.path)
+        open_private(self.path, "ab").close()
+        if new:
+            self.path.unlink()
+
     def add(self, table: str, row: bytes, problem: object) -> None:
         """Add a row as JSON, and what is the matter with it."""
         if self._file is None:
