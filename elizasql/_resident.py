@@ -120,7 +120,7 @@ _SCOPE = ("room_id", "world_id", "entity_id", "only_unique")
 _FIELDS = 12
 _SIMILARITY = 11
 
-# What is held of a memory comes last in a row of check_resident and of read_resident_contents, after its id.
+# What is held of a memory comes last in a row of check_resident and of read_resident_contents.
 _CONTENT = -4
 
 

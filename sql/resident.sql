@@ -129,7 +129,6 @@ SELECT
             ) AS noted
     ) AS rewritten,
     changed.sent AS changed,
-    m.id,
     m.version,
     m.created_at,
     m.content,
@@ -161,7 +160,6 @@ LEFT JOIN LATERAL (
 ) AS changed ON TRUE
 LEFT JOIN LATERAL (
     SELECT
-        id,
         xmin::text::bigint AS version,
         created_at,
         jsonb_send(content) AS content,
