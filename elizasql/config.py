@@ -146,11 +146,12 @@ class Config:
             caller waiting. [ELIZASQL_LOG_LANE]
         memory_types: The only values taken as `table_name`; None: any. [ELIZASQL_MEMORY_TYPES, comma-separated]
         resident: Whether memories are held in the process and searched there: "off"; "auto": where that pays, loaded in
-            the background; "required": from the first search on, which waits for it. [ELIZASQL_RESIDENT]
+            the background; "required": wherever they fit and are not too many, from the first search on, which
+            waits for it. [ELIZASQL_RESIDENT]
         resident_memory_mb: What the process may hold of them, over all agents, in MiB; 0: nothing.
             [ELIZASQL_RESIDENT_MEMORY_MB]
-        resident_max_vectors: Most vectors that a search compares in the process; None: 40,000 of 384 dimensions, and
-            fewer of more: 10,000 of 1536. [ELIZASQL_RESIDENT_MAX_VECTORS]
+        resident_max_vectors: Most vectors that a search compares in the process; 0: none, nothing is held; None: 40,000
+            of 384 dimensions, and fewer of more: 10,000 of 1536. [ELIZASQL_RESIDENT_MAX_VECTORS]
         application_name: What the server's activity view shows; where it is not set, what `dsn` says.
             [ELIZASQL_APPLICATION_NAME]
     """

@@ -22,7 +22,7 @@
     │   ├── SerializationError        40001
     │   ├── DeadlockError             40P01
     │   └── LockTimeoutError          55P03
-    ├── TransactionError              25*: the transaction failed before, or a savepoint in it is open
+    ├── TransactionError              25*: the transaction failed, a call in it was cut short, or a savepoint is open
     ├── IntegrityError                23*: a rule of the schema refused the row: `constraint`, `table`, `detail`
     │   ├── UniqueViolationError      23505
     │   ├── ForeignKeyError           23503: the row points at something that does not exist
@@ -247,7 +247,7 @@ class LockTimeoutError(ConflictError):
 
 
 class TransactionError(ElizaSQLError):
-    """The transaction cannot take the call: an error has ended it before, or a savepoint in it is open."""
+    """The transaction cannot go on: an error ended it, a call in it was cut short, or a savepoint in it is open."""
 
 
 class IntegrityError(ElizaSQLError):

@@ -60,6 +60,9 @@ class Memories(Store):
 
     Methods that create, list, count or search take `table_name`, the type of memory, such as "messages", "facts" or
     "documents"; at most 1,024 bytes.
+
+    Where an adapter does not know yet that the agent has the width of an embedding, as when another adapter has locked
+    it since, a call with one asks first: one round trip more.
     """
 
     _dimension: int | None
@@ -620,7 +623,8 @@ class Memories(Store):
 
         Statement: sql/resident.sql check_resident or fetch_resident, or sql/embeddings.sql search_memories,
         search_memories_by_hnsw, search_memories_of_room, _of_entity, _of_world or _of_several. One round trip; in the
-        process two after an update or a removal, and more after many changes.
+        process two after an update or a removal, or where similarities are too close to tell the order, and more after
+        many changes.
         Source: searchMemories; differs: uses an index, the threshold 0 means 0.
         """
         # A copy: the caller may change it while the server is asked.

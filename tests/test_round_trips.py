@@ -95,6 +95,29 @@ async def test_one_round_trip(db: DatabaseAdapter, agent_world: Scene, round_tri
         assert not re.search("_p[0-9]{2}", " ".join(round_trips))
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "create_memory with embedding",
+        "create_memory, unique undecided",
+        "create_memories",
+        "upsert_memories",
+        "update_memory",
+        "search_memories",
+    ],
+)
+async def test_a_width_that_another_adapter_has_locked_is_asked_for_once(
+    make_db: MakeAdapter, round_trips: list[str], name: str
+) -> None:
+    db = await make_db(dimension=None)
+    scene = await make_scene(db)
+    await make_db(db.agent_id)
+    for number in (2, 1):
+        round_trips.clear()
+        await CALLS[name](db, scene)
+        assert len(round_trips) == number, round_trips
+
+
 async def test_a_batch_takes_one_round_trip_a_chunk_and_one_transaction(
     make_db: MakeAdapter, round_trips: list[str]
 ) -> None:
