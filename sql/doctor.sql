@@ -171,6 +171,19 @@ FROM elizasql.agents AS a
 WHERE a.embedding_dimension IS NOT NULL
 ORDER BY tail DESC, a.id ASC;
 
+-- name: list_agents_to_index(agent_ids)
+-- These agents, or all: which HNSW index an agent's vectors are in, and whether it has any; agents share indexes.
+SELECT
+    a.id,
+    a.name,
+    format('%s_dim_%s_hnsw', elizasql.partition_of(a.id), a.embedding_dimension) AS index_name,
+    exists(
+        SELECT FROM elizasql.embeddings AS v WHERE v.agent_id = a.id AND v.dimension = a.embedding_dimension
+    ) AS has_vectors
+FROM elizasql.agents AS a
+WHERE :agent_ids::uuid[] IS NULL OR a.id = ANY(:agent_ids)
+ORDER BY a.created_at, a.id;
+
 -- name: list_reembeddings()
 -- The moves to another width that are under way; target NULL: only what is not in force any more is left to drop.
 SELECT

@@ -1417,6 +1417,59 @@ def test_index_moves_the_tail(on_server: Run, dsn: str) -> None:
     assert on_server("index", "--agent", agent, "--rebuild", "--json").code == 0
 
 
+def test_index_makes_a_lost_one_again_and_a_shared_one_once(
+    run: Run, empty_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POSTGRES_URL", empty_database)
+    assert run("migrate", "up").code == 0
+    admin = empty_database.replace("//elizasql@", "//postgres@")
+
+    async def ask(query: str) -> Any:
+        connection = await asyncpg.connect(admin)
+        try:
+            return await connection.fetchval(query)
+        finally:
+            await connection.close()
+
+    async def remember(db: DatabaseAdapter) -> None:
+        await db.ensure_embedding_dimension(384)
+        await db.create_memories([{"content": {}, "embedding": v} for v in np.random.normal(size=(5, 384))], "facts")
+
+    neighbours = asyncio.run(
+        ask(
+            """
+            WITH made AS MATERIALIZED (SELECT gen_random_uuid() AS id FROM generate_series(1, 300))
+            SELECT array_agg(id) FROM made WHERE elizasql.partition_of(id) = 'embeddings_p03'
+            """
+        )
+    )
+    for agent in neighbours[:2]:
+        with_agent(empty_database, remember, UUID(bytes=agent.bytes))
+    with_agent(empty_database, lambda db: db.ensure_embedding_dimension(384), UUID(bytes=neighbours[2].bytes))
+    assert [row["moved"] for row in run("index", "--json").json] == [5, 5, 0]
+
+    index = "embeddings_p03_dim_384_hnsw"
+    asyncio.run(as_admin(empty_database, f"DROP INDEX elizasql.{index}"))
+    assert [row["moved"] for row in run("index", "--json").json] == [0, 0, 0]
+    assert asyncio.run(ask(f"SELECT to_regclass('elizasql.{index}')")) is not None
+
+    # An event trigger counts what is built, whoever builds it.
+    asyncio.run(
+        as_admin(
+            empty_database,
+            "CREATE TABLE public.built (tag text)",
+            "GRANT INSERT ON public.built TO elizasql",
+            """
+            CREATE FUNCTION public.note() RETURNS event_trigger LANGUAGE plpgsql
+            AS 'BEGIN INSERT INTO public.built VALUES (tg_tag); END'
+            """,
+            "CREATE EVENT TRIGGER note ON ddl_command_end WHEN tag IN ('CREATE INDEX') EXECUTE FUNCTION public.note()",
+        )
+    )
+    assert run("index", "--rebuild").code == 0
+    assert asyncio.run(ask("SELECT count(*) FROM public.built")) == 1
+
+
 def test_the_way_over_from_elizaos(on_server: Run, empty_database: str, dsn: str, tmp_path: Path) -> None:
     on_server("import", "--from", empty_database).fails(1, "no database of ElizaOS")
     on_server("import", "--from", f"postgres://a:{SECRET}@127.0.0.1:1/x").fails(

@@ -199,11 +199,11 @@ async def finish(
 
 
 async def _index(db: DatabaseAdapter, advance: _out.Advance, *, rebuild: bool = False) -> int:
+    """Put the vectors that wait into the index; one that was lost is made again, also where none waits."""
     waiting: int = (await db.stats())["unindexed"]
-    if not (waiting or rebuild):
-        return 0
     name = f"index {db.agent_id}"
-    advance(name, 0, waiting)
+    if waiting or rebuild:
+        advance(name, 0, waiting or None)
     rebuild = rebuild or (waiting >= _REBUILD and await db._indexer.drop(waiting))
     return await db.index_memories(lambda done, total: advance(name, done, total), rebuild=rebuild)
 
@@ -215,20 +215,24 @@ def index_(
     data_dir: DataDir = None,
     json: Json = False,
 ) -> None:
-    """Put the vectors that wait into the index now. Those of all agents, or of some."""
+    """Put the vectors that wait into the index now. A lost index is built again. All agents', or some agents'."""
 
     async def work() -> list[dict[str, Any]]:
         async with _place.reach(dsn, data_dir) as place:
             chosen = _read_agents(agent)
             async with place.connect() as connection:
-                rows = await connection.fetch(SQL["list_agents_for_export"].sql, chosen)
+                rows = await connection.fetch(SQL["list_agents_to_index"].sql, chosen)
             if missing := set(chosen or ()) - {UUID(bytes=row["id"].bytes) for row in rows}:
                 raise NotFoundError(f"there is no agent {', '.join(sorted(map(str, missing)))}")
             moved = []
+            built: set[str] = set()  # agents share indexes
             with _out.progress(shown=not json) as advance:
                 for row in rows:
+                    anew = rebuild and row["has_vectors"] and row["index_name"] not in built
                     async with place.open(row["id"], timeout=_PATIENCE) as db:
-                        count = await _index(db, advance, rebuild=rebuild and bool(row["embeddings"]))
+                        count = await _index(db, advance, rebuild=anew)
+                    if anew:
+                        built.add(row["index_name"])
                     moved.append({"id": row["id"], "name": row["name"], "moved": count})
             return moved
 

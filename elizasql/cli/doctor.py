@@ -337,7 +337,7 @@ def check_indexes(rows: Sequence[asyncpg.Record]) -> Iterator[Finding]:
             "indexes",
             "error",
             f"{len(missing)} HNSW indexes are missing: searches of their agents scan everything",
-            "elizasql index --rebuild makes the ones of the agents that there are; migrations/schema.sql has them all",
+            "elizasql index makes the ones of the agents that there are; migrations/schema.sql has them all",
         )
     unused = [row for row in rows if row["scans"] == 0 and not row["is_unique"] and row["bytes"] > 64 * _MB]
     for row in unused:
