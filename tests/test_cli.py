@@ -1065,6 +1065,20 @@ def test_doctor_for_a_role_with_few_rights(run: Run, empty_database: str, monkey
         asyncio.run(as_admin(empty_database, f"REVOKE UPDATE, DELETE ON elizasql.memories FROM {role}"))
         (lacking,) = findings(run("doctor", "--json", "--dsn", app), "privileges")
         assert lacking["finding"] == "the role lacks UPDATE/DELETE on elizasql.memories"
+
+        # What cannot be asked takes nothing else with it.
+        asyncio.run(as_admin(empty_database, f"REVOKE SELECT ON elizasql.embeddings FROM {role}"))
+        said = run("doctor", "--json", "--dsn", app)
+        assert said.code == 1 and said.err == ""
+        assert [each["check"] for each in said.json if each["severity"] == "error"] == ["privileges", "tail"]
+        (tail,) = findings(said, "tail")
+        assert "permission denied for table embeddings" in tail["finding"] and "GRANT" in tail["remedy"]
+        assert findings(said, "reembed")[0]["severity"] == "ok"
+        asyncio.run(as_admin(empty_database, f"REVOKE SELECT ON elizasql.schema_migrations FROM {role}"))
+        said = run("doctor", "--json", "--dsn", app)
+        (lacking,), (unread,) = findings(said, "privileges"), findings(said, "migrations")
+        assert "SELECT on elizasql.schema_migrations" in lacking["finding"]
+        assert "permission denied" in unread["finding"] and "check of privileges" in unread["remedy"]
     finally:
         asyncio.run(as_admin(empty_database, f"DROP OWNED BY {role}", f"DROP ROLE {role}"))
 
@@ -1128,7 +1142,9 @@ def test_doctor_on_rows_that_cannot_be_made_here() -> None:
     (long,) = doctor.check_transactions([waiting])  # type: ignore[list-item]
     assert "10 minutes" in long.finding and "pg_terminate_backend(7)" in long.remedy
     old = {"name": "vector", "created": "0.8.4", "available": "0.8.5"}
-    assert [finding.remedy for finding in doctor.check_extension(old)] == ["ALTER EXTENSION vector UPDATE"]  # type: ignore[arg-type]
+    late = doctor.failed("tail", asyncio.TimeoutError())
+    assert late.severity == "error" and "within the time limit" in late.finding and "ELIZASQL_TIMEOUT" in late.remedy
+    assert [finding.remedy for finding in doctor.check_extensions([old])] == ["ALTER EXTENSION vector UPDATE"]  # type: ignore[list-item]
 
 
 # --- explain, recall-check -------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import asyncio
 import re
 import shutil
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -16,13 +16,24 @@ import typer
 
 from elizasql import _migrate, _pool
 from elizasql._statements import SQL
-from elizasql.errors import ConfigurationError, ElizaSQLError, MigrationError
+from elizasql.errors import (
+    ConfigurationError,
+    DeadlineError,
+    ElizaSQLError,
+    MigrationError,
+    PermissionDeniedError,
+    translate,
+)
 from elizasql.types import DIMENSIONS
 
 from . import _out, _place
 from ._place import DataDir, Dsn, Json, Place
 
 Severity = Literal["ok", "note", "warning", "error"]
+Rows = Sequence[asyncpg.Record]
+
+# What a question may end with, and the connection goes on.
+FAILURES = (asyncpg.PostgresError, asyncio.TimeoutError)
 
 _MB = 1 << 20
 _GB = 1 << 30
@@ -85,50 +96,65 @@ def _show(findings: Sequence[Finding], *, every: bool) -> None:
 
 async def _examine(dsn: str | None, data_dir: str | None) -> list[Finding]:
     async with _place.reach(dsn, data_dir) as place, place.connect(ready=False) as connection:
-        return [finding async for finding in examine(place, connection)]
+        return await examine(place, connection)
 
 
-async def examine(place: Place, connection: asyncpg.Connection[Any]) -> AsyncIterator[Finding]:
+async def examine(place: Place, connection: asyncpg.Connection[Any]) -> list[Finding]:
     """Do all checks, one after the other; those of the data only where the schema is up to date."""
     began = time.time()
     row = await connection.fetchrow(SQL["check_server"].sql)
     assert row is not None
     clock = (began + time.time()) / 2
     server = await _pool.look_at(connection)
-    for finding in (*check_server(server), *check_settings(row), *check_role(row)):
-        yield finding
-    yield check_clock(row["clock"] - clock)
-    yield await check_distance(connection)
-    yield check_pooler(connection, row["pid"])
-    yield check_connections(row, place.config.pool_max_size)
-    for finding in check_disk(place, row["bytes"]):
-        yield finding
-    for found in await connection.fetch(SQL["list_extensions"].sql, ["vector", "pg_stat_statements"]):
-        for finding in check_extension(found):
-            yield finding
-    migrations = await check_migrations(connection)
-    yield migrations
+
+    async def look(check: str, judge: Callable[[Rows], Iterable[Finding]], statement: str, *arguments: object) -> None:
+        """Ask, and judge the answer; a question that fails is a finding, too, and takes none of the others with it."""
+        try:
+            rows = await connection.fetch(SQL[statement].sql, *arguments)
+        except FAILURES as error:
+            findings.append(failed(check, error))
+        else:
+            findings.extend(judge(rows))
+
+    findings = [
+        *check_server(server),
+        *check_settings(row),
+        *check_role(row),
+        check_clock(row["clock"] - clock),
+        await check_distance(connection),
+        check_pooler(connection, row["pid"]),
+        check_connections(row, place.config.pool_max_size),
+        *check_disk(place, row["bytes"]),
+    ]
+    await look("extensions", check_extensions, "list_extensions", ["vector", "pg_stat_statements"])
+    # In front of what needs them: without any not even the migrations may be read.
+    await look("privileges", check_privileges, "list_lacking_privileges")
+    findings.append(migrations := await check_migrations(connection))
     if migrations.severity == "error":
-        return
-    yield await check_session(place)
-    indexes = await connection.fetch(SQL["list_indexes"].sql)
-    triggers = await connection.fetch(SQL["list_weak_triggers"].sql)
-    lacking = await connection.fetch(SQL["list_lacking_privileges"].sql)
-    tables = await connection.fetch(SQL["list_tables"].sql)
-    for finding in (
-        *check_indexes(indexes),
-        *check_triggers(triggers),
-        *check_privileges(lacking),
-        *check_tables(tables),
-        *check_memory(row, indexes, place.embedded),
-    ):
-        yield finding
-    for finding in check_tails(await connection.fetch(SQL["list_tails"].sql)):
-        yield finding
-    for finding in check_moves(await connection.fetch(SQL["list_reembeddings"].sql)):
-        yield finding
-    for finding in check_transactions(await connection.fetch(SQL["list_long_transactions"].sql, 300.0)):
-        yield finding
+        return findings
+    findings.append(await check_session(place))
+    await look(
+        "indexes",
+        lambda indexes: (*check_indexes(indexes), *check_memory(row, indexes, place.embedded)),
+        "list_indexes",
+    )
+    await look("triggers", check_triggers, "list_weak_triggers")
+    await look("tables", check_tables, "list_tables")
+    await look("tail", check_tails, "list_tails")
+    await look("reembed", check_moves, "list_reembeddings")
+    await look("transactions", check_transactions, "list_long_transactions", 300.0)
+    return findings
+
+
+def failed(check: str, error: Exception) -> Finding:
+    """Tell why a look could not be taken."""
+    made = translate(error)
+    remedy = "see the message"
+    if isinstance(made, PermissionDeniedError):
+        remedy = "GRANT USAGE ON SCHEMA elizasql, and what the check of privileges names"
+    elif isinstance(made, DeadlineError):
+        remedy = "raise ELIZASQL_TIMEOUT and the role's statement_timeout, or ask when the server is less busy"
+    return Finding(check, "error", f"cannot be looked at: {made}", remedy)
 
 
 # --- the server ------------------------------------------------------------------------------------------------------
@@ -277,22 +303,23 @@ def check_disk(place: Place, size: int) -> Iterator[Finding]:
         yield Finding("disk", "ok", said)
 
 
-def check_extension(row: asyncpg.Record) -> Iterator[Finding]:
-    """Compare the version of an extension that is created with the one that is installed."""
-    if row["created"] is None:
-        if row["name"] == "pg_stat_statements" and row["available"] is not None:
+def check_extensions(rows: Rows) -> Iterator[Finding]:
+    """Compare the versions of extensions that are created with those that are installed."""
+    for row in rows:
+        if row["created"] is None:
+            if row["name"] == "pg_stat_statements" and row["available"] is not None:
+                yield Finding(
+                    "extensions", "note", "pg_stat_statements could be had, and shows what the server's time goes to"
+                )
+        elif row["available"] is not None and row["created"] != row["available"]:
             yield Finding(
-                "extensions", "note", "pg_stat_statements could be had, and shows what the server's time goes to"
+                "extensions",
+                "note",
+                f"{row['name']} is {row['created']} here, {row['available']} is installed",
+                f"ALTER EXTENSION {row['name']} UPDATE",
             )
-    elif row["available"] is not None and row["created"] != row["available"]:
-        yield Finding(
-            "extensions",
-            "note",
-            f"{row['name']} is {row['created']} here, {row['available']} is installed",
-            f"ALTER EXTENSION {row['name']} UPDATE",
-        )
-    else:
-        yield Finding("extensions", "ok", f"{row['name']} {row['created']}")
+        else:
+            yield Finding("extensions", "ok", f"{row['name']} {row['created']}")
 
 
 # --- the schema ------------------------------------------------------------------------------------------------------
@@ -306,10 +333,8 @@ async def check_migrations(connection: asyncpg.Connection[Any]) -> Finding:
         return Finding("migrations", "error", str(error), "install the newer elizasql")
     except ElizaSQLError as error:
         return Finding("migrations", "error", str(error), "elizasql migrate up")
-    except asyncpg.InsufficientPrivilegeError as error:
-        return Finding(
-            "migrations", "error", str(error), "GRANT USAGE ON SCHEMA elizasql, and what the check of privileges names"
-        )
+    except FAILURES as error:
+        return failed("migrations", error)
     return Finding("migrations", "ok", f"up to date: {_migrate.known_versions()[-1]}")
 
 
@@ -322,7 +347,7 @@ async def check_session(place: Place) -> Finding:
         return Finding("session", "error", str(error), "set them with ALTER ROLE ... SET, or connect directly")
 
 
-def check_indexes(rows: Sequence[asyncpg.Record]) -> Iterator[Finding]:
+def check_indexes(rows: Rows) -> Iterator[Finding]:
     """Find indexes that are broken, missing, or never read."""
     broken = [row for row in rows if not row["is_valid"]]
     for row in broken:
@@ -351,7 +376,7 @@ def check_indexes(rows: Sequence[asyncpg.Record]) -> Iterator[Finding]:
         yield Finding("indexes", "ok", f"{len(rows)} indexes are valid, {len(vectors)} of them HNSW")
 
 
-def check_privileges(rows: Sequence[asyncpg.Record]) -> Iterator[Finding]:
+def check_privileges(rows: Rows) -> Iterator[Finding]:
     """Find what the role may not do with the tables."""
     lacking = [f"{'/'.join(row['lacking'])} on {row['name']}" for row in rows]
     if lacking:
@@ -360,7 +385,7 @@ def check_privileges(rows: Sequence[asyncpg.Record]) -> Iterator[Finding]:
         yield Finding("privileges", "error", f"the role lacks {', '.join(lacking[:3])}{more}", remedy)
 
 
-def check_triggers(rows: Sequence[asyncpg.Record]) -> Iterator[Finding]:
+def check_triggers(rows: Rows) -> Iterator[Finding]:
     """Find triggers that are off, as a restore or an import may leave them."""
     for row in rows[:10]:
         table, names = row["table_name"], row["names"]
@@ -383,7 +408,7 @@ def check_triggers(rows: Sequence[asyncpg.Record]) -> Iterator[Finding]:
         yield Finding("triggers", "ok", "all are on")
 
 
-def check_tables(rows: Sequence[asyncpg.Record]) -> Iterator[Finding]:
+def check_tables(rows: Rows) -> Iterator[Finding]:
     """Find statistics that are old, and dead rows that nobody has removed."""
     stale = [row for row in rows if row["modified"] > max(1000, 0.2 * row["live"])]
     for row in stale:
@@ -402,7 +427,7 @@ def check_tables(rows: Sequence[asyncpg.Record]) -> Iterator[Finding]:
         )
 
 
-def check_memory(row: asyncpg.Record, indexes: Sequence[asyncpg.Record], embedded: bool) -> Iterator[Finding]:
+def check_memory(row: asyncpg.Record, indexes: Rows, embedded: bool) -> Iterator[Finding]:
     """Compare the server's memory with the size of the vector indexes, which a search walks at random."""
     sizes = [index["bytes"] for index in indexes if index["method"] == "hnsw"]
     total, largest = sum(sizes), max(sizes, default=0)
@@ -434,7 +459,7 @@ def check_memory(row: asyncpg.Record, indexes: Sequence[asyncpg.Record], embedde
         )
 
 
-def check_tails(rows: Sequence[asyncpg.Record]) -> Iterator[Finding]:
+def check_tails(rows: Rows) -> Iterator[Finding]:
     """Find agents whose new vectors nobody moves into the index."""
     long = [row for row in rows if row["tail"] > _LONG_TAIL]
     for row in long[:10]:
@@ -449,7 +474,7 @@ def check_tails(rows: Sequence[asyncpg.Record]) -> Iterator[Finding]:
         yield Finding("tail", "ok", f"{sum(row['tail'] for row in rows):,} vectors wait to be indexed")
 
 
-def check_moves(rows: Sequence[asyncpg.Record]) -> Iterator[Finding]:
+def check_moves(rows: Rows) -> Iterator[Finding]:
     """Find moves to another width of embeddings that nobody has ended: they take the room of both."""
     for row in rows:
         if row["target"] is None:
@@ -463,7 +488,7 @@ def check_moves(rows: Sequence[asyncpg.Record]) -> Iterator[Finding]:
         yield Finding("reembed", "ok", "no agent is on its way to another width")
 
 
-def check_transactions(rows: Sequence[asyncpg.Record]) -> Iterator[Finding]:
+def check_transactions(rows: Rows) -> Iterator[Finding]:
     """Find transactions that keep dead rows from being removed."""
     for row in rows:
         yield Finding(
