@@ -1568,7 +1568,7 @@ def test_an_import_that_ended_before_its_index_is_finished_by_the_next(
     assert on_server("stats", "--dsn", empty_database, "--json").json["agents"][0]["tail"] == 0
 
 
-def test_backup_and_restore(run: Run, folder: Path, tmp_path: Path) -> None:
+def test_backup_and_restore(run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     up = run("up", "--data-dir", folder, "--json")
     write(
         tmp_path / "shop",
@@ -1589,6 +1589,11 @@ def test_backup_and_restore(run: Run, folder: Path, tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "b.dump").stat().st_mode) == 0o600
     run("backup", "b.dump", "--data-dir", folder).fails(2, "there already")
     run("backup", "c.dump", "--data-dir", folder.parent / "none").fails(3, "no embedded server")
+    with monkeypatch.context() as patch:
+        patch.setenv("POSTGRES_URL", "postgres://h/d")
+        patch.setenv("PGLITE_DATA_DIR", str(folder))
+        run("backup", "c.dump").fails(2, "POSTGRES_URL names a server that is not embedded: .*--data-dir")
+        assert run("backup", "c.dump", "--data-dir", folder).code == 0
     run("restore", "b.dump", "--data-dir", folder).fails(2, "not empty")
     (tmp_path / "text").write_text("hello")
     run("restore", "text", "--data-dir", folder.parent / "two").fails(1, "no backup")

@@ -253,6 +253,10 @@ def backup(
 ) -> None:
     """Write the embedded server's database into a file. Its roles, too; it may be in use meanwhile."""
     config = _place.load(None, data_dir)
+    if config.dsn is not None:
+        raise ArgumentError(
+            "POSTGRES_URL names a server that is not embedded: save that with pg_dump, or say with --data-dir which is"
+        )
     if os.path.lexists(path):
         raise ArgumentError(f"{path} is there already: choose another name")
 
