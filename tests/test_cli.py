@@ -27,6 +27,7 @@ import pytest
 import elizasql
 from elizasql import DatabaseAdapter, Log, Task, _embedded
 from elizasql.__main__ import main
+from elizasql._indexer import Indexer
 from elizasql.cli import _keeper, data, doctor, look, queries
 from elizasql.cli import server as cli_server
 from elizasql.cli._destructive import find_destructive, split_migration
@@ -1542,6 +1543,19 @@ def test_ctrl_c_in_an_import_says_how_to_go_on(
         patch.setattr("elizasql.transfer.importer.put_lines", interrupted)
         on_server("import", "out", "--dsn", empty_database).fails(130, "interrupted: .*do it again to go on")
     assert on_server("import", "out", "--dsn", empty_database).code == 0
+
+
+def test_ctrl_c_in_a_rebuild_says_how_to_go_on(
+    run: Run, searched: tuple[UUID, UUID], dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def interrupted(indexer: Indexer) -> int:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Indexer, "build", interrupted)
+        said = run("index", "--rebuild", "--agent", searched[0], "--dsn", dsn)
+        said.fails(130, "interrupted: .*do it again to go on")
+    assert run("index", "--agent", searched[0], "--dsn", dsn).code == 0
 
 
 def test_an_agent_that_is_not_there_is_an_error(on_server: Run, searched: tuple[UUID, UUID], dsn: str) -> None:

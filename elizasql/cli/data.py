@@ -236,7 +236,10 @@ def index_(
                     moved.append({"id": row["id"], "name": row["name"], "moved": count})
             return moved
 
-    told = asyncio.run(work())
+    try:
+        told = asyncio.run(work())
+    except KeyboardInterrupt:
+        raise InterruptedWorkError("interrupted: what was moved so far stays; do it again to go on") from None
     if json:
         _out.emit(told)
     else:
