@@ -437,6 +437,13 @@ def test_up_in_a_folder_with_modules_of_ones_own(folder: Path, tmp_path: Path) -
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("options", [[], ["--foreground"]])
+def test_up_where_there_can_be_no_folder(run: Run, tmp_path: Path, options: list[str]) -> None:
+    (tmp_path / "file").touch()
+    place = tmp_path / "file" / "below"
+    run("up", "--data-dir", place, *options).fails(3, f"{place} cannot hold the embedded server: Not a directory")
+
+
 def test_up_that_is_interrupted_keeps_nothing_up(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def interrupt(place: object) -> None:
         raise KeyboardInterrupt

@@ -37,8 +37,11 @@ async def keep(data_dir: Path) -> int:
             else:
                 ended.set()  # another one was faster: nothing is left to do
         server = await _embedded.acquire(data_dir)
-    except (ElizaSQLError, OSError) as error:
+    except ElizaSQLError as error:
         answer(error=str(error))
+        return 1
+    except OSError as error:
+        answer(error=f"{data_dir} cannot hold the embedded server: {error.strerror or error}")
         return 1
     answer(dsn=server.dsn)
     await ended.wait()
