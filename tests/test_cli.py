@@ -1215,7 +1215,8 @@ def test_explain_says_when_a_table_is_read_as_a_whole() -> None:
     ("arguments", "pattern"),
     [
         (["delete_memory", "memory_id=x"], "no method that reads"),
-        (["__init__"], "no method that reads"),
+        (["__init__"], "no method that reads; there are .*search_memories"),
+        (["get_rooms"], "no method that reads; is it get_room or get_rooms_by_ids or [a-z_]+\\?$"),
         (["is_ready"], "no method that reads"),
         (["find_or_create_dm_channel", "user1_id=x", "user2_id=y", "server_id=z"], "no method that reads"),
         (["search_memories", "embedding"], "NAME=VALUE"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import dataclasses
+import difflib
 import inspect
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -48,7 +49,7 @@ def explain(
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[NAME=VALUE]...",
+            metavar="NAME=VALUE",
             help="Its arguments: text or JSON. embedding=of:ID takes that of a memory, embedding=@FILE of a .npy or "
             "JSON file.",
         ),
@@ -60,7 +61,9 @@ def explain(
 ) -> None:
     """Run a method that reads, and show its statements' plans. Says of each whether an index was used."""
     if method not in methods():
-        raise ArgumentError(f"{method} is no method that reads; there are {', '.join(sorted(methods()))}")
+        near = difflib.get_close_matches(method, methods())
+        others = f"is it {' or '.join(near)}?" if near else f"there are {', '.join(sorted(methods()))}"
+        raise ArgumentError(f"{method} is no method that reads; {others}")
 
     async def work() -> dict[str, Any]:
         async with _place.reach(dsn, data_dir) as place:
