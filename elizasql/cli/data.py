@@ -26,8 +26,9 @@ from elizasql.transfer._report import Report, open_private
 from . import _out, _place, server
 from ._place import DataDir, Dsn, Json, Place
 
-# Seconds that one statement of an import may take, and the building of an index behind it.
-_PATIENCE = 3600.0
+# Seconds that one statement of an import may take, and the building of an index behind it: as many as the background
+# gives it.
+_PATIENCE = 6 * 3600.0
 
 # With so many new vectors, building the index anew may be faster than adding them one by one: the server tells, which
 # knows what else is in the index, and whether this role may build it.
