@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -50,6 +51,17 @@ def test_output_that_nobody_takes(tmp_path: Path, server_dir: Path, command: str
         ["sh", "-c", command, "sh", *program], cwd=tmp_path, capture_output=True, text=True, timeout=110
     )
     assert (said.returncode, said.stdout + said.stderr) == (code, pattern)
+
+
+@pytest.mark.parametrize(
+    ("dsn", "code", "pattern"),
+    [("postgres://127.0.0.1:1/x", 3, "no connection to"), ("postgres://h/x?sslmode=often", 1, "sslmode")],
+)
+def test_what_is_wrong_with_the_server_decides_the_exit_code(
+    capsys: pytest.CaptureFixture[str], dsn: str, code: int, pattern: str
+) -> None:
+    assert main(["demo", "--dsn", dsn]) == code
+    assert re.match(f"elizasql demo: .*{pattern}.*\n$", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(("command", "name"), [("demo", "elizasql demo"), ("doctor", "elizasql")])

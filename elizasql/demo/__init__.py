@@ -31,7 +31,7 @@ from elizasql.demo.text import (
     read_lines,
     said_by,
 )
-from elizasql.errors import ElizaSQLError
+from elizasql.errors import DeadlineError, ElizaSQLError, EmbeddedServerError, UnavailableError
 
 __all__ = ["main"]
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 when all went well, 1 when the file holds no line or the database fails, 2 when the file
-        cannot be read, 130 when it was interrupted.
+        cannot be read, 3 when the server cannot be reached, 130 when it was interrupted.
     """
     parser = argparse.ArgumentParser("elizasql demo", description="An agent remembers a conversation and answers.")
     parser.add_argument("--file", help="a text file of yours, one memory a line (`Name: text` gives the speaker)")
@@ -98,7 +98,7 @@ def _main(options: argparse.Namespace) -> int:
         asyncio.run(_run(path, lines, questions, embedder, dsn=options.dsn, data_dir=options.data_dir))
     except ElizaSQLError as error:
         print(f"elizasql demo: {error}", file=sys.stderr)
-        return 1
+        return 3 if isinstance(error, (DeadlineError, EmbeddedServerError, UnavailableError)) else 1
     return 0
 
 
