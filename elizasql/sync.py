@@ -36,6 +36,7 @@ class _Loop:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
+        self._ended: asyncio.Future[None] = self._loop.create_future()
         self._lock = threading.Lock()
         self._stopped = False
         self._pid = os.getpid()
@@ -44,21 +45,32 @@ class _Loop:
 
     def _serve(self) -> None:
         try:
-            self._loop.run_forever()
+            self._complete(self._ended)
             # Whoever waits for a call that came in at the last moment must not wait for ever.
             left = asyncio.all_tasks(self._loop)
             for task in left:
                 task.cancel()
             if left:
-                self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+                self._complete(asyncio.gather(*left, return_exceptions=True))
             # Opened when an interrupt came: nobody has it.
             for adapter in [each for each in tuple(_shutdown.opened) if each._connections.loop is self._loop]:
                 with suppress(ElizaSQLError):
-                    self._loop.run_until_complete(adapter.close())
+                    self._complete(adapter.close())
             # Results that are there already have yet to be handed to the threads that wait for them.
-            self._loop.run_until_complete(asyncio.sleep(0))
+            self._complete(asyncio.sleep(0))
         finally:
             self._loop.close()
+
+    def _complete(self, work: Coroutine[Any, Any, Any] | asyncio.Future[Any]) -> None:
+        """Run the loop until this has ended, whatever the caller's code in it raises.
+
+        A task that a SystemExit or KeyboardInterrupt ends passes it to whoever waits for it, and to the loop, which
+        stops: it has to go on for the others, and to tell the one.
+        """
+        future = asyncio.ensure_future(work, loop=self._loop)
+        while not future.done():
+            with suppress(SystemExit, KeyboardInterrupt):
+                self._loop.run_until_complete(future)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine there and wait for it; an interrupt of the waiting thread cancels it.
@@ -98,7 +110,7 @@ class _Loop:
         with self._lock:
             if not self._stopped:
                 self._stopped = True
-                self._loop.call_soon_threadsafe(self._loop.stop)
+                self._loop.call_soon_threadsafe(self._ended.set_result, None)
         self._thread.join()
 
 
@@ -140,10 +152,8 @@ class DatabaseAdapter:
         try:
             yield DatabaseAdapter(self._loop, bound)
         except BaseException as error:
-            # A KeyboardInterrupt or SystemExit would end the loop that it is thrown into.
-            inside = error if isinstance(error, Exception) else asyncio.CancelledError()
             with suppress(ClosedError):
-                self._loop.run(context.__aexit__(type(inside), inside, inside.__traceback__))
+                self._loop.run(context.__aexit__(type(error), error, error.__traceback__))
             raise
         else:
             self._loop.run(context.__aexit__(None, None, None))

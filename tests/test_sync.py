@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -197,7 +197,7 @@ def test_transaction(db: sync.DatabaseAdapter) -> None:
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, SystemExit, GeneratorExit, StopIteration])
 def test_rollback(db: sync.DatabaseAdapter, error: type[BaseException]) -> None:
-    """An interrupt that got into the loop would end it, and every later call would wait for ever."""
+    """Whatever ends the block, nothing is kept, and the loop goes on."""
     raised = error("mine")
     try:
         with db.transaction() as tx:
@@ -388,6 +388,82 @@ def test_call_inside_the_own_loop_is_refused(db: sync.DatabaseAdapter) -> None:
     with pytest.raises(elizasql.ArgumentError, match="own event loop"):
         db.index_memories(lambda done, total: db.close(), rebuild=True)
     assert db.is_ready()
+
+
+# --- the caller's code in the loop ------------------------------------------------------------------------------------
+
+
+def from_source(db: sync.DatabaseAdapter, error: BaseException) -> None:
+    def source() -> Iterator[Memory]:
+        yield memory()
+        raise error
+
+    db.load_memories(source(), "messages")
+
+
+def from_progress(db: sync.DatabaseAdapter, error: BaseException) -> None:
+    def progress(done: int, total: int | None) -> None:
+        raise error
+
+    db.load_memories([memory()], "messages", progress=progress)
+
+
+def from_embed(db: sync.DatabaseAdapter, error: BaseException) -> None:
+    def embed(given: list[str]) -> Any:
+        raise error
+
+    db.create_memory(memory(embedding=np.ones(384)), "messages")
+    db.reembed(768, embed)
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+@pytest.mark.parametrize("call", [from_source, from_progress, from_embed])
+def test_exit_is_the_callers_and_the_others_go_on(
+    db: sync.DatabaseAdapter,
+    dsn: str,
+    call: Callable[[sync.DatabaseAdapter, BaseException], None],
+    error: type[BaseException],
+) -> None:
+    raised = error("mine")
+    id = db.create_memory(memory("old"), "messages")
+    holder = Holder(dsn, id)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(db.update_memory, memory("new", id=id))
+            holder.wait_for(1)
+            with pytest.raises(error) as caught:
+                call(db, raised)
+            holder.let_go()
+            assert waiting.result(DEADLINE)
+    finally:
+        holder.close()
+    assert caught.value is raised
+    assert "new" in texts(db)
+
+
+def test_exit_while_the_adapter_closes(make: Callable[..., sync.DatabaseAdapter]) -> None:
+    before = threads()
+    db = make()
+    begun = threading.Event()
+
+    async def source() -> AsyncIterator[Memory]:
+        yield memory()
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            sys.exit("mine")
+
+    def work(number: int) -> Any:
+        if number:
+            begun.wait(DEADLINE)
+            return db.close()
+        return db.load_memories(source(), "messages")
+
+    results = run_in_threads(work, 2)
+    assert isinstance(results[0], SystemExit)
+    assert results[1] is None
+    assert threads() == before
 
 
 # --- close -----------------------------------------------------------------------------------------------------------
