@@ -37,7 +37,8 @@ class _Loop:
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
         self._ended: asyncio.Future[None] = self._loop.create_future()
-        self._lock = threading.Lock()
+        # Reentrant: the garbage collector may close an iterator wherever a thread is.
+        self._lock = threading.RLock()
         self._stopped = False
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._serve, name="elizasql-sync", daemon=True)
@@ -96,6 +97,17 @@ class _Loop:
                     wait([self._submit(_wait_for(coroutine))], _PATIENCE)
             raise
 
+    def leave(self, coroutine: Coroutine[Any, Any, object]) -> None:
+        """End what calls have begun by running a coroutine, from anywhere: the garbage collector takes any thread.
+
+        The loop's own does not wait for it. No error of the library comes of it: the caller gets the one that led here.
+        """
+        if threading.current_thread() is self._thread:
+            asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        else:
+            with suppress(ElizaSQLError):
+                self.run(coroutine)
+
     def _submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         with self._lock:
             if self._stopped:
@@ -146,14 +158,12 @@ class DatabaseAdapter:
             bound = self._loop.run(context.__aenter__())
         except BaseException:
             # It may have begun when an interrupt came, and lasts as long as the traceback that holds it.
-            with suppress(ElizaSQLError):
-                self._loop.run(_leave(context.gen))
+            self._loop.leave(_leave(context.gen))
             raise
         try:
             yield DatabaseAdapter(self._loop, bound)
         except BaseException as error:
-            with suppress(ClosedError):
-                self._loop.run(context.__aexit__(type(error), error, error.__traceback__))
+            self._loop.leave(context.__aexit__(type(error), error, error.__traceback__))
             raise
         else:
             self._loop.run(context.__aexit__(None, None, None))
@@ -217,8 +227,7 @@ def _blocking(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
                 while (item := self._loop.run(_next(items))) is not _END:
                     yield item
             except BaseException:  # left early, else it has ended by itself
-                with suppress(ClosedError):
-                    self._loop.run(_leave(items))
+                self._loop.leave(_leave(items))
                 raise
 
         return iterate

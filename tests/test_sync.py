@@ -292,6 +292,71 @@ def test_iteration_that_outlives_the_adapter(make: Callable[..., sync.DatabaseAd
         next(db.wait_for_tasks())
 
 
+# --- left by the garbage collector -----------------------------------------------------------------------------------
+
+
+def in_transaction(db: sync.DatabaseAdapter) -> Iterator[None]:
+    with db.transaction() as tx:
+        tx.create_memory(memory("lost"), "messages")
+        yield
+
+
+def iterating(db: sync.DatabaseAdapter) -> Iterator[Any]:
+    db.create_task({"name": "one", "tags": ["queue"]})
+    return db.wait_for_tasks()
+
+
+def left_open(db: sync.DatabaseAdapter) -> bool:
+    adapter = vars(db)["_adapter"]
+    return bool(adapter._executor.in_flight or adapter._listeners)
+
+
+@pytest.mark.parametrize("begin", [in_transaction, iterating])
+def test_left_in_the_thread_of_the_loop(
+    db: sync.DatabaseAdapter, begin: Callable[[sync.DatabaseAdapter], Iterator[Any]]
+) -> None:
+    """The garbage collector runs in whatever thread has made enough garbage."""
+    begun = [begin(db)]
+    next(begun[0])
+    assert left_open(db)
+    db.load_memories([memory("kept")], "messages", progress=lambda done, total: begun.clear())
+    assert begun == []
+    while left_open(db):
+        assert db.is_ready()
+    assert texts(db) == ["kept"]
+
+
+def test_error_in_a_transaction_that_is_left_in_the_thread_of_the_loop(db: sync.DatabaseAdapter) -> None:
+    context = db.transaction()
+    context.__enter__().create_memory(memory("lost"), "messages")
+
+    def progress(done: int, total: int | None) -> None:
+        error = ZeroDivisionError()
+        assert not context.__exit__(ZeroDivisionError, error, None)
+        raise error
+
+    with pytest.raises(ZeroDivisionError) as kept:
+        db.load_memories([memory("kept")], "messages", progress=progress)
+    assert kept.tb is not None
+    while left_open(db):
+        assert db.is_ready()
+    assert texts(db) == ["kept"]
+
+
+def test_left_while_a_call_is_handed_over(db: sync.DatabaseAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = [iterating(db)]
+    next(begun[0])
+    real = asyncio.run_coroutine_threadsafe
+
+    def run(coroutine: Any, loop: asyncio.AbstractEventLoop) -> Any:
+        begun.clear()
+        return real(coroutine, loop)
+
+    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", run)
+    assert db.is_ready()
+    assert not left_open(db)
+
+
 # --- threads ---------------------------------------------------------------------------------------------------------
 
 
