@@ -114,13 +114,12 @@ class Indexer:
 
     async def build(self) -> int:
         """Build the index of the agent's partition when it has none, the tail in it; give how many vectors moved."""
+        self._lost = False  # not after it: it may be lost again, once it is built
         try:
-            moved = await self._fetch_count("build_index", settle=True)
+            return await self._fetch_count("build_index", settle=True)
         except BaseException:
             self.restore()
             raise
-        self._lost = False
-        return moved
 
     async def rebuild(self) -> int:
         """Build the index of the agent's partition anew with the tail in it; give how many vectors moved."""
@@ -177,11 +176,16 @@ class Indexer:
         A load that is running must not be disturbed, and may be another process's: only a partition that has hardly
         grown from one look to the next is taken for left alone.
         """
-        size = await self._executor.fetch_value(SQL["find_lost_index"], agent_id=self._agent_id)
-        if size is not None and (self._lost or (self._lost_size is not None and size <= self._lost_size * _LEFT_ALONE)):
+        lost, self._lost = self._lost, False  # not after the look: it may be lost meanwhile, and the look miss that
+        try:
+            size = await self._executor.fetch_value(SQL["find_lost_index"], agent_id=self._agent_id)
+        except BaseException:
+            self._lost |= lost
+            raise
+        if size is not None and (lost or (self._lost_size is not None and size <= self._lost_size * _LEFT_ALONE)):
             with within(_BUILD_TIME):
                 await self.build()
-        self._lost, self._lost_size = False, size
+        self._lost_size = size
 
     async def _give_way(self) -> bool:
         """Wait until no call is running, at most for the time of patience."""

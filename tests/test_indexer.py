@@ -353,6 +353,59 @@ async def test_trouble_that_lasts_does_not_fill_the_log(
     assert caplog.text.count("indexing is interrupted") == 9
 
 
+@pytest.mark.parametrize(("lost_before", "during"), [(False, "find_lost_index"), (True, "build_index")])
+async def test_an_index_that_is_lost_while_the_background_looks_comes_back(
+    make_db: MakeAdapter,
+    raw: asyncpg.Connection[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    lost_before: bool,
+    during: str,
+) -> None:
+    """As by a load that drops it just after the look, or after the build, and fails before either is answered."""
+    db = await make_db(indexing="background", index_interval=60.0)
+    indexer, executor = db._indexer, db._indexer._executor
+    name = "SELECT to_regclass('elizasql.' || elizasql.partition_of($1) || '_dim_384_hnsw') IS NOT NULL"
+    lost = False
+
+    def patch(method: str) -> None:
+        real: Any = getattr(executor, method)
+
+        async def answer(statement: Any, *args: Any, **params: Any) -> Any:
+            nonlocal lost
+            given = await real(statement, *args, **params)
+            if statement.name == during and not lost:
+                lost = True
+                assert await indexer.drop()
+                indexer.restore()
+            return given
+
+        monkeypatch.setattr(executor, method, answer)
+
+    patch("fetch_value")
+    patch("fetch_chunks")
+    if lost_before:
+        assert await indexer.drop()
+    indexer.restore()
+
+    async def restored() -> bool:
+        return lost and await raw.fetchval(name, db.agent_id)
+
+    await until(restored)
+
+
+async def test_a_look_that_fails_is_still_to_be_done(make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    indexer = (await make_db())._indexer
+
+    async def failing(*args: Any, **params: Any) -> Any:
+        raise ConnectionLostError("cut")
+
+    indexer.restore()
+    monkeypatch.setattr(indexer._executor, "fetch_value", failing)
+    with pytest.raises(ConnectionLostError):
+        await indexer._restore_index()
+    assert indexer._lost
+
+
 async def test_an_unknown_way_of_indexing_is_refused(make_db: MakeAdapter) -> None:
     with pytest.raises(ConfigurationError, match="indexing"):
         await make_db(indexing="later")
