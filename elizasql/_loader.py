@@ -84,7 +84,7 @@ class Loader:
         try:
             while True:
                 try:
-                    batch, count = await self._take(memories)
+                    batch, count = await self._take(memories, storing)
                 except Exception:
                     # What was read before a memory that is wrong is stored, or its own error comes first.
                     if storing is not None:
@@ -99,8 +99,13 @@ class Loader:
             if storing is not None:
                 await end(storing)
 
-    async def _take(self, memories: AsyncIterator[Any]) -> tuple[dict[UUID, tuple[int, Row]], int]:
-        """Read the next batch: each row with its position, by id; and how many memories that took."""
+    async def _take(
+        self, memories: AsyncIterator[Any], storing: asyncio.Future[None] | None
+    ) -> tuple[dict[UUID, tuple[int, Row]], int]:
+        """Read the next batch: each row with its position, by id; and how many memories that took.
+
+        Not to its end once the one before, which is being stored, has failed: to make memories may take long.
+        """
         batch: dict[UUID, tuple[int, Row]] = {}
         count = 0
         async for value in memories:
@@ -119,6 +124,8 @@ class Loader:
             count += 1
             if count % _BREATH == 0:
                 await asyncio.sleep(0)
+            if storing is not None and storing.done():
+                storing.result()
             if count == self._size:
                 break
         return batch, count

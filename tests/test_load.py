@@ -323,6 +323,32 @@ async def test_an_error_of_the_source_comes_through(db: DatabaseAdapter, raw: as
     assert (await stored(raw, db.agent_id))[0] == 20
 
 
+async def test_once_a_batch_has_failed_the_next_one_is_not_read(
+    db: DatabaseAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, failed = db._load, asyncio.Event()
+    read: list[int] = []
+
+    async def load(*args: Any, **options: Any) -> Any:
+        try:
+            return await real(*args, **options)
+        finally:
+            failed.set()
+
+    async def produce() -> AsyncIterator[Memory]:
+        for memory in some(10, room_id=uuid4()):
+            yield memory
+        await failed.wait()
+        for number, memory in enumerate(some(9)):
+            read.append(number)
+            yield memory
+
+    monkeypatch.setattr(db, "_load", load)
+    with pytest.raises(ForeignKeyError, match="Memory at position 0: "):
+        await db.load_memories(produce(), "messages", batch_size=10)
+    assert read == [0]
+
+
 async def test_the_dimension_lock_holds(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
     db = await make_db(dimension=None)
     with pytest.raises(EmbeddingDimensionError) as none:
