@@ -745,6 +745,7 @@ maintenance_work_mem = {maintenance // mb}MB                    # an HNSW build 
 autovacuum_work_mem = 64MB
 dynamic_shared_memory_type = {dynamic}              # see maintenance_work_mem: /dev/shm must hold it, or not be used
 max_parallel_maintenance_workers = {min(max(cpus, 1), 4)}
+elizasql.build_workers_beside_callers = {min(max(cpus - 2, 0), 4)}       # a core is left while somebody asks
 random_page_cost = 1.1                          # SSD; at 4 small tables are scanned instead of searched by HNSW
 jit = off                                       # compiling costs more than any of our statements
 wal_level = minimal                             # no replication, so bulk loads into new tables need no WAL

@@ -14,10 +14,28 @@ DECLARE
     dim int;
     moved bigint;
     build text;
+    workers text := nullif(current_setting('elizasql.build_workers_beside_callers', TRUE), '');
+    began timestamptz;
 BEGIN
     SELECT embedding_dimension INTO dim FROM elizasql.agents WHERE id = given_agent;
     IF dim IS NULL OR to_regclass(format('elizasql.%s_dim_%s_hnsw', part, dim)) IS NOT NULL THEN
         RETURN 0;
+    END IF;
+    -- A smaller table gets no workers in any case.
+    IF
+        workers::int < current_setting('max_parallel_maintenance_workers')::int
+        AND pg_relation_size(format('elizasql.%s', part)::regclass)
+        >= pg_size_bytes(current_setting('min_parallel_table_scan_size'))
+    THEN
+        began := clock_timestamp();
+        PERFORM pg_sleep(0.3);
+        PERFORM pg_stat_clear_snapshot();
+        PERFORM FROM pg_stat_activity
+        WHERE
+            backend_type = 'client backend' AND pid <> pg_backend_pid() AND (state = 'active' OR state_change >= began);
+        IF FOUND THEN
+            PERFORM set_config('max_parallel_maintenance_workers', workers, TRUE);
+        END IF;
     END IF;
     -- Of two that build at once, the second waits here and finds the first one's index.
     EXECUTE format('LOCK TABLE elizasql.%s IN SHARE ROW EXCLUSIVE MODE', part);

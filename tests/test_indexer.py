@@ -139,6 +139,47 @@ async def test_rebuild_moves_everything_and_keeps_answers(make_db: MakeAdapter, 
     assert len(definitions) == 1
 
 
+@pytest.mark.parametrize(("beside", "asked", "workers"), [("1", True, "1"), ("1", False, "3"), ("5", True, "3")])
+async def test_an_index_that_is_built_while_others_ask_leaves_them_a_core(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any], dsn: str, beside: str, asked: bool, workers: str
+) -> None:
+    db = await make_db()
+    await write(db)
+    settings = {
+        "max_parallel_maintenance_workers": "3",
+        "min_parallel_table_scan_size": "0",
+        "elizasql.build_workers_beside_callers": beside,
+    }
+    asking = True
+
+    async def ask() -> None:
+        while asking:
+            await raw.execute("SELECT 1")
+
+    async def taken() -> object:
+        await db._indexer.drop()
+        async with builder.transaction():
+            assert await builder.fetchval("SELECT elizasql.build_index($1)", db.agent_id) in (0, 100)
+            return await builder.fetchval("SHOW max_parallel_maintenance_workers")
+
+    async def alone() -> bool:
+        """Another test's connection may just be going."""
+        return await taken() == workers
+
+    builder = await asyncpg.connect(dsn, server_settings=settings)
+    caller = asyncio.ensure_future(ask()) if asked else None
+    try:
+        if caller is None:
+            await until(alone)
+        else:
+            assert await taken() == workers
+    finally:
+        asking = False
+        if caller is not None:
+            await caller
+        await builder.close()
+
+
 def with_first(first: float, rest: float = 0.0) -> str:
     return str([first] + [rest] * 383)
 
