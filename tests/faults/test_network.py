@@ -11,7 +11,7 @@ import inspect
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID, uuid4
@@ -635,7 +635,10 @@ async def test_one_silent_connection_speaks_for_the_others(proxy: Proxy, make_db
     """As after a failover of which nobody was told: one caller waits in vain, and not one for each connection."""
     db = await make_db(dsn=proxy.dsn, pool_max_size=4, connection_timeout=SHORT)
     lane = db._connections.interactive
-    connections = [(await lane.acquire(5))[0] for _ in range(4)]
+    connections: list[Any] = []
+    while len(connections) < 4:
+        with suppress(asyncio.TimeoutError):  # a machine that is busy may take longer than the short time for one
+            connections.append((await lane.acquire(5))[0])
     for connection in connections:
         lane.keep(connection)
     silent = proxy.when("client", b"PB", "hold", times=None)
