@@ -399,7 +399,7 @@ async def test_transaction_ends_in_time_in_a_black_hole(
     operation = ledger.begin({id: 1})
     context = db.transaction()
     tx = await context.__aenter__()
-    await tx.create_memory(memory_of(id, 1), TYPE)
+    await tx.create_memory(memory_of(id, 1), TYPE, timeout=LONG)
     proxy.hold()
     began = time.monotonic()
     if how == "kept":
@@ -681,7 +681,7 @@ async def test_next_host_is_taken_when_the_first_is_down(proxy: Proxy, server: F
         one, two = (each.dsn.partition("@")[2].partition("/")[0] for each in (proxy, other))
         both = proxy.dsn.replace(one, f"{one},{two}")
         async with elizasql.connect(
-            agent_id=uuid4(), dsn=both, connection_timeout=SHORT, indexing="manual", migrate=False, pool_min_size=0
+            agent_id=uuid4(), dsn=both, connection_timeout=5 * SHORT, indexing="manual", migrate=False, pool_min_size=0
         ) as db:
             assert await db.is_ready()
             assert other.open > 0
