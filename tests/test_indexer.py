@@ -139,15 +139,19 @@ async def test_rebuild_moves_everything_and_keeps_answers(make_db: MakeAdapter, 
     assert len(definitions) == 1
 
 
-@pytest.mark.parametrize(("beside", "asked", "workers"), [("1", True, "1"), ("1", False, "3"), ("5", True, "3")])
+@pytest.mark.parametrize(
+    ("beside", "asked", "least", "workers"),
+    [("1", True, "0", "1"), ("1", False, "0", "3"), ("5", True, "0", "3"), ("1", True, "1GB", "3")],
+)
 async def test_an_index_that_is_built_while_others_ask_leaves_them_a_core(
-    make_db: MakeAdapter, raw: asyncpg.Connection[Any], dsn: str, beside: str, asked: bool, workers: str
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any], dsn: str, beside: str, asked: bool, least: str, workers: str
 ) -> None:
+    """Where it is large enough for workers at all."""
     db = await make_db()
     await write(db)
     settings = {
         "max_parallel_maintenance_workers": "3",
-        "min_parallel_table_scan_size": "0",
+        "min_parallel_table_scan_size": least,
         "elizasql.build_workers_beside_callers": beside,
     }
     asking = True
