@@ -35,7 +35,7 @@ _READ_ONLY = "25006"
 _LEFT_ALONE = 1.01
 
 # Seconds that the index of a partition may take to build: 1,000 to 4,000 vectors a second.
-_BUILD_TIME = 6 * 3600.0
+BUILD_TIME = 6 * 3600.0
 
 
 class Indexer:
@@ -183,7 +183,7 @@ class Indexer:
             self._lost |= lost
             raise
         if size is not None and (lost or (self._lost_size is not None and size <= self._lost_size * _LEFT_ALONE)):
-            with within(_BUILD_TIME):
+            with within(BUILD_TIME):
                 await self.build()
         self._lost_size = size
 

@@ -17,6 +17,7 @@ from uuid import UUID
 import typer
 
 from elizasql import DatabaseAdapter, _codecs, _embedded
+from elizasql._indexer import BUILD_TIME
 from elizasql._statements import SQL
 from elizasql.config import Config
 from elizasql.errors import ArgumentError, ConfigurationError, ElizaSQLError, NotFoundError
@@ -26,9 +27,8 @@ from elizasql.transfer._report import Report, open_private
 from . import _out, _place, server
 from ._place import DataDir, Dsn, Json, Place
 
-# Seconds that one statement of an import may take, and the building of an index behind it: as many as the background
-# gives it.
-_PATIENCE = 6 * 3600.0
+# Seconds that one statement of an import may take, and the building of an index behind it.
+_PATIENCE = BUILD_TIME
 
 # With so many new vectors, building the index anew may be faster than adding them one by one: the server tells, which
 # knows what else is in the index, and whether this role may build it.
