@@ -141,6 +141,28 @@ class Store:
 
         return read_each(values, kind.__name__, read_row)
 
+    async def _get_by_ids(self, name: str, kind: Callable[..., T], ids: Iterable[object], what: str) -> list[T]:
+        """Get those of some rows that exist, in the order of their ids, each once.
+
+        Args:
+            name: Of the statement.
+            kind: The model.
+            ids: As the caller gave them.
+            what: What an error calls them.
+        """
+        wanted = list(dict.fromkeys(_codecs.as_ids(ids, what)))
+        if not wanted:
+            return []
+        return [kind(*row) for row in await self._executor.fetch(SQL[name], agent_id=self.agent_id, ids=wanted)]
+
+    async def _delete_by_ids(self, name: str, ids: Iterable[object], what: str) -> int:
+        """Delete some rows, all or none, and give how many there were; `name`, `ids` and `what` as in `_get_by_ids`."""
+        doomed = sorted(set(_codecs.as_ids(ids, what)))  # so that two batches cannot wait for each other
+        if not doomed:
+            return 0
+        chunks = [{"agent_id": self.agent_id, "ids": chunk} for chunk in self._chunks(doomed)]
+        return sum(row[0] for row in await self._executor.fetch_chunks(SQL[name], chunks))
+
     def _refuse_in_transaction(self, name: str) -> None:
         if self._executor.in_transaction:
             raise ArgumentError(f"{name}() does not run in a transaction: call it on the adapter that was opened")
@@ -288,6 +310,12 @@ def as_limit(count: int | None, limit: int | None) -> int | None:
     if count is not None and limit is not None and count != limit:
         raise ArgumentError("count and limit are two names of one argument: give one")
     return _codecs.as_count(limit if count is None else count, "count")
+
+
+def as_reach(count: int | None, skipped: int | None) -> int | None:
+    """Give how many rows a part of the whole can have on a page, None where the page has no end."""
+    # The server's numbers end where Python's do not.
+    return None if count is None else min(count + (skipped or 0), 2**63 - 1)
 
 
 def read_cursor(kind: type[Model], cursor: Any, *, forward: bool = False) -> dict[str, Any]:

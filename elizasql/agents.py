@@ -36,11 +36,7 @@ class Agents(Store):
 
         Statement: sql/agents.sql get_agents_by_ids. One round trip. Source: getAgentsByIds.
         """
-        ids = _codecs.as_ids(agent_ids, "agent_ids")
-        if not ids:
-            return []
-        found = {row["id"]: Agent(*row) for row in await self._executor.fetch(SQL["get_agents_by_ids"], ids=ids)}
-        return [found[id] for id in dict.fromkeys(ids) if id in found]
+        return await self._get_by_ids("get_agents_by_ids", Agent, agent_ids, "agent_ids")
 
     async def get_agents(
         self, count: int | None = None, offset: int | None = None, *, timeout: float | None = None
@@ -189,11 +185,7 @@ class Agents(Store):
 
         Statement: sql/agents.sql delete_agents. One round trip a chunk. Source: deleteAgents; differs: gives a number.
         """
-        ids = sorted(set(_codecs.as_ids(agent_ids, "agent_ids")))
-        if not ids:
-            return 0
-        chunks = [{"ids": list(chunk)} for chunk in self._chunks(ids)]
-        return sum(row[0] for row in await self._executor.fetch_chunks(SQL["delete_agents"], chunks))
+        return await self._delete_by_ids("delete_agents", agent_ids, "agent_ids")
 
     async def cleanup_agents(self, older_than: timedelta, *, timeout: float | None = None) -> int:
         """Delete the agents that were not updated for so long, with everything that is theirs; give how many.

@@ -209,11 +209,7 @@ class Components(Store):
         Statement: sql/components.sql delete_components. One round trip a chunk. Source: deleteComponents; differs:
         gives a number.
         """
-        ids = sorted(set(_codecs.as_ids(component_ids, "component_ids")))
-        if not ids:
-            return 0
-        chunks = [{"agent_id": self.agent_id, "ids": list(chunk)} for chunk in self._chunks(ids)]
-        return sum(row[0] for row in await self._executor.fetch_chunks(SQL["delete_components"], chunks))
+        return await self._delete_by_ids("delete_components", component_ids, "component_ids")
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
@@ -291,11 +287,7 @@ class Components(Store):
 
         Statement: sql/components.sql get_components_by_ids. One round trip. Source: getComponentsByIds.
         """
-        ids = list(dict.fromkeys(_codecs.as_ids(component_ids, "component_ids")))
-        if not ids:
-            return []
-        rows = await self._executor.fetch(SQL["get_components_by_ids"], agent_id=self.agent_id, ids=ids)
-        return [Component(*row) for row in rows]
+        return await self._get_by_ids("get_components_by_ids", Component, component_ids, "component_ids")
 
     async def get_components_by_natural_keys(
         self, keys: Iterable[Component | Mapping[str, Any]], *, timeout: float | None = None

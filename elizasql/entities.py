@@ -141,11 +141,7 @@ class Entities(Store):
         Statement: sql/entities.sql delete_entities. One round trip a chunk. Source: deleteEntities; differs: one
         statement, and gives a number.
         """
-        ids = sorted(set(_codecs.as_ids(entity_ids, "entity_ids")))
-        if not ids:
-            return 0
-        chunks = [{"agent_id": self.agent_id, "ids": list(chunk)} for chunk in self._chunks(ids)]
-        return sum(row[0] for row in await self._executor.fetch_chunks(SQL["delete_entities"], chunks))
+        return await self._delete_by_ids("delete_entities", entity_ids, "entity_ids")
 
     # --- reading -----------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from uuid import UUID
 
 from . import _codecs
 from ._statements import SQL
-from ._store import Store, as_limit, order_by_id
+from ._store import Store, as_limit, as_reach, order_by_id
 from .models import Goal
 from .types import GoalStatus
 
@@ -62,15 +62,11 @@ class Goals(Store):
         return found[0] if found else None
 
     async def get_goals_by_ids(self, goal_ids: Iterable[UUID | str], *, timeout: float | None = None) -> list[Goal]:
-        """Get those of the goals that exist, in the order of the ids.
+        """Get those of the goals that exist, in the order of the ids, each once.
 
         Statement: sql/goals.sql get_goals_by_ids. One round trip.
         """
-        ids = _codecs.as_ids(goal_ids, "goal_ids")
-        if not ids:
-            return []
-        rows = await self._executor.fetch(SQL["get_goals_by_ids"], agent_id=self.agent_id, ids=list(dict.fromkeys(ids)))
-        return [Goal(*row) for row in rows]
+        return await self._get_by_ids("get_goals_by_ids", Goal, goal_ids, "goal_ids")
 
     async def get_goals(
         self,
@@ -110,7 +106,7 @@ class Goals(Store):
             room_id=room,
             entity_id=entity,
             statuses=["IN_PROGRESS"] if only else list(get_args(GoalStatus)),
-            reach=None if number is None else min(number + (skip or 0), 2**63 - 1),
+            reach=as_reach(number, skip),
             count=number,
             skip=skip,
         )
@@ -173,11 +169,7 @@ class Goals(Store):
 
         Statement: sql/goals.sql delete_goals. One round trip a chunk.
         """
-        ids = sorted(set(_codecs.as_ids(goal_ids, "goal_ids")))
-        if not ids:
-            return 0
-        chunks = [{"agent_id": self.agent_id, "ids": list(chunk)} for chunk in self._chunks(ids)]
-        return sum(row[0] for row in await self._executor.fetch_chunks(SQL["delete_goals"], chunks))
+        return await self._delete_by_ids("delete_goals", goal_ids, "goal_ids")
 
     async def delete_all_goals(self, room_id: UUID | str, *, timeout: float | None = None) -> int:
         """Delete the goals of a room; give how many there were.

@@ -118,11 +118,7 @@ class Logs(Store):
 
         Statement: sql/logs.sql delete_logs. One round trip a chunk. Source: deleteLogs.
         """
-        ids = sorted(set(_codecs.as_ids(log_ids, "log_ids")))
-        if not ids:
-            return 0
-        chunks = [{"agent_id": self.agent_id, "ids": list(chunk)} for chunk in self._chunks(ids)]
-        return sum(row[0] for row in await self._executor.fetch_chunks(SQL["delete_logs"], chunks))
+        return await self._delete_by_ids("delete_logs", log_ids, "log_ids")
 
     async def prune_logs(
         self,
@@ -223,15 +219,11 @@ class Logs(Store):
         return [Log(*row) for row in await self._executor.fetch(statement, **params)]
 
     async def get_logs_by_ids(self, log_ids: Iterable[UUID | str], *, timeout: float | None = None) -> list[Log]:
-        """Get those of the logs that exist, in the order of the ids.
+        """Get those of the logs that exist, in the order of the ids, each once.
 
         Statement: sql/logs.sql get_logs_by_ids. One round trip. Source: getLogsByIds.
         """
-        ids = _codecs.as_ids(log_ids, "log_ids")
-        if not ids:
-            return []
-        rows = await self._executor.fetch(SQL["get_logs_by_ids"], agent_id=self.agent_id, ids=list(dict.fromkeys(ids)))
-        return [Log(*row) for row in rows]
+        return await self._get_by_ids("get_logs_by_ids", Log, log_ids, "log_ids")
 
     # --- runs --------------------------------------------------------------------------------------------------------
 

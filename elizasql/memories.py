@@ -355,12 +355,7 @@ class Memories(Store):
 
         Statement: sql/memories.sql delete_memories. Source: deleteManyMemories.
         """
-        ids = _codecs.as_ids(memory_ids, "memory_ids")
-        if not ids:
-            return 0
-        chunks = [{"agent_id": self.agent_id, "ids": list(chunk)} for chunk in self._chunks(sorted(set(ids)))]
-        rows = await self._executor.fetch_chunks(SQL["delete_memories"], chunks)
-        return sum(row[0] for row in rows)
+        return await self._delete_by_ids("delete_memories", memory_ids, "memory_ids")
 
     async def delete_all_memories(
         self, room_id: UUID | str | Iterable[UUID | str], table_name: str, *, timeout: float | None = None

@@ -463,11 +463,7 @@ class Messaging(Store):
 
         Statement: sql/messaging.sql delete_messages. One round trip a chunk.
         """
-        ids = sorted(set(_codecs.as_ids(message_ids, "message_ids")))
-        if not ids:
-            return 0
-        chunks = [{"ids": chunk} for chunk in self._chunks(ids)]
-        return len(await self._executor.fetch_chunks(SQL["delete_messages"], chunks))
+        return await self._delete_by_ids("delete_messages", message_ids, "message_ids")
 
 
 def _read_updates(kind: type[Model], updates: object, changeable: Mapping[str, bool]) -> bytes:

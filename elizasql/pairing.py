@@ -129,13 +129,9 @@ class Pairing(Store):
     async def delete_pairing_requests(self, request_ids: Iterable[UUID | str], *, timeout: float | None = None) -> int:
         """Delete requests, all or none, and give how many there were.
 
-        Statement: sql/pairing.sql delete_pairing_requests. One round trip. Source: deletePairingRequests.
+        Statement: sql/pairing.sql delete_pairing_requests. One round trip a chunk. Source: deletePairingRequests.
         """
-        ids = sorted(set(_codecs.as_ids(request_ids, "request_ids")))
-        if not ids:
-            return 0
-        deleted: int = await self._executor.fetch_value(SQL["delete_pairing_requests"], agent_id=self.agent_id, ids=ids)
-        return deleted
+        return await self._delete_by_ids("delete_pairing_requests", request_ids, "request_ids")
 
     # --- allowlists --------------------------------------------------------------------------------------------------
 
@@ -259,16 +255,10 @@ class Pairing(Store):
     ) -> int:
         """Delete entries, all or none, and give how many there were.
 
-        Statement: sql/pairing.sql delete_pairing_allowlist_entries. One round trip. Source:
+        Statement: sql/pairing.sql delete_pairing_allowlist_entries. One round trip a chunk. Source:
         deletePairingAllowlistEntries.
         """
-        ids = sorted(set(_codecs.as_ids(entry_ids, "entry_ids")))
-        if not ids:
-            return 0
-        deleted: int = await self._executor.fetch_value(
-            SQL["delete_pairing_allowlist_entries"], agent_id=self.agent_id, ids=ids
-        )
-        return deleted
+        return await self._delete_by_ids("delete_pairing_allowlist_entries", entry_ids, "entry_ids")
 
     def _read_pairing_channels(self, queries: Iterable[Query]) -> list[str]:
         return read_each(queries, "query", self._read_pairing_channel, names="queries")

@@ -8,7 +8,7 @@ from uuid import UUID
 
 from . import _codecs
 from ._statements import SQL
-from ._store import Store, need, read_each
+from ._store import Store, as_reach, need, read_each
 from .errors import ArgumentError
 from .models import Relationship
 
@@ -132,11 +132,7 @@ class Relationships(Store):
         Statement: sql/relationships.sql delete_relationships. One round trip a chunk. Source: deleteRelationships;
         differs: gives a number.
         """
-        ids = sorted(set(_codecs.as_ids(relationship_ids, "relationship_ids")))
-        if not ids:
-            return 0
-        chunks = [{"agent_id": self.agent_id, "ids": list(chunk)} for chunk in self._chunks(ids)]
-        return sum(row[0] for row in await self._executor.fetch_chunks(SQL["delete_relationships"], chunks))
+        return await self._delete_by_ids("delete_relationships", relationship_ids, "relationship_ids")
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
@@ -187,8 +183,7 @@ class Relationships(Store):
         params = {
             "agent_id": self.agent_id,
             "tags": _read_tags(tags),
-            # The server's numbers end where Python's do not.
-            "reach": None if count is None else min(count + (skipped or 0), 2**63 - 1),
+            "reach": as_reach(count, skipped),
             "count": count,
             "skipped": skipped,
         }
@@ -209,11 +204,7 @@ class Relationships(Store):
 
         Statement: sql/relationships.sql get_relationships_by_ids. One round trip. Source: getRelationshipsByIds.
         """
-        ids = list(dict.fromkeys(_codecs.as_ids(relationship_ids, "relationship_ids")))
-        if not ids:
-            return []
-        rows = await self._executor.fetch(SQL["get_relationships_by_ids"], agent_id=self.agent_id, ids=ids)
-        return [Relationship(*row) for row in rows]
+        return await self._get_by_ids("get_relationships_by_ids", Relationship, relationship_ids, "relationship_ids")
 
     async def get_relationships_by_pairs(
         self,

@@ -8,7 +8,7 @@ from uuid import UUID
 
 from . import _codecs
 from ._statements import SQL
-from ._store import Store, order_by_id
+from ._store import Store, as_reach, order_by_id
 from .models import Room
 
 
@@ -77,11 +77,7 @@ class Rooms(Store):
 
         Statement: sql/rooms.sql get_rooms_by_ids. One round trip. Source: getRoomsByIds.
         """
-        ids = list(dict.fromkeys(_codecs.as_ids(room_ids, "room_ids")))
-        if not ids:
-            return []
-        rows = await self._executor.fetch(SQL["get_rooms_by_ids"], agent_id=self.agent_id, ids=ids)
-        return [Room(*row) for row in rows]
+        return await self._get_by_ids("get_rooms_by_ids", Room, room_ids, "room_ids")
 
     async def get_rooms_by_world(self, world_id: UUID | str, *, timeout: float | None = None) -> list[Room]:
         """Get the rooms of a world, oldest first.
@@ -112,14 +108,14 @@ class Rooms(Store):
         """
         worlds = list(dict.fromkeys(_codecs.as_ids(world_ids, "world_ids")))
         count = _codecs.as_optional_count(limit, "limit")
-        skipped = _codecs.as_optional_count(offset, "offset") or 0
+        skipped = _codecs.as_optional_count(offset, "offset")
         if not worlds or count == 0:
             return []
         rows = await self._executor.fetch(
             SQL["get_rooms_by_worlds"],
             agent_id=self.agent_id,
             world_ids=worlds,
-            reach=None if count is None else min(count + skipped, 2**63 - 1),
+            reach=as_reach(count, skipped),
             count=count,
             skipped=skipped,
         )
@@ -172,13 +168,9 @@ class Rooms(Store):
     async def delete_rooms(self, room_ids: Iterable[UUID | str], *, timeout: float | None = None) -> int:
         """Delete rooms as `delete_room` does, all or none, and give how many there were.
 
-        Statement: sql/rooms.sql delete_rooms. One round trip. Source: deleteRooms.
+        Statement: sql/rooms.sql delete_rooms. One round trip a chunk. Source: deleteRooms.
         """
-        ids = sorted(set(_codecs.as_ids(room_ids, "room_ids")))
-        if not ids:
-            return 0
-        deleted: int = await self._executor.fetch_value(SQL["delete_rooms"], agent_id=self.agent_id, ids=ids)
-        return deleted
+        return await self._delete_by_ids("delete_rooms", room_ids, "room_ids")
 
     async def delete_rooms_by_world_id(self, world_id: UUID | str, *, timeout: float | None = None) -> int:
         """Delete the rooms of a world as `delete_room` does, all or none, and give how many there were.

@@ -95,15 +95,11 @@ class Tasks(Store):
         return found[0] if found else None
 
     async def get_tasks_by_ids(self, task_ids: Iterable[UUID | str], *, timeout: float | None = None) -> list[Task]:
-        """Get those of the tasks that exist, in the order of the ids.
+        """Get those of the tasks that exist, in the order of the ids, each once.
 
         Statement: sql/tasks.sql get_tasks_by_ids. One round trip. Source: getTasksByIds.
         """
-        ids = _codecs.as_ids(task_ids, "task_ids")
-        if not ids:
-            return []
-        rows = await self._executor.fetch(SQL["get_tasks_by_ids"], agent_id=self.agent_id, ids=list(dict.fromkeys(ids)))
-        return [Task(*row) for row in rows]
+        return await self._get_by_ids("get_tasks_by_ids", Task, task_ids, "task_ids")
 
     async def get_tasks(
         self,
@@ -258,11 +254,7 @@ class Tasks(Store):
 
         Statement: sql/tasks.sql delete_tasks. One round trip a chunk. Source: deleteTasks; differs: this agent's only.
         """
-        ids = sorted(set(_codecs.as_ids(task_ids, "task_ids")))
-        if not ids:
-            return 0
-        chunks = [{"agent_id": self.agent_id, "ids": list(chunk)} for chunk in self._chunks(ids)]
-        return sum(row[0] for row in await self._executor.fetch_chunks(SQL["delete_tasks"], chunks))
+        return await self._delete_by_ids("delete_tasks", task_ids, "task_ids")
 
     # --- workers -----------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 from uuid import UUID
 
-from . import _codecs
 from ._statements import SQL
 from ._store import Store, order_by_id
 from .models import World
@@ -75,11 +74,7 @@ class Worlds(Store):
 
         Statement: sql/worlds.sql get_worlds_by_ids. One round trip. Source: getWorldsByIds.
         """
-        ids = list(dict.fromkeys(_codecs.as_ids(world_ids, "world_ids")))
-        if not ids:
-            return []
-        rows = await self._executor.fetch(SQL["get_worlds_by_ids"], agent_id=self.agent_id, ids=ids)
-        return [World(*row) for row in rows]
+        return await self._get_by_ids("get_worlds_by_ids", World, world_ids, "world_ids")
 
     async def get_all_worlds(self, *, timeout: float | None = None) -> list[World]:
         """Get every world of the agent, oldest first; equal times are ordered by id.
@@ -133,10 +128,6 @@ class Worlds(Store):
     async def delete_worlds(self, world_ids: Iterable[UUID | str], *, timeout: float | None = None) -> int:
         """Delete worlds as `remove_world` does, all or none, and give how many there were.
 
-        Statement: sql/worlds.sql delete_worlds. One round trip. Source: deleteWorlds.
+        Statement: sql/worlds.sql delete_worlds. One round trip a chunk. Source: deleteWorlds.
         """
-        ids = sorted(set(_codecs.as_ids(world_ids, "world_ids")))
-        if not ids:
-            return 0
-        deleted: int = await self._executor.fetch_value(SQL["delete_worlds"], agent_id=self.agent_id, ids=ids)
-        return deleted
+        return await self._delete_by_ids("delete_worlds", world_ids, "world_ids")

@@ -2,11 +2,19 @@
 -- Times are the statement's, as in messaging.sql.
 
 -- name: get_agents_by_ids(ids)
-SELECT
-    id, name, username, system, bio, message_examples, post_examples, topics, adjectives, knowledge, plugins, settings,
-    style, enabled, server_id, created_at, updated_at
-FROM elizasql.agents
-WHERE id = ANY(:ids::uuid[]);
+-- In the order of the ids. LIMIT keeps the join a lookup for each id.
+SELECT a.*
+FROM unnest(:ids::uuid[]) WITH ORDINALITY AS given (id, position)
+CROSS JOIN
+    LATERAL (
+        SELECT
+            id, name, username, system, bio, message_examples, post_examples, topics, adjectives, knowledge, plugins,
+            settings, style, enabled, server_id, created_at, updated_at
+        FROM elizasql.agents
+        WHERE id = given.id
+        LIMIT 1
+    ) AS a
+ORDER BY given.position;
 
 -- name: look_at_agent(agent_id)^
 -- What an adapter needs to know of its agent, there or not yet: the width that it is locked to, and what the names of the

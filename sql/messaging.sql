@@ -306,9 +306,13 @@ WHERE
 ORDER BY created_at, id
 LIMIT :count::bigint;
 
--- name: delete_messages(ids)
--- Deletes messages and gives the ids of those that were there; replies to them stay and no longer point at anything.
+-- name: delete_messages(ids)$
+-- Gives how many there were; replies to them stay and no longer point at anything.
 -- Not repeatable: a second run finds nothing left to delete.
-DELETE FROM elizasql.central_messages
-WHERE id = ANY(:ids::uuid[])
-RETURNING id;
+WITH deleted AS (
+    DELETE FROM elizasql.central_messages
+    WHERE id = ANY(:ids::uuid[])
+    RETURNING id
+)
+
+SELECT count(*) FROM deleted;
