@@ -8,7 +8,7 @@ from uuid import UUID
 
 from . import _codecs
 from ._statements import SQL
-from ._store import Store, as_reach, order_by_id
+from ._store import Store, as_reach, by_id, order_by_id
 from .models import Room
 
 
@@ -60,7 +60,10 @@ class Rooms(Store):
         """
         ids, rows = self._read_partial(Room, rooms, needed=("source", "type"), new_ids=True)
         if rows:
-            chunks = [{"agent_id": self.agent_id, "rooms": chunk} for chunk in self._encode_chunks(Room, rows, ids)]
+            chunks = [
+                {"agent_id": self.agent_id, "rooms": chunk}
+                for chunk in self._encode_chunks(Room, rows, ids, form=by_id)
+            ]
             await self._executor.fetch_chunks(SQL["upsert_rooms"], chunks)
         return ids
 

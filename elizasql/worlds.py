@@ -7,7 +7,7 @@ from typing import Any
 from uuid import UUID
 
 from ._statements import SQL
-from ._store import Store, order_by_id
+from ._store import Store, by_id, order_by_id
 from .models import World
 
 
@@ -57,7 +57,10 @@ class Worlds(Store):
         """
         ids, rows = self._read_partial(World, worlds, new_ids=True)
         if rows:
-            chunks = [{"agent_id": self.agent_id, "worlds": chunk} for chunk in self._encode_chunks(World, rows, ids)]
+            chunks = [
+                {"agent_id": self.agent_id, "worlds": chunk}
+                for chunk in self._encode_chunks(World, rows, ids, form=by_id)
+            ]
             await self._executor.fetch_chunks(SQL["upsert_worlds"], chunks)
         return ids
 

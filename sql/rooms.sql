@@ -51,42 +51,38 @@ ORDER BY id
 ON CONFLICT (agent_id, id) DO NOTHING;
 
 -- name: upsert_rooms(agent_id, rooms)!
--- Creates rooms, or changes the fields that are given of those that are there.
-WITH given AS MATERIALIZED (
-    SELECT jsonb_object_agg(g.room ->> 'id', g.room) AS by_id
-    FROM jsonb_array_elements(:rooms::jsonb) AS g (room)
-)
-
+-- Creates rooms, or changes the fields that are given of those that are there. rooms: an object by id.
 INSERT INTO elizasql.rooms AS r (
     agent_id, id, name, source, type, channel_id, message_server_id, world_id, metadata, created_at
 )
 SELECT
     :agent_id, g.id, g.name, g.source, g.type, g.channel_id, g.message_server_id, g.world_id,
     coalesce(g.metadata, '{}'), coalesce(g.created_at, statement_timestamp())
-FROM jsonb_populate_recordset(NULL::elizasql.rooms, :rooms::jsonb) AS g
+FROM jsonb_each(:rooms::jsonb) AS given (id, room)
+CROSS JOIN LATERAL jsonb_populate_record(NULL::elizasql.rooms, given.room) AS g
 ORDER BY g.id
 ON CONFLICT (agent_id, id) DO UPDATE
     SET
-        name = CASE WHEN (SELECT by_id FROM given) -> excluded.id::text ? 'name' THEN excluded.name ELSE r.name END,
+        name = CASE WHEN (:rooms::jsonb -> excluded.id::text) ? 'name' THEN excluded.name ELSE r.name END,
         source = excluded.source,
         type = excluded.type,
         channel_id
         = CASE
-            WHEN (SELECT by_id FROM given) -> excluded.id::text ? 'channel_id' THEN excluded.channel_id
+            WHEN (:rooms::jsonb -> excluded.id::text) ? 'channel_id' THEN excluded.channel_id
             ELSE r.channel_id
         END,
         message_server_id
         = CASE
-            WHEN (SELECT by_id FROM given) -> excluded.id::text ? 'message_server_id' THEN excluded.message_server_id
+            WHEN (:rooms::jsonb -> excluded.id::text) ? 'message_server_id' THEN excluded.message_server_id
             ELSE r.message_server_id
         END,
         world_id
         = CASE
-            WHEN (SELECT by_id FROM given) -> excluded.id::text ? 'world_id' THEN excluded.world_id ELSE r.world_id
+            WHEN (:rooms::jsonb -> excluded.id::text) ? 'world_id' THEN excluded.world_id ELSE r.world_id
         END,
         metadata
         = CASE
-            WHEN (SELECT by_id FROM given) -> excluded.id::text ? 'metadata' THEN excluded.metadata ELSE r.metadata
+            WHEN (:rooms::jsonb -> excluded.id::text) ? 'metadata' THEN excluded.metadata ELSE r.metadata
         END;
 
 -- name: update_rooms(agent_id, rooms, required)

@@ -31,29 +31,25 @@ ORDER BY id
 ON CONFLICT (agent_id, id) DO NOTHING;
 
 -- name: upsert_worlds(agent_id, worlds)!
--- Creates worlds, or changes the fields that are given of those that are there.
-WITH given AS MATERIALIZED (
-    SELECT jsonb_object_agg(g.world ->> 'id', g.world) AS by_id
-    FROM jsonb_array_elements(:worlds::jsonb) AS g (world)
-)
-
+-- Creates worlds, or changes the fields that are given of those that are there. worlds: an object by id.
 INSERT INTO elizasql.worlds AS w (agent_id, id, name, message_server_id, metadata, created_at)
 SELECT
     :agent_id, g.id, coalesce(g.name, ''), g.message_server_id, coalesce(g.metadata, '{}'),
     coalesce(g.created_at, statement_timestamp())
-FROM jsonb_populate_recordset(NULL::elizasql.worlds, :worlds::jsonb) AS g
+FROM jsonb_each(:worlds::jsonb) AS given (id, world)
+CROSS JOIN LATERAL jsonb_populate_record(NULL::elizasql.worlds, given.world) AS g
 ORDER BY g.id
 ON CONFLICT (agent_id, id) DO UPDATE
     SET
-        name = CASE WHEN (SELECT by_id FROM given) -> excluded.id::text ? 'name' THEN excluded.name ELSE w.name END,
+        name = CASE WHEN (:worlds::jsonb -> excluded.id::text) ? 'name' THEN excluded.name ELSE w.name END,
         message_server_id
         = CASE
-            WHEN (SELECT by_id FROM given) -> excluded.id::text ? 'message_server_id' THEN excluded.message_server_id
+            WHEN (:worlds::jsonb -> excluded.id::text) ? 'message_server_id' THEN excluded.message_server_id
             ELSE w.message_server_id
         END,
         metadata
         = CASE
-            WHEN (SELECT by_id FROM given) -> excluded.id::text ? 'metadata' THEN excluded.metadata ELSE w.metadata
+            WHEN (:worlds::jsonb -> excluded.id::text) ? 'metadata' THEN excluded.metadata ELSE w.metadata
         END;
 
 -- name: update_worlds(agent_id, worlds, required)

@@ -618,13 +618,14 @@ async def test_bad_ids_are_refused_without_a_round_trip(db: DatabaseAdapter, rou
 
 async def test_a_large_agent_among_small_ones_is_read_by_the_index(skew: Skew) -> None:
     one = [skew.room]
-    change = json.dumps([{"id": str(skew.room), "name": "x", "source": "s", "type": "t"}])
+    row = {"id": str(skew.room), "name": "x", "source": "s", "type": "t"}
+    change = json.dumps([row])
     statements: dict[str, dict[str, Any]] = {
         "get_rooms_by_ids": {"ids": one},
         "get_rooms_by_world": {"world_id": skew.world},
         "get_rooms_by_worlds": {"world_ids": [skew.world], "reach": 3, "count": 2, "skipped": 1},
         "create_rooms": {"rooms": change},
-        "upsert_rooms": {"rooms": change},
+        "upsert_rooms": {"rooms": json.dumps({str(skew.room): row})},
         "update_rooms": {"rooms": change, "required": True},
         "delete_rooms": {"ids": one},
         "delete_rooms_by_world_ids": {"world_ids": [skew.world]},

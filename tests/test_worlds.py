@@ -333,11 +333,12 @@ async def test_nothing_in_nothing_out_without_a_round_trip(db: DatabaseAdapter, 
 
 
 async def test_a_large_agent_among_small_ones_is_read_by_the_index(skew: Skew) -> None:
-    change = json.dumps([{"id": str(skew.world), "name": "x"}])
+    row = {"id": str(skew.world), "name": "x"}
+    change = json.dumps([row])
     statements: dict[str, dict[str, Any]] = {
         "get_worlds_by_ids": {"ids": [skew.world]},
         "create_worlds": {"worlds": change},
-        "upsert_worlds": {"worlds": change},
+        "upsert_worlds": {"worlds": json.dumps({str(skew.world): row})},
         "update_worlds": {"worlds": change, "required": True},
         "delete_worlds": {"ids": [skew.world]},
     }
