@@ -36,7 +36,7 @@ def _one_of(*allowed: str) -> Callable[[Any], str]:
     def parse(value: Any) -> str:
         if value not in allowed:
             raise ValueError(f"must be one of {', '.join(allowed)}")
-        return str(value)
+        return allowed[allowed.index(value)]  # of an enumeration its value: its text is another one
 
     return parse
 

@@ -1016,9 +1016,9 @@ def _scope(
     room_id: UUID | str | None, entity_id: UUID | str | None, world_id: UUID | str | None
 ) -> dict[str, UUID | None]:
     return {
-        "room_id": None if room_id is None else _codecs.as_id(room_id, "room_id"),
-        "entity_id": None if entity_id is None else _codecs.as_id(entity_id, "entity_id"),
-        "world_id": None if world_id is None else _codecs.as_id(world_id, "world_id"),
+        "room_id": _codecs.as_optional_id(room_id, "room_id"),
+        "entity_id": _codecs.as_optional_id(entity_id, "entity_id"),
+        "world_id": _codecs.as_optional_id(world_id, "world_id"),
     }
 
 

@@ -686,25 +686,25 @@ def _read_number(value: object, name: str) -> float:
         raise ArgumentError(f"{name} is a number beyond what a float holds") from None
 
 
-def _read_components(value: object, name: str) -> list[Component]:
-    items = _read_list(value, name)
-    return [item if isinstance(item, Component) else Component.from_dict(item) for item in items]
+def _one(kind: type[M]) -> Callable[[Any, str], M]:
+    def read(value: Any, name: str) -> M:  # noqa: ARG001 - the error names the key that is wrong
+        return value if isinstance(value, kind) else kind.from_dict(value)
+
+    return read
 
 
-def _read_entity(value: object, name: str) -> Entity:  # noqa: ARG001 - the error names the key that is wrong
-    return value if isinstance(value, Entity) else Entity.from_dict(value)  # type: ignore[arg-type]
+def _many(kind: type[M]) -> Callable[[Any, str], list[M]]:
+    read = _one(kind)
+    return lambda value, name: [read(item, name) for item in _read_list(value, name)]
 
 
-def _read_goal_status(value: object, name: str) -> Any:
-    if value not in get_args(GoalStatus):
-        raise ArgumentError(f"{name} must be one of {', '.join(get_args(GoalStatus))}, not {value!r:.40}")
-    return value
+def _one_of(*allowed: str) -> Callable[[Any, str], str]:
+    def read(value: Any, name: str) -> str:
+        if value not in allowed:
+            raise ArgumentError(f"{name} must be one of {', '.join(allowed)}, not {value!r:.40}")
+        return allowed[allowed.index(value)]  # of an enumeration its value
 
-
-def _read_run_status(value: object, name: str) -> Any:
-    if value not in get_args(RunStatus):
-        raise ArgumentError(f"{name} must be one of {', '.join(get_args(RunStatus))}, not {value!r:.40}")
-    return value
+    return read
 
 
 def _read_objectives(value: object, name: str) -> list[Objective]:
@@ -726,17 +726,6 @@ def _read_objectives(value: object, name: str) -> list[Objective]:
     return list(read.values())
 
 
-def _read_counts(value: object, name: str) -> AgentRunCounts:  # noqa: ARG001 - the error names the key that is wrong
-    return value if isinstance(value, AgentRunCounts) else AgentRunCounts.from_dict(value)  # type: ignore[arg-type]
-
-
-def _read_runs(value: object, name: str) -> list[AgentRunSummary]:
-    return [
-        item if isinstance(item, AgentRunSummary) else AgentRunSummary.from_dict(item)
-        for item in _read_list(value, name)
-    ]
-
-
 def _read_json(value: object, name: str) -> Any:  # noqa: ARG001 - what JSON cannot hold is found when it is encoded
     return value
 
@@ -755,13 +744,13 @@ _READERS: dict[str, Callable[[Any, str], Any]] = {
     "list[Any] | str": _read_bio,
     "float": _read_number,
     "JSON": _read_json,
-    "Entity": _read_entity,
-    "list[Component]": _read_components,
-    "GoalStatus": _read_goal_status,
-    "RunStatus": _read_run_status,
+    "Entity": _one(Entity),
+    "list[Component]": _many(Component),
+    "GoalStatus": _one_of(*get_args(GoalStatus)),
+    "RunStatus": _one_of(*get_args(RunStatus)),
     "list[Objective]": _read_objectives,
-    "AgentRunCounts": _read_counts,
-    "list[AgentRunSummary]": _read_runs,
+    "AgentRunCounts": _one(AgentRunCounts),
+    "list[AgentRunSummary]": _many(AgentRunSummary),
 }
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import traceback
 from decimal import Decimal
+from enum import Enum
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,14 @@ def test_bad_value_names_setting_and_origin(name: str, value: Any, message: str)
     if isinstance(value, str) and value and name not in ("ef_search", "batch_size"):
         with pytest.raises(ConfigurationError, match=f"^{VARIABLES[name]}"):
             Config.load(environ={VARIABLES[name]: value})
+
+
+def test_a_word_may_come_from_an_enumeration() -> None:
+    class Mode(str, Enum):
+        MANUAL = "manual"
+
+    assert type(Config.load(environ={}, indexing=Mode.MANUAL).indexing) is str
+    assert Config.load(environ={}, indexing=Mode.MANUAL).indexing == "manual"
 
 
 def test_sizes_that_contradict_each_other() -> None:
