@@ -142,7 +142,7 @@ async def wait_for(coroutine: Coroutine[Any, Any, T], seconds: float, name: str)
 
 
 def bound_methods(kind: type) -> None:
-    """Put `bounded` on the public coroutine methods that a class defines.
+    """Put `_bounded` on the public coroutine methods that a class defines.
 
     Raises:
         TypeError: One of them takes no `timeout`.

@@ -6,7 +6,8 @@ outcome      what                                                               
 NOT_APPLIED  no connection; 57P03, 53300, 08001, 08004, 25006; 40001, 40P01,     tried again
              55P03; a cached plan that no longer fits
 UNKNOWN      a connection that broke after the statement was sent: 08*, 57P01,   tried again if the statement
-             57P02, 25P03, 25P04, 40003, OSError, the driver lost its place      is repeatable
+             57P02, 57P05, 25P03, 25P04, 40003, OSError, the driver lost its     is repeatable
+             place
 EXHAUSTED    53*, 58*: memory, disk                                              53200 once more, else raised
 PERMANENT    everything else that the server answers                             raised at once
 ===========  ==================================================================  =============================

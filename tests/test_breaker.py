@@ -145,6 +145,20 @@ def test_what_began_before_says_nothing_about_the_probes(breaker: CircuitBreaker
     assert state(breaker) == "closed"
 
 
+def test_a_probe_that_outlasts_the_others_says_nothing_about_the_time_after(
+    breaker: CircuitBreaker, clock: Clock
+) -> None:
+    fail(breaker, 5)
+    clock.now += 60
+    breaker.succeed(breaker.enter())
+    slow, *quick = [breaker.enter() for _ in range(3)]
+    for permit in quick:
+        breaker.succeed(permit)
+    assert breaker.state == "closed"
+    breaker.fail(slow)
+    assert (breaker.state, breaker.failures) == ("closed", 0)
+
+
 def test_what_is_closed_refuses_nobody_when_the_machine_has_just_started(breaker: CircuitBreaker, clock: Clock) -> None:
     clock.now = 0.5
     assert breaker.retry_after == 0.0

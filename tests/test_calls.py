@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import functools
 import gc
 import inspect
@@ -212,6 +213,34 @@ async def test_call_inside_another_does_not_outlast_it() -> None:
     assert one._meter.snapshot()["ask"]["count"] == 2
 
 
+def test_time_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
+    own, other = _calls.Meter(1e9, None), _calls.Meter(1e9, None)
+
+    def deadlines() -> list[float]:
+        return [_calls.current_deadline(5.0, meter) for meter in (None, own, other)]
+
+    assert deadlines() == [105.0, 105.0, 105.0]
+    with _calls.within(30.0):
+        # Of no adapter, as where the background builds an index: in force for every one.
+        assert deadlines() == [130.0, 130.0, 130.0]
+        with _calls.within(20.0):
+            assert deadlines() == [120.0, 120.0, 120.0]
+        with _calls.within(60.0):
+            assert deadlines() == [130.0, 130.0, 130.0]
+        assert deadlines() == [130.0, 130.0, 130.0]
+        outlives = contextvars.copy_context()
+    assert deadlines() == outlives.run(deadlines) == [105.0, 105.0, 105.0]
+
+    def inside_a_call() -> None:
+        _calls._running.set(_calls._Call(130.0, own))
+        assert deadlines() == [130.0, 130.0, 105.0]
+        with _calls.within(60.0):
+            assert deadlines() == [130.0, 130.0, 105.0]
+
+    contextvars.copy_context().run(inside_a_call)
+
+
 async def test_task_that_a_call_starts_has_not_its_limit() -> None:
     async def running() -> object:
         return _calls._running.get()
@@ -256,6 +285,19 @@ async def test_wait_for_ends_what_takes_longer() -> None:
     assert ended
     with pytest.raises(ZeroDivisionError):
         await _calls.wait_for(_divide(), 60.0, "test")
+
+
+async def test_end_of_a_task() -> None:
+    untold: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: untold.append(context))
+    endless, failed = asyncio.ensure_future(asyncio.Event().wait()), asyncio.ensure_future(_divide())
+    await asyncio.wait({failed})
+    for task in (endless, failed):
+        await _calls.end(task)
+    assert endless.cancelled()
+    del task, failed
+    gc.collect()
+    assert not untold
 
 
 async def _divide() -> float:

@@ -27,11 +27,8 @@ def server_error(sqlstate: str) -> asyncpg.PostgresError:
     [
         *((state, NOT_APPLIED, False) for state in ("57P03", "53300", "08001", "08004")),
         *((state, NOT_APPLIED, True) for state in ("40001", "40P01", "55P03")),
-        *(
-            (state, UNKNOWN, False)
-            for state in ("08000", "08003", "08006", "08007", "08P01", "57P01", "57P02", "25P03")
-        ),
-        ("40003", UNKNOWN, False),
+        *((state, UNKNOWN, False) for state in ("08000", "08003", "08006", "08007", "08P01", "40003")),
+        *((state, UNKNOWN, False) for state in ("57P01", "57P02", "57P05", "25P03", "25P04")),
         *((state, EXHAUSTED, False) for state in ("53000", "53100", "53200", "58000", "58030")),
         *(
             (state, PERMANENT, True)
