@@ -12,7 +12,7 @@
     ├── NotFoundError                 P0002: the row that the call is about does not exist
     ├── ReembeddingError              the agent cannot move to another width of embeddings now: `missing`
     ├── UnavailableError              no answer; 25006: no writes; a later try may succeed, except UnknownOutcomeError
-    │   ├── ConnectionLostError       08*, 25P03, 57P01, 57P02, 57P03, a refused or broken connection
+    │   ├── ConnectionLostError       08*, 25P03, 25P04, 57P01, 57P02, 57P03, 57P05, a refused or broken connection
     │   ├── PoolTimeoutError          no pooled connection became free in time
     │   ├── CircuitOpenError          the server failed too often; refused without asking it: `retry_after`
     │   ├── UnknownOutcomeError       the connection was lost after a write was sent that cannot be repeated
@@ -311,8 +311,10 @@ _BY_SQLSTATE: dict[str, type[ElizaSQLError]] = {
     "57P01": ConnectionLostError,
     "57P02": ConnectionLostError,
     "57P03": ConnectionLostError,
-    # Standing idle inside a transaction for too long ends the connection.
+    # A limit of the server's has ended the connection: of an idle transaction, of a long one, of an idle session.
     "25P03": ConnectionLostError,
+    "25P04": ConnectionLostError,
+    "57P05": ConnectionLostError,
     "08": ConnectionLostError,
     "0A": SchemaError,
     "21": DataError,

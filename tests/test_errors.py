@@ -284,13 +284,12 @@ async def test_missing_row(db: DatabaseAdapter) -> None:
     assert isinstance(caught.value.__cause__, asyncpg.NoDataFoundError)
 
 
-async def test_call_that_takes_too_long(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
-    db = await make_db(timeout=0.2)
+async def test_call_that_takes_too_long(db: DatabaseAdapter, raw: asyncpg.Connection[Any]) -> None:
     memory = Memory(id=await db.create_memory(Memory(content={"text": "x"}), "messages"), content={"text": "y"})
     async with raw.transaction():
         await raw.execute("SELECT FROM elizasql.memories WHERE id = $1 FOR UPDATE", memory.id)
         with pytest.raises(elizasql.DeadlineError) as caught:
-            await db.update_memory(memory)
+            await db.update_memory(memory, timeout=0.2)
     assert caught.value.retryable
     assert caught.value.statement == "update_memories"
     assert isinstance(caught.value.__cause__, asyncio.TimeoutError)
