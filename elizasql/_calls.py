@@ -215,7 +215,7 @@ class _Method:
         left = share * self.count
         for position, count in enumerate(self.buckets):
             left -= count
-            if left <= 0 and count:
+            if left <= 0:
                 return min(float(2 ** ((position + 0.5) / _PER_DOUBLING)) * 1e-6, self.longest)
         return self.longest
 

@@ -52,6 +52,12 @@ def test_a_method_without_one_is_refused_when_its_class_is_made() -> None:
             async def get_thing(self) -> None:
                 pass
 
+    with pytest.raises(TypeError, match="keyword-only"):
+
+        class Another(Store):
+            async def get_thing(self, timeout: float | None = None) -> None:
+                pass
+
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), 1e9, True, "1", object()])
 async def test_a_limit_that_is_none(db: DatabaseAdapter, round_trips: list[str], timeout: Any) -> None:
@@ -368,7 +374,7 @@ def test_quantiles_are_right_within_a_bucket() -> None:
         meter.record("m", 0.0, microseconds * 1e-6, None)
     found = meter.snapshot()["m"]
     for name, wanted in (("p50", 5000), ("p95", 9500), ("p99", 9900)):
-        assert abs(found[name] * 1e6 / wanted - 1) < 0.1, name
+        assert abs(found[name] * 1e6 / wanted - 1) < 0.05, name
     assert found["longest"] == pytest.approx(0.01)
     assert found["mean"] == pytest.approx(0.0050005)
 

@@ -381,10 +381,42 @@ def test_the_matrix_with_equal_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
     assert model.matrix.search(vector, 10) is None
 
 
+def test_the_matrix_leaves_to_the_server_what_is_too_close_to_tell() -> None:
+    model = Model(3, 384, 0)
+    vector = some_vectors(1)[0]
+    model.put(np.array([vector, vector]))
+    model.learn(list(model.rows))
+    ranked = model.matrix.rank(vector, 2)
+    assert ranked is not None and [row.id for row in ranked] == sorted(model.rows, key=lambda id: id.bytes)
+    almost = vector.copy()
+    almost[0] = np.nextafter(almost[0], np.float32(np.inf))
+    model.put(almost[None])
+    model.learn(list(model.rows))
+    assert model.matrix.rank(vector, 3) is None
+
+
+def test_the_matrix_grows_with_the_contents_that_it_holds() -> None:
+    model = Model(5, 384, 100)
+    for turn in range(3):
+        before = model.matrix.capacity
+        model.put(some_vectors(before, seed=turn))
+        assert model.matrix.capacity > before
+        model.check(some_vectors(1, seed=9)[0], 10)
+        model.learn(list(model.rows)[before // 2 :])
+        model.check(some_vectors(1, seed=10)[0], 10)
+
+
 def test_the_footprint_is_about_the_estimate() -> None:
     for dimension, size in ((384, 3000), (1536, 500)):
         model = Model(1, dimension, size)
         assert 0.7 < model.matrix.footprint / Matrix.estimate(dimension, size) < 1.5
+
+
+def test_the_footprint_of_contents_is_that_of_their_objects() -> None:
+    content, metadata, time = b"\x01" + bytes(300), b'\x01{"a": 1}', datetime.now(timezone.utc)
+    own = sys.getsizeof(content) + sys.getsizeof(time)
+    assert _matrix.size_of(content, b"\x01{}") == pytest.approx(own, abs=16)
+    assert _matrix.size_of(content, metadata) == pytest.approx(own + sys.getsizeof(metadata), abs=16)
 
 
 # --- equal to an exact search in the database ------------------------------------------------------------------------
