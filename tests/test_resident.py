@@ -276,9 +276,15 @@ class Model:
 
     def check_contents(self) -> None:
         """What is known, and what that takes."""
-        listed = b"".join(id.bytes + version.to_bytes(8, "big") for id, (version, *_) in self.contents.items())
+        listed, newer = (
+            b"".join(id.bytes + (version + more).to_bytes(8, "big") for id, (version, *_) in self.contents.items())
+            for more in (0, 1)
+        )
         assert self.matrix.find_outdated(listed) == []
-        assert set(self.matrix.find_unknown()) == set(self.rows) - set(self.contents)
+        assert self.matrix.find_outdated(newer) == list(self.contents)
+        unknown = set(self.rows) - set(self.contents)
+        assert set(self.matrix.find_unknown()) == unknown
+        assert set(self.matrix.find_gone(listed, self.matrix.hold_contents())) == unknown
         bytes_held = sum(_matrix.size_of(content, metadata) for _, _, content, metadata in self.contents.values())
         assert self.matrix.contents_size == _matrix._PLACE * self.matrix.capacity + bytes_held
 
