@@ -282,7 +282,7 @@ class _Move:
         )
         if row is None:
             return
-        (vector,) = self._read(await self._ask([row["text"]]), [f"the text {row['text']!r:.40}"])
+        (vector,) = self._read(await call(self._embed, [row["text"]]), [f"the text {row['text']!r:.40}"])
         alike = float(vector @ row["embedding"] / np.linalg.norm(vector) / np.linalg.norm(row["embedding"]))
         if alike < _SAME_MODEL:
             raise ReembeddingError(
@@ -316,7 +316,7 @@ class _Move:
 
     async def _put(self, executor: Executor, rows: Sequence[Any]) -> int:
         """Embed texts and store the vectors of those that have not changed meanwhile; give how many."""
-        answer = await self._ask([row["text"] for row in rows])
+        answer = await call(self._embed, [row["text"] for row in rows])
         vectors = self._read(answer, [f"memory {row['id']}" for row in rows])
         stored: int = await executor.fetch_value(
             SQL.at("put_reembeddings", self._target),
@@ -326,13 +326,6 @@ class _Move:
             embeddings=[_codecs.encode_vector(vector) for vector in vectors],
         )
         return stored
-
-    async def _ask(self, texts: list[str]) -> Any:
-        call = getattr(self._embed, "__call__", None)  # noqa: B004 - of an object, its method may be the coroutine function
-        if inspect.iscoroutinefunction(self._embed) or inspect.iscoroutinefunction(call):
-            return await self._embed(texts)
-        answer = await asyncio.to_thread(self._embed, texts)
-        return await answer if inspect.isawaitable(answer) else answer
 
     def _read(self, answer: Any, names: Sequence[str]) -> list[Embedding]:
         """Check what `embed` gave; `names` say in errors whose vectors they are."""
@@ -391,6 +384,15 @@ class _Move:
 
 # The second one: there is no move any more; the next look says why.
 _NOT_YET = ("reembeddings_complete", "agents_embedding_dimension_locked")
+
+
+async def call(embed: Embed, texts: list[str]) -> Any:
+    """Give what `embed` makes of texts; what is no coroutine function runs in a thread."""
+    method = getattr(embed, "__call__", None)  # noqa: B004 - of an object, its method may be the coroutine function
+    if inspect.iscoroutinefunction(embed) or inspect.iscoroutinefunction(method):
+        return await embed(texts)
+    answer = await asyncio.to_thread(embed, texts)
+    return await answer if inspect.isawaitable(answer) else answer
 
 
 def _after(id: UUID) -> UUID:

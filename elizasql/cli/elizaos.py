@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -28,14 +30,38 @@ async def take_over(
     data_dir: str | None,
 ) -> dict[str, Any]:
     """Take over a database of the original, on PostgreSQL or in the folder of a PGlite."""
-    if "://" not in source:
-        async with serve_pglite(_find_pglite(source)) as address:
-            return await _take_over(address, chosen, report, advance, dry_run, index, dimension, dsn, data_dir)
-    try:
-        address = Config.load(environ={}, dsn=source).dsn or ""
-    except ConfigurationError as error:
-        raise ArgumentError(f"--from: {error}") from None
-    return await _take_over(address, chosen, report, advance, dry_run, index, dimension, dsn, data_dir)
+    options: dict[str, Any] = {"agent_ids": chosen, "dimension": dimension, "tell": report.add, "advance": advance}
+    clock = asyncio.get_running_loop().time
+    async with _reach_source(source) as address:
+        config = _place.load(dsn, data_dir)
+        if dry_run:
+            summary, decisions = await import_elizaos(address, config, None, **options)
+            names = ("table", "read", "folded", "refused", "altered")
+            rows = [{name: row[name] for name in names} for row in summary.rows()]
+            return {"agents": _agents(decisions), "tables": rows, "remarks": _remarks(decisions, address)}
+        async with _place.reach(dsn, data_dir, create=True) as place:
+            await server.bring_up_to_date(place)
+            began = clock()
+            async with place.open(UUID(int=0), timeout=data._PATIENCE) as db:
+                summary, decisions = await import_elizaos(address, config, db, **options)
+            seconds = clock() - began
+            told = await data.finish(place, summary, list(decisions.dimensions), seconds, advance, index=index)
+    remarks = [*_speed(summary, seconds), *_remarks(decisions, address)]
+    return {"agents": _agents(decisions), **told, "remarks": remarks}
+
+
+@asynccontextmanager
+async def _reach_source(source: str) -> AsyncIterator[str]:
+    """Give the connection string of what `--from` names."""
+    if "://" in source:
+        try:
+            address = Config.load(environ={}, dsn=source).dsn or ""
+        except ConfigurationError as error:
+            raise ArgumentError(f"--from: {error}") from None
+        yield address
+        return
+    async with serve_pglite(_find_pglite(source)) as address:
+        yield address
 
 
 def _find_pglite(source: str) -> Path:
@@ -43,37 +69,6 @@ def _find_pglite(source: str) -> Path:
     if not (folder / "PG_VERSION").is_file():
         raise ArgumentError(f"--from: {source} is neither a connection string nor the folder of a PGlite")
     return folder.resolve()
-
-
-async def _take_over(
-    source: str,
-    chosen: list[UUID] | None,
-    report: Report,
-    advance: _out.Advance,
-    dry_run: bool,
-    index: bool,
-    dimension: int | None,
-    dsn: str | None,
-    data_dir: str | None,
-) -> dict[str, Any]:
-    options: dict[str, Any] = {"agent_ids": chosen, "dimension": dimension, "tell": report.add, "advance": advance}
-    clock = asyncio.get_running_loop().time
-    config = _place.load(dsn, data_dir)
-    began = clock()
-    if dry_run:
-        summary, decisions = await import_elizaos(source, config, None, **options)
-        rows = [
-            {name: row[name] for name in ("table", "read", "folded", "refused", "altered")} for row in summary.rows()
-        ]
-        return {"agents": _agents(decisions), "tables": rows, "remarks": _remarks(decisions, source)}
-    async with _place.reach(dsn, data_dir, create=True) as place:
-        await server.bring_up_to_date(place)
-        began = clock()
-        async with place.open(UUID(int=0), timeout=data._PATIENCE) as db:
-            summary, decisions = await import_elizaos(source, config, db, **options)
-        seconds = clock() - began
-        told = await data.finish(place, summary, list(decisions.dimensions), seconds, advance, index=index)
-    return {"agents": _agents(decisions), **told, "remarks": [*_speed(summary, seconds), *_remarks(decisions, source)]}
 
 
 def _agents(decisions: Decisions) -> list[dict[str, Any]]:

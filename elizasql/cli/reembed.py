@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from elizasql.errors import ArgumentError, ElizaSQLError, ReembeddingError
+from elizasql.reembedding import call
 
 from . import _out, _place, data
 from ._place import AgentId, DataDir, Dsn, Json
@@ -113,10 +114,7 @@ def find_function(name: str) -> Callable[[list[str]], Any]:
 
     async def embed(texts: list[str]) -> Any:
         try:
-            if asyncio.iscoroutinefunction(function):
-                return await function(texts)
-            answer = await asyncio.to_thread(function, texts)
-            return await answer if asyncio.iscoroutine(answer) else answer
+            return await call(function, texts)
         except ElizaSQLError:
             raise
         except Exception as error:
