@@ -280,7 +280,7 @@ class Sent:
     @property
     def arguments(self) -> list[Any]:
         """The parameters in the order of the text, as asyncpg takes them."""
-        return [self.params[name] for name in self.statement.params]
+        return self.statement.order(self.params)
 
 
 class _Recorder:

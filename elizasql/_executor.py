@@ -42,7 +42,6 @@ from .errors import (
 logger = logging.getLogger("elizasql")
 
 T = TypeVar("T")
-Arguments = list[Any]
 Work = Callable[[Any, float], Awaitable[Any]]
 
 # What speaks of the connection, where another one does better: it leads to a standby since a failover, or what it knows
@@ -141,7 +140,7 @@ class Executor:
         """
         if len(chunks) == 1 and not settle and not unlimited:
             return await self.fetch(statement, **chunks[0])
-        arguments = [_order(statement, chunk) for chunk in chunks]
+        arguments = [statement.order(chunk) for chunk in chunks]
 
         async def work(connection: Any, deadline: float) -> list[asyncpg.Record]:
             rows: list[asyncpg.Record] = []
@@ -188,7 +187,7 @@ class Executor:
         return statement.within(home.partition)
 
     def _run(self, statement: Statement, method: str, params: dict[str, Any]) -> Coroutine[Any, Any, Any]:
-        sql, arguments = self.text(statement, params), _order(statement, params)
+        sql, arguments = self.text(statement, params), statement.order(params)
 
         def work(connection: Any, deadline: float) -> Any:
             return getattr(connection, method)(sql, *arguments, timeout=_left(deadline))
@@ -759,7 +758,3 @@ def _left(deadline: float) -> float:
 async def _send(connection: Any, statement: Statement, deadline: float) -> None:
     """Begin or end a transaction; as text and without arguments, since such statements cannot be prepared."""
     await connection.execute(statement.sql, timeout=_left(deadline))
-
-
-def _order(statement: Statement, params: dict[str, Any]) -> Arguments:
-    return [params[name] for name in statement.params]

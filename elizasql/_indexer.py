@@ -152,8 +152,10 @@ class Indexer:
             if looks:
                 next_look = loop.time() + interval * _LONGEST
             try:
-                while await self._give_way() and await self._move_batch():
+                await self._give_way()
+                while await self._move_batch():
                     await self._analyze_when_it_pays()
+                    await self._give_way()
                 if looks or self._lost:
                     await self._restore_index()
                 pause, self.failures, self.error = interval, 0, None
@@ -187,13 +189,12 @@ class Indexer:
                 await self.build()
         self._lost_size = size
 
-    async def _give_way(self) -> bool:
+    async def _give_way(self) -> None:
         """Wait until no call is running, at most for the time of patience."""
         loop = asyncio.get_running_loop()
         until = loop.time() + _PATIENCE
         while self._callers.in_flight and loop.time() < until:  # noqa: ASYNC110
             await asyncio.sleep(0.005)  # an event would cost every call; this loop runs off the callers' path
-        return True
 
     async def _move_batch(self, *, settle: bool = False) -> int:
         moved = await self._fetch_count("index_embeddings", settle=settle, batch_size=self._config.index_batch_size)

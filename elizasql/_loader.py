@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sized
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Sized
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from . import _codecs
 from ._calls import end, within
+from ._store import as_collection
 from .errors import ArgumentError, ElizaSQLError, IntegrityError
-from .models import LoadSummary, Model
+from .models import LoadSummary
 
 if TYPE_CHECKING:
     from .memories import Memories
@@ -63,8 +64,8 @@ class Loader:
     async def run(self, memories: Iterable[Any] | AsyncIterable[Any]) -> LoadSummary:
         """Load everything, and build the index or fill it."""
         began = time.perf_counter()
-        if isinstance(memories, (Model, Mapping, str, bytes)) or not isinstance(memories, (Iterable, AsyncIterable)):
-            raise ArgumentError(f"expected a collection of Memory, not {type(memories).__name__}")
+        if not isinstance(memories, AsyncIterable):
+            as_collection(memories, "Memory")
         self._total = len(memories) if isinstance(memories, Sized) else None
         try:
             async with aclosing(_each(memories)) as each:

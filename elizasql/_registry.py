@@ -28,21 +28,14 @@ from .errors import WrongLoopError
 
 # What has no part in the connections: two adapters may differ in it and share them.
 _APART = frozenset(
-    {
-        *(
-            "data_dir",
-            "migrate",
-            "migration_dsn",
-            "indexing",
-            "index_batch_size",
-            "index_interval",
-            "batch_size",
-            "log_lane",
-        ),
+    (
+        *("dsn", "data_dir"),  # the address stands for them
+        *("migrate", "migration_dsn"),
+        *("indexing", "index_batch_size", "index_interval", "batch_size", "log_lane"),
         *("memory_types", "slow_call", "telemetry", "handle_signals", "timeout"),
         *("max_retries", "base_delay", "max_delay", "jitter_max"),
         *("resident", "resident_memory_mb", "resident_max_vectors"),
-    }
+    )
 )
 
 Table = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Any, "Connections"]]
@@ -155,8 +148,7 @@ class Connections:
 
 
 def _key(address: str, config: Config) -> tuple[Any, ...]:
-    shared = (field.name for field in fields(config) if field.name not in _APART)
-    return (address, *(getattr(config, name) for name in shared if name != "dsn"))
+    return (address, *(getattr(config, field.name) for field in fields(config) if field.name not in _APART))
 
 
 def _table() -> Table:

@@ -34,7 +34,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -225,9 +225,8 @@ def _shelf() -> _Shelf:
 
 
 def _held() -> int:
-    """Give the bytes that all tiers of the process have."""
-    with _lock:
-        return sum(tier.granted for shelf in _shelves.values() for tier in shelf.filled)
+    """Give the bytes that all tiers of the process have; under `_lock`."""
+    return sum(tier.granted for shelf in _shelves.values() for tier in shelf.filled)
 
 
 def _make_room(tier: Tier, needed: int, limit: int) -> int | None:
@@ -327,7 +326,9 @@ class Resident:
     def snapshot(self) -> dict[str, int]:
         """Give the counts; `vectors` and `bytes` that are held now: of this adapter's agent, and of the process."""
         matrices = [matrix for tier in self._tiers.values() if (matrix := tier.matrix) is not None]
-        return {**asdict(self.stats), "vectors": sum(matrix.size for matrix in matrices), "bytes": _held()}
+        with _lock:
+            held = _held()
+        return {**asdict(self.stats), "vectors": sum(matrix.size for matrix in matrices), "bytes": held}
 
     def _most(self, dimension: int) -> int:
         """Give how many vectors a search compares here."""
@@ -625,11 +626,14 @@ class Resident:
 
     def _begin_load(self, tier: Tier, kind: str, dimension: int, scope: Scope | None = None) -> None:
         if tier.loading is None and not self._closed:
-            tier.loading = spawn(self._load(tier, kind, dimension, scope), "elizasql-resident-load")
-            self._tasks.add(tier.loading)
-            tier.loading.add_done_callback(partial(self._end_load, tier))
+            self._begin(tier, self._load(tier, kind, dimension, scope), "elizasql-resident-load")
 
-    def _end_load(self, tier: Tier, task: asyncio.Task[None]) -> None:
+    def _begin(self, tier: Tier, work: Coroutine[Any, Any, None], name: str) -> None:
+        tier.loading = spawn(work, name)
+        self._tasks.add(tier.loading)
+        tier.loading.add_done_callback(partial(self._end, tier))
+
+    def _end(self, tier: Tier, task: asyncio.Task[None]) -> None:
         """Take note that a load has ended, also one that was cancelled before it began to run."""
         self._tasks.discard(task)
         tier.loading = None
@@ -684,9 +688,7 @@ class Resident:
 
     def _begin_renewal(self, tier: Tier, kind: str) -> None:
         if tier.loading is None and not self._closed and time.monotonic() >= tier.renew_at:
-            tier.loading = spawn(self._renew_alone(tier, kind), "elizasql-resident-renewal")
-            self._tasks.add(tier.loading)
-            tier.loading.add_done_callback(partial(self._end_load, tier))
+            self._begin(tier, self._renew_alone(tier, kind), "elizasql-resident-renewal")
 
     async def _renew_alone(self, tier: Tier, kind: str) -> None:
         try:
@@ -760,8 +762,7 @@ class Resident:
     def _grant(self, tier: Tier, more: int) -> bool:
         """Take more of the budget for a tier, where nothing else has to go for it."""
         with _lock:
-            held = sum(each.granted for shelf in _shelves.values() for each in shelf.filled)
-            if held + more > self._budget:
+            if _held() + more > self._budget:
                 return False
             tier.granted += more
             return True

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import aiosql
 from aiosql.adapters.asyncpg import AsyncPGAdapter
@@ -65,6 +66,10 @@ class Statement:
 
     def _reads_one_agent(self) -> bool:
         return "agent_id" in self.params and bool(_PARTITIONED.search(self.sql)) and not _WRITES.search(self.sql)
+
+    def order(self, params: Mapping[str, Any]) -> list[Any]:
+        """Give the values of its parameters as the driver takes them; what else is in `params` is left out."""
+        return [params[name] for name in self.params]
 
     def within(self, partition: str) -> str:
         """Give the text for the agents of a partition, such as "_p07".

@@ -33,7 +33,7 @@ class Snapshot:
     async def fetch(self, statement: Statement, **params: Any) -> list[asyncpg.Record]:
         """Give the rows of a statement; also while a stream is being read."""
         async with self._turn:
-            rows: list[asyncpg.Record] = await self._connection.fetch(statement.sql, *_order(statement, params))
+            rows: list[asyncpg.Record] = await self._connection.fetch(statement.sql, *statement.order(params))
             return rows
 
     async def stream(self, statement: Statement, size: int, **params: Any) -> AsyncIterator[list[asyncpg.Record]]:
@@ -44,7 +44,7 @@ class Snapshot:
         async with self._turn:
             # Without a name: it need not be there any more when the rows are fetched.
             prepared = await self._connection.prepare(statement.sql, name="")
-            cursor = await prepared.cursor(*_order(statement, params))
+            cursor = await prepared.cursor(*statement.order(params))
 
         async def fetch(count: int) -> list[asyncpg.Record]:
             async with self._turn:
@@ -77,10 +77,6 @@ class Snapshot:
 def _weigh(row: asyncpg.Record) -> int:
     """Give the length of a row's texts; what else there is in a row is small."""
     return sum(len(value) for value in row.values() if isinstance(value, str))
-
-
-def _order(statement: Statement, params: dict[str, Any]) -> list[Any]:
-    return [params[name] for name in statement.params]
 
 
 @asynccontextmanager

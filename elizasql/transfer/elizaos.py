@@ -187,13 +187,13 @@ class _Taking:
                 if row["dimension"] is not None:
                     self.decisions.dimensions[UUID(bytes=row["id"].bytes)] = row["dimension"]
 
-    def _params(self, statement: Statement) -> dict[str, Any]:
-        params = {
+    def _params(self) -> dict[str, Any]:
+        """Give what the statements ask for, each some of it."""
+        return {
             "agent_ids": self._agent_ids,
             "agents": list(self.decisions.dimensions),
             "dimensions": list(self.decisions.dimensions.values()),
         }
-        return {name: params[name] for name in statement.params}
 
     # --- rows --------------------------------------------------------------------------------------------------------
 
@@ -216,7 +216,7 @@ class _Taking:
         """Give the rows of the source that can be taken; tell of the others, and of what is altered."""
         summary = self.summary
         summary.read[table] += 0
-        async for rows in self._source.stream(statement, _CHUNK, **self._params(statement)):
+        async for rows in self._source.stream(statement, _CHUNK, **self._params()):
             lines = []
             for row in rows:
                 line = row["line"].encode()
@@ -260,9 +260,9 @@ class _Taking:
 
     async def _vectors(self) -> None:
         """Take one vector for each memory."""
-        summary, statement = self.summary, reads()["read_embeddings"]
+        summary = self.summary
         summary.read["embeddings"] += 0
-        async for rows in self._source.stream(statement, _CHUNK, **self._params(statement)):
+        async for rows in self._source.stream(reads()["read_embeddings"], _CHUNK, **self._params()):
             by_agent: dict[UUID, tuple[list[UUID], list[Any]]] = {}
             for row in rows:
                 summary.read["embeddings"] += row["copies"]
