@@ -464,24 +464,17 @@ $body$ $template$, '@exact@', exact), '384', dim::text);
 END
 $create$;
 
--- Brings the planner's statistics of an agent's partitions up to date: plans are made anew after it.
-CREATE FUNCTION elizasql.refresh_statistics(given_agent uuid) RETURNS void LANGUAGE plpgsql AS $$
-DECLARE
-    suffix text;
-BEGIN
-    SELECT right(c.relname, 2) INTO suffix
-    FROM elizasql.embeddings AS e INNER JOIN pg_class AS c ON e.tableoid = c.oid
-    WHERE e.agent_id = given_agent LIMIT 1;
-    IF suffix IS NOT NULL THEN
-        EXECUTE format('ANALYZE elizasql.embeddings_p%s, elizasql.memories_p%s', suffix, suffix);
-    END IF;
-END
-$$;
-
 -- The partition of embeddings that an agent's are in, whether there are any or not.
 CREATE FUNCTION elizasql.partition_of(given_agent uuid) RETURNS text LANGUAGE sql STABLE AS $$
     SELECT 'embeddings_p' || lpad(part::text, 2, '0') FROM generate_series(0, 15) AS part
     WHERE satisfies_hash_partition('elizasql.embeddings'::regclass, 16, part, given_agent)
+$$;
+
+-- Brings the planner's statistics of an agent's partitions up to date: plans are made anew after it.
+CREATE FUNCTION elizasql.refresh_statistics(given_agent uuid) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    EXECUTE format('ANALYZE elizasql.embeddings%1$s, elizasql.memories%1$s', right(elizasql.partition_of(given_agent), 4));
+END
 $$;
 
 -- Drops the HNSW index of the agent's partition, so that a bulk load need not feed it row by row; gives whether there is
@@ -598,8 +591,8 @@ $$;
 -- migrate:down
 DROP FUNCTION elizasql.build_index(uuid);
 DROP FUNCTION elizasql.drop_index(uuid, bigint);
-DROP FUNCTION elizasql.partition_of(uuid);
 DROP FUNCTION elizasql.refresh_statistics(uuid);
+DROP FUNCTION elizasql.partition_of(uuid);
 DROP TABLE elizasql.embeddings;
 DROP TABLE elizasql.memories;
 DROP TRIGGER agents_rewrites_forgotten ON elizasql.agents;

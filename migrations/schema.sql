@@ -1372,18 +1372,11 @@ $$;
 
 CREATE FUNCTION elizasql.refresh_statistics(given_agent uuid) RETURNS void
     LANGUAGE plpgsql
-    AS $$
-DECLARE
-    suffix text;
+    AS $_$
 BEGIN
-    SELECT right(c.relname, 2) INTO suffix
-    FROM elizasql.embeddings AS e INNER JOIN pg_class AS c ON e.tableoid = c.oid
-    WHERE e.agent_id = given_agent LIMIT 1;
-    IF suffix IS NOT NULL THEN
-        EXECUTE format('ANALYZE elizasql.embeddings_p%s, elizasql.memories_p%s', suffix, suffix);
-    END IF;
+    EXECUTE format('ANALYZE elizasql.embeddings%1$s, elizasql.memories%1$s', right(elizasql.partition_of(given_agent), 4));
 END
-$$;
+$_$;
 
 CREATE FUNCTION elizasql.refuse_dimension(given_agent uuid, locked integer, given integer) RETURNS boolean
     LANGUAGE plpgsql
