@@ -175,7 +175,7 @@ def test_every_room(
     worst = min(float(np.mean(each)) for each in recalls.values())
     benchmark.extra_info["recall"] = worst
     report.goal(f"{name}: recall@10 of every room, the worst room", f"{worst:.4f}", "≥ 0.99", worst >= 0.99)
-    # `_recall` has seen to it for every search.
+    # `_Scope.recall` has seen to it for every search.
     report.goal(f"{name}: fewer than min(10, matches) rows", f"0 of {len(asked):,}", "never", True)
     if size == "ten":
         slowest = max(shares)
