@@ -20,7 +20,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import elizasql
-from elizasql import DatabaseAdapter, Entity, Room, World, _embedded
+from elizasql import Config, DatabaseAdapter, Entity, Room, World, _codecs, _embedded, _pool
+
+from .skew import Skew, load
 
 settings.register_profile(
     "default", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -143,6 +145,22 @@ async def raw(dsn: str) -> AsyncIterator[asyncpg.Connection[Any]]:
     connection = await asyncpg.connect(dsn)
     yield connection
     await connection.close()
+
+
+@pytest.fixture
+async def session(dsn: str) -> AsyncIterator[asyncpg.Connection[Any]]:
+    """Give a connection that is set as the pooled ones are."""
+    connection = await asyncpg.connect(dsn, server_settings=_pool.session_settings(Config.load(environ={})))
+    await _codecs.register(connection, "public")
+    yield connection
+    await connection.close()
+
+
+@pytest.fixture
+async def skew(dsn: str) -> AsyncIterator[Skew]:
+    """Give one large agent among many small ones, gone at the end."""
+    async with load(dsn) as skewed:
+        yield skewed
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from elizasql._statements import SQL
 
 from .conftest import MakeAdapter, make_scene
 from .locking import overtaken
-from .test_plans import indexes, plan_of, scans_a_table, session  # noqa: F401 - `session` is a fixture
+from .test_plans import indexes, plan_of, scans_a_table
 
 LONG_AGO = datetime(1980, 1, 1, tzinfo=timezone.utc)
 INJECTION = "'; DROP TABLE elizasql.agents; -- $1 %s :x \\"
@@ -588,7 +588,7 @@ BY_ID = ("agents_pkey", "agents_embedding_dimension_key")
     ],
 )
 async def test_plans(
-    session: asyncpg.Connection[Any],  # noqa: F811
+    session: asyncpg.Connection[Any],
     db: DatabaseAdapter,
     name: str,
     params: dict[str, Any],

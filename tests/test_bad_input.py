@@ -904,9 +904,7 @@ async def test_the_error_of_a_batch_names_the_position_of_the_wrong_width(
         await db.update_memories([{"id": uuid4(), "embedding": ones()}, {"id": UUID(int=0), "embedding": ones(768)}])
 
 
-async def test_two_widths_in_one_batch_are_refused_whatever_the_agent_has(
-    make_db: MakeAdapter, request: pytest.FixtureRequest
-) -> None:
+async def test_two_widths_in_one_batch_are_refused_whatever_the_agent_has(make_db: MakeAdapter) -> None:
     db = await make_db(dimension=None)
     batch = [{"content": {}, "embedding": ones(512)}, {"content": {}, "embedding": ones(768)}]
     methods: list[Callable[..., Awaitable[Any]]] = [db.create_memories, db.upsert_memories, db.load_memories]

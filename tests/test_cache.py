@@ -6,7 +6,6 @@ import asyncio
 import copy
 import hashlib
 import secrets
-from collections.abc import AsyncIterator
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -21,16 +20,10 @@ from elizasql import cache as cache_module
 from elizasql._statements import SQL, Statement
 
 from .conftest import MakeAdapter
-from .skew import Skew, load
+from .skew import Skew
 from .test_plans import indexes, plan_of
 
 HOUR = timedelta(hours=1)
-
-
-@pytest.fixture
-async def skew(dsn: str) -> AsyncIterator[Skew]:
-    async with load(dsn) as skewed:
-        yield skewed
 
 
 async def expire(raw: asyncpg.Connection[Any], db: DatabaseAdapter, *keys: str) -> None:
@@ -342,7 +335,7 @@ async def test_a_ttl_that_is_none_is_refused(db: DatabaseAdapter, round_trips: l
     assert round_trips == []
 
 
-async def test_the_longest_ttl_is_stored(db: DatabaseAdapter, raw: asyncpg.Connection[Any]) -> None:
+async def test_the_longest_ttl_is_stored(db: DatabaseAdapter) -> None:
     await db.set_cache("key", 1, timedelta(days=365_000))
     assert await db.get_cache("key") == 1
     with pytest.raises(ArgumentError):

@@ -451,7 +451,7 @@ async def test_quick_call_is_not(make_db: MakeAdapter, caplog: pytest.LogCapture
 # --- the span --------------------------------------------------------------------------------------------------------
 
 
-async def test_spans_and_durations(dsn: str, make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_spans_and_durations(make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_telemetry, "_instruments", functools.cache(_telemetry._instruments.__wrapped__))
     exporter, reader = InMemorySpanExporter(), InMemoryMetricReader()
     tracers = TracerProvider()

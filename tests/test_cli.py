@@ -638,7 +638,7 @@ def test_files_are_those_that_dbmate_takes(
     assert len(made) == 4
 
 
-def test_new_migration(run: Run, tmp_path: Path) -> None:
+def test_new_migration(run: Run) -> None:
     made = run("migrate", "new", "Add Invoices!", "--dir", "plugins/shop", "--json")
     path = Path(made.json["file"])
     assert re.fullmatch(r"\d{14}_add_invoices\.sql", path.name)
@@ -1400,7 +1400,7 @@ def test_an_import_rebuilds_where_that_pays_and_it_may(
         asyncio.run(as_admin(empty_database, f"DROP OWNED BY {role}", f"DROP ROLE {role}"))
 
 
-def test_import_of_bad_files(on_server: Run, tmp_path: Path, empty_database: str) -> None:
+def test_import_of_bad_files(on_server: Run, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hello")
     on_server("import", "text").fails(1, "no archive of elizasql")
     on_server("import", "missing").fails(1, "missing: No such file")
@@ -1495,7 +1495,7 @@ def test_index_makes_a_lost_one_again_and_a_shared_one_once(
     assert asyncio.run(ask("SELECT count(*) FROM public.built")) == 1
 
 
-def test_the_way_over_from_elizaos(on_server: Run, empty_database: str, dsn: str, tmp_path: Path) -> None:
+def test_the_way_over_from_elizaos(on_server: Run, empty_database: str, tmp_path: Path) -> None:
     on_server("import", "--from", empty_database).fails(1, "no database of ElizaOS")
     on_server("import", "--from", f"postgres://a:{SECRET}@127.0.0.1:1/x").fails(
         3, "no connection to postgres://127.0.0.1:1/x: .*(refused|failed)"
@@ -1566,7 +1566,7 @@ def test_ctrl_c_in_a_rebuild_says_how_to_go_on(
     assert run("index", "--agent", searched[0], "--dsn", dsn).code == 0
 
 
-def test_an_agent_that_is_not_there_is_an_error(on_server: Run, searched: tuple[UUID, UUID], dsn: str) -> None:
+def test_an_agent_that_is_not_there_is_an_error(on_server: Run, searched: tuple[UUID, UUID]) -> None:
     assert on_server("export", "out", "--agent", searched[0]).code == 0
     for command in (("import", "out", "--dry-run"), ("import", "out"), ("index",)):
         on_server(*command, "--agent", UUID(int=9)).fails(1, f"no agent {UUID(int=9)}")
@@ -1763,9 +1763,7 @@ def test_reembed_moves_an_agent(on_server: Run, embedded: UUID, embedding_module
     assert (row["dimension"], row["embeddings"], row["tail"]) == (512, 5, 0)
 
 
-def test_reembed_on_bad_input_changes_nothing(
-    on_server: Run, dsn: str, embedded: UUID, embedding_module: str, tmp_path: Path
-) -> None:
+def test_reembed_on_bad_input_changes_nothing(on_server: Run, embedded: UUID, embedding_module: str) -> None:
     def move(function: str, *more: object, to: object = 512, agent: object = embedded) -> Said:
         return on_server("reembed", "--agent", agent, "--to", to, "--with", function, *more)
 

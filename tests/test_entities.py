@@ -225,7 +225,7 @@ async def test_delete_many_gives_the_number(make_db: MakeAdapter) -> None:
 # --- read ------------------------------------------------------------------------------------------------------------
 
 
-async def test_get_by_ids_is_in_order(db: DatabaseAdapter, agent_world: Scene) -> None:
+async def test_get_by_ids_is_in_order(db: DatabaseAdapter) -> None:
     ids = await named(db, ["a"], ["b"], ["c"])
     asked: list[Any] = [ids[2], uuid4(), ids[0], str(ids[1]), ids[2]]
     assert [entity.id for entity in await db.get_entities_by_ids(asked)] == [ids[2], ids[0], ids[1]]
@@ -434,7 +434,7 @@ async def test_search_of_a_crowd_is_the_model(db: DatabaseAdapter) -> None:
 )
 @settings(max_examples=40)
 async def test_search_is_the_model(
-    make_db: MakeAdapter, dsn: str, crowd: list[list[str]], queries: list[str], limit: int
+    make_db: MakeAdapter, crowd: list[list[str]], queries: list[str], limit: int
 ) -> None:
     # 100 entities that match nothing, and come first, take the walk out of the way of the index.
     db = await make_db(dimension=None)

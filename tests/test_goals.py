@@ -247,7 +247,7 @@ async def test_update_status(db: DatabaseAdapter, round_trips: list[str]) -> Non
     assert round_trips == []
 
 
-async def test_plural_update_is_all_or_nothing(db: DatabaseAdapter, agent_world: Scene) -> None:
+async def test_plural_update_is_all_or_nothing(db: DatabaseAdapter) -> None:
     ids = await db.create_goals([{"name": "a"}, {"name": "b"}])
     missing = uuid4()
     with pytest.raises(NotFoundError, match=str(missing)):

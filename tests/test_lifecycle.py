@@ -111,7 +111,7 @@ async def test_failed_open_leaves_the_others_alone(
     assert await db.is_ready()
 
 
-async def test_connections_survive_a_second_import(make_db: MakeAdapter, dsn: str) -> None:
+async def test_connections_survive_a_second_import(make_db: MakeAdapter) -> None:
     db = await make_db()
     spec = importlib.util.find_spec("elizasql._registry")
     assert spec is not None and spec.loader is not None

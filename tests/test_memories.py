@@ -73,7 +73,7 @@ async def test_create_gives_everything_back(db: DatabaseAdapter, agent_world: Sc
     assert without is not None and without.embedding is None
 
 
-async def test_create_fills_in_what_is_missing(db: DatabaseAdapter, agent_world: Scene) -> None:
+async def test_create_fills_in_what_is_missing(db: DatabaseAdapter) -> None:
     before = datetime.now(timezone.utc) - timedelta(minutes=5)
     id = await db.create_memory({"content": {}}, table_name="facts")
     stored = await db.get_memory_by_id(id)
@@ -781,7 +781,7 @@ async def test_cached_embeddings_by_edit_distance(db: DatabaseAdapter, agent_wor
     assert await ask("", 0, query_field_name="metadata") == []
 
 
-async def test_cached_embeddings_of_other_fields(db: DatabaseAdapter, agent_world: Scene) -> None:
+async def test_cached_embeddings_of_other_fields(db: DatabaseAdapter) -> None:
     await db.create_memory(Memory(content={"name": "Ann"}, metadata={"alias": "Anna"}, embedding=vector(1)), "people")
     for field, key in (("content", "name"), ("metadata", "alias")):
         found = await db.get_cached_embeddings(

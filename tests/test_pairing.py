@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
-from collections.abc import AsyncIterator
 from datetime import datetime, timedelta, timezone
 from typing import Any
 from uuid import UUID, uuid4
@@ -26,16 +25,10 @@ from elizasql._statements import SQL
 
 from .conftest import MakeAdapter
 from .locking import overtaken
-from .skew import Skew, load
+from .skew import Skew
 
 T0 = datetime(2026, 1, 1, tzinfo=timezone.utc)
 SECOND = timedelta(seconds=1)
-
-
-@pytest.fixture
-async def skew(dsn: str) -> AsyncIterator[Skew]:
-    async with load(dsn) as skewed:
-        yield skewed
 
 
 def request(channel: str = "discord", **fields: Any) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -24,13 +23,7 @@ from elizasql import (
 from elizasql._statements import SQL
 
 from .conftest import MakeAdapter, Scene, make_scene
-from .skew import Skew, load
-
-
-@pytest.fixture
-async def skew(dsn: str) -> AsyncIterator[Skew]:
-    async with load(dsn) as skewed:
-        yield skewed
+from .skew import Skew
 
 
 async def make_many(db: DatabaseAdapter, entities: int, rooms: int) -> tuple[list[UUID], list[UUID]]:

@@ -15,21 +15,12 @@ import asyncpg
 import numpy as np
 import pytest
 
-from elizasql import Config, DatabaseAdapter, Entity, Memory, Room, World, _codecs, _pool
+from elizasql import DatabaseAdapter, Entity, Memory, Room, World, _codecs
 from elizasql._statements import SQL, Statement
 
 from .conftest import MakeAdapter
 
 MANY = 6000
-
-
-@pytest.fixture
-async def session(dsn: str) -> AsyncIterator[asyncpg.Connection[Any]]:
-    """Give a connection that is set as the pooled ones are."""
-    connection = await asyncpg.connect(dsn, server_settings=_pool.session_settings(Config.load(environ={})))
-    await _codecs.register(connection, "public")
-    yield connection
-    await connection.close()
 
 
 def literal(value: Any) -> str:

@@ -133,7 +133,7 @@ async def through(dsn: str, pooler: Callable[..., Pooler], request: Any) -> Asyn
 
 @needs_pgbouncer
 @pytest.mark.parametrize("through", MODES, indirect=True)
-async def test_ten_connections_on_two(through: DatabaseAdapter, raw: asyncpg.Connection[Any]) -> None:
+async def test_ten_connections_on_two(through: DatabaseAdapter) -> None:
     db = through
     await db.ensure_agent_exists({"name": "x"})
     await db.ensure_embedding_dimension(384)

@@ -411,7 +411,7 @@ async def test_a_change_while_embed_runs_is_covered(
 
 
 async def test_reads_and_searches_see_the_old_width_alone_until_the_switch(
-    db: DatabaseAdapter, make_db: MakeAdapter, raw: Raw, tmp_path: Path
+    db: DatabaseAdapter, make_db: MakeAdapter, raw: Raw
 ) -> None:
     ids = await remember(db, 30)
     inline = await make_db(db.agent_id, indexing="inline")
@@ -677,7 +677,7 @@ async def test_another_width_waits_until_the_move_is_abandoned(
     await check_end(raw, db.agent_id, 768)
 
 
-async def test_a_move_does_not_go_on_with_another_model(db: DatabaseAdapter, raw: Raw) -> None:
+async def test_a_move_does_not_go_on_with_another_model(db: DatabaseAdapter) -> None:
     await remember(db, 7)
     await broken_off(db, NEW, 2)
     calls: list[list[str]] = []

@@ -10,7 +10,6 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 from uuid import UUID, uuid4
 
-import asyncpg
 import pytest
 
 from elizasql import ArgumentError, DatabaseAdapter, Entity, ForeignKeyError, NotFoundError, Relationship
@@ -91,9 +90,7 @@ async def test_create_gives_the_ids_that_are_stored(make_db: MakeAdapter) -> Non
     assert (await stored(db, new)).tags == ["x"]
 
 
-async def test_a_broken_reference_is_an_error_and_writes_none(
-    db: DatabaseAdapter, raw: asyncpg.Connection[Any]
-) -> None:
+async def test_a_broken_reference_is_an_error_and_writes_none(db: DatabaseAdapter) -> None:
     a, b = await people(db, 2)
     for bad, constraint in ((pair(a, NOWHERE), "target"), (pair(NOWHERE, a), "source")):
         with pytest.raises(ForeignKeyError) as caught:

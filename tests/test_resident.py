@@ -35,7 +35,6 @@ from elizasql import (
     World,
     _codecs,
     _matrix,
-    _pool,
     _resident,
 )
 from elizasql._matrix import Matrix
@@ -916,7 +915,7 @@ async def test_notes_do_not_pile_up(mind: Mind) -> None:
         raise AssertionError("nothing was taken away")
 
 
-async def test_what_a_savepoint_undid_is_noted_again(mind: Mind, dsn: str) -> None:
+async def test_what_a_savepoint_undid_is_noted_again(mind: Mind) -> None:
     await mind.remember(some_vectors(40))
     query = some_vectors(1, seed=8)[0]
     ids = [id for id, _ in await mind.check(query)]
@@ -1888,15 +1887,6 @@ async def test_where_policies_hold_the_server_gives_out_the_rows(make_db: MakeAd
 
 
 # --- the statements --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-async def session(dsn: str) -> AsyncIterator[asyncpg.Connection[Any]]:
-    """Give a connection that is set as the pooled ones are."""
-    connection = await asyncpg.connect(dsn, server_settings=_pool.session_settings(Config.load(environ={})))
-    await _codecs.register(connection, "public")
-    yield connection
-    await connection.close()
 
 
 @pytest.mark.parametrize("size", [30, 3000])

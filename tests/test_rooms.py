@@ -6,7 +6,6 @@ import asyncio
 import copy
 import dataclasses
 import json
-from collections.abc import AsyncIterator
 from datetime import datetime, timedelta, timezone
 from typing import Any
 from uuid import UUID, uuid4
@@ -27,15 +26,9 @@ from elizasql import (
 from elizasql._statements import SQL
 
 from .conftest import MakeAdapter, Scene, make_scene
-from .skew import Skew, load
+from .skew import Skew
 
 T0 = datetime(2026, 1, 1, tzinfo=timezone.utc)
-
-
-@pytest.fixture
-async def skew(dsn: str) -> AsyncIterator[Skew]:
-    async with load(dsn) as skewed:
-        yield skewed
 
 
 def room(**fields: Any) -> dict[str, Any]:

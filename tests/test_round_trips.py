@@ -138,7 +138,7 @@ async def test_a_batch_takes_one_round_trip_a_chunk_and_one_transaction(
 
 
 async def test_a_batch_of_large_memories_takes_more(
-    db: DatabaseAdapter, agent_world: Scene, round_trips: list[str], monkeypatch: pytest.MonkeyPatch
+    db: DatabaseAdapter, round_trips: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server takes no message of 1 GB."""
     monkeypatch.setattr(_store, "_CHUNK_BYTES", 10_000)

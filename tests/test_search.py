@@ -320,7 +320,7 @@ async def test_many_agents_share_partitions_without_mixing(make_db: MakeAdapter)
         assert len(hits) == 300 and {hit.agent_id for hit in hits} == {loaded.db.agent_id}
 
 
-async def test_a_written_vector_is_found_at_once(db: DatabaseAdapter, agent_world: Scene) -> None:
+async def test_a_written_vector_is_found_at_once(db: DatabaseAdapter) -> None:
     vectors, _ = clustered(200)
     for i, vector in enumerate(vectors[:20]):
         id = await db.create_memory(Memory(content={"i": i}, embedding=vector, unique=True), "messages")
@@ -332,7 +332,7 @@ async def test_a_written_vector_is_found_at_once(db: DatabaseAdapter, agent_worl
         assert (await db.search_memories(embedding=vector, table_name="facts", count=1))[0].id == id
 
 
-async def test_threshold_count_and_ties(db: DatabaseAdapter, agent_world: Scene) -> None:
+async def test_threshold_count_and_ties(db: DatabaseAdapter) -> None:
     base = np.zeros(384, np.float32)
     base[0] = 1
     other = np.zeros(384, np.float32)

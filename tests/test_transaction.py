@@ -268,9 +268,7 @@ async def test_what_one_transaction_makes_keeps_its_order(db: DatabaseAdapter, a
 
 
 @pytest.mark.parametrize("way", ["add_participant", "create_room_participants"])
-async def test_memberships_that_one_transaction_makes_keep_their_order(
-    db: DatabaseAdapter, agent_world: Scene, way: str
-) -> None:
+async def test_memberships_that_one_transaction_makes_keep_their_order(db: DatabaseAdapter, way: str) -> None:
     first, second, third = sorted([uuid4() for _ in range(3)])
     made = [second, third, first]
     room = await db.create_room({"source": "s", "type": "t"})

@@ -253,7 +253,7 @@ async def test_plan_that_no_longer_fits_is_made_anew(make_db: MakeAdapter, serve
     assert (await db.health())["breaker"]["failures"] == 0
 
 
-async def test_types_that_were_made_anew(make_db: MakeAdapter, server: FaultServer) -> None:
+async def test_types_that_were_made_anew(server: FaultServer) -> None:
     """A dump was restored under a running process: the types have other numbers, the driver's codecs not."""
     async with server.admin() as admin:
         await admin.execute("DROP DATABASE IF EXISTS restored WITH (FORCE)")
