@@ -138,10 +138,13 @@ def _as_jsonb(text: bytes, name: str) -> bytes:
     return b"\x01" + text
 
 
-def _write_other(value: object) -> str:
-    # asyncpg gives ids of a class of its own under UUID, and orjson knows UUID alone.
+def _write_other(value: object) -> str | datetime:
+    # orjson knows UUID and datetime alone; asyncpg's ids are of a class under the one, other libraries' times of one
+    # under the other.
     if isinstance(value, UUID):
         return str(value)
+    if isinstance(value, datetime):
+        return datetime.combine(value, value.timetz())
     raise TypeError
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import unicodedata
 from collections.abc import Awaitable, Callable
+from datetime import datetime, timedelta, timezone
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -369,6 +370,23 @@ async def test_an_id_that_was_given_back_is_a_key(db: DatabaseAdapter) -> None:
     memory = await db.get_memory_by_id(str(id))
     assert memory is not None
     assert (memory.content, memory.metadata) == ({str(id): 1}, {"seen": {str(id): str(UUID(int=1))}})
+
+
+class OtherTime(datetime):
+    """As pandas' and pendulum's are."""
+
+
+async def test_a_time_of_another_library_is_a_time(db: DatabaseAdapter) -> None:
+    plain = datetime(2026, 10, 25, 2, 30, 0, 123456, timezone(timedelta(hours=1)))
+    other = OtherTime.fromisoformat(plain.isoformat())
+    world = await db.get_world(await db.create_world({"name": "w", "created_at": other}))
+    task = await db.get_task(await db.create_task({"name": "t", "due_at": other}))
+    assert world is not None and world.created_at == plain
+    assert task is not None and task.due_at == plain
+    await db.set_caches({"plain": {"at": [plain]}, "other": {"at": [other]}, "cleaned": {"at": [other], "\ud800": 1}})
+    found = await db.get_caches(["plain", "other", "cleaned"])
+    assert found["plain"] == found["other"] == {"at": [plain.isoformat()]}
+    assert found["cleaned"] == {"at": [plain.isoformat()], REPLACEMENT: 1}
 
 
 async def test_odd_keys(db: DatabaseAdapter) -> None:
