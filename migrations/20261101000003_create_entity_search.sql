@@ -85,21 +85,26 @@ WITH (gin_pending_list_limit = 256);
 CREATE FUNCTION elizasql.merge_settings(target jsonb, source jsonb) RETURNS jsonb
 LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE AS $$
 DECLARE
-    merged jsonb := CASE jsonb_typeof(target) WHEN 'object' THEN target ELSE '{}' END;
-    field record;
+    -- Not the target itself: what is stored apart would be read anew for each key.
+    merged jsonb := CASE jsonb_typeof(target) WHEN 'object' THEN target || '{}' ELSE '{}' END;
+    given jsonb;
+    removed text[];
 BEGIN
-    FOR field IN SELECT * FROM jsonb_each(source) LOOP
-        IF jsonb_typeof(field.value) = 'object' THEN
-            field.value := elizasql.merge_settings(merged -> field.key, field.value);
-        ELSIF jsonb_typeof(field.value) = 'null' THEN
-            field.value := NULL;
-        END IF;
-        IF field.value IS NULL THEN
-            merged := merged - field.key;
-        ELSE
-            merged := merged || jsonb_build_object(field.key, field.value);
-        END IF;
-    END LOOP;
+    -- All at once: key by key, each one copies the whole. OFFSET 0 lets each value be made once.
+    SELECT
+        coalesce(jsonb_object_agg(key, value) FILTER (WHERE value IS NOT NULL), '{}'),
+        coalesce(array_agg(key) FILTER (WHERE value IS NULL), '{}')
+    INTO given, removed
+    FROM (
+        SELECT
+            key,
+            CASE jsonb_typeof(value)
+                WHEN 'object' THEN elizasql.merge_settings(merged -> key, value) ELSE nullif(value, 'null')
+            END AS value
+        FROM jsonb_each(source)
+        OFFSET 0
+    ) AS field;
+    merged := (merged - removed) || given;
     RETURN CASE WHEN merged <> '{}' OR source = '{}' THEN merged END;
 END
 $$;
