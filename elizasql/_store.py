@@ -220,7 +220,7 @@ class Store:
             form: Makes the value of the rows of a chunk: an array of them, or something else.
         """
         try:
-            return [_codecs.encode_json(form(chunk), kind.__name__) for chunk in self._chunks(rows)]
+            return [_codecs.encode_json(form(chunk), f"a batch of {kind.__name__}") for chunk in self._chunks(rows)]
         except ArgumentError:
             positions: dict[UUID, int] = {}
             for position, id in enumerate(ids):

@@ -140,7 +140,7 @@ class Cache(Store):
                 "ttls": [life for *_, life in chunk],
                 "swept": math.ceil(swept * len(chunk) / len(in_order)),
             }
-            for chunk in self._chunks(in_order)
+            for chunk in self._chunks(in_order, lambda row: len(row[1]) + len(row[2]))
         ]
         await self._executor.fetch_chunks(SQL["set_caches"], chunks)
 

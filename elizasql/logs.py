@@ -61,19 +61,20 @@ class Logs(Store):
             return []
         bodies = _encode_bodies(rows, ids)
         positions = order_by_id(rows)
+        placed = list(zip(rows, positions, strict=True))
         chunks = [
             {
                 "agent_id": self.agent_id,
-                "ids": [row["id"] for row in chunk],
-                "entity_ids": [row["entity_id"] for row in chunk],
-                "room_ids": [row["room_id"] for row in chunk],
-                "types": [row["type"] for row in chunk],
-                "bodies": [bodies[row["id"]] for row in chunk],
-                "created_ats": [row.get("created_at") for row in chunk],
-                "positions": where,
+                "ids": [row["id"] for row, _ in chunk],
+                "entity_ids": [row["entity_id"] for row, _ in chunk],
+                "room_ids": [row["room_id"] for row, _ in chunk],
+                "types": [row["type"] for row, _ in chunk],
+                "bodies": [bodies[row["id"]] for row, _ in chunk],
+                "created_ats": [row.get("created_at") for row, _ in chunk],
+                "positions": [position for _, position in chunk],
                 "begins": number == 0,
             }
-            for number, (chunk, where) in enumerate(zip(self._chunks(rows), self._chunks(positions), strict=True))
+            for number, chunk in enumerate(self._chunks(placed, lambda each: len(bodies[each[0]["id"]])))
         ]
         executor = self._aside if self.config.log_lane == "background" else self._executor
         await executor.fetch_chunks(SQL["create_logs"], chunks)
@@ -102,7 +103,7 @@ class Logs(Store):
                 "types": [row.get("type") for row in chunk],
                 "bodies": [bodies.get(row["id"]) for row in chunk],
             }
-            for chunk in self._chunks(rows)
+            for chunk in self._chunks(rows, lambda row: len(bodies.get(row["id"], b"")))
         ]
         await self._executor.fetch_chunks(SQL["update_logs"], chunks)
 

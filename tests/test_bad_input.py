@@ -1167,6 +1167,8 @@ async def test_json_that_is_larger_than_a_jsonb_is_refused(
         await db.create_memory({"content": large}, "messages")
     with refused(ArgumentError, round_trips, "a large content after others", "at position 1.*content has 1 MB"):
         await db.create_memories([{"content": {}}, {"content": large}], "messages")
+    with refused(ArgumentError, round_trips, "two that are large together", "a batch of World has 1 MB as JSON"):
+        await db.create_worlds([{"metadata": {"text": "x" * (1 << 19)}}] * 2)
     with refused(ArgumentError, round_trips, "a large cleaned text", "value has 3 MB"):
         await db.set_cache("key", "\0" * (1 << 20))
     await db.create_memory({"content": {"text": "x" * ((1 << 20) - 20)}}, "messages")

@@ -11,7 +11,7 @@ import asyncpg
 import numpy as np
 import pytest
 
-from elizasql import Agent, DatabaseAdapter, Entity, Memory, Room, World, _codecs, _store
+from elizasql import Agent, DatabaseAdapter, Entity, Log, Memory, Room, World, _codecs, _store
 from elizasql._statements import SQL
 
 from .conftest import MakeAdapter, Scene, make_scene
@@ -157,6 +157,29 @@ async def test_a_batch_of_large_memories_takes_more(
     round_trips.clear()
     await db.update_memories(memories)
     assert len([text for text in round_trips if "UPDATE" in text]) == 5
+
+
+async def test_so_do_large_logs_and_cache_entries(
+    db: DatabaseAdapter, agent_world: Scene, round_trips: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_store, "_CHUNK_BYTES", 10_000)
+    texts = [letter * 4_000 for letter in "abcde"]
+    logs = [
+        Log(id=uuid4(), entity_id=agent_world.entity, room_id=agent_world.room, type="t", body={"text": text})
+        for text in texts
+    ]
+    round_trips.clear()
+    ids = await db.create_logs(logs)
+    assert len([sent for sent in round_trips if "INSERT" in sent]) == 3, round_trips
+    assert [log.id for log in await db.get_logs()] == ids[::-1], "the order given holds across statements"
+    round_trips.clear()
+    await db.update_logs([{"id": id, "body": {"new": text}} for id, text in zip(ids, texts, strict=True)])
+    assert len([sent for sent in round_trips if "UPDATE" in sent]) == 3, round_trips
+    assert [log.body for log in await db.get_logs_by_ids(ids)] == [{"new": text} for text in texts]
+    round_trips.clear()
+    await db.set_caches(dict(zip("vwxyz", texts, strict=True)))
+    assert len([sent for sent in round_trips if "INSERT" in sent]) == 3, round_trips
+    assert await db.get_caches(["v", "w", "x", "y", "z"]) == dict(zip("vwxyz", texts, strict=True))
 
 
 async def test_empty_input_takes_none(db: DatabaseAdapter, agent_world: Scene, round_trips: list[str]) -> None:
