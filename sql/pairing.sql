@@ -116,7 +116,8 @@ WITH given AS MATERIALIZED (
         g.metadata,
         g.created_at,
         g.position,
-        coalesce(of_sender.id, of_id.id) AS found
+        of_sender.id AS of_sender,
+        of_id.id AS of_id
     FROM
         jsonb_populate_recordset(NULL::elizasql.pairing_allowlist, :entries::jsonb)
         WITH ORDINALITY AS g (agent_id, id, channel, sender_id, metadata, created_at, position)
@@ -140,7 +141,7 @@ created AS (
         :agent_id, given.id, given.channel, given.sender_id, coalesce(given.metadata, '{}'),
         coalesce(given.created_at, statement_timestamp())
     FROM given
-    WHERE given.found IS NULL
+    WHERE given.of_sender IS NULL AND given.of_id IS NULL
     ORDER BY given.channel, given.sender_id, given.position
     ON CONFLICT (agent_id, channel, sender_id) DO UPDATE SET metadata = a.metadata
     RETURNING a.id, a.channel, a.sender_id
@@ -148,7 +149,7 @@ created AS (
 
 SELECT
     given.id,
-    coalesce(given.found, created.id) AS listed
+    coalesce(given.of_sender, created.id, given.of_id) AS listed
 FROM given
 LEFT JOIN created ON given.channel = created.channel AND given.sender_id = created.sender_id;
 

@@ -206,6 +206,11 @@ async def test_the_id_that_comes_back_is_the_real_one(make_db: MakeAdapter, raw:
     assert set(stored) == {id, new["id"]}
     assert (stored[id].metadata, stored[new["id"]].metadata) == ({"old": True}, {})
     assert await db.get_pairing_allowlist("elsewhere") == [], "an id that is there keeps its row"
+    taken, new = entry(id=id, channel="elsewhere", senderId="new"), entry(channel="elsewhere", senderId="new")
+    listed = await db.create_pairing_allowlist_entries([new, taken])
+    (one,) = await db.get_pairing_allowlist("elsewhere")
+    assert listed == [one.id, one.id], "which the batch itself has listed"
+    await db.delete_pairing_allowlist_entry(one.id or "")
     assert await count(raw, "pairing_allowlist", db) == 3
 
 
