@@ -279,7 +279,8 @@ ORDER BY was_ready_at, id;
 
 -- name: claim_tasks_by_names(agent_id, names, tags, worker, lease, count)
 -- As claim_tasks, of some names. They are looked up name by name first, and then locked one by one until there are enough:
--- what is locked and not taken would be hidden from other workers. The 100 stand in for those that others lock meanwhile.
+-- what is locked and not taken would be hidden from other workers. The 100 stand in for those that others lock meanwhile;
+-- where these have locked more, as a transaction does that claims many, those behind are looked through, too.
 -- Not repeatable: a second run takes other tasks, and nobody works on the first ones.
 WITH candidates AS MATERIALIZED (
     SELECT
@@ -326,6 +327,30 @@ ready AS MATERIALIZED (
     LIMIT :count::bigint
 ),
 
+behind AS MATERIALIZED (
+    SELECT
+        :agent_id::uuid AS agent,
+        t.id,
+        t.ready_at
+    FROM elizasql.tasks AS t
+    WHERE
+        (SELECT count(*) FROM candidates) = :count::bigint + 100 AND (SELECT count(*) FROM ready) < :count::bigint
+        AND t.agent_id = :agent_id AND t.name = ANY(:names) AND t.tags @> '{queue}' AND t.attempts < t.max_attempts
+        AND t.ready_at <= statement_timestamp() AND (t.due_at IS NULL OR t.due_at <= statement_timestamp())
+        AND (:tags::text[] IS NULL OR t.tags @> :tags)
+        AND (t.ready_at, t.id) > (
+            SELECT
+                c.ready_at,
+                c.id
+            FROM candidates AS c
+            ORDER BY c.ready_at DESC, c.id DESC
+            LIMIT 1
+        )
+    ORDER BY t.ready_at, t.id
+    LIMIT :count::bigint - (SELECT count(*) FROM ready)
+    FOR NO KEY UPDATE SKIP LOCKED
+),
+
 claimed AS (
     UPDATE elizasql.tasks AS t
     SET
@@ -333,7 +358,11 @@ claimed AS (
         attempts = t.attempts + 1,
         claim_token = gen_random_uuid(),
         claimed_by = :worker
-    FROM ready
+    FROM (
+        SELECT agent, id, ready_at FROM ready
+        UNION ALL
+        SELECT agent, id, ready_at FROM behind
+    ) AS ready
     WHERE t.agent_id = ready.agent AND t.id = ready.id
     RETURNING
         t.id, t.agent_id, t.name, t.description, t.room_id, t.world_id, t.entity_id, t.tags, t.metadata, t.created_at,

@@ -545,6 +545,17 @@ async def test_workers_of_many_names_do_not_hide_tasks_from_each_other(make_db: 
         assert names(await other.claim_tasks(1, names=["a", "b"])) == ["b"]
 
 
+async def test_a_claim_by_names_steps_over_many_locked_tasks(make_db: MakeAdapter) -> None:
+    db = await make_db()
+    other = await make_db(db.agent_id)
+    ids = await db.create_tasks([{"name": "ab"[i % 2], "tags": ["queue"]} for i in range(300)])
+    async with db.transaction() as tx:
+        assert len(await tx.claim_tasks(150, names=["a", "b"])) == 150
+        assert [task.id for task in await other.claim_tasks(2, names=["a", "b"])] == ids[150:152]
+        assert [task.id for task in await other.claim_tasks(120, names="a")] == ids[152::2]
+        assert [task.id for task in await other.claim_tasks(500, names=["b", "c"])] == ids[153::2]
+
+
 async def test_an_ended_lease_hands_the_task_over(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
     db = await make_db()
     other = await make_db(db.agent_id)
