@@ -4,7 +4,8 @@
 outcome      what                                                                what is done
 ===========  ==================================================================  =============================
 NOT_APPLIED  no connection; 57P03, 53300, 08001, 08004, 25006; 40001, 40P01,     tried again
-             55P03; a cached plan that no longer fits
+             55P03; a cached plan that no longer fits; the driver sends nothing,
+             since the server has said goodbye
 UNKNOWN      a connection that broke after the statement was sent: 08*, 57P01,   tried again if the statement
              57P02, 57P05, 25P03, 25P04, 40003, OSError, the driver lost its     is repeatable
              place
@@ -54,6 +55,10 @@ _BY_SQLSTATE = {
     "58": Outcome.EXHAUSTED,
 }
 
+# What asyncpg says before it sends anything: an idle session was told that it ends, as when the server shuts down, and
+# its connection is not closed yet. For some milliseconds all that it is asked fails so.
+_NOT_SENT = "cannot switch to state"
+
 # The server is well, and somebody else was quicker: the wait is a hundredth of the one for a server that is down.
 _CONFLICTS = frozenset({"40001", "40P01", "55P03"})
 _CONFLICT_SHARE = 0.01
@@ -68,6 +73,8 @@ def classify(error: BaseException, *, sent: bool, lost: bool) -> Outcome:
         lost: Whether the connection is gone.
     """
     if isinstance(error, asyncpg.InvalidCachedStatementError):
+        return Outcome.NOT_APPLIED
+    if isinstance(error, asyncpg.InternalClientError) and str(error).startswith(_NOT_SENT):
         return Outcome.NOT_APPLIED
     if isinstance(error, asyncpg.PostgresError):
         sqlstate = error.sqlstate or ""

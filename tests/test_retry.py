@@ -60,7 +60,7 @@ def test_sqlstates(sqlstate: str, outcome: Outcome, answer: bool) -> None:
         asyncio.TimeoutError(),
         asyncpg.InterfaceError("connection is closed"),
         asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation"),
-        asyncpg.InternalClientError("cannot switch to state 12"),
+        asyncpg.InternalClientError("unknown error in protocol implementation"),
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -68,6 +68,12 @@ def test_a_broken_connection(error: Exception) -> None:
     assert classify(error, sent=False, lost=True) is NOT_APPLIED
     assert classify(error, sent=True, lost=True) is UNKNOWN
     assert not is_answer(error, UNKNOWN)
+
+
+def test_what_the_driver_did_not_send_was_not_done() -> None:
+    error = asyncpg.InternalClientError("cannot switch to state 12; another operation (2) is in progress")
+    assert classify(error, sent=True, lost=True) is NOT_APPLIED
+    assert not is_answer(error, NOT_APPLIED)
 
 
 def test_what_the_driver_refuses_by_itself_is_permanent() -> None:

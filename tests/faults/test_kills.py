@@ -24,6 +24,7 @@ import pytest
 
 import elizasql
 from elizasql import DatabaseAdapter, _embedded
+from elizasql._statements import SQL
 from tests.faults.conftest import MakeAdapter, make_room
 from tests.faults.harness import TYPE, Ledger, Workload, check, memory_of, new_id, pool_is_whole
 from tests.faults.server import FaultServer, count, until
@@ -89,6 +90,18 @@ async def test_end_of_a_session_that_is_seen_late(make_db: MakeAdapter) -> None:
         time.sleep(0.001)  # the loop must not see the end before
     await lane.replace()
     assert await db.get_memory_by_id(uuid4()) is None
+
+
+async def test_end_of_a_session_that_is_announced(make_db: MakeAdapter) -> None:
+    """The server says goodbye and hangs up some milliseconds later: what the driver does not send was not done."""
+    db = await make_db(pool_max_size=1)
+    lane = db._executor.lane
+    connection, _ = await lane.acquire(5)
+    lane.keep(connection)
+    said = b"".join(part + b"\0" for part in (b"SFATAL", b"C57P01", b"Mterminating connection", b""))
+    connection._protocol.data_received(b"E" + (len(said) + 4).to_bytes(4, "big") + said)
+    assert await db.delete_memories([uuid4()]) == 0
+    assert not SQL["delete_memories"].repeatable
 
 
 @pytest.mark.parametrize("seconds", [6, slow(300, rounds=60)])
