@@ -54,6 +54,15 @@ def test_statement_names_tables_with_their_schema(statement: Statement) -> None:
         )
 
 
+def test_no_file_is_read_after_the_import(tmp_path: Path) -> None:
+    """A call needs no descriptor for it, and an upgrade under a running process does not mix two versions."""
+    file = tmp_path / "a.sql"
+    file.write_text("-- name: get_one()\nSELECT 1;\n")
+    statements = _statements.Statements(tmp_path)
+    file.unlink()
+    assert statements["get_one"].sql == "SELECT 1;"
+
+
 def test_a_name_in_two_files_is_refused(tmp_path: Path) -> None:
     for name in ("a.sql", "b.sql"):
         (tmp_path / name).write_text("-- name: get_one()\nSELECT 1;\n")
