@@ -85,7 +85,8 @@ WHERE name IN ('statement_timeout', 'transaction_timeout');
 -- What became of a transaction: committed, aborted, in progress; NULL when it is long ago, or on another timeline, where
 -- the id means nothing.
 -- A crash takes along ids that were not written down, and the server gives them out again: after one "committed" may be
--- about another transaction, and everything else says that this one was not kept.
+-- about another transaction, and everything else says that this one was not kept. But for "in progress": statistics that
+-- are reset look like a crash, and then it is about this one. What is not given out yet is found by taking the next id.
 SELECT
     CASE
         WHEN
@@ -94,8 +95,8 @@ SELECT
             THEN NULL
         WHEN substr(:timeline::text, 9) = pg_stat_get_bgwriter_stat_reset_time()::text
             THEN pg_xact_status(:id::text::xid8)
-        WHEN :id::text::xid8 >= pg_snapshot_xmax(pg_current_snapshot()) THEN 'aborted'
-        WHEN pg_xact_status(:id::text::xid8) IN ('aborted', 'in progress') THEN 'aborted'
+        WHEN :id::text::xid8 >= pg_current_xact_id() THEN 'aborted'
+        ELSE nullif(pg_xact_status(:id::text::xid8), 'committed')
     END AS status;
 
 -- name: introduce_types(bigints, booleans, bytes, floats, integers, intervals, jsons, smallints, texts, times, uuids, vectors)
