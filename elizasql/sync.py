@@ -86,15 +86,17 @@ class _Loop:
         if threading.current_thread() is self._thread:
             coroutine.close()
             raise ArgumentError("a blocking call inside the adapter's own event loop would wait for itself")
-        future = self._submit(coroutine)
+        future: Future[T] | None = None
         try:
+            future = self._submit(coroutine)
             return future.result()
         except CancelledError:
             raise ClosedError("the adapter was closed while the call ran") from None
         except BaseException:
-            if future.cancel() or future.cancelled():
+            # An interrupt; also one that came while the coroutine was handed over, and may or may not have been.
+            if future is None or not future.done():
                 with suppress(ClosedError):
-                    wait([self._submit(_wait_for(coroutine))], _PATIENCE)
+                    wait([self._submit(_end(coroutine))], _PATIENCE)
             raise
 
     def leave(self, coroutine: Coroutine[Any, Any, object]) -> None:
@@ -126,11 +128,13 @@ class _Loop:
         self._thread.join()
 
 
-async def _wait_for(coroutine: Coroutine[Any, Any, Any]) -> None:
-    """Wait until what runs a coroutine in this loop has ended."""
+async def _end(coroutine: Coroutine[Any, Any, Any]) -> None:
+    """Cancel what runs a coroutine in this loop, and wait until it has ended; one that has not begun never will."""
     running = [task for task in asyncio.all_tasks() if task.get_coro() is coroutine]
-    if running:
-        await asyncio.wait(running)
+    for task in running:
+        task.cancel()
+        await asyncio.wait([task])
+    coroutine.close()
 
 
 class DatabaseAdapter:
@@ -155,15 +159,10 @@ class DatabaseAdapter:
         """Open a transaction: every method of what it gives runs in it; see the asynchronous one."""
         context = self._adapter.transaction()
         try:
-            bound = self._loop.run(context.__aenter__())
+            yield DatabaseAdapter(self._loop, self._loop.run(context.__aenter__()))
         except BaseException:
             # It may have begun when an interrupt came, and lasts as long as the traceback that holds it.
             self._loop.leave(_leave(context.gen))
-            raise
-        try:
-            yield DatabaseAdapter(self._loop, bound)
-        except BaseException as error:
-            self._loop.leave(context.__aexit__(type(error), error, error.__traceback__))
             raise
         else:
             self._loop.run(context.__aexit__(None, None, None))

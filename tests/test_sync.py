@@ -442,6 +442,38 @@ def test_interrupt_of_a_transaction_that_has_just_begun(
     assert vars(db)["_adapter"]._executor.in_flight == 0
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_interrupt_while_a_call_is_handed_over(
+    db: sync.DatabaseAdapter, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    """The loop may have it and run it, or not: nobody waits for it, and it must not go on."""
+    real = asyncio.run_coroutine_threadsafe
+
+    def run(coroutine: Any, loop: asyncio.AbstractEventLoop) -> None:
+        monkeypatch.undo()
+        if begun:
+            real(coroutine, loop)
+        raise KeyboardInterrupt
+
+    def interrupt_next() -> None:
+        monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", run)
+
+    interrupt_next()
+    with pytest.raises(KeyboardInterrupt):
+        db.count_memories()
+    interrupt_next()
+    with pytest.raises(KeyboardInterrupt):
+        next(db.wait_for_tasks())
+    interrupt_next()
+    with pytest.raises(KeyboardInterrupt), db.transaction():
+        pass
+    with pytest.raises(KeyboardInterrupt), db.transaction() as tx:
+        interrupt_next()
+        with tx.transaction():
+            pass
+    assert vars(db)["_adapter"]._executor.in_flight == 0
+
+
 def test_call_inside_the_own_loop_is_refused(db: sync.DatabaseAdapter) -> None:
     db.create_memory(memory(embedding=np.ones(384)), "messages")
 
