@@ -16,17 +16,9 @@ BEGIN
 END
 $$;
 
--- What a cache key is found by. An index entry holds at most 2,700 bytes, a key may be of any length. A function of our
--- own, because convert_to() is not IMMUTABLE: it depends on the encoding of the database, which never changes.
-CREATE FUNCTION elizasql.hash_key(key text) RETURNS bytea LANGUAGE plpgsql IMMUTABLE STRICT PARALLEL SAFE AS $$
-BEGIN
-    RETURN sha256(convert_to(key, 'UTF8'));
-END
-$$;
-
 CREATE TABLE elizasql.cache (
     agent_id uuid NOT NULL,
-    key_hash bytea NOT NULL GENERATED ALWAYS AS (elizasql.hash_key(key)) STORED,
+    key_hash bytea NOT NULL,
     key text NOT NULL,
     value jsonb NOT NULL,
     created_at timestamptz NOT NULL DEFAULT now(),
@@ -35,6 +27,20 @@ CREATE TABLE elizasql.cache (
     CONSTRAINT cache_agent_fkey FOREIGN KEY (agent_id) REFERENCES elizasql.agents (id) ON DELETE CASCADE
 );
 CREATE INDEX cache_expires_at_idx ON elizasql.cache (agent_id, expires_at) WHERE expires_at IS NOT NULL;
+
+-- What a key is found by: an index entry holds at most 2,700 bytes, a key may be of any length. No generated column,
+-- since it is of the primary key, and replication finds rows by it: of a generated one a publisher does not tell.
+CREATE FUNCTION elizasql.hash_key() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    NEW.key_hash := sha256(convert_to(NEW.key, 'UTF8'));
+    RETURN NEW;
+END
+$$;
+
+CREATE TRIGGER cache_hash_key
+BEFORE INSERT OR UPDATE OF key, key_hash ON elizasql.cache
+FOR EACH ROW
+EXECUTE FUNCTION elizasql.hash_key();
 
 CREATE TABLE elizasql.pairing_requests (
     agent_id uuid NOT NULL,
@@ -79,5 +85,5 @@ ALTER TABLE elizasql.participants ALTER COLUMN agent_id RESET (n_distinct);
 DROP TABLE elizasql.pairing_allowlist;
 DROP TABLE elizasql.pairing_requests;
 DROP TABLE elizasql.cache;
-DROP FUNCTION elizasql.hash_key(text);
+DROP FUNCTION elizasql.hash_key();
 DROP FUNCTION elizasql.refuse_missing(text, text[]);

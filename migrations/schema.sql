@@ -228,11 +228,12 @@ BEGIN
 END
 $$;
 
-CREATE FUNCTION elizasql.hash_key(key text) RETURNS bytea
-    LANGUAGE plpgsql IMMUTABLE STRICT PARALLEL SAFE
+CREATE FUNCTION elizasql.hash_key() RETURNS trigger
+    LANGUAGE plpgsql
     AS $$
 BEGIN
-    RETURN sha256(convert_to(key, 'UTF8'));
+    NEW.key_hash := sha256(convert_to(NEW.key, 'UTF8'));
+    RETURN NEW;
 END
 $$;
 
@@ -1537,7 +1538,7 @@ CREATE TABLE elizasql.agents (
 
 CREATE TABLE elizasql.cache (
     agent_id uuid NOT NULL,
-    key_hash bytea GENERATED ALWAYS AS (elizasql.hash_key(key)) STORED NOT NULL,
+    key_hash bytea NOT NULL,
     key text NOT NULL,
     value jsonb NOT NULL,
     created_at timestamp with time zone DEFAULT now() NOT NULL,
@@ -3906,6 +3907,8 @@ CREATE TRIGGER agents_embedding_dimension_locked BEFORE UPDATE OF embedding_dime
 CREATE TRIGGER agents_rewrites_forgotten AFTER DELETE ON elizasql.agents FOR EACH ROW EXECUTE FUNCTION elizasql.forget_rewrites();
 
 ALTER TABLE elizasql.agents ENABLE ALWAYS TRIGGER agents_rewrites_forgotten;
+
+CREATE TRIGGER cache_hash_key BEFORE INSERT OR UPDATE OF key, key_hash ON elizasql.cache FOR EACH ROW EXECUTE FUNCTION elizasql.hash_key();
 
 CREATE TRIGGER embeddings_check_changed BEFORE UPDATE OF agent_id, dimension ON elizasql.embeddings FOR EACH ROW WHEN (((old.agent_id IS DISTINCT FROM new.agent_id) OR (old.dimension IS DISTINCT FROM new.dimension))) EXECUTE FUNCTION elizasql.check_dimension();
 

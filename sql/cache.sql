@@ -1,5 +1,5 @@
 -- The cache: JSON by key. What has expired is not there, for every statement; it is deleted some time later.
--- key_hash is sha256 of the key as UTF-8; the column makes it itself.
+-- key_hash is sha256 of the key as UTF-8; a trigger makes it.
 
 -- name: get_cache(agent_id, key_hash)^
 SELECT value

@@ -214,9 +214,11 @@ async def test_entries_are_checked(db: DatabaseAdapter, round_trips: list[str]) 
 
 @settings(max_examples=60)
 @given(key=st.text())
-async def test_python_and_the_server_hash_alike(raw: asyncpg.Connection[Any], key: str) -> None:
+async def test_python_and_the_server_hash_alike(db: DatabaseAdapter, raw: asyncpg.Connection[Any], key: str) -> None:
+    await db.set_cache(key, 1)
     cleaned = cache_module._key(key)
-    assert await raw.fetchval("SELECT elizasql.hash_key($1)", cleaned) == cache_module._hash(key)
+    made = "SELECT key_hash FROM elizasql.cache WHERE agent_id = $1 AND key = $2"
+    assert await raw.fetchval(made, db.agent_id, cleaned) == cache_module._hash(key)
     assert cache_module._hash(key) == hashlib.sha256(cleaned.encode()).digest()
 
 
