@@ -7,6 +7,21 @@ CREATE SCHEMA IF NOT EXISTS elizasql;
 -- Does nothing where an administrator has installed it; otherwise the role needs the right to create extensions.
 CREATE EXTENSION IF NOT EXISTS vector;
 
+-- What a server knows of itself, which migrations it has and which of its transactions did what, it does not take from
+-- another by replication, whatever is published: versions would be there twice, or without what they stand for.
+CREATE FUNCTION elizasql.ignore_replicated() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER schema_migrations_own
+BEFORE INSERT OR UPDATE OR DELETE ON elizasql.schema_migrations
+FOR EACH ROW
+EXECUTE FUNCTION elizasql.ignore_replicated();
+
+ALTER TABLE elizasql.schema_migrations ENABLE REPLICA TRIGGER schema_migrations_own;
+
 -- Ends a statement that was to change rows which are not there; what it changed so far is undone with it.
 CREATE FUNCTION elizasql.refuse_missing(kind text, missing uuid[]) RETURNS uuid LANGUAGE plpgsql AS $$
 BEGIN
@@ -218,3 +233,5 @@ DROP FUNCTION elizasql.changed_time(timestamptz, timestamptz);
 DROP FUNCTION elizasql.is_same_time(timestamptz, timestamptz);
 DROP FUNCTION elizasql.refuse_present(text, uuid[]);
 DROP FUNCTION elizasql.refuse_missing(text, uuid[]);
+DROP TRIGGER schema_migrations_own ON elizasql.schema_migrations;
+DROP FUNCTION elizasql.ignore_replicated();

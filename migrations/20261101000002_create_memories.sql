@@ -191,8 +191,7 @@ $$;
 -- What a process that holds memories cannot see by embeddings.xid: which transactions have last updated or removed
 -- memories of an agent and type; type '' is that of all, whose row the creation of the agent leaves: with one that is
 -- deleted all else is forgotten, and the next may have its id. A transaction takes over the row of one that has ended, and
--- adds a row only when all are taken, or when it may not look; one in a hundred removes what others have left. No primary
--- key, since rows that are replicated from another server, with its numbers, must not collide with those of this one.
+-- adds a row only when all are taken, or when it may not look; one in a hundred removes what others have left.
 CREATE TABLE elizasql.memory_rewrites (
     agent_id uuid NOT NULL,
     type text NOT NULL,
@@ -203,17 +202,29 @@ CREATE TABLE elizasql.memory_rewrites (
 CREATE INDEX memory_rewrites_idx ON elizasql.memory_rewrites (agent_id, type, xid);
 ALTER TABLE elizasql.memory_rewrites REPLICA IDENTITY FULL;
 
+-- Of what is replicated, the triggers below note the transactions of this server. The other one's numbers mean nothing
+-- here, and one that happens to be the same would stand for what has been noted under it.
+CREATE TRIGGER memory_rewrites_own
+BEFORE INSERT OR UPDATE OR DELETE ON elizasql.memory_rewrites
+FOR EACH ROW
+WHEN (pg_trigger_depth() = 0)
+EXECUTE FUNCTION elizasql.ignore_replicated();
+
+ALTER TABLE elizasql.memory_rewrites ENABLE REPLICA TRIGGER memory_rewrites_own;
+
 -- A later transaction may stand in for one that has ended: whoever does not know of that one does not know of it either.
 -- Under another isolation than READ COMMITTED to take over a row could fail, and of two SERIALIZABLE ones that only look
 -- at this table one would, so that these add a row unread. That it has noted it a transaction remembers by a setting of its
--- own, which goes with it or with the savepoint. The latest row is taken first: behind it may lie one for each transaction
--- that an old snapshot keeps from being vacuumed. A statement of its own updates it, which sees it as it is when locked.
+-- own, which goes with it, with the savepoint, or, where another than the table's owner subscribes, with each row. The latest
+-- row is taken first: behind it may lie one for each transaction that an old snapshot keeps from being vacuumed. A
+-- statement of its own updates it, which sees it as it is when locked.
 CREATE FUNCTION elizasql.note_rewrite(given_agent uuid, given_type text) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     place tid;
+    latest xid8;
 BEGIN
     IF current_setting('transaction_isolation') = 'read committed' THEN
-        SELECT ctid INTO place FROM elizasql.memory_rewrites
+        SELECT ctid, xid INTO place, latest FROM elizasql.memory_rewrites
         WHERE agent_id = given_agent AND type = given_type
         ORDER BY xid DESC LIMIT 1
         FOR UPDATE SKIP LOCKED;
@@ -221,7 +232,7 @@ BEGIN
     IF place IS NULL THEN
         INSERT INTO elizasql.memory_rewrites (agent_id, type, xid)
         SELECT id, given_type, pg_current_xact_id() FROM elizasql.agents WHERE id = given_agent;
-    ELSE
+    ELSIF latest <> pg_current_xact_id() THEN
         UPDATE elizasql.memory_rewrites SET xid = pg_current_xact_id() WHERE ctid = place;
         IF pg_current_xact_id()::text LIKE '%00' THEN
             DELETE FROM elizasql.memory_rewrites WHERE ctid = ANY(ARRAY(

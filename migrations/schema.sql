@@ -237,6 +237,14 @@ BEGIN
 END
 $$;
 
+CREATE FUNCTION elizasql.ignore_replicated() RETURNS trigger
+    LANGUAGE plpgsql
+    AS $$
+BEGIN
+    RETURN NULL;
+END
+$$;
+
 CREATE FUNCTION elizasql.made_time(given timestamp with time zone, otherwise timestamp with time zone) RETURNS timestamp with time zone
     LANGUAGE sql STABLE
     RETURN GREATEST(LEAST(COALESCE(given, otherwise), '9999-12-31 23:59:59.999999+00'::timestamp with time zone), '0001-01-01 00:00:00+00'::timestamp with time zone);
@@ -1221,9 +1229,10 @@ CREATE FUNCTION elizasql.note_rewrite(given_agent uuid, given_type text) RETURNS
     AS $$
 DECLARE
     place tid;
+    latest xid8;
 BEGIN
     IF current_setting('transaction_isolation') = 'read committed' THEN
-        SELECT ctid INTO place FROM elizasql.memory_rewrites
+        SELECT ctid, xid INTO place, latest FROM elizasql.memory_rewrites
         WHERE agent_id = given_agent AND type = given_type
         ORDER BY xid DESC LIMIT 1
         FOR UPDATE SKIP LOCKED;
@@ -1231,7 +1240,7 @@ BEGIN
     IF place IS NULL THEN
         INSERT INTO elizasql.memory_rewrites (agent_id, type, xid)
         SELECT id, given_type, pg_current_xact_id() FROM elizasql.agents WHERE id = given_agent;
-    ELSE
+    ELSIF latest <> pg_current_xact_id() THEN
         UPDATE elizasql.memory_rewrites SET xid = pg_current_xact_id() WHERE ctid = place;
         IF pg_current_xact_id()::text LIKE '%00' THEN
             DELETE FROM elizasql.memory_rewrites WHERE ctid = ANY(ARRAY(
@@ -3999,6 +4008,14 @@ CREATE TRIGGER memories_copy_scope AFTER UPDATE OF type, room_id, world_id, enti
 CREATE TRIGGER memories_rewritten AFTER UPDATE ON elizasql.memories FOR EACH ROW EXECUTE FUNCTION elizasql.note_rewritten_row();
 
 ALTER TABLE elizasql.memories ENABLE ALWAYS TRIGGER memories_rewritten;
+
+CREATE TRIGGER memory_rewrites_own BEFORE INSERT OR DELETE OR UPDATE ON elizasql.memory_rewrites FOR EACH ROW WHEN ((pg_trigger_depth() = 0)) EXECUTE FUNCTION elizasql.ignore_replicated();
+
+ALTER TABLE elizasql.memory_rewrites ENABLE REPLICA TRIGGER memory_rewrites_own;
+
+CREATE TRIGGER schema_migrations_own BEFORE INSERT OR DELETE OR UPDATE ON elizasql.schema_migrations FOR EACH ROW EXECUTE FUNCTION elizasql.ignore_replicated();
+
+ALTER TABLE elizasql.schema_migrations ENABLE REPLICA TRIGGER schema_migrations_own;
 
 CREATE TRIGGER tasks_notify_created AFTER INSERT ON elizasql.tasks FOR EACH ROW WHEN (((new.tags @> '{queue}'::text[]) AND (new.attempts < new.max_attempts))) EXECUTE FUNCTION elizasql.notify_task();
 

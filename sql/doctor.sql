@@ -217,10 +217,11 @@ WHERE
     AND (
         t.tgenabled = 'D'
         OR (
-            t.tgenabled <> 'A'
+            t.tgenabled NOT IN ('A', 'R')
             AND t.tgname IN (
-                'agents_created', 'agents_rewrites_forgotten', 'memories_rewritten', 'embeddings_stamp_new',
-                'embeddings_stamp_changed', 'embeddings_removed', 'embeddings_moved', 'embeddings_truncated'
+                'agents_created', 'agents_rewrites_forgotten', 'memories_rewritten', 'memory_rewrites_own',
+                'schema_migrations_own', 'embeddings_stamp_new', 'embeddings_stamp_changed', 'embeddings_removed',
+                'embeddings_moved', 'embeddings_truncated'
             )
         )
     )

@@ -709,6 +709,29 @@ async def test_a_vector_that_comes_before_its_memory(mind: Mind, dsn: str) -> No
     assert (await mind.check(query))[0][0] == id
 
 
+async def test_the_numbers_of_another_server_are_not_taken(mind: Mind, dsn: str) -> None:
+    """Whatever is published: what is replicated is noted here, and one of theirs that is the same does no harm."""
+    await mind.remember(some_vectors(40))
+    query = some_vectors(1, seed=8)[0]
+    ids = [id for id, _ in await mind.check(query)]
+    admin = await asyncpg.connect(dsn.replace("//elizasql@", "//postgres@"))
+    await admin.execute("SET session_replication_role = replica")
+    async with admin.transaction():
+        await admin.execute(
+            "UPDATE elizasql.memories SET content = '{}' WHERE agent_id = $1 AND id = $2", mind.db.agent_id, ids[0]
+        )
+        await admin.execute(
+            "UPDATE elizasql.memory_rewrites SET xid = '9223372036854775808' WHERE agent_id = $1", mind.db.agent_id
+        )
+        await admin.execute("INSERT INTO elizasql.memory_rewrites VALUES ($1, $2, '1')", mind.db.agent_id, TABLE)
+        await admin.execute("DELETE FROM elizasql.memory_rewrites WHERE agent_id = $1", mind.db.agent_id)
+        versions = await admin.execute("DELETE FROM elizasql.schema_migrations")
+    await admin.close()
+    assert versions == "DELETE 0"
+    assert [id for id, _ in await mind.check(query)] == ids
+    assert await rewrites(mind) == 1
+
+
 async def test_one_round_trip(mind: Mind, round_trips: list[str]) -> None:
     vectors = some_vectors(120)
     await mind.remember(vectors)
@@ -913,6 +936,19 @@ async def test_notes_do_not_pile_up(mind: Mind) -> None:
             break
     else:
         raise AssertionError("nothing was taken away")
+
+
+async def test_a_transaction_is_noted_once(mind: Mind) -> None:
+    """Also where it forgets that it has, as one that applies what is replicated does behind each row."""
+    await mind.remember(some_vectors(3))
+    update = "UPDATE elizasql.memories SET content = '{}' WHERE agent_id = $1 AND id = $2"
+    noted = "SELECT ctid FROM elizasql.memory_rewrites WHERE agent_id = $1 AND type = $2"
+    async with mind.raw.transaction():
+        await mind.raw.execute(update, mind.db.agent_id, mind.ids[0])
+        place = await mind.raw.fetchval(noted, mind.db.agent_id, TABLE)
+        await mind.raw.execute("SET LOCAL elizasql.noted = ''")
+        await mind.raw.execute(update, mind.db.agent_id, mind.ids[1])
+        assert await mind.raw.fetchval(noted, mind.db.agent_id, TABLE) == place
 
 
 async def test_what_a_savepoint_undid_is_noted_again(mind: Mind) -> None:

@@ -223,6 +223,7 @@ class Filler:
             "unique": lambda: self._random.random() < 0.5,
             "indexed": lambda: False,
             "xid": lambda: 1,
+            "key_hash": lambda: "",  # a trigger makes it
             "dimension": lambda: None,
             "in_reply_to_root_message_id": lambda: self._pick("central_messages", None),
             "message_server_id": lambda: self._pick("message_servers", None),
