@@ -8,7 +8,8 @@ CREATE SCHEMA IF NOT EXISTS elizasql;
 CREATE EXTENSION IF NOT EXISTS vector;
 
 -- What a server knows of itself, which migrations it has and which of its transactions did what, it does not take from
--- another by replication, whatever is published: versions would be there twice, or without what they stand for.
+-- another by replication, whatever is published: versions would be there twice, or without what they stand for. Said as a
+-- condition, too: a trigger that was off and on again fires for what is not replicated, and only for that.
 CREATE FUNCTION elizasql.ignore_replicated() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     RETURN NULL;
@@ -18,9 +19,10 @@ $$;
 CREATE TRIGGER schema_migrations_own
 BEFORE INSERT OR UPDATE OR DELETE ON elizasql.schema_migrations
 FOR EACH ROW
+WHEN (current_setting('session_replication_role') = 'replica')
 EXECUTE FUNCTION elizasql.ignore_replicated();
 
-ALTER TABLE elizasql.schema_migrations ENABLE REPLICA TRIGGER schema_migrations_own;
+ALTER TABLE elizasql.schema_migrations ENABLE ALWAYS TRIGGER schema_migrations_own;
 
 -- Ends a statement that was to change rows which are not there; what it changed so far is undone with it.
 CREATE FUNCTION elizasql.refuse_missing(kind text, missing uuid[]) RETURNS uuid LANGUAGE plpgsql AS $$

@@ -207,10 +207,10 @@ ALTER TABLE elizasql.memory_rewrites REPLICA IDENTITY FULL;
 CREATE TRIGGER memory_rewrites_own
 BEFORE INSERT OR UPDATE OR DELETE ON elizasql.memory_rewrites
 FOR EACH ROW
-WHEN (pg_trigger_depth() = 0)
+WHEN (pg_trigger_depth() = 0 AND current_setting('session_replication_role') = 'replica')
 EXECUTE FUNCTION elizasql.ignore_replicated();
 
-ALTER TABLE elizasql.memory_rewrites ENABLE REPLICA TRIGGER memory_rewrites_own;
+ALTER TABLE elizasql.memory_rewrites ENABLE ALWAYS TRIGGER memory_rewrites_own;
 
 -- A later transaction may stand in for one that has ended: whoever does not know of that one does not know of it either.
 -- Under another isolation than READ COMMITTED to take over a row could fail, and of two SERIALIZABLE ones that only look
@@ -372,7 +372,7 @@ BEGIN
                             AND (rooms[i] IS NULL OR room_id = rooms[i])
                             AND (entities[i] IS NULL OR entity_id = entities[i])
                             AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_384 <=> vectors[i] <= 0.05) INTO found;
+                            AND dim_384 <=> vectors[i] <= 0.05) INTO near;
                 END IF;
             END IF;$exact$, 'given_id', scope[1]), 'id_column', scope[2]);
     END LOOP;
@@ -390,7 +390,7 @@ DECLARE
     dense boolean;
     few int;
     size int;
-    found boolean;
+    near boolean;
     seen boolean;
 BEGIN
     FOR lock_key IN
@@ -426,7 +426,7 @@ BEGIN
         SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR i IN 1..cardinality(types) LOOP
         CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
-        found := FALSE;
+        near := FALSE;
         FOREACH few IN ARRAY ARRAY[2000, 20000] LOOP
             size := few + 1;
             @exact@
@@ -439,7 +439,7 @@ BEGIN
             EXIT WHEN size <= few OR dense;
         END LOOP;
         IF size > few THEN
-            SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO found, seen FROM (
+            SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO near, seen FROM (
                 SELECT
                     dim_384 <=> vectors[i] AS distance,
                     (rooms[i] IS NULL OR room_id = rooms[i])
@@ -448,7 +448,7 @@ BEGIN
                 FROM elizasql.embeddings
                 WHERE agent_id = given_agent AND type = types[i] AND indexed
                 ORDER BY dim_384::halfvec(384) <=> vectors[i]::halfvec(384) LIMIT 10) AS nearest;
-            IF found IS NOT TRUE THEN SELECT seen IS NOT TRUE AND EXISTS (
+            IF near IS NOT TRUE THEN SELECT seen IS NOT TRUE AND EXISTS (
                 SELECT FROM (
                     SELECT dim_384 FROM elizasql.embeddings
                     WHERE agent_id = given_agent AND type = types[i] AND indexed
@@ -463,10 +463,10 @@ BEGIN
                     AND (rooms[i] IS NULL OR room_id = rooms[i])
                     AND (worlds[i] IS NULL OR world_id = worlds[i])
                     AND (entities[i] IS NULL OR entity_id = entities[i])
-                    AND dim_384 <=> vectors[i] <= 0.05) INTO found;
+                    AND dim_384 <=> vectors[i] <= 0.05) INTO near;
             END IF;
         END IF;
-        duplicates[i] := found;
+        duplicates[i] := near;
     END LOOP;
     RETURN duplicates;
 END

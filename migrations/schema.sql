@@ -332,7 +332,7 @@ DECLARE
     dense boolean;
     few int;
     size int;
-    found boolean;
+    near boolean;
     seen boolean;
 BEGIN
     FOR lock_key IN
@@ -368,7 +368,7 @@ BEGIN
         SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR i IN 1..cardinality(types) LOOP
         CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
-        found := FALSE;
+        near := FALSE;
         FOREACH few IN ARRAY ARRAY[2000, 20000] LOOP
             size := few + 1;
             
@@ -383,7 +383,7 @@ BEGIN
                             AND (rooms[i] IS NULL OR room_id = rooms[i])
                             AND (entities[i] IS NULL OR entity_id = entities[i])
                             AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_1024 <=> vectors[i] <= 0.05) INTO found;
+                            AND dim_1024 <=> vectors[i] <= 0.05) INTO near;
                 END IF;
             END IF;
             IF size > few AND entities[i] IS NOT NULL THEN
@@ -397,7 +397,7 @@ BEGIN
                             AND (rooms[i] IS NULL OR room_id = rooms[i])
                             AND (entities[i] IS NULL OR entity_id = entities[i])
                             AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_1024 <=> vectors[i] <= 0.05) INTO found;
+                            AND dim_1024 <=> vectors[i] <= 0.05) INTO near;
                 END IF;
             END IF;
             IF size > few AND worlds[i] IS NOT NULL THEN
@@ -411,7 +411,7 @@ BEGIN
                             AND (rooms[i] IS NULL OR room_id = rooms[i])
                             AND (entities[i] IS NULL OR entity_id = entities[i])
                             AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_1024 <=> vectors[i] <= 0.05) INTO found;
+                            AND dim_1024 <=> vectors[i] <= 0.05) INTO near;
                 END IF;
             END IF;
             IF size > few AND (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) IS NOT NULL THEN
@@ -425,7 +425,7 @@ BEGIN
                             AND (rooms[i] IS NULL OR room_id = rooms[i])
                             AND (entities[i] IS NULL OR entity_id = entities[i])
                             AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_1024 <=> vectors[i] <= 0.05) INTO found;
+                            AND dim_1024 <=> vectors[i] <= 0.05) INTO near;
                 END IF;
             END IF;
             IF size > few AND dense_kind IS DISTINCT FROM types[i] THEN
@@ -437,7 +437,7 @@ BEGIN
             EXIT WHEN size <= few OR dense;
         END LOOP;
         IF size > few THEN
-            SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO found, seen FROM (
+            SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO near, seen FROM (
                 SELECT
                     dim_1024 <=> vectors[i] AS distance,
                     (rooms[i] IS NULL OR room_id = rooms[i])
@@ -446,7 +446,7 @@ BEGIN
                 FROM elizasql.embeddings
                 WHERE agent_id = given_agent AND type = types[i] AND indexed
                 ORDER BY dim_1024::halfvec(1024) <=> vectors[i]::halfvec(1024) LIMIT 10) AS nearest;
-            IF found IS NOT TRUE THEN SELECT seen IS NOT TRUE AND EXISTS (
+            IF near IS NOT TRUE THEN SELECT seen IS NOT TRUE AND EXISTS (
                 SELECT FROM (
                     SELECT dim_1024 FROM elizasql.embeddings
                     WHERE agent_id = given_agent AND type = types[i] AND indexed
@@ -461,10 +461,10 @@ BEGIN
                     AND (rooms[i] IS NULL OR room_id = rooms[i])
                     AND (worlds[i] IS NULL OR world_id = worlds[i])
                     AND (entities[i] IS NULL OR entity_id = entities[i])
-                    AND dim_1024 <=> vectors[i] <= 0.05) INTO found;
+                    AND dim_1024 <=> vectors[i] <= 0.05) INTO near;
             END IF;
         END IF;
-        duplicates[i] := found;
+        duplicates[i] := near;
     END LOOP;
     RETURN duplicates;
 END
@@ -481,7 +481,7 @@ DECLARE
     dense boolean;
     few int;
     size int;
-    found boolean;
+    near boolean;
     seen boolean;
 BEGIN
     FOR lock_key IN
@@ -517,7 +517,7 @@ BEGIN
         SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR i IN 1..cardinality(types) LOOP
         CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
-        found := FALSE;
+        near := FALSE;
         FOREACH few IN ARRAY ARRAY[2000, 20000] LOOP
             size := few + 1;
             
@@ -532,7 +532,7 @@ BEGIN
                             AND (rooms[i] IS NULL OR room_id = rooms[i])
                             AND (entities[i] IS NULL OR entity_id = entities[i])
                             AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_1536 <=> vectors[i] <= 0.05) INTO found;
+                            AND dim_1536 <=> vectors[i] <= 0.05) INTO near;
                 END IF;
             END IF;
             IF size > few AND entities[i] IS NOT NULL THEN
@@ -546,7 +546,7 @@ BEGIN
                             AND (rooms[i] IS NULL OR room_id = rooms[i])
                             AND (entities[i] IS NULL OR entity_id = entities[i])
                             AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_1536 <=> vectors[i] <= 0.05) INTO found;
+                            AND dim_1536 <=> vectors[i] <= 0.05) INTO near;
                 END IF;
             END IF;
             IF size > few AND worlds[i] IS NOT NULL THEN
@@ -560,7 +560,7 @@ BEGIN
                             AND (rooms[i] IS NULL OR room_id = rooms[i])
                             AND (entities[i] IS NULL OR entity_id = entities[i])
                             AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_1536 <=> vectors[i] <= 0.05) INTO found;
+                            AND dim_1536 <=> vectors[i] <= 0.05) INTO near;
                 END IF;
             END IF;
             IF size > few AND (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) IS NOT NULL THEN
@@ -574,7 +574,7 @@ BEGIN
                             AND (rooms[i] IS NULL OR room_id = rooms[i])
                             AND (entities[i] IS NULL OR entity_id = entities[i])
                             AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_1536 <=> vectors[i] <= 0.05) INTO found;
+                            AND dim_1536 <=> vectors[i] <= 0.05) INTO near;
                 END IF;
             END IF;
             IF size > few AND dense_kind IS DISTINCT FROM types[i] THEN
@@ -586,7 +586,7 @@ BEGIN
             EXIT WHEN size <= few OR dense;
         END LOOP;
         IF size > few THEN
-            SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO found, seen FROM (
+            SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO near, seen FROM (
                 SELECT
                     dim_1536 <=> vectors[i] AS distance,
                     (rooms[i] IS NULL OR room_id = rooms[i])
@@ -595,7 +595,7 @@ BEGIN
                 FROM elizasql.embeddings
                 WHERE agent_id = given_agent AND type = types[i] AND indexed
                 ORDER BY dim_1536::halfvec(1536) <=> vectors[i]::halfvec(1536) LIMIT 10) AS nearest;
-            IF found IS NOT TRUE THEN SELECT seen IS NOT TRUE AND EXISTS (
+            IF near IS NOT TRUE THEN SELECT seen IS NOT TRUE AND EXISTS (
                 SELECT FROM (
                     SELECT dim_1536 FROM elizasql.embeddings
                     WHERE agent_id = given_agent AND type = types[i] AND indexed
@@ -610,10 +610,10 @@ BEGIN
                     AND (rooms[i] IS NULL OR room_id = rooms[i])
                     AND (worlds[i] IS NULL OR world_id = worlds[i])
                     AND (entities[i] IS NULL OR entity_id = entities[i])
-                    AND dim_1536 <=> vectors[i] <= 0.05) INTO found;
+                    AND dim_1536 <=> vectors[i] <= 0.05) INTO near;
             END IF;
         END IF;
-        duplicates[i] := found;
+        duplicates[i] := near;
     END LOOP;
     RETURN duplicates;
 END
@@ -630,7 +630,7 @@ DECLARE
     dense boolean;
     few int;
     size int;
-    found boolean;
+    near boolean;
     seen boolean;
 BEGIN
     FOR lock_key IN
@@ -666,7 +666,7 @@ BEGIN
         SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR i IN 1..cardinality(types) LOOP
         CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
-        found := FALSE;
+        near := FALSE;
         FOREACH few IN ARRAY ARRAY[2000, 20000] LOOP
             size := few + 1;
             
@@ -681,7 +681,7 @@ BEGIN
                             AND (rooms[i] IS NULL OR room_id = rooms[i])
                             AND (entities[i] IS NULL OR entity_id = entities[i])
                             AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_3072 <=> vectors[i] <= 0.05) INTO found;
+                            AND dim_3072 <=> vectors[i] <= 0.05) INTO near;
                 END IF;
             END IF;
             IF size > few AND entities[i] IS NOT NULL THEN
@@ -695,7 +695,7 @@ BEGIN
                             AND (rooms[i] IS NULL OR room_id = rooms[i])
                             AND (entities[i] IS NULL OR entity_id = entities[i])
                             AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_3072 <=> vectors[i] <= 0.05) INTO found;
+                            AND dim_3072 <=> vectors[i] <= 0.05) INTO near;
                 END IF;
             END IF;
             IF size > few AND worlds[i] IS NOT NULL THEN
@@ -709,7 +709,7 @@ BEGIN
                             AND (rooms[i] IS NULL OR room_id = rooms[i])
                             AND (entities[i] IS NULL OR entity_id = entities[i])
                             AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_3072 <=> vectors[i] <= 0.05) INTO found;
+                            AND dim_3072 <=> vectors[i] <= 0.05) INTO near;
                 END IF;
             END IF;
             IF size > few AND (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) IS NOT NULL THEN
@@ -723,7 +723,7 @@ BEGIN
                             AND (rooms[i] IS NULL OR room_id = rooms[i])
                             AND (entities[i] IS NULL OR entity_id = entities[i])
                             AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_3072 <=> vectors[i] <= 0.05) INTO found;
+                            AND dim_3072 <=> vectors[i] <= 0.05) INTO near;
                 END IF;
             END IF;
             IF size > few AND dense_kind IS DISTINCT FROM types[i] THEN
@@ -735,7 +735,7 @@ BEGIN
             EXIT WHEN size <= few OR dense;
         END LOOP;
         IF size > few THEN
-            SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO found, seen FROM (
+            SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO near, seen FROM (
                 SELECT
                     dim_3072 <=> vectors[i] AS distance,
                     (rooms[i] IS NULL OR room_id = rooms[i])
@@ -744,7 +744,7 @@ BEGIN
                 FROM elizasql.embeddings
                 WHERE agent_id = given_agent AND type = types[i] AND indexed
                 ORDER BY dim_3072::halfvec(3072) <=> vectors[i]::halfvec(3072) LIMIT 10) AS nearest;
-            IF found IS NOT TRUE THEN SELECT seen IS NOT TRUE AND EXISTS (
+            IF near IS NOT TRUE THEN SELECT seen IS NOT TRUE AND EXISTS (
                 SELECT FROM (
                     SELECT dim_3072 FROM elizasql.embeddings
                     WHERE agent_id = given_agent AND type = types[i] AND indexed
@@ -759,10 +759,10 @@ BEGIN
                     AND (rooms[i] IS NULL OR room_id = rooms[i])
                     AND (worlds[i] IS NULL OR world_id = worlds[i])
                     AND (entities[i] IS NULL OR entity_id = entities[i])
-                    AND dim_3072 <=> vectors[i] <= 0.05) INTO found;
+                    AND dim_3072 <=> vectors[i] <= 0.05) INTO near;
             END IF;
         END IF;
-        duplicates[i] := found;
+        duplicates[i] := near;
     END LOOP;
     RETURN duplicates;
 END
@@ -779,7 +779,7 @@ DECLARE
     dense boolean;
     few int;
     size int;
-    found boolean;
+    near boolean;
     seen boolean;
 BEGIN
     FOR lock_key IN
@@ -815,7 +815,7 @@ BEGIN
         SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR i IN 1..cardinality(types) LOOP
         CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
-        found := FALSE;
+        near := FALSE;
         FOREACH few IN ARRAY ARRAY[2000, 20000] LOOP
             size := few + 1;
             
@@ -830,7 +830,7 @@ BEGIN
                             AND (rooms[i] IS NULL OR room_id = rooms[i])
                             AND (entities[i] IS NULL OR entity_id = entities[i])
                             AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_384 <=> vectors[i] <= 0.05) INTO found;
+                            AND dim_384 <=> vectors[i] <= 0.05) INTO near;
                 END IF;
             END IF;
             IF size > few AND entities[i] IS NOT NULL THEN
@@ -844,7 +844,7 @@ BEGIN
                             AND (rooms[i] IS NULL OR room_id = rooms[i])
                             AND (entities[i] IS NULL OR entity_id = entities[i])
                             AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_384 <=> vectors[i] <= 0.05) INTO found;
+                            AND dim_384 <=> vectors[i] <= 0.05) INTO near;
                 END IF;
             END IF;
             IF size > few AND worlds[i] IS NOT NULL THEN
@@ -858,7 +858,7 @@ BEGIN
                             AND (rooms[i] IS NULL OR room_id = rooms[i])
                             AND (entities[i] IS NULL OR entity_id = entities[i])
                             AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_384 <=> vectors[i] <= 0.05) INTO found;
+                            AND dim_384 <=> vectors[i] <= 0.05) INTO near;
                 END IF;
             END IF;
             IF size > few AND (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) IS NOT NULL THEN
@@ -872,7 +872,7 @@ BEGIN
                             AND (rooms[i] IS NULL OR room_id = rooms[i])
                             AND (entities[i] IS NULL OR entity_id = entities[i])
                             AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_384 <=> vectors[i] <= 0.05) INTO found;
+                            AND dim_384 <=> vectors[i] <= 0.05) INTO near;
                 END IF;
             END IF;
             IF size > few AND dense_kind IS DISTINCT FROM types[i] THEN
@@ -884,7 +884,7 @@ BEGIN
             EXIT WHEN size <= few OR dense;
         END LOOP;
         IF size > few THEN
-            SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO found, seen FROM (
+            SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO near, seen FROM (
                 SELECT
                     dim_384 <=> vectors[i] AS distance,
                     (rooms[i] IS NULL OR room_id = rooms[i])
@@ -893,7 +893,7 @@ BEGIN
                 FROM elizasql.embeddings
                 WHERE agent_id = given_agent AND type = types[i] AND indexed
                 ORDER BY dim_384::halfvec(384) <=> vectors[i]::halfvec(384) LIMIT 10) AS nearest;
-            IF found IS NOT TRUE THEN SELECT seen IS NOT TRUE AND EXISTS (
+            IF near IS NOT TRUE THEN SELECT seen IS NOT TRUE AND EXISTS (
                 SELECT FROM (
                     SELECT dim_384 FROM elizasql.embeddings
                     WHERE agent_id = given_agent AND type = types[i] AND indexed
@@ -908,10 +908,10 @@ BEGIN
                     AND (rooms[i] IS NULL OR room_id = rooms[i])
                     AND (worlds[i] IS NULL OR world_id = worlds[i])
                     AND (entities[i] IS NULL OR entity_id = entities[i])
-                    AND dim_384 <=> vectors[i] <= 0.05) INTO found;
+                    AND dim_384 <=> vectors[i] <= 0.05) INTO near;
             END IF;
         END IF;
-        duplicates[i] := found;
+        duplicates[i] := near;
     END LOOP;
     RETURN duplicates;
 END
@@ -928,7 +928,7 @@ DECLARE
     dense boolean;
     few int;
     size int;
-    found boolean;
+    near boolean;
     seen boolean;
 BEGIN
     FOR lock_key IN
@@ -964,7 +964,7 @@ BEGIN
         SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR i IN 1..cardinality(types) LOOP
         CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
-        found := FALSE;
+        near := FALSE;
         FOREACH few IN ARRAY ARRAY[2000, 20000] LOOP
             size := few + 1;
             
@@ -979,7 +979,7 @@ BEGIN
                             AND (rooms[i] IS NULL OR room_id = rooms[i])
                             AND (entities[i] IS NULL OR entity_id = entities[i])
                             AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_512 <=> vectors[i] <= 0.05) INTO found;
+                            AND dim_512 <=> vectors[i] <= 0.05) INTO near;
                 END IF;
             END IF;
             IF size > few AND entities[i] IS NOT NULL THEN
@@ -993,7 +993,7 @@ BEGIN
                             AND (rooms[i] IS NULL OR room_id = rooms[i])
                             AND (entities[i] IS NULL OR entity_id = entities[i])
                             AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_512 <=> vectors[i] <= 0.05) INTO found;
+                            AND dim_512 <=> vectors[i] <= 0.05) INTO near;
                 END IF;
             END IF;
             IF size > few AND worlds[i] IS NOT NULL THEN
@@ -1007,7 +1007,7 @@ BEGIN
                             AND (rooms[i] IS NULL OR room_id = rooms[i])
                             AND (entities[i] IS NULL OR entity_id = entities[i])
                             AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_512 <=> vectors[i] <= 0.05) INTO found;
+                            AND dim_512 <=> vectors[i] <= 0.05) INTO near;
                 END IF;
             END IF;
             IF size > few AND (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) IS NOT NULL THEN
@@ -1021,7 +1021,7 @@ BEGIN
                             AND (rooms[i] IS NULL OR room_id = rooms[i])
                             AND (entities[i] IS NULL OR entity_id = entities[i])
                             AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_512 <=> vectors[i] <= 0.05) INTO found;
+                            AND dim_512 <=> vectors[i] <= 0.05) INTO near;
                 END IF;
             END IF;
             IF size > few AND dense_kind IS DISTINCT FROM types[i] THEN
@@ -1033,7 +1033,7 @@ BEGIN
             EXIT WHEN size <= few OR dense;
         END LOOP;
         IF size > few THEN
-            SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO found, seen FROM (
+            SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO near, seen FROM (
                 SELECT
                     dim_512 <=> vectors[i] AS distance,
                     (rooms[i] IS NULL OR room_id = rooms[i])
@@ -1042,7 +1042,7 @@ BEGIN
                 FROM elizasql.embeddings
                 WHERE agent_id = given_agent AND type = types[i] AND indexed
                 ORDER BY dim_512::halfvec(512) <=> vectors[i]::halfvec(512) LIMIT 10) AS nearest;
-            IF found IS NOT TRUE THEN SELECT seen IS NOT TRUE AND EXISTS (
+            IF near IS NOT TRUE THEN SELECT seen IS NOT TRUE AND EXISTS (
                 SELECT FROM (
                     SELECT dim_512 FROM elizasql.embeddings
                     WHERE agent_id = given_agent AND type = types[i] AND indexed
@@ -1057,10 +1057,10 @@ BEGIN
                     AND (rooms[i] IS NULL OR room_id = rooms[i])
                     AND (worlds[i] IS NULL OR world_id = worlds[i])
                     AND (entities[i] IS NULL OR entity_id = entities[i])
-                    AND dim_512 <=> vectors[i] <= 0.05) INTO found;
+                    AND dim_512 <=> vectors[i] <= 0.05) INTO near;
             END IF;
         END IF;
-        duplicates[i] := found;
+        duplicates[i] := near;
     END LOOP;
     RETURN duplicates;
 END
@@ -1077,7 +1077,7 @@ DECLARE
     dense boolean;
     few int;
     size int;
-    found boolean;
+    near boolean;
     seen boolean;
 BEGIN
     FOR lock_key IN
@@ -1113,7 +1113,7 @@ BEGIN
         SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR i IN 1..cardinality(types) LOOP
         CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
-        found := FALSE;
+        near := FALSE;
         FOREACH few IN ARRAY ARRAY[2000, 20000] LOOP
             size := few + 1;
             
@@ -1128,7 +1128,7 @@ BEGIN
                             AND (rooms[i] IS NULL OR room_id = rooms[i])
                             AND (entities[i] IS NULL OR entity_id = entities[i])
                             AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_768 <=> vectors[i] <= 0.05) INTO found;
+                            AND dim_768 <=> vectors[i] <= 0.05) INTO near;
                 END IF;
             END IF;
             IF size > few AND entities[i] IS NOT NULL THEN
@@ -1142,7 +1142,7 @@ BEGIN
                             AND (rooms[i] IS NULL OR room_id = rooms[i])
                             AND (entities[i] IS NULL OR entity_id = entities[i])
                             AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_768 <=> vectors[i] <= 0.05) INTO found;
+                            AND dim_768 <=> vectors[i] <= 0.05) INTO near;
                 END IF;
             END IF;
             IF size > few AND worlds[i] IS NOT NULL THEN
@@ -1156,7 +1156,7 @@ BEGIN
                             AND (rooms[i] IS NULL OR room_id = rooms[i])
                             AND (entities[i] IS NULL OR entity_id = entities[i])
                             AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_768 <=> vectors[i] <= 0.05) INTO found;
+                            AND dim_768 <=> vectors[i] <= 0.05) INTO near;
                 END IF;
             END IF;
             IF size > few AND (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) IS NOT NULL THEN
@@ -1170,7 +1170,7 @@ BEGIN
                             AND (rooms[i] IS NULL OR room_id = rooms[i])
                             AND (entities[i] IS NULL OR entity_id = entities[i])
                             AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_768 <=> vectors[i] <= 0.05) INTO found;
+                            AND dim_768 <=> vectors[i] <= 0.05) INTO near;
                 END IF;
             END IF;
             IF size > few AND dense_kind IS DISTINCT FROM types[i] THEN
@@ -1182,7 +1182,7 @@ BEGIN
             EXIT WHEN size <= few OR dense;
         END LOOP;
         IF size > few THEN
-            SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO found, seen FROM (
+            SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO near, seen FROM (
                 SELECT
                     dim_768 <=> vectors[i] AS distance,
                     (rooms[i] IS NULL OR room_id = rooms[i])
@@ -1191,7 +1191,7 @@ BEGIN
                 FROM elizasql.embeddings
                 WHERE agent_id = given_agent AND type = types[i] AND indexed
                 ORDER BY dim_768::halfvec(768) <=> vectors[i]::halfvec(768) LIMIT 10) AS nearest;
-            IF found IS NOT TRUE THEN SELECT seen IS NOT TRUE AND EXISTS (
+            IF near IS NOT TRUE THEN SELECT seen IS NOT TRUE AND EXISTS (
                 SELECT FROM (
                     SELECT dim_768 FROM elizasql.embeddings
                     WHERE agent_id = given_agent AND type = types[i] AND indexed
@@ -1206,10 +1206,10 @@ BEGIN
                     AND (rooms[i] IS NULL OR room_id = rooms[i])
                     AND (worlds[i] IS NULL OR world_id = worlds[i])
                     AND (entities[i] IS NULL OR entity_id = entities[i])
-                    AND dim_768 <=> vectors[i] <= 0.05) INTO found;
+                    AND dim_768 <=> vectors[i] <= 0.05) INTO near;
             END IF;
         END IF;
-        duplicates[i] := found;
+        duplicates[i] := near;
     END LOOP;
     RETURN duplicates;
 END
@@ -4009,13 +4009,13 @@ CREATE TRIGGER memories_rewritten AFTER UPDATE ON elizasql.memories FOR EACH ROW
 
 ALTER TABLE elizasql.memories ENABLE ALWAYS TRIGGER memories_rewritten;
 
-CREATE TRIGGER memory_rewrites_own BEFORE INSERT OR DELETE OR UPDATE ON elizasql.memory_rewrites FOR EACH ROW WHEN ((pg_trigger_depth() = 0)) EXECUTE FUNCTION elizasql.ignore_replicated();
+CREATE TRIGGER memory_rewrites_own BEFORE INSERT OR DELETE OR UPDATE ON elizasql.memory_rewrites FOR EACH ROW WHEN (((pg_trigger_depth() = 0) AND (current_setting('session_replication_role'::text) = 'replica'::text))) EXECUTE FUNCTION elizasql.ignore_replicated();
 
-ALTER TABLE elizasql.memory_rewrites ENABLE REPLICA TRIGGER memory_rewrites_own;
+ALTER TABLE elizasql.memory_rewrites ENABLE ALWAYS TRIGGER memory_rewrites_own;
 
-CREATE TRIGGER schema_migrations_own BEFORE INSERT OR DELETE OR UPDATE ON elizasql.schema_migrations FOR EACH ROW EXECUTE FUNCTION elizasql.ignore_replicated();
+CREATE TRIGGER schema_migrations_own BEFORE INSERT OR DELETE OR UPDATE ON elizasql.schema_migrations FOR EACH ROW WHEN ((current_setting('session_replication_role'::text) = 'replica'::text)) EXECUTE FUNCTION elizasql.ignore_replicated();
 
-ALTER TABLE elizasql.schema_migrations ENABLE REPLICA TRIGGER schema_migrations_own;
+ALTER TABLE elizasql.schema_migrations ENABLE ALWAYS TRIGGER schema_migrations_own;
 
 CREATE TRIGGER tasks_notify_created AFTER INSERT ON elizasql.tasks FOR EACH ROW WHEN (((new.tags @> '{queue}'::text[]) AND (new.attempts < new.max_attempts))) EXECUTE FUNCTION elizasql.notify_task();
 

@@ -217,7 +217,7 @@ WHERE
     AND (
         t.tgenabled = 'D'
         OR (
-            t.tgenabled NOT IN ('A', 'R')
+            t.tgenabled <> 'A'
             AND t.tgname IN (
                 'agents_created', 'agents_rewrites_forgotten', 'memories_rewritten', 'memory_rewrites_own',
                 'schema_migrations_own', 'embeddings_stamp_new', 'embeddings_stamp_changed', 'embeddings_removed',

@@ -279,6 +279,26 @@ async def test_other_tables_of_the_database_are_left_alone(fresh: str) -> None:
 # --- when something is pending ---------------------------------------------------------------------------------------
 
 
+async def test_a_server_that_is_strict_about_plpgsql(fresh: str) -> None:
+    """What its documentation advises developers to set makes errors of names that hide others."""
+    async with connected(_as(fresh, "postgres")) as admin:
+        await admin.execute(f"ALTER DATABASE {urlsplit(fresh).path[1:]} SET plpgsql.extra_errors = 'all'")
+    await open_and_close(fresh)
+
+
+async def test_triggers_that_were_off_and_on_again(fresh: str) -> None:
+    """As a restore of the data alone leaves them: migrations are noted still."""
+    await open_and_close(fresh)
+    versions = await applied(fresh)
+    async with connected(_as(fresh, "postgres")) as admin:
+        for word in ("DISABLE", "ENABLE"):
+            await admin.execute(f"ALTER TABLE elizasql.schema_migrations {word} TRIGGER ALL")
+    dbmate(fresh, "rollback")
+    assert await applied(fresh) == versions[:-1]
+    await open_and_close(fresh)
+    assert await applied(fresh) == versions
+
+
 async def test_nothing_pending_costs_one_query(
     dsn: str, round_trips: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
