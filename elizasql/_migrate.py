@@ -169,7 +169,8 @@ async def _look_up(dsn: str, config: Config, schema: str | None) -> str:
         if schema is not None:
             # Types of the extension are found wherever it is, as a rule in public.
             places = ["public", server.vector_schema or "public"]
-            path = ",".join([schema, *(f'"{place}"' for place in dict.fromkeys(places))])
+            quoted = (place.replace('"', '""') for place in dict.fromkeys(places))
+            path = ",".join([schema, *(f'"{place}"' for place in quoted)])
     except Exception as error:
         raise translate(error) from error
     finally:

@@ -589,7 +589,9 @@ def test_folders_of_ones_own(run: Run, empty_database: str, tmp_path: Path, monk
 
 
 def test_folder_of_ones_own_where_the_extension_is_elsewhere(run: Run, empty_database: str, tmp_path: Path) -> None:
-    moved = ['CREATE SCHEMA "Ex"', 'GRANT USAGE ON SCHEMA "Ex" TO PUBLIC', 'ALTER EXTENSION vector SET SCHEMA "Ex"']
+    schema = '"E""x"'
+    moved = [f"CREATE SCHEMA {schema}", f"GRANT USAGE ON SCHEMA {schema} TO PUBLIC"]
+    moved += [f"ALTER EXTENSION vector SET SCHEMA {schema}"]
     asyncio.run(as_admin(empty_database, *moved))
     write(tmp_path / "shop", "20260101000000_a.sql", "CREATE TABLE things (v vector(3));")
     assert run("migrate", "up", "--dir", tmp_path / "shop", "--dsn", empty_database).code == 0
