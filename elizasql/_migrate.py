@@ -109,18 +109,22 @@ async def run_dbmate(*words: str, dsn: str, config: Config, folder: Path | None 
     """
     schema = None if folder is None else table.partition(".")[0]
     url = await _look_up(dsn, config, schema)
-    with tempfile.TemporaryDirectory(prefix="elizasql-") as empty:
-        # An empty working folder, since dbmate reads a .env file there; the address goes through the environment, since
-        # a command line is readable by every user of the machine. What libpq's variables say is in the address, but for
-        # the files of TLS: dbmate's driver takes more of them than ours, refuses some, and may go elsewhere by others.
+    with tempfile.TemporaryDirectory(prefix="elizasql-") as place:
+        # A working folder of its own, since dbmate reads a .env file there, with copies of the files: dbmate takes
+        # a comma for the end of a path, and does not find one that is not UTF-8. The address goes through the
+        # environment, since a command line is readable by every user of the machine. What libpq's variables say is in
+        # the address, but for the files of TLS: dbmate's driver takes more of them than ours, refuses some, and may go
+        # elsewhere by others.
+        for path in (folder or find_folder("migrations")).glob("*.sql"):
+            shutil.copy(path, place)
         environ = {name: value for name, value in os.environ.items() if not _LEAKS.match(name)}
         try:
             process = await asyncio.create_subprocess_exec(
                 str(_find_dbmate()),
-                *("--migrations-dir", str(folder or find_folder("migrations"))),
+                *("--migrations-dir", "."),
                 *("--migrations-table", table),
                 *("--no-dump-schema", *words),
-                cwd=empty,
+                cwd=place,
                 env={**environ, "DATABASE_URL": url},
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
