@@ -34,6 +34,16 @@ def test_the_demo_finds_its_memories_again(tmp_path: Path, server_dir: Path) -> 
     assert "stored    2 memories of notes.txt" in own.stdout
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="file systems elsewhere take UTF-8 only")
+def test_a_file_whose_name_is_not_utf_8(tmp_path: Path, server_dir: Path) -> None:
+    notes = tmp_path / os.fsdecode(b"notes-\xfc.txt")
+    notes.write_text("Ann: The key is under the blue flower pot.\n", encoding="utf-8")
+    for found in ("", "1 memories from the last run are still here"):
+        said = run(["-m", "elizasql", "demo", "--file", str(notes)], tmp_path, server_dir.parent / "demo")
+        assert said.returncode == 0, said.stderr
+        assert found in said.stdout
+
+
 @pytest.mark.parametrize(
     ("command", "code", "pattern"),
     [

@@ -113,7 +113,8 @@ async def _run(
 ) -> None:
     """Store the lines that are new, ask the questions and print what came back."""
     # Vectors of two embedders do not compare, so each has its own room for the same file.
-    key = "the built-in conversation" if path == CONVERSATION else str(path.resolve())  # noqa: ASYNC240
+    name = bytes(path.resolve()).decode(errors="backslashreplace")  # noqa: ASYNC240 - need not be UTF-8
+    key = "the built-in conversation" if path == CONVERSATION else name
     room_id = uuid5(NAMESPACE, f"room {embedder.name} {key}")
     by_id = {line.id_in(room_id): line for line in lines}
 
