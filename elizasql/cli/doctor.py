@@ -123,7 +123,7 @@ async def examine(place: Place, connection: asyncpg.Connection[Any]) -> list[Fin
         check_clock(row["clock"] - clock),
         await check_distance(connection),
         check_pooler(connection, row["pid"]),
-        check_connections(row, place.config.pool_max_size),
+        check_connections(row, place.config.pool_max_size + place.config.background_pool_size),
         *check_disk(place, row["bytes"]),
     ]
     await look("extensions", check_extensions, "list_extensions", ["vector", "pg_stat_statements"])
@@ -274,10 +274,10 @@ def check_pooler(connection: asyncpg.Connection[Any], pid: int) -> Finding:
     )
 
 
-def check_connections(row: asyncpg.Record, pool_max_size: int) -> Finding:
+def check_connections(row: asyncpg.Record, one_takes: int) -> Finding:
     """Compare the connections that are open with those that may be."""
     used, most = row["connections"], row["free_for_all"]
-    said = f"{used} of {most} connections are open; one process of elizasql takes up to {pool_max_size}"
+    said = f"{used} of {most} connections are open; one process of elizasql takes up to {one_takes}"
     if used > 0.8 * most:
         return Finding(
             "connections", "warning", said, "raise max_connections, lower POSTGRES_POOL_MAX, or use a pooler"
