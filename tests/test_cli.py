@@ -285,6 +285,8 @@ def test_letters_that_the_terminal_has_not(dsn: str, tmp_path: Path) -> None:
     for options in ([], ["--json"]):
         said = shell("", "stats", "--data-dir", os.fsdecode(b"\xff"), *options, cwd=tmp_path)
         assert said.returncode == 3 and "\ufffd: `elizasql up` makes one" in said.stderr, said
+        said = shell("", "down", "--data-dir", os.fsdecode(b"\xff"), *options, cwd=tmp_path)
+        assert said.returncode == 0 and f"{tmp_path.name}/\ufffd" in said.stdout, said
 
 
 @pytest.mark.parametrize("command", ["stats", "tail", "tasks", "status", "psql", "migrate up", "migrate status"])
@@ -586,6 +588,15 @@ def test_folders_of_ones_own(run: Run, empty_database: str, tmp_path: Path, monk
     ]
     write(blog, "20260104000000_bad.sql", "CREATE TABEL x ();")
     run("migrate", "up", *both).fails(1, "syntax error")
+
+
+@pytest.mark.parametrize("name", [b"a, b", b"\xff"])
+def test_a_folder_may_be_named_as_one_likes(run: Run, empty_database: str, tmp_path: Path, name: bytes) -> None:
+    if not name.isascii() and sys.platform != "linux":
+        pytest.skip("its file systems take UTF-8 only")
+    write(tmp_path / os.fsdecode(name), "20260101000000_a.sql", "CREATE TABLE things (id int);")
+    assert run("migrate", "up", "--dir", f"shop={tmp_path / os.fsdecode(name)}", "--dsn", empty_database).code == 0
+    assert asyncio.run(tables_of(empty_database, "shop")) == {"things", "schema_migrations"}
 
 
 def test_folder_of_ones_own_where_the_extension_is_elsewhere(run: Run, empty_database: str, tmp_path: Path) -> None:
@@ -988,6 +999,7 @@ def test_doctor_on_a_healthy_database(run: Run, empty_database: str, monkeypatch
     checks |= {"session", "indexes", "triggers", "tables", "memory", "tail", "reembed"}
     assert {finding["check"] for finding in said.json} == checks
     assert all(finding["remedy"] for finding in said.json if finding["severity"] in ("warning", "error"))
+    assert "one process of elizasql takes up to 22" in findings(said, "connections")[0]["finding"]
     text = run("doctor")
     assert re.search(r"\d+ ok, \d note, 0 warning, 0 error", text.out) and "ok       server" not in text.out
     assert "ok       server" in run("doctor", "--all").out

@@ -17,6 +17,7 @@ from rich.text import Text
 
 # What a memory holds must not move the cursor or colour the terminal; surrogates, as in names of files that are not
 # UTF-8, cannot be written at all.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "red"}
@@ -51,10 +52,18 @@ def say(*words: object, style: str | None = None) -> None:
 def emit(value: Any, *, lines: bool = False) -> None:
     """Print a value as JSON, indented, or in one line."""
     option = orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS | orjson.OPT_UTC_Z
-    sys.stdout.write(
-        orjson.dumps(value, option=option if lines else option | orjson.OPT_INDENT_2, default=str).decode()
-    )
+    option |= 0 if lines else orjson.OPT_INDENT_2
+    sys.stdout.write(orjson.dumps(_encodable(value), option=option, default=str).decode())
     sys.stdout.flush()
+
+
+def _encodable(value: Any) -> Any:
+    """Replace what UTF-8, and so JSON, cannot hold: surrogates, as in names of files that are not UTF-8."""
+    if isinstance(value, str):
+        return _SURROGATE.sub("\ufffd", value)
+    if isinstance(value, dict):
+        return {_encodable(key): _encodable(each) for key, each in value.items()}
+    return [_encodable(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], styles: Iterable[str] | None = None) -> None:
