@@ -102,20 +102,29 @@ def _read_options(request: pytest.FixtureRequest) -> tuple[dict[str, Any], int |
     return options, options.pop("dimension", None)
 
 
+@pytest.fixture
+def _elizasql_emptied() -> list[bool]:
+    """Give what tells the second adapter of a test that the database was emptied for the first."""
+    return []
+
+
 @asynccontextmanager
 async def _opened(server: Server, request: pytest.FixtureRequest) -> AsyncIterator[DatabaseAdapter]:
     options, dimension = _read_options(request)
     async with elizasql.connect(dsn=server.dsn, **options) as db:
-        await _empty(db)
+        await _empty(db, request)
         await db.ensure_agent_exists({"name": "test"})
         if dimension is not None:
             await db.ensure_embedding_dimension(dimension)
         yield db
 
 
-async def _empty(db: DatabaseAdapter) -> None:
-    """Delete whatever the test before has left, also in other agents and in what all share."""
-    await db._executor.execute(SQL["delete_everything"])
+async def _empty(db: DatabaseAdapter, request: pytest.FixtureRequest) -> None:
+    """Delete whatever the test before has left, also in other agents and in what all share; once for each test."""
+    emptied: list[bool] = request.getfixturevalue("_elizasql_emptied")
+    if not emptied:
+        await db._executor.execute(SQL["delete_everything"])
+        emptied.append(True)
 
 
 if importlib.util.find_spec("pytest_asyncio") is not None:
@@ -138,7 +147,7 @@ async def elizasql_db(elizasql_server: Server, request: pytest.FixtureRequest) -
 def elizasql_sync_db(elizasql_server: Server, request: pytest.FixtureRequest) -> Iterator[sync.DatabaseAdapter]:
     """Give the same for blocking tests."""
     options, dimension = _read_options(request)
-    asyncio.run(_clear(elizasql_server.dsn))
+    asyncio.run(_clear(elizasql_server.dsn, request))
     with sync.connect(dsn=elizasql_server.dsn, **options) as db:
         db.ensure_agent_exists({"name": "test"})
         if dimension is not None:
@@ -146,6 +155,6 @@ def elizasql_sync_db(elizasql_server: Server, request: pytest.FixtureRequest) ->
         yield db
 
 
-async def _clear(dsn: str) -> None:
+async def _clear(dsn: str, request: pytest.FixtureRequest) -> None:
     async with elizasql.connect(agent_id=uuid4(), dsn=dsn, indexing="manual", pool_min_size=0) as db:
-        await _empty(db)
+        await _empty(db, request)

@@ -66,10 +66,17 @@ def test_every_test_has_an_empty_database(pytester: pytest.Pytester) -> None:
 
         def test_blocking_again(elizasql_sync_db):
             assert elizasql_sync_db.count_memories(table_name="facts") == 0
+
+        async def test_both(elizasql_db, elizasql_sync_db):
+            await elizasql_db.set_cache("key", 1)
+            assert elizasql_sync_db.count_agents() == 2
+
+        def test_both_the_other_way_round(elizasql_sync_db, elizasql_db):
+            assert elizasql_sync_db.count_agents() == 2
         """
     )
     result = run(pytester)
-    result.assert_outcomes(passed=7)
+    result.assert_outcomes(passed=9)
 
 
 def test_options_for_all_come_from_the_conftest(pytester: pytest.Pytester) -> None:
