@@ -259,11 +259,13 @@ class Config:
 
 
 def _read_env_file() -> dict[str, str]:
+    path = ".env"
     try:
-        found = dotenv_values(find_dotenv(usecwd=True))
+        path = find_dotenv(usecwd=True)
+        found = dotenv_values(path, encoding="utf-8-sig")  # not every release passes over the mark of an editor
     except (OSError, UnicodeDecodeError) as error:
         # What was read stays out of the message: the file holds secrets.
-        raise ConfigurationError(f".env cannot be read: {type(error).__name__}") from None
+        raise ConfigurationError(f"{path} cannot be read: {type(error).__name__}") from None
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import traceback
 from decimal import Decimal
 from enum import Enum
@@ -168,6 +169,11 @@ def test_file_is_found_upwards_and_environment_is_left_alone(bare: Path, monkeyp
     assert dict(os.environ) == before
 
 
+def test_file_that_begins_with_a_byte_order_mark(bare: Path) -> None:
+    (bare / ".env").write_text("POSTGRES_POOL_MAX=7\n", encoding="utf-8-sig")
+    assert Config.load().pool_max_size == 7
+
+
 def test_given_environment_replaces_process_and_file(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (bare / ".env").write_text("POSTGRES_POOL_MAX=7\n")
     monkeypatch.setenv("POSTGRES_POOL_MAX", "8")
@@ -176,7 +182,7 @@ def test_given_environment_replaces_process_and_file(bare: Path, monkeypatch: py
 
 def test_file_that_is_no_text(bare: Path) -> None:
     (bare / ".env").write_bytes(b"POSTGRES_URL=\xff\xfe" + SECRET.encode())
-    with pytest.raises(ConfigurationError, match=r"\.env cannot be read") as caught:
+    with pytest.raises(ConfigurationError, match=rf"^{re.escape(str(bare / '.env'))} cannot be read") as caught:
         Config.load()
     assert SECRET not in "".join(traceback.format_exception(caught.value))
 
