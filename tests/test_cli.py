@@ -1516,6 +1516,9 @@ def test_the_way_over_from_elizaos(on_server: Run, empty_database: str, tmp_path
     )
     on_server("import", "--from", f"postgres://a:{SECRET}/x@h/d").fails(2, "--from: .*is no address")
     on_server("import", "--from", "nowhere").fails(2, "neither a connection string nor the folder of a PGlite")
+    # Where it has nothing to take over, it makes no place for that either.
+    on_server("import", "--from", empty_database, "--data-dir", "new").fails(1, "no database of ElizaOS")
+    assert not (tmp_path / "new").exists()
 
     agent, good, bad = uuid4(), uuid4(), uuid4()
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 from elizasql.config import Config, redact
 from elizasql.errors import ArgumentError, ConfigurationError
-from elizasql.transfer import Decisions, Summary, import_elizaos
+from elizasql.transfer import Decisions, Summary
 from elizasql.transfer._report import Report
+from elizasql.transfer.elizaos import open_elizaos
 from elizasql.transfer.node import serve_pglite
 
 from . import _out, _place, data, server
@@ -30,12 +31,12 @@ async def take_over(
     data_dir: str | None,
 ) -> dict[str, Any]:
     """Take over a database of the original, on PostgreSQL or in the folder of a PGlite."""
-    options: dict[str, Any] = {"agent_ids": chosen, "dimension": dimension, "tell": report.add, "advance": advance}
     clock = asyncio.get_running_loop().time
-    async with _reach_source(source) as address:
+    async with _reach_source(source) as address, AsyncExitStack() as stack:
         config = _place.load(dsn, data_dir)
+        taking = await stack.enter_async_context(open_elizaos(address, config, agent_ids=chosen, dimension=dimension))
         if dry_run:
-            summary, decisions = await import_elizaos(address, config, None, **options)
+            summary, decisions = await taking.run(None, report.add, advance)
             names = ("table", "read", "folded", "refused", "altered")
             rows = [{name: row[name] for name in names} for row in summary.rows()]
             return {"agents": _agents(decisions), "tables": rows, "remarks": _remarks(decisions, address)}
@@ -43,8 +44,9 @@ async def take_over(
             await server.bring_up_to_date(place)
             began = clock()
             async with place.open(UUID(int=0), timeout=data._PATIENCE) as db:
-                summary, decisions = await import_elizaos(address, config, db, **options)
+                summary, decisions = await taking.run(db, report.add, advance)
             seconds = clock() - began
+            await stack.aclose()  # what is left, the index, needs no snapshot of the source
             told = await data.finish(place, summary, list(decisions.dimensions), seconds, advance, index=index)
     remarks = [*_speed(summary, seconds), *_remarks(decisions, address)]
     return {"agents": _agents(decisions), **told, "remarks": remarks}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -120,30 +121,37 @@ async def import_elizaos(
         NotFoundError: There is no such agent in it.
         PermissionDeniedError: The role does not see all rows there.
     """
+    async with open_elizaos(source, config, agent_ids=agent_ids, dimension=dimension) as taking:
+        return await taking.run(db, tell, advance)
+
+
+@asynccontextmanager
+async def open_elizaos(
+    source: str, config: Config, *, agent_ids: Collection[UUID] | None = None, dimension: int | None = None
+) -> AsyncIterator[Taking]:
+    """Connect to the source and see whether it is one, before anything is done to the database that takes the rows.
+
+    Takes and raises what `import_elizaos` does.
+    """
     given = None if agent_ids is None else _codecs.as_ids(agent_ids, "agent_ids")
     if dimension is not None and dimension not in DIMENSIONS:
         raise ConfigurationError(f"dimension must be one of {', '.join(map(str, DIMENSIONS))}")
     async with snapshot(source, config) as opened:
-        taking = _Taking(opened, db, given, tell, advance)
-        await taking.decide(dimension)
-        await taking.run()
-    return taking.summary, taking.decisions
+        taking = Taking(opened, given, dimension)
+        await taking.look()
+        yield taking
 
 
-class _Taking:
-    def __init__(
-        self,
-        source: Snapshot,
-        db: DatabaseAdapter | None,
-        agent_ids: list[UUID] | None,
-        tell: Tell,
-        advance: Advance,
-    ) -> None:
+class Taking:
+    """A source that is open. Made by `open_elizaos`; to be run once."""
+
+    def __init__(self, source: Snapshot, agent_ids: list[UUID] | None, dimension: int | None) -> None:
         self._source = source
-        self._db = db
         self._agent_ids = agent_ids
-        self._tell = tell
-        self._advance = advance
+        self._dimension = dimension
+        self._db: DatabaseAdapter | None = None
+        self._tell: Tell = _silent
+        self._advance: Advance = _silent
         self._tables: set[str] = set()
         self._totals: dict[str, int] = {}
         self.summary = Summary()
@@ -151,8 +159,8 @@ class _Taking:
 
     # --- what is there -----------------------------------------------------------------------------------------------
 
-    async def decide(self, dimension: int | None) -> None:
-        """Look at the tables and at the widths of the vectors."""
+    async def look(self) -> None:
+        """Look whether the tables and the agents are there."""
         rows = await self._source.fetch(reads()["list_source_tables"])
         tables = {row["name"]: row["estimate"] for row in rows}
         if missing := _NEEDED - set(tables):
@@ -171,16 +179,19 @@ class _Taking:
             agents = await self._source.fetch(reads()["find_agents"], agent_ids=self._agent_ids)
             if missing_ids := set(self._agent_ids) - {UUID(bytes=row["id"].bytes) for row in agents}:
                 raise NotFoundError(f"there is no agent {', '.join(sorted(map(str, missing_ids)))}")
+
+    async def _decide(self) -> None:
+        """Look at the widths of the vectors."""
         if self._agent_ids is None:
             self._totals = dict((await self._source.fetch(reads()["count_rows"]))[0])
         rows = await self._source.fetch(reads()["find_dimensions"], agent_ids=self._agent_ids)
         for row in rows:
             agent = UUID(bytes=row["agent_id"].bytes)
             self.decisions.found.setdefault(agent, {})[row["dimension"]] = row["vectors"]
-            if dimension is None:
+            if self._dimension is None:
                 self.decisions.dimensions.setdefault(agent, row["dimension"])  # the newest comes first
-            elif dimension == row["dimension"]:
-                self.decisions.dimensions[agent] = dimension
+            elif self._dimension == row["dimension"]:
+                self.decisions.dimensions[agent] = self._dimension
         if self._db is not None:
             locked = await self._db._executor.fetch(SQL["get_dimensions_of"], agent_ids=list(self.decisions.found))
             for row in locked:
@@ -197,8 +208,10 @@ class _Taking:
 
     # --- rows --------------------------------------------------------------------------------------------------------
 
-    async def run(self) -> None:
-        """Take table after table."""
+    async def run(self, db: DatabaseAdapter | None, tell: Tell, advance: Advance) -> tuple[Summary, Decisions]:
+        """Take table after table; the arguments are those of `import_elizaos`."""
+        self._db, self._tell, self._advance = db, tell, advance
+        await self._decide()
         for table, name, source in _READS:
             if source in self._tables:
                 async for lines in self._read(table, reads()[name]):
@@ -211,6 +224,7 @@ class _Taking:
             async for rows in self._source.stream(statement, _CHUNK):
                 lines = [row["line"].encode() for row in rows if row["problem"] is None]
                 await put_replies(self._db, lines, self.summary, self._refuse)
+        return self.summary, self.decisions
 
     async def _read(self, table: str, statement: Statement) -> AsyncIterator[list[bytes]]:
         """Give the rows of the source that can be taken; tell of the others, and of what is altered."""
