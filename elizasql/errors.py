@@ -34,7 +34,7 @@
     └── InternalError                 anything else the server or the driver said
 
 Each carries `statement` (the name in `sql/`), `sqlstate` and `retryable`; the driver's error is `__cause__`.
-No message holds a password or a connection string.
+No message holds a password; of an address it shows host, port and database.
 """
 
 from __future__ import annotations

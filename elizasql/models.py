@@ -7,7 +7,8 @@ text, a time as milliseconds since 1970, as an embedding whatever converts to fl
 
 `from_dict` and `to_dict` speak ElizaOS's JSON: camelCase keys, times as milliseconds since 1970. Every method takes
 such a mapping wherever it takes a model; snake_case keys are understood, too. A key that no field has is an error, so
-that nothing is lost silently. Arguments are never changed.
+that nothing is lost silently; but for a few that ElizaOS's objects carry and the original does not store either: of an
+agent `status`, `templates` and `secrets`, of a memory `sessionId` and `sessionKey`. Arguments are never changed.
 """
 
 from __future__ import annotations
