@@ -28,7 +28,7 @@ import elizasql
 from elizasql import DatabaseAdapter, Log, Task, _embedded
 from elizasql.__main__ import main
 from elizasql._indexer import Indexer
-from elizasql.cli import _keeper, data, doctor, look, queries
+from elizasql.cli import _keeper, _out, data, doctor, look, queries
 from elizasql.cli import server as cli_server
 from elizasql.cli._destructive import find_destructive, split_migration
 from elizasql.errors import ElizaSQLError
@@ -834,6 +834,18 @@ def test_stats(on_server: Run, busy: UUID) -> None:
     assert str(busy) in {row["id"] for row in on_server("stats", "--json").json["agents"]}
     table = on_server("stats", "--agent", busy).out
     assert re.search(rf"^{busy}  Ada ", table, re.MULTILINE) and "MB in the database" in table
+
+
+def test_ids_and_numbers_stay_whole_on_a_narrow_terminal(
+    on_server: Run, busy: UUID, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TERM", "dumb")  # 80 columns, no colours
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert str(busy) in on_server("stats").out.split()
+    _out.table(["id", "said", "count"], [[busy, " ".join(["word"] * 40), 1_000_000]])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[0] == str(busy) and lines[1].split()[-1] == "1,000,000"
+    assert sum(line.count("word") for line in lines) == 40 and max(map(len, lines)) <= 80
 
 
 def test_tail_shows_the_newest_last_and_no_control_characters(on_server: Run, busy: UUID) -> None:

@@ -20,6 +20,11 @@ from rich.text import Text
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
+_ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+# A column of texts is not made narrower than this.
+_FOLDED = 20
+
 STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "red"}
 
 
@@ -67,15 +72,26 @@ def _encodable(value: Any) -> Any:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], styles: Iterable[str] | None = None) -> None:
-    """Print rows as a table; numbers stand to the right, and long texts are folded, never cut."""
+    """Print rows as a table; numbers stand to the right, and long texts are folded, never cut.
+
+    Numbers and ids stay whole, to be read and copied: the terminal wraps a row of them that is wider than it is.
+    """
     rows = [list(row) for row in rows]
     made = Table(box=None, pad_edge=False, header_style="bold")
+    least = -2
     for position, column in enumerate(columns):
-        numbers = all(row[position] is None or type(row[position]) in (int, float) for row in rows)
-        made.add_column(column, justify="right" if numbers and rows else "left", overflow="fold")
+        cells = [row[position] for row in rows]
+        numbers = all(cell is None or type(cell) in (int, float) for cell in cells)
+        whole = numbers or all(map(_ID.fullmatch, map(clean, cells)))
+        longest = max(map(len, [column, *map(clean, cells)]))
+        least += 2 + (longest if whole else min(longest, _FOLDED))
+        made.add_column(column, justify="right" if numbers and rows else "left", overflow="fold", no_wrap=whole)
     for row, style in zip(rows, styles or [""] * len(rows), strict=True):
         made.add_row(*(Text(clean(value)) for value in row), style=STYLES.get(style, ""))
-    console().print(made)
+    out = console()
+    if least > out.width:
+        made.width = least
+    out.print(made)
 
 
 def mapping(values: dict[str, object]) -> None:
