@@ -64,6 +64,8 @@ ORDER BY memories DESC, m.type ASC;
 -- an ordinary role learns little more than that there are any: not of which kind they are.
 SELECT
     current_setting('server_version_num')::integer AS version,
+    pg_is_in_recovery() AS in_recovery,
+    current_setting('default_transaction_read_only') AS read_only,
     lower('É') = 'é' AS knows_case,
     current_setting('fsync') AS fsync,
     current_setting('full_page_writes') AS full_page_writes,

@@ -1096,6 +1096,25 @@ def test_doctor_for_a_role_with_few_rights(run: Run, empty_database: str, monkey
         assert said.code == 0, said
         assert re.match("3 sessions of other roles are hidden", findings(said, "role")[1]["finding"])
         assert int(findings(said, "connections")[0]["finding"].split()[0]) >= 4
+        asyncio.run(
+            as_admin(
+                empty_database,
+                f"ALTER ROLE {role} CONNECTION LIMIT 1",
+                f"ALTER ROLE {role} SET default_transaction_read_only = on",
+            )
+        )
+        said = run("doctor", "--json", "--dsn", app)
+        assert said.code == 1, said
+        assert "default_transaction_read_only is on" in findings(said, "writes")[0]["finding"]
+        (session,) = findings(said, "session")  # which takes a connection more
+        assert "too many connections" in session["finding"] and "ALTER ROLE" not in session["remedy"]
+        asyncio.run(
+            as_admin(
+                empty_database,
+                f"ALTER ROLE {role} CONNECTION LIMIT -1",
+                f"ALTER ROLE {role} RESET default_transaction_read_only",
+            )
+        )
         asyncio.run(as_admin(empty_database, f"REVOKE UPDATE, DELETE ON elizasql.memories FROM {role}"))
         (lacking,) = findings(run("doctor", "--json", "--dsn", app), "privileges")
         assert lacking["finding"] == "the role lacks UPDATE/DELETE on elizasql.memories"
@@ -1122,6 +1141,7 @@ def test_doctor_on_rows_that_cannot_be_made_here() -> None:
         return [(finding.check, finding.severity) for finding in found]
 
     server: dict[str, Any] = {
+        "in_recovery": True, "read_only": "on",
         "knows_case": False, "fsync": "off", "full_page_writes": "off", "synchronous_commit": "off",
         "data_checksums": "off", "autovacuum": "off", "track_counts": "off", "collation_changed": True,
         "xid_age": 2_000_000_000, "idle_slots": 2, "is_above_policies": False, "may_migrate": False,
@@ -1129,6 +1149,7 @@ def test_doctor_on_rows_that_cannot_be_made_here() -> None:
         "maintenance_work_mem": 1 << 26, "hidden": 3,
     }  # fmt: skip
     assert told(doctor.check_settings(server)) == [  # type: ignore[arg-type]
+        ("writes", "error"),
         ("locale", "note"),
         ("fsync", "error"),
         ("full_page_writes", "error"),

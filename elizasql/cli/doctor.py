@@ -172,7 +172,17 @@ def check_server(server: _pool.Server) -> Iterator[Finding]:
 
 
 def check_settings(row: asyncpg.Record) -> Iterator[Finding]:
-    """Look at the settings that decide whether data is safe."""
+    """Look at the settings that decide whether data is taken, and safe."""
+    if row["in_recovery"]:
+        remedy = "connect to the primary; of several hosts target_session_attrs=read-write finds it"
+        yield Finding("writes", "error", "the server is a standby: it takes none", remedy)
+    elif row["read_only"] == "on":
+        yield Finding(
+            "writes",
+            "error",
+            "none are taken: default_transaction_read_only is on for this role or database",
+            "ALTER ROLE, or ALTER DATABASE, ... RESET default_transaction_read_only",
+        )
     if not row["knows_case"]:
         yield Finding(
             "locale",
@@ -343,8 +353,10 @@ async def check_session(place: Place) -> Finding:
     try:
         async with place.open(UUID(int=0)):
             return Finding("session", "ok", f"{len(_pool.session_settings(place.config))} settings are in force")
-    except ElizaSQLError as error:
+    except ConfigurationError as error:
         return Finding("session", "error", str(error), "set them with ALTER ROLE ... SET, or connect directly")
+    except ElizaSQLError as error:
+        return failed("session", error)
 
 
 def check_indexes(rows: Rows) -> Iterator[Finding]:
