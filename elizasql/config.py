@@ -137,7 +137,8 @@ class Config:
         handle_signals: Shut down in order at SIGTERM when the application does not handle it. [ELIZASQL_HANDLE_SIGNALS]
         indexing: Who moves new vectors into the HNSW index: "background": a task of the adapter; "manual": nobody but
             `index_memories`; "inline": each write itself. [ELIZASQL_INDEXING]
-        index_batch_size: Rows that the indexer moves in one transaction. [ELIZASQL_INDEX_BATCH_SIZE]
+        index_batch_size: Most rows that the indexer moves in one transaction; it ends one after 50 ms in any case.
+            [ELIZASQL_INDEX_BATCH_SIZE]
         index_interval: Seconds between the indexer's looks at the tail. [ELIZASQL_INDEX_INTERVAL]
         ef_search: Candidates that an HNSW search keeps, 1 to 1,000; more is slower and finds more. In an index of more
             than 100,000 vectors more are kept, of a million 1.8 times as many. [ELIZASQL_EF_SEARCH]

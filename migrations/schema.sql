@@ -99,6 +99,7 @@ $$;
 
 CREATE FUNCTION elizasql.copy_scope_to_embedding() RETURNS trigger
     LANGUAGE plpgsql
+    SET plan_cache_mode TO 'force_custom_plan'
     AS $$
 BEGIN
     UPDATE elizasql.embeddings
@@ -242,6 +243,36 @@ CREATE FUNCTION elizasql.ignore_replicated() RETURNS trigger
     AS $$
 BEGIN
     RETURN NULL;
+END
+$$;
+
+CREATE FUNCTION elizasql.index_embeddings(given_agent uuid, given_dimension integer, most bigint) RETURNS bigint
+    LANGUAGE plpgsql
+    SET plan_cache_mode TO 'force_custom_plan'
+    AS $$
+DECLARE
+    memory uuid;
+    width smallint;
+    number bigint;
+    moved bigint := 0;
+    until timestamptz;
+BEGIN
+    FOR memory, width IN
+        SELECT memory_id, dimension FROM elizasql.embeddings
+        WHERE agent_id = given_agent AND NOT indexed AND (given_dimension IS NULL OR dimension = given_dimension)
+        LIMIT most
+    LOOP
+        UPDATE elizasql.embeddings SET indexed = TRUE
+        WHERE agent_id = given_agent AND dimension = width AND memory_id = (
+            SELECT memory_id FROM elizasql.embeddings
+            WHERE agent_id = given_agent AND memory_id = memory AND dimension = width AND NOT indexed
+            FOR UPDATE SKIP LOCKED);
+        GET DIAGNOSTICS number = ROW_COUNT;
+        moved := moved + number;
+        until := coalesce(until, clock_timestamp() + interval '50 milliseconds');
+        EXIT WHEN moved > 0 AND clock_timestamp() >= until;
+    END LOOP;
+    RETURN moved;
 END
 $$;
 

@@ -593,27 +593,9 @@ SELECT embedding_dimension FROM locked;
 SELECT embedding_dimension FROM elizasql.agents WHERE id = :agent_id;
 
 -- name: index_embeddings(agent_id, batch_size)$
--- Moves up to batch_size vectors of the tail into the HNSW index; gives their number. Several may run at once.
-WITH batch AS (
-    SELECT
-        memory_id,
-        dimension
-    FROM elizasql.embeddings
-    WHERE agent_id = :agent_id AND NOT indexed
-    LIMIT :batch_size::bigint
-    FOR UPDATE SKIP LOCKED
-),
-
-moved AS (
-    UPDATE elizasql.embeddings
-    SET indexed = TRUE
-    WHERE
-        agent_id = :agent_id AND memory_id = any(array(SELECT memory_id FROM batch))
-        AND (memory_id, dimension) IN (SELECT batch.memory_id, batch.dimension FROM batch)
-    RETURNING 1
-)
-
-SELECT count(*) FROM moved;
+-- Moves up to batch_size vectors of the tail into the HNSW index, fewer where that takes long; gives their number. Several may
+-- run at once.
+SELECT elizasql.index_embeddings(:agent_id, NULL, :batch_size);
 
 -- name: count_unindexed_embeddings(agent_id)$
 SELECT count(*) FROM elizasql.embeddings WHERE agent_id = :agent_id AND NOT indexed;

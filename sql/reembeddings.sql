@@ -153,22 +153,7 @@ WHERE
 
 -- name: index_reembeddings(agent_id, target, batch_size)$
 -- As index_embeddings, for the coming width alone: what else waits in the tail is not this move's.
-WITH batch AS (
-    SELECT memory_id
-    FROM elizasql.embeddings
-    WHERE agent_id = :agent_id AND NOT indexed AND dimension = :target::smallint
-    LIMIT :batch_size::bigint
-    FOR UPDATE SKIP LOCKED
-),
-
-moved AS (
-    UPDATE elizasql.embeddings
-    SET indexed = TRUE
-    WHERE agent_id = :agent_id AND memory_id = any(array(SELECT memory_id FROM batch)) AND dimension = :target
-    RETURNING 1
-)
-
-SELECT count(*) FROM moved;
+SELECT elizasql.index_embeddings(:agent_id, :target, :batch_size);
 
 -- name: hold_agent(agent_id)!
 -- Keeps everybody else from writing for the agent until the transaction ends. No limit of the server's own ends it while the

@@ -351,6 +351,8 @@ async def test_partitions_are_named_where_that_changes_nothing(dsn: str, server_
             assert await db.update_memory({"id": id, "content": {"b": 2}})
             found = await db.get_memory_by_id(id)
             assert found is not None and found.content == {"b": 2}
+            assert await db.update_memory({"id": id, "unique": False})  # which its embedding's scope follows
+            assert await db.index_memories() == 1
 
     try:
         await admin.execute("CREATE ROLE tenant LOGIN")
@@ -359,9 +361,10 @@ async def test_partitions_are_named_where_that_changes_nothing(dsn: str, server_
         await use(named=True)
         # Whoever may use the partitioned tables alone need not have rights on each partition.
         part = await admin.fetchval("SELECT right(elizasql.partition_of($1), 4)", agent_id)
-        await admin.execute(f"REVOKE UPDATE ON elizasql.memories{part} FROM tenant")
-        await use(named=False)
-        await admin.execute(f"GRANT UPDATE ON elizasql.memories{part} TO tenant")
+        for table in ("memories", "embeddings"):
+            await admin.execute(f"REVOKE UPDATE ON elizasql.{table}{part} FROM tenant")
+            await use(named=False)
+            await admin.execute(f"GRANT UPDATE ON elizasql.{table}{part} TO tenant")
         # Policies hold for the table that a statement names: for the partitioned one, not for its partitions.
         await admin.execute("ALTER TABLE elizasql.memories ENABLE ROW LEVEL SECURITY")
         await admin.execute(f"CREATE POLICY own ON elizasql.memories TO tenant USING (agent_id = '{agent_id}')")

@@ -21,6 +21,7 @@ from elizasql import (
     PermissionDeniedError,
     UnavailableError,
 )
+from elizasql._statements import SQL
 from elizasql.types import DIMENSIONS
 
 from .conftest import MakeAdapter
@@ -59,7 +60,8 @@ async def test_manual_indexing_leaves_the_tail_until_it_is_asked(
     calls: list[tuple[int, int]] = []
     db._indexer._config = type(db.config).load(environ={}, index_batch_size=30)
     assert await db.index_memories(lambda done, total: calls.append((done, total))) == 100
-    assert calls == [(30, 100), (60, 100), (90, 100), (100, 100)]
+    assert calls == sorted(calls) and {total for _, total in calls} == {100}
+    assert len(calls) >= 4 and calls[-1] == (100, 100)
     assert await tail_of(raw, db.agent_id) == 0
     assert await db.index_memories() == 0
 
@@ -118,6 +120,28 @@ async def test_rows_that_are_locked_are_passed_over(make_db: MakeAdapter, raw: a
         )
         assert await db.index_memories() == 9
     assert await db.index_memories() == 1
+
+
+@pytest.mark.parametrize("name", ["index_embeddings", "index_reembeddings"])
+async def test_a_batch_ends_before_others_wait_for_long(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any], name: str
+) -> None:
+    """Who changes or deletes one of its vectors waits for its end."""
+    db = await make_db()
+    await write(db, 10)
+    params = [db.agent_id, 10] if name == "index_embeddings" else [db.agent_id, 384, 10]
+    assert params == [{"agent_id": db.agent_id, "target": 384, "batch_size": 10}[each] for each in SQL[name].params]
+    part = await raw.fetchval("SELECT elizasql.partition_of($1)", db.agent_id)
+    transaction = raw.transaction()
+    await transaction.start()
+    await raw.execute(
+        f"""CREATE FUNCTION elizasql.slow() RETURNS trigger LANGUAGE plpgsql AS
+            'BEGIN PERFORM pg_sleep(CASE WHEN NEW.agent_id = ''{db.agent_id}'' THEN 0.06 END); RETURN NEW; END';
+        CREATE TRIGGER slow BEFORE UPDATE ON elizasql.{part} FOR EACH ROW EXECUTE FUNCTION elizasql.slow()"""
+    )
+    # The time begins with the first one's end, so that whatever it waits for leaves time for another.
+    assert [await raw.fetchval(SQL[name].sql, *params) for _ in range(6)] == [2, 2, 2, 2, 2, 0]
+    await transaction.rollback()
 
 
 async def test_rebuild_moves_everything_and_keeps_answers(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:

@@ -27,6 +27,7 @@ from elizasql import (
     LoadSummary,
     Memory,
     UniqueViolationError,
+    World,
     _loader,
     sync,
 )
@@ -626,12 +627,9 @@ async def test_a_lost_index_comes_back_also_where_the_agent_always_writes(
     db = await make_db(indexing="background", index_interval=0.01)
     await raw.execute("SELECT elizasql.drop_index($1, NULL)", db.agent_id)
 
-    async def write() -> None:
-        while await index_of(raw, db.agent_id) is None:
-            db._indexer.wake()
-            await asyncio.sleep(0.01)
-
-    await asyncio.wait_for(write(), 30)
+    while await index_of(raw, db.agent_id) is None:
+        db._indexer.wake()
+        await asyncio.sleep(0.01)
 
 
 async def test_a_partition_that_grows_fast_is_not_disturbed(db: DatabaseAdapter, raw: asyncpg.Connection[Any]) -> None:
@@ -727,6 +725,28 @@ async def test_while_the_index_is_built_searches_go_on_and_writes_wait(
             await db.create_memories(some(1, unique=True), "messages", timeout=0.3)
         await db.create_memory(Memory(content={}), "messages")
     await db.create_memories(some(1, unique=True), "messages")
+
+
+async def test_while_the_index_of_another_partition_is_built_nobody_waits(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any]
+) -> None:
+    db, other = await make_db(timeout=20.0), await make_db()
+    own = await raw.fetchval("SELECT elizasql.partition_of($1)", db.agent_id)
+    while await raw.fetchval("SELECT elizasql.partition_of($1)", other.agent_id) == own:
+        other = await make_db()
+    world = uuid4()
+    await db.create_world(World(id=world))
+    first, second, *rest = await db.create_memories(some(10, unique=True), "messages")
+    await raw.execute("SELECT elizasql.drop_index($1, NULL)", other.agent_id)
+    async with raw.transaction():
+        await raw.execute("SELECT elizasql.build_index($1)", other.agent_id)  # and it is not over yet
+        await db.update_memories([{"id": first, "unique": False}, {"id": second, "world_id": world}])
+        assert await db.remove_world(world)
+        await db.upsert_memories([Memory(id=first, content={}, unique=True, embedding=V[20])], "messages")
+        assert await db.index_memories() == 10
+        assert (await db.load_memories(some(5), "messages")).indexed == 5
+        assert await db.delete_memories(rest) == 8
+    assert await stored(raw, db.agent_id) == (7, 7, 0)
 
 
 async def test_of_two_that_build_one_builds(
