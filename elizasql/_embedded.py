@@ -470,10 +470,11 @@ class _Cluster:
             if sys.platform == "linux":
                 command.append("--sync-method=syncfs")  # 0.1 s; a thousand files one by one take 0.1 to 4 s
             # With the lock: should we be killed, the next process waits until initdb has ended, too.
-            options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "pass_fds": (server_lock,)}
+            # What it does goes to its standard output, and would hide what is wrong.
+            options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "pass_fds": (server_lock,)}
             with self._spawn(command, **options) as process:
                 try:
-                    said = process.communicate(timeout=300)[0].decode(errors="replace").strip()[-2000:]
+                    said = process.communicate(timeout=300)[1].decode(errors="replace").strip()[-2000:]
                 except subprocess.TimeoutExpired:
                     process.kill()
                     said = "it did not finish in 300 s"

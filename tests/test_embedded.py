@@ -947,8 +947,9 @@ def test_package_is_not_imported() -> None:
 async def test_initdb_fails(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(_embedded, "_INITDB", "--locale=xx_XX.nonsense")
-        with pytest.raises(EmbeddedServerError, match=r"initdb failed(.|\n)*nonsense"):
+        with pytest.raises(EmbeddedServerError, match=r"initdb failed(.|\n)*nonsense") as caught:
             await acquire(home)
+    assert "files belonging to this database system" not in str(caught.value)  # what went well before
     assert not list(home.glob("data*"))
     await (await acquire(home)).release()
 
