@@ -155,6 +155,21 @@ async def test_a_server_that_is_not_there_is_named(address: str, named: str) -> 
     assert SECRET not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "said", [KeyError("getpwuid(): uid not found: 1"), OSError("No username set in the environment")]
+)
+async def test_an_address_without_a_user_where_the_system_has_none(
+    monkeypatch: pytest.MonkeyPatch, said: Exception
+) -> None:
+    def nobody() -> str:
+        raise said
+
+    monkeypatch.setattr("getpass.getuser", nobody)
+    monkeypatch.delenv("PGUSER", raising=False)
+    with nothing_left(), pytest.raises(elizasql.ConfigurationError, match="names no user"):
+        await elizasql.open(agent_id=uuid4(), dsn="postgresql://127.0.0.1:1/agents")
+
+
 async def test_unknown_setting_is_refused_before_anything() -> None:
     with nothing_left(), pytest.raises(elizasql.ConfigurationError, match="unknown setting pool_size"):
         await elizasql.open(agent_id=uuid4(), dsn=REFUSED, pool_size=3)
