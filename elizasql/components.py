@@ -365,7 +365,7 @@ def _read_op(op: Any, number: int) -> dict[str, Any]:
     if kind == "increment" and (
         isinstance(value, bool)
         or not isinstance(value, (int, float, np.integer, np.floating))
-        or not math.isfinite(value)
+        or not abs(value) < math.inf  # isfinite() refuses an int that no float holds
     ):
         raise ArgumentError(f"operation {number}: increment needs a finite number, not {value!r:.40}")
     return {"op": kind, "path": path, "value": value}
