@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import os
+import socket
 import time
+from contextlib import suppress
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
@@ -17,6 +19,16 @@ import asyncpg
 
 from . import _embedded
 from ._retry import Outcome, classify
+
+# A network forgets connections on which nothing is said, and swallows what comes later: after 10 s of silence the
+# system asks for a sign of life, and one that gives none for 25 s is lost. Each name where the system has it.
+_SIGNS_OF_LIFE = {
+    "TCP_KEEPIDLE": 10,
+    "TCP_KEEPALIVE": 10,  # macOS's name of it
+    "TCP_KEEPINTVL": 5,
+    "TCP_KEEPCNT": 3,
+    "TCP_USER_TIMEOUT": 25_000,
+}
 
 
 class _Hosts:
@@ -58,15 +70,15 @@ async def connect(dsn: str, *, timeout: float, **options: Any) -> asyncpg.Connec
     until = time.monotonic() + timeout
     if len(hosts.each) == 1:
         try:
-            return await asyncpg.connect(dsn, timeout=timeout, **options)
+            return await _connect(dsn, timeout=timeout, **options)
         except (ConnectionRefusedError, FileNotFoundError):
             if not await _embedded.revive(dsn, timeout):
                 raise
-            return await asyncpg.connect(dsn, timeout=max(until - time.monotonic(), 0.001), **options)
+            return await _connect(dsn, timeout=max(until - time.monotonic(), 0.001), **options)
     for number, (wanted, each) in enumerate(tries):
         share = max(until - time.monotonic(), 0.001) / (len(tries) - number)
         try:
-            connection = await asyncpg.connect(each, timeout=share, target_session_attrs=wanted, **options)
+            connection = await _connect(each, timeout=share, target_session_attrs=wanted, **options)
         except Exception as error:
             if number + 1 == len(tries) or classify(error, sent=False, lost=True) is not Outcome.NOT_APPLIED:
                 raise
@@ -74,6 +86,18 @@ async def connect(dsn: str, *, timeout: float, **options: Any) -> asyncpg.Connec
             hosts.each = [each, *(other for other in hosts.each if other != each)]
             return connection
     raise AssertionError
+
+
+async def _connect(dsn: str, **options: Any) -> asyncpg.Connection[Any]:
+    connection = await asyncpg.connect(dsn, **options)
+    made = connection._transport.get_extra_info("socket")
+    if made.family in (socket.AF_INET, socket.AF_INET6):
+        with suppress(OSError):  # it may be closed already
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in _SIGNS_OF_LIFE.items():
+                if (option := getattr(socket, name, None)) is not None:
+                    made.setsockopt(socket.IPPROTO_TCP, option, value)
+    return connection
 
 
 def _split(dsn: str) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import random
+import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -685,3 +686,16 @@ async def test_next_host_is_taken_when_the_first_is_down(proxy: Proxy, server: F
         ) as db:
             assert await db.is_ready()
             assert other.open > 0
+
+
+async def test_connection_that_is_silent_is_asked_for_a_sign_of_life(proxy: Proxy, make_db: MakeAdapter) -> None:
+    """A network that has forgotten it swallows what comes later: the first call after a pause would run out of time."""
+    db = await make_db(dsn=proxy.dsn)
+    lane = db._executor.lane
+    connection, _ = await lane.acquire(5)
+    lane.keep(connection)
+    made = connection._transport.get_extra_info("socket")
+    assert made.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    waits = [made.getsockopt(socket.IPPROTO_TCP, option) for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL)]
+    assert waits == [10, 5]
+    assert made.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 25_000
