@@ -9,6 +9,7 @@ scan a table that has grown nor sort what HNSW gives in order. Where no index se
 from __future__ import annotations
 
 import asyncio
+import configparser
 import logging
 import os
 import re
@@ -17,6 +18,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
@@ -193,14 +195,14 @@ def _missing_file(dsn: str) -> str | None:
     named = dict(parse_qsl(urlsplit(dsn).query))
     for name in ("sslrootcert", "sslcrl", "sslcert", "sslkey"):
         file = named.get(name) or os.environ.get(f"PG{name.upper()}")
-        if file and not os.access(file, os.R_OK):
+        if file and not (Path(file).is_file() and os.access(file, os.R_OK)):
             return f"{name} {file}"
     return None
 
 
 def _explain(error: Exception, dsn: str, config: Config) -> ElizaSQLError:
     where = redact(dsn)
-    if isinstance(error, (FileNotFoundError, PermissionError)) and (file := _missing_file(dsn)):
+    if isinstance(error, (FileNotFoundError, IsADirectoryError, PermissionError)) and (file := _missing_file(dsn)):
         # Python's TLS does not say which; and it is no server that does not answer.
         return ConfigurationError(f"{where}: {file} cannot be read: {error.strerror}")
     if isinstance(error, (asyncio.TimeoutError, TimeoutError)):
@@ -211,8 +213,8 @@ def _explain(error: Exception, dsn: str, config: Config) -> ElizaSQLError:
             f"{where}: the address names no user, nor does the system: write USER@ before the host"
         )
     made = translate(error)
-    if isinstance(made, InternalError) and isinstance(error, (ValueError, OverflowError)):
-        # Of the address: a port that is none, or fewer ports than hosts.
+    if isinstance(made, InternalError) and isinstance(error, (ValueError, OverflowError, configparser.Error)):
+        # Of the address: a port that is none, fewer ports than hosts, or a service file that is none.
         return ConfigurationError(f"{where}: {error}")
     if isinstance(error, _REFUSED_SETTINGS):
         return ConfigurationError(f"{where}: {made}; the address sets it, as all that the driver does not know")

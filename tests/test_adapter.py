@@ -409,15 +409,22 @@ async def test_address_that_the_driver_or_the_server_does_not_take(dsn: str, set
 async def test_file_that_is_missing_is_no_server_that_is_down(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, by_variable: bool
 ) -> None:
-    file = str(tmp_path / "none.pem")
-    address = with_query(REFUSED, sslmode="require")
-    if by_variable:
-        monkeypatch.setenv(f"PG{name.upper()}", file)
-    else:
-        address = with_query(address, **{name: file})
-    error = await assert_hidden(elizasql.ConfigurationError, address)
-    assert f"{name} {file} cannot be read" in str(error)
-    assert not error.retryable
+    for file in (tmp_path / "none.pem", tmp_path):
+        address = with_query(REFUSED, sslmode="require")
+        if by_variable:
+            monkeypatch.setenv(f"PG{name.upper()}", str(file))
+        else:
+            address = with_query(address, **{name: str(file)})
+        error = await assert_hidden(elizasql.ConfigurationError, address)
+        assert f"{name} {file} cannot be read" in str(error)
+        assert not error.retryable
+
+
+async def test_service_file_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "services"
+    file.write_text("host=127.0.0.1\n")
+    monkeypatch.setenv("PGSERVICEFILE", str(file))
+    await assert_hidden(elizasql.ConfigurationError, "postgresql://?service=memory")
 
 
 # --- what the server must be -----------------------------------------------------------------------------------------
