@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import configparser
+import errno
 import logging
 import os
 import re
@@ -44,7 +45,7 @@ logger = logging.getLogger("elizasql")
 MINIMUM_POSTGRES = 150000
 MINIMUM_PGVECTOR = (0, 8, 4)
 
-# Seconds for which a server that has refused a connection counts as full.
+# Seconds for which no other connection is tried where there was no room for one.
 _FULL = 1.0
 
 # Seconds after which connections that were kept go back to asyncpg's pool, which closes what is idle for long.
@@ -373,10 +374,10 @@ class Lane:
             if self._may_grow():
                 try:
                     return await self._take(min(until, time.monotonic() + at_most), late)
-                except asyncpg.TooManyConnectionsError:
-                    if not self._places:
+                except (asyncpg.TooManyConnectionsError, OSError) as error:
+                    if not self._places or not _is_full(error):
                         raise
-                    continue  # other processes have the rest: ours go round
+                    continue  # others have the rest: ours go round
             connection = await self._wait(until)
             if connection is not None:
                 return connection, True
@@ -417,7 +418,7 @@ class Lane:
         try:
             connection = task.result()
         except BaseException as error:
-            if isinstance(error, asyncpg.TooManyConnectionsError):
+            if _is_full(error):
                 self._full_until = time.monotonic() + _FULL
             self._wake()
             if isinstance(error, asyncio.CancelledError):
@@ -573,6 +574,13 @@ class Lane:
     def _wake(self) -> None:
         if self._may_grow():
             self._hand_over(None)
+
+
+def _is_full(error: BaseException) -> bool:
+    """Tell whether there is no room for another connection: at the server, or for its descriptor here."""
+    return isinstance(error, asyncpg.TooManyConnectionsError) or (
+        isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+    )
 
 
 def _expire(waiter: asyncio.Future[Any]) -> None:

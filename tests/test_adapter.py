@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import resource
 import traceback
 import weakref
 from collections import Counter
@@ -644,6 +646,28 @@ async def test_server_that_takes_no_more_connections(dsn: str, server_dir: Path)
         await admin.execute("DROP OWNED BY crowded")
         await admin.execute("DROP ROLE crowded")
         await admin.close()
+
+
+async def test_process_that_has_no_descriptor_left(make_db: MakeAdapter) -> None:
+    """As where the server takes no more connections: what there is goes round."""
+    db = await make_db(max_retries=1)
+    lane = db._executor.lane
+    await db.set_cache("first", 1)
+    size = lane.size
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/dev/fd"))) + 10, hard))  # noqa: PTH208
+    taken: list[int] = []
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        assert all(await asyncio.gather(*(db.set_cache(str(number), number) for number in range(20))))
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert lane.size == size
+    assert db._connections.breaker.failures == 0
 
 
 async def connect_again(address: str) -> asyncpg.Connection[Any]:
