@@ -1677,8 +1677,14 @@ def test_backup_and_restore(run: Run, folder: Path, tmp_path: Path, monkeypatch:
     run("restore", "damaged", "--data-dir", folder.parent / "two").fails(1, "pg_restore failed")
     assert {path.name for path in folder.parent.iterdir()} == {"pg"}
 
+    # A folder that is there is filled: a disk may be mounted there.
     two = folder.parent / "two"
+    (two / "lost+found").mkdir(parents=True)
+    place = two.stat().st_ino
+    run("restore", "damaged", "--data-dir", two).fails(1, "pg_restore failed")
+    assert [path.name for path in two.iterdir()] == ["lost+found"]
     assert run("restore", "b.dump", "--data-dir", two).code == 0
+    assert two.stat().st_ino == place and not list(two.glob(".*"))
     assert not cli_server.is_running(two)
     (row,) = run("stats", "--data-dir", two, "--json").json["agents"]
     assert row["id"] == str(agent) and row["embeddings"] == 20 and row["tail"] == 0

@@ -295,11 +295,14 @@ def restore(
     config = _place.load(None, data_dir)
     folder = config.data_dir.expanduser().resolve()
     roles = _read_roles(path)
-    if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+    # One that is there is filled, not replaced: where a disk is mounted it cannot be.
+    fills = folder.is_dir()
+    if os.path.lexists(folder) and not (fills and {each.name for each in folder.iterdir()} <= {"lost+found"}):
         raise ArgumentError(f"{folder} is not empty: restore into a new folder with --data-dir")
 
     async def work() -> None:
-        unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+        name = f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
+        unfinished = folder / name if fills else folder.with_name(name)
         try:
             made = await _embedded.acquire(unfinished)
             try:
@@ -309,7 +312,12 @@ def restore(
                 await _run(config, "pg_restore", *whole, str(path.resolve()))
             finally:
                 await made.release()
-            unfinished.rename(folder)
+            if fills:
+                # Its lock makes a folder a server's: that comes last, and nobody uses what is not all there.
+                for each in sorted(unfinished.iterdir(), key=lambda each: each.name == "elizasql.lock"):
+                    each.rename(folder / each.name)
+            else:
+                unfinished.rename(folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
 
