@@ -14,7 +14,7 @@ _TOKEN = re.compile(
     | [eE]'(?:[^'\\]|\\.|'')*(?:'|$)
     | '(?:[^']|'')*(?:'|$)
     | "(?:[^"]|"")*(?:"|$)
-    | \w+
+    | \w[\w$]*
     | [;,()]
     """,
     re.VERBOSE | re.DOTALL,
@@ -101,9 +101,12 @@ def _drops_column(words: list[str]) -> bool:
 
 def _narrows(words: list[str]) -> bool:
     """Tell whether ALTER TABLE gives a column another type that may not hold all that the old one held."""
+    noun = "ATTRIBUTE" if words[1] == "TYPE" else "COLUMN"
     for action in _actions(words):
-        if action[0] == "ALTER" and "TYPE" in action:
-            kind = action[action.index("TYPE") + 1 :]
+        # The name comes before: it may be "type" itself.
+        rest = action[3 if action[1:2] == [noun] else 2 :]
+        if action[0] == "ALTER" and "TYPE" in rest:
+            kind = rest[rest.index("TYPE") + 1 :]
             if kind[:1] and (kind[0] not in _WIDEST or kind[1:2] == ["("] or "USING" in kind):
                 return True
     return False
