@@ -39,19 +39,19 @@ class Agents(Store):
         return await self._get_by_ids("get_agents_by_ids", Agent, agent_ids, "agent_ids")
 
     async def get_agents(
-        self, count: int | None = None, offset: int | None = None, *, timeout: float | None = None
+        self, limit: int | None = None, offset: int | None = None, *, timeout: float | None = None
     ) -> list[Agent]:
         """Get all agents, oldest first; equal times are ordered by id.
 
         Args:
-            count: At most so many; None: all.
+            limit: At most so many; None: all.
             offset: Leave out so many of the oldest.
 
         Statement: sql/agents.sql get_agents. Source: getAgents; differs: whole agents, in a total order.
         """
         rows = await self._executor.fetch(
             SQL["get_agents"],
-            count=_codecs.as_optional_count(count, "count"),
+            count=_codecs.as_optional_count(limit, "limit"),
             skipped=_codecs.as_optional_count(offset, "offset"),
         )
         return [Agent(*row) for row in rows]

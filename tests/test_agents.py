@@ -122,10 +122,10 @@ async def test_list_has_a_total_order_and_pages(db: DatabaseAdapter) -> None:
     assert [id for id in everything if id in ids] == sorted(ids)
     assert len(everything) == len(set(everything)) == await db.count_agents()
     pages = [
-        agent.id for offset in range(0, len(everything), 3) for agent in await db.get_agents(count=3, offset=offset)
+        agent.id for offset in range(0, len(everything), 3) for agent in await db.get_agents(limit=3, offset=offset)
     ]
     assert pages == everything
-    assert await db.get_agents(count=0) == []
+    assert await db.get_agents(limit=0) == []
 
 
 async def test_list_gives_whole_agents(db: DatabaseAdapter) -> None:
