@@ -203,6 +203,29 @@ class Store:
                 raise
             return await self._executor.fetch_chunks(SQL[name], chunks)
 
+    async def _write_rows(
+        self,
+        name: str,
+        key: str,
+        kind: type[Model],
+        rows: Sequence[Mapping[str, Any]],
+        ids: Iterable[UUID],
+        *,
+        form: Callable[[Sequence[Mapping[str, Any]]], object] = list,
+        **about: Any,
+    ) -> list[asyncpg.Record]:
+        """Run a write that takes a batch as jsonb, all or none; give what came back. No rows: nothing is sent.
+
+        Args:
+            name: Of the statement.
+            key: The parameter that takes the rows.
+            kind, rows, ids, form: As of `_encode_chunks`.
+            **about: The other parameters, without the agent.
+        """
+        encoded = self._encode_chunks(kind, rows, ids, form=form)
+        chunks = [{"agent_id": self.agent_id, key: chunk, **about} for chunk in encoded]
+        return await self._executor.fetch_chunks(SQL[name], chunks) if chunks else []
+
     def _encode_chunks(
         self,
         kind: type[Model],

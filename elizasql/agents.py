@@ -72,8 +72,8 @@ class Agents(Store):
 
         Statement: sql/agents.sql create_agents. Source: createAgent; differs: a failure is an error, never False.
         """
-        _, chunks = self._read_agents([agent])
-        return bool(await self._executor.fetch_chunks(SQL["create_agents"], chunks))
+        _, created = await self._create_agents([agent])
+        return bool(created)
 
     async def create_agents(
         self, agents: Iterable[Agent | Mapping[str, Any]], *, timeout: float | None = None
@@ -86,10 +86,14 @@ class Agents(Store):
         Statement: sql/agents.sql create_agents. One round trip a chunk. Source: createAgents; differs: an id is made
         where it is missing.
         """
-        ids, chunks = self._read_agents(agents)
-        if chunks:
-            await self._executor.fetch_chunks(SQL["create_agents"], chunks)
+        ids, _ = await self._create_agents(agents)
         return ids
+
+    async def _create_agents(self, agents: Iterable[Agent | Mapping[str, Any]]) -> tuple[list[UUID], list[Any]]:
+        """Give the id of each agent, and the rows of those that are new."""
+        ids, rows = self._read_all(Agent, agents, needed=("name",))
+        order_by_id(rows)
+        return ids, await self._write_rows("create_agents", "agents", Agent, rows, ids)
 
     async def ensure_agent_exists(
         self, agent: Agent | Mapping[str, Any] | None = None, *, timeout: float | None = None
@@ -124,9 +128,7 @@ class Agents(Store):
         """
         ids, rows = self._read_partial(Agent, agents, needed=("name",), fixed=_FIXED, new_ids=True)
         _refuse_twice(ids)
-        if rows:
-            chunks = [{"agents": chunk} for chunk in self._encode_chunks(Agent, rows, ids, form=by_id)]
-            await self._executor.fetch_chunks(SQL["upsert_agents"], chunks)
+        await self._write_rows("upsert_agents", "agents", Agent, rows, ids, form=by_id)
         return ids
 
     async def update_agent(
@@ -168,10 +170,7 @@ class Agents(Store):
     async def _update_agents(self, agents: list[tuple[Any, Any]], *, required: bool) -> list[Any]:
         ids, rows = self._read_partial(Agent, read_each(agents, "Agent", _read_change), fixed=_FIXED)
         _refuse_twice(ids)
-        if not rows:
-            return []
-        chunks = [{"agents": chunk, "required": required} for chunk in self._encode_chunks(Agent, rows, ids)]
-        return await self._executor.fetch_chunks(SQL["update_agents"], chunks)
+        return await self._write_rows("update_agents", "agents", Agent, rows, ids, required=required)
 
     async def delete_agent(self, agent_id: UUID | str, *, timeout: float | None = None) -> bool:
         """Delete an agent and everything that is its own; False when there was none.
@@ -207,11 +206,6 @@ class Agents(Store):
             SQL["cleanup_agents"], agent_id=self.agent_id, older_than=min(older_than, _LONGEST)
         )
         return number
-
-    def _read_agents(self, agents: Iterable[Agent | Mapping[str, Any]]) -> tuple[list[UUID], list[dict[str, Any]]]:
-        ids, rows = self._read_all(Agent, agents, needed=("name",))
-        order_by_id(rows)
-        return ids, [{"agents": chunk} for chunk in self._encode_chunks(Agent, rows, ids)]
 
 
 def _split(value: Any) -> tuple[Any, Any]:

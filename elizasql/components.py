@@ -142,13 +142,7 @@ class Components(Store):
         self, components: Iterable[Component | Mapping[str, Any]], *, required: bool
     ) -> list[Any]:
         ids, rows = self._read_partial(Component, components, fixed=_NEEDED)
-        if not rows:
-            return []
-        chunks = [
-            {"agent_id": self.agent_id, "components": chunk, "required": required}
-            for chunk in self._encode_chunks(Component, rows, ids)
-        ]
-        return await self._executor.fetch_chunks(SQL["update_components"], chunks)
+        return await self._write_rows("update_components", "components", Component, rows, ids, required=required)
 
     async def patch_component(
         self, component_id: UUID | str, ops: Iterable[Mapping[str, Any]], *, timeout: float | None = None

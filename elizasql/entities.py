@@ -49,11 +49,7 @@ class Entities(Store):
         """
         ids, rows = self._read_all(Entity, entities, new_ids=False)
         order_by_id(rows)
-        if rows:
-            chunks = [
-                {"agent_id": self.agent_id, "entities": chunk} for chunk in self._encode_chunks(Entity, _own(rows), ids)
-            ]
-            await self._executor.fetch_chunks(SQL["create_entities"], chunks)
+        await self._write_rows("create_entities", "entities", Entity, _own(rows), ids)
         return ids
 
     async def ensure_entity_exists(self, entity: Entity | Mapping[str, Any], *, timeout: float | None = None) -> bool:
@@ -78,12 +74,7 @@ class Entities(Store):
         upsert, no race; what is not given stays, and ids come back.
         """
         ids, rows = self._read_partial(Entity, entities)
-        if rows:
-            chunks = [
-                {"agent_id": self.agent_id, "entities": chunk}
-                for chunk in self._encode_chunks(Entity, _own(rows), ids, form=by_id)
-            ]
-            await self._executor.fetch_chunks(SQL["upsert_entities"], chunks)
+        await self._write_rows("upsert_entities", "entities", Entity, _own(rows), ids, form=by_id)
         return ids
 
     async def update_entity(self, entity: Entity | Mapping[str, Any], *, timeout: float | None = None) -> bool:
@@ -117,13 +108,7 @@ class Entities(Store):
 
     async def _update_entities(self, entities: Iterable[Entity | Mapping[str, Any]], *, required: bool) -> list[Any]:
         ids, rows = self._read_partial(Entity, entities, fixed=("created_at",))
-        if not rows:
-            return []
-        chunks = [
-            {"agent_id": self.agent_id, "entities": chunk, "required": required}
-            for chunk in self._encode_chunks(Entity, _own(rows), ids)
-        ]
-        return await self._executor.fetch_chunks(SQL["update_entities"], chunks)
+        return await self._write_rows("update_entities", "entities", Entity, _own(rows), ids, required=required)
 
     async def delete_entity(self, entity_id: UUID | str, *, timeout: float | None = None) -> bool:
         """Delete an entity and what points at it; False when there was none.

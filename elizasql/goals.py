@@ -148,14 +148,8 @@ class Goals(Store):
 
     async def _update_goals(self, goals: Iterable[Goal | Mapping[str, Any]], *, required: bool) -> list[Any]:
         ids, rows = self._read_partial(Goal, goals, fixed=("name", "status"))
-        if not rows:
-            return []
         rows = [{key: value for key, value in row.items() if key in _CHANGEABLE} for row in rows]
-        chunks = [
-            {"agent_id": self.agent_id, "goals": encoded, "required": required}
-            for encoded in self._encode_chunks(Goal, rows, ids)
-        ]
-        return await self._executor.fetch_chunks(SQL["update_goals"], chunks)
+        return await self._write_rows("update_goals", "goals", Goal, rows, ids, required=required)
 
     async def delete_goal(self, goal_id: UUID | str, *, timeout: float | None = None) -> bool:
         """Delete a goal; False when there was none.

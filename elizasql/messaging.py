@@ -66,10 +66,7 @@ class Messaging(Store):
         Statement: sql/messaging.sql create_message_servers. One round trip a chunk.
         """
         ids, rows = self._read_all(MessageServer, servers, needed=("name", "source_type"))
-        if not rows:
-            return []
-        chunks = [{"servers": chunk} for chunk in self._encode_chunks(MessageServer, rows, ids)]
-        stored = await self._executor.fetch_chunks(SQL["create_message_servers"], chunks)
+        stored = await self._write_rows("create_message_servers", "servers", MessageServer, rows, ids)
         found = {row["id"]: MessageServer(*row) for row in stored}
         return [found[id] for id in ids]
 

@@ -111,13 +111,9 @@ class Pairing(Store):
         self, requests: Iterable[PairingRequest | Mapping[str, Any]], *, required: bool
     ) -> list[Any]:
         ids, rows = self._read_partial(PairingRequest, requests, fixed=("last_seen_at",))
-        if not rows:
-            return []
-        chunks = [
-            {"agent_id": self.agent_id, "requests": chunk, "required": required}
-            for chunk in self._encode_chunks(PairingRequest, rows, ids)
-        ]
-        return await self._executor.fetch_chunks(SQL["update_pairing_requests"], chunks)
+        return await self._write_rows(
+            "update_pairing_requests", "requests", PairingRequest, rows, ids, required=required
+        )
 
     async def delete_pairing_request(self, request_id: UUID | str, *, timeout: float | None = None) -> bool:
         """Delete a request; False when there was none.
@@ -235,13 +231,9 @@ class Pairing(Store):
         self, entries: Iterable[PairingAllowlistEntry | Mapping[str, Any]], *, required: bool
     ) -> list[Any]:
         ids, rows = self._read_partial(PairingAllowlistEntry, entries)
-        if not rows:
-            return []
-        chunks = [
-            {"agent_id": self.agent_id, "entries": chunk, "required": required}
-            for chunk in self._encode_chunks(PairingAllowlistEntry, rows, ids)
-        ]
-        return await self._executor.fetch_chunks(SQL["update_pairing_allowlist_entries"], chunks)
+        return await self._write_rows(
+            "update_pairing_allowlist_entries", "entries", PairingAllowlistEntry, rows, ids, required=required
+        )
 
     async def delete_pairing_allowlist_entry(self, entry_id: UUID | str, *, timeout: float | None = None) -> bool:
         """Delete an entry: its sender may no longer write to the agent. False when there was none.

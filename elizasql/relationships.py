@@ -109,13 +109,9 @@ class Relationships(Store):
         self, relationships: Iterable[Relationship | Mapping[str, Any]], *, required: bool
     ) -> list[Any]:
         ids, rows = self._read_partial(Relationship, relationships)
-        if not rows:
-            return []
-        chunks = [
-            {"agent_id": self.agent_id, "relationships": chunk, "required": required}
-            for chunk in self._encode_chunks(Relationship, rows, ids)
-        ]
-        return await self._executor.fetch_chunks(SQL["update_relationships"], chunks)
+        return await self._write_rows(
+            "update_relationships", "relationships", Relationship, rows, ids, required=required
+        )
 
     async def delete_relationship(self, relationship_id: UUID | str, *, timeout: float | None = None) -> bool:
         """Delete a relationship; False when there was none.

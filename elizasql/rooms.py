@@ -39,9 +39,7 @@ class Rooms(Store):
         """
         ids, rows = self._read_all(Room, rooms, needed=("source", "type"))
         order_by_id(rows)
-        if rows:
-            chunks = [{"agent_id": self.agent_id, "rooms": chunk} for chunk in self._encode_chunks(Room, rows, ids)]
-            await self._executor.fetch_chunks(SQL["create_rooms"], chunks)
+        await self._write_rows("create_rooms", "rooms", Room, rows, ids)
         return ids
 
     async def upsert_rooms(
@@ -59,12 +57,7 @@ class Rooms(Store):
         stays, and ids come back.
         """
         ids, rows = self._read_partial(Room, rooms, needed=("source", "type"), new_ids=True)
-        if rows:
-            chunks = [
-                {"agent_id": self.agent_id, "rooms": chunk}
-                for chunk in self._encode_chunks(Room, rows, ids, form=by_id)
-            ]
-            await self._executor.fetch_chunks(SQL["upsert_rooms"], chunks)
+        await self._write_rows("upsert_rooms", "rooms", Room, rows, ids, form=by_id)
         return ids
 
     async def get_room(self, room_id: UUID | str, *, timeout: float | None = None) -> Room | None:
@@ -153,13 +146,7 @@ class Rooms(Store):
 
     async def _update_rooms(self, rooms: Iterable[Room | Mapping[str, Any]], *, required: bool) -> list[Any]:
         ids, rows = self._read_partial(Room, rooms, fixed=("source", "type", "created_at"))
-        if not rows:
-            return []
-        chunks = [
-            {"agent_id": self.agent_id, "rooms": chunk, "required": required}
-            for chunk in self._encode_chunks(Room, rows, ids)
-        ]
-        return await self._executor.fetch_chunks(SQL["update_rooms"], chunks)
+        return await self._write_rows("update_rooms", "rooms", Room, rows, ids, required=required)
 
     async def delete_room(self, room_id: UUID | str, *, timeout: float | None = None) -> bool:
         """Delete a room with its participants, memories, logs, goals and components; False when there was none.

@@ -213,13 +213,7 @@ class Tasks(Store):
 
     async def _update_tasks(self, read: tuple[list[UUID], list[dict[str, Any]]], *, required: bool) -> list[Any]:
         ids, rows = read
-        if not rows:
-            return []
-        chunks = [
-            {"agent_id": self.agent_id, "tasks": encoded, "required": required}
-            for encoded in self._encode_chunks(Task, rows, ids)
-        ]
-        return await self._executor.fetch_chunks(SQL["update_tasks"], chunks)
+        return await self._write_rows("update_tasks", "tasks", Task, rows, ids, required=required)
 
     async def update_pending_task(
         self, task_id: UUID | str, task: Task | Mapping[str, Any], *, timeout: float | None = None

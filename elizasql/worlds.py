@@ -37,9 +37,7 @@ class Worlds(Store):
         """
         ids, rows = self._read_all(World, worlds)
         order_by_id(rows)
-        if rows:
-            chunks = [{"agent_id": self.agent_id, "worlds": chunk} for chunk in self._encode_chunks(World, rows, ids)]
-            await self._executor.fetch_chunks(SQL["create_worlds"], chunks)
+        await self._write_rows("create_worlds", "worlds", World, rows, ids)
         return ids
 
     async def upsert_worlds(
@@ -56,12 +54,7 @@ class Worlds(Store):
         given stays, and ids come back.
         """
         ids, rows = self._read_partial(World, worlds, new_ids=True)
-        if rows:
-            chunks = [
-                {"agent_id": self.agent_id, "worlds": chunk}
-                for chunk in self._encode_chunks(World, rows, ids, form=by_id)
-            ]
-            await self._executor.fetch_chunks(SQL["upsert_worlds"], chunks)
+        await self._write_rows("upsert_worlds", "worlds", World, rows, ids, form=by_id)
         return ids
 
     async def get_world(self, world_id: UUID | str, *, timeout: float | None = None) -> World | None:
@@ -113,13 +106,7 @@ class Worlds(Store):
 
     async def _update_worlds(self, worlds: Iterable[World | Mapping[str, Any]], *, required: bool) -> list[Any]:
         ids, rows = self._read_partial(World, worlds, fixed=("created_at",))
-        if not rows:
-            return []
-        chunks = [
-            {"agent_id": self.agent_id, "worlds": chunk, "required": required}
-            for chunk in self._encode_chunks(World, rows, ids)
-        ]
-        return await self._executor.fetch_chunks(SQL["update_worlds"], chunks)
+        return await self._write_rows("update_worlds", "worlds", World, rows, ids, required=required)
 
     async def remove_world(self, world_id: UUID | str, *, timeout: float | None = None) -> bool:
         """Delete a world and its components; rooms and memories stay and lose their world. False when there was none.
