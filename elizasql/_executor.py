@@ -632,7 +632,8 @@ class _TransactionExecutor(Executor):
     async def end(self, commit: Callable[[Any, float], Awaitable[None]]) -> None:
         """Keep what was done, once the calls that are running have ended."""
         self._closed = True
-        await self._turn.take("transaction")
+        # Calls have limits of their own; a savepoint that was left open may never end.
+        await self._turn.take("transaction", self._in_time(self._config.timeout))
         deadline = current_deadline(self._config.timeout, self.meter)  # what ran before had its own time
         try:
             try:
@@ -657,15 +658,21 @@ class _TransactionExecutor(Executor):
         """Undo what was done, once the calls that are running have ended."""
         self._closed = True
         try:
-            await self._turn.take("transaction")
-        except BaseException:
+            await self._turn.take("transaction", self._in_time(_UNDO_TIME))
+        except BaseException as error:
             # Who waits is sent away: without the connection the server undoes it, and ends what is running.
             self.lane.drop(self._connection)
+            if isinstance(error, DeadlineError):
+                return
             raise
         try:
             await undo(self._connection)
         finally:
             self._turn.pass_on()
+
+    def _in_time(self, seconds: float) -> float | None:
+        """Give until when to wait for a savepoint that is open; None: there is none."""
+        return time.monotonic() + seconds if self._nested else None
 
 
 class _Turn:

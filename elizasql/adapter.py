@@ -206,6 +206,7 @@ class DatabaseAdapter(
         Raises:
             TransactionError: An error was caught inside that had ended the transaction, or a call in it was cut short;
                 nothing was kept.
+            DeadlineError: A savepoint in it was left open, and did not end in time; nothing was kept.
             ConnectionLostError: The connection broke; nothing was kept.
             UnknownOutcomeError: It broke at the very end, and the server could not be asked how that ended: all was
                 kept or nothing.

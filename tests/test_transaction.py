@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 from uuid import UUID, uuid4
@@ -772,6 +772,31 @@ async def test_savepoint_whose_end_was_not_waited_for(db: DatabaseAdapter, raw: 
     with pytest.raises(elizasql.ConnectionLostError):
         await task
     assert await texts(db) == ["old"]
+    await assert_sound(db)
+
+
+async def test_savepoint_that_is_left_open(make_db: MakeAdapter) -> None:
+    """As by an iteration that is broken off and kept: nobody waits for the end of the savepoint for ever."""
+    db = await make_db(pool_max_size=1, timeout=3.0)
+
+    async def rows(tx: DatabaseAdapter) -> AsyncGenerator[UUID, None]:
+        async with tx.transaction() as inner:
+            while True:
+                yield await add(inner)
+
+    with pytest.raises(elizasql.DeadlineError):
+        async with db.transaction() as tx:
+            left = rows(tx)
+            await anext(left)
+    with pytest.raises(ZeroDivisionError):
+        async with db.transaction() as tx, tx.transaction() as outer:
+            other = rows(outer)
+            await anext(other)
+            raise ZeroDivisionError
+    assert await texts(db) == []
+    for each in (left, other):
+        with suppress(elizasql.ElizaSQLError):
+            await each.aclose()
     await assert_sound(db)
 
 
