@@ -208,7 +208,7 @@ def _explain(error: Exception, dsn: str, config: Config) -> ElizaSQLError:
         return ConfigurationError(f"{where}: {file} cannot be read: {error.strerror}")
     if isinstance(error, (asyncio.TimeoutError, TimeoutError)):
         return ConnectionLostError(f"no connection to {where} within {config.connection_timeout:g} s")
-    if isinstance(error, KeyError) or "No username set" in str(error):
+    if (isinstance(error, KeyError) and "getpwuid" in str(error)) or "No username set" in str(error):
         # asyncpg asks the system, which may have no name for this process's uid, as in a container.
         return ConfigurationError(
             f"{where}: the address names no user, nor does the system: write USER@ before the host"
