@@ -16,8 +16,8 @@ from .errors import ElizaSQLError
 
 logger = logging.getLogger("elizasql")
 
-# The indexer gives way to callers: it begins a batch when none is running, or after this many seconds at the latest, half
-# as long as a batch takes: where callers never rest, it works two thirds of the time.
+# The indexer gives way to callers: it begins a batch when none is running, or after this many seconds at the latest,
+# half as long as a batch takes: where callers never rest, it works two thirds of the time.
 _PATIENCE = 0.025
 
 # Intervals from one look to the next, however often it is woken, and for which it pauses at most after trouble.

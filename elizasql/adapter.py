@@ -178,6 +178,8 @@ class DatabaseAdapter(
         Raises:
             ArgumentError: A value does not fit; nothing was sent.
             PermissionDeniedError: `rebuild` is True, and the role does not own the tables.
+            LockTimeoutError: `rebuild` is True, and a transaction that has read the partition did not end; the index
+                stands as before.
 
         Statement: sql/embeddings.sql index_embeddings, one transaction a batch; or drop_index and build_index.
         """

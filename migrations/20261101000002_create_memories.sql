@@ -529,7 +529,8 @@ $$;
 -- be safe. While there is none, searches scan exactly what is the agent's. A load by a role that could not build it
 -- again is told to go on as if it were there, also where somebody else has dropped it.
 --
--- For a load it waits two seconds at most for those who read the partition: everybody else would wait behind it.
+-- It waits two seconds at most for those who read the partition: everybody else would wait behind it. Then a load goes on
+-- with the index, and else it is an error.
 CREATE FUNCTION elizasql.drop_index(given_agent uuid, coming bigint) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
     part text := 'elizasql.' || elizasql.partition_of(given_agent);
@@ -549,12 +550,13 @@ BEGIN
     ELSIF coming * 4 < size THEN
         RETURN FALSE;
     END IF;
-    IF coming IS NOT NULL THEN
-        PERFORM set_config('lock_timeout', '2s', TRUE);
-    END IF;
+    PERFORM set_config('lock_timeout', '2s', TRUE);
     BEGIN
         EXECUTE 'DROP INDEX IF EXISTS ' || index;
     EXCEPTION WHEN lock_not_available THEN
+        IF coming IS NULL THEN
+            RAISE;
+        END IF;
         RETURN FALSE;
     END;
     RETURN TRUE;

@@ -208,12 +208,13 @@ BEGIN
     ELSIF coming * 4 < size THEN
         RETURN FALSE;
     END IF;
-    IF coming IS NOT NULL THEN
-        PERFORM set_config('lock_timeout', '2s', TRUE);
-    END IF;
+    PERFORM set_config('lock_timeout', '2s', TRUE);
     BEGIN
         EXECUTE 'DROP INDEX IF EXISTS ' || index;
     EXCEPTION WHEN lock_not_available THEN
+        IF coming IS NULL THEN
+            RAISE;
+        END IF;
         RETURN FALSE;
     END;
     RETURN TRUE;

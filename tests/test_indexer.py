@@ -17,6 +17,7 @@ from elizasql import (
     ConnectionLostError,
     DatabaseAdapter,
     ElizaSQLError,
+    LockTimeoutError,
     Memory,
     PermissionDeniedError,
     UnavailableError,
@@ -161,6 +162,21 @@ async def test_rebuild_moves_everything_and_keeps_answers(make_db: MakeAdapter, 
         for row in await raw.fetch("SELECT indexdef FROM pg_indexes WHERE indexname LIKE 'embeddings_p%_dim_384_hnsw'")
     }
     assert len(definitions) == 1
+
+
+async def test_a_rebuild_does_not_hold_up_searches_behind_who_reads_for_long(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any]
+) -> None:
+    db = await make_db(max_retries=1)
+    await write(db, 30)
+    await db.index_memories()
+    part = await raw.fetchval("SELECT elizasql.partition_of($1)", db.agent_id)
+    async with raw.transaction():
+        await raw.fetchval(f"SELECT count(*) FROM elizasql.{part}")
+        with pytest.raises(LockTimeoutError):
+            await db.index_memories(rebuild=True)
+    assert await raw.fetchval("SELECT to_regclass($1)", f"elizasql.{part}_dim_384_hnsw") is not None
+    await db.index_memories(rebuild=True)
 
 
 @pytest.mark.parametrize(
