@@ -154,8 +154,8 @@ class Taking:
         self._advance: Advance = _silent
         self._tables: set[str] = set()
         self._totals: dict[str, int] = {}
-        self.summary = Summary()
-        self.decisions = Decisions()
+        self.summary: Summary = Summary()
+        self.decisions: Decisions = Decisions()
 
     # --- what is there -----------------------------------------------------------------------------------------------
 
