@@ -252,26 +252,32 @@ CREATE FUNCTION elizasql.index_embeddings(given_agent uuid, given_dimension inte
     SET plan_cache_mode TO 'force_custom_plan'
     AS $$
 DECLARE
-    memory uuid;
-    width smallint;
+    enough CONSTANT interval := '50 milliseconds';
+    began CONSTANT timestamptz := clock_timestamp();
+    took interval;
+    size bigint := least(1, most);
     number bigint;
     moved bigint := 0;
-    until timestamptz;
 BEGIN
-    FOR memory, width IN
-        SELECT memory_id, dimension FROM elizasql.embeddings
-        WHERE agent_id = given_agent AND NOT indexed AND (given_dimension IS NULL OR dimension = given_dimension)
-        LIMIT most
     LOOP
+        WITH batch AS (
+            SELECT memory_id, dimension FROM elizasql.embeddings
+            WHERE agent_id = given_agent AND NOT indexed AND (given_dimension IS NULL OR dimension = given_dimension)
+            LIMIT size
+            FOR UPDATE SKIP LOCKED
+        )
         UPDATE elizasql.embeddings SET indexed = TRUE
-        WHERE agent_id = given_agent AND dimension = width AND memory_id = (
-            SELECT memory_id FROM elizasql.embeddings
-            WHERE agent_id = given_agent AND memory_id = memory AND dimension = width AND NOT indexed
-            FOR UPDATE SKIP LOCKED);
+        WHERE
+            agent_id = given_agent AND memory_id = ANY(ARRAY(SELECT memory_id FROM batch))
+            AND (memory_id, dimension) IN (SELECT batch.memory_id, batch.dimension FROM batch);
         GET DIAGNOSTICS number = ROW_COUNT;
         moved := moved + number;
-        until := coalesce(until, clock_timestamp() + interval '50 milliseconds');
-        EXIT WHEN moved > 0 AND clock_timestamp() >= until;
+        took := clock_timestamp() - began;
+        EXIT WHEN number < size OR moved >= most OR took >= enough;
+        size := least(
+            most - moved,
+            greatest(1, moved * extract(epoch FROM enough - took) / nullif(extract(epoch FROM took), 0))
+        );
     END LOOP;
     RETURN moved;
 END
