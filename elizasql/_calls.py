@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from .errors import ArgumentError
+from .errors import ArgumentError, show
 
 logger = logging.getLogger("elizasql")
 
@@ -189,7 +189,7 @@ def _bounded(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[A
 def as_timeout(value: object, *, least: float = math.ulp(0.0)) -> float:
     """Check that an argument is a number of seconds, at least `least`; left out, above 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < 1e9:
-        raise ArgumentError(f"timeout must be a number of seconds{' above 0' if least else ''}, not {value!r:.40}")
+        raise ArgumentError(f"timeout must be a number of seconds{' above 0' if least else ''}, not {show(value, 40)}")
     return float(value)
 
 

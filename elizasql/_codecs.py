@@ -15,11 +15,11 @@ import os
 import re
 import struct
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from datetime import datetime, timedelta, timezone
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 from uuid import UUID
 
 import numpy as np
@@ -27,7 +27,7 @@ import orjson
 from pgvector import HalfVector, Vector
 
 from ._statements import SQL
-from .errors import ArgumentError, EmbeddingError
+from .errors import ArgumentError, EmbeddingError, show
 from .types import DIMENSIONS
 
 if TYPE_CHECKING:
@@ -106,9 +106,28 @@ def as_optional_text(value: object, name: str) -> str | None:
 
 def as_texts(values: object, name: str) -> list[str]:
     """Check a collection of texts, and clean them; a text alone is refused: it would be read letter by letter."""
-    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
-        raise ArgumentError(f"{name} must be a collection of strings, not {type(values).__name__}")
-    return [as_text(value, name) for value in values]
+    return [as_text(value, name) for value in as_collection(values, f"{name} must be a collection of strings")]
+
+
+def as_choice(value: object, allowed: Sequence[str], name: str) -> str:
+    """Check that an argument is one of a few texts; of an enumeration of texts its value counts."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ArgumentError(f"{name} must be one of {', '.join(allowed)}, not {show(value, 40)}")
+    return allowed[allowed.index(value)]
+
+
+def as_collection(values: Any, wanted: str) -> Iterator[Any]:
+    """Check that there may be several values: one alone would be read by its letters or its keys.
+
+    Args:
+        values: What the caller gave.
+        wanted: What the error says that it should have been.
+    """
+    # An array without axes says that it can be iterated over, and cannot.
+    empty = isinstance(values, np.ndarray) and not values.ndim
+    if empty or isinstance(values, (str, bytes, bytearray, Mapping)) or not isinstance(values, Iterable):
+        raise ArgumentError(f"{wanted}, not {type(values).__name__}")
+    return iter(values)
 
 
 def encode_json(value: object, name: str = "value") -> bytes:
@@ -209,7 +228,7 @@ def as_id(value: object, name: str = "id") -> UUID:
             return UUID(value)
         except ValueError:
             pass
-    raise ArgumentError(f"{name} must be a UUID, not {value!r:.80}")
+    raise ArgumentError(f"{name} must be a UUID, not {show(value)}")
 
 
 def as_optional_id(value: object, name: str) -> UUID | None:
@@ -219,17 +238,20 @@ def as_optional_id(value: object, name: str) -> UUID | None:
 
 def as_ids(values: Iterable[object], name: str = "ids") -> list[UUID]:
     """Check a collection of ids; a single string is refused, since it would be read letter by letter."""
-    if isinstance(values, (str, bytes, UUID)) or not isinstance(values, Iterable):
-        raise ArgumentError(f"{name} must be a collection of UUIDs")
-    return [as_id(value, name) for value in values]
+    return [as_id(value, name) for value in as_collection(values, f"{name} must be a collection of UUIDs")]
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Tell whether a value is a real number: a boolean is none, nor is a duration of numpy, which says that it is."""
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, (bool, np.timedelta64))
 
 
 def as_count(value: object, name: str, *, least: int = 0) -> int:
     """Check that an argument is a whole number that a bigint can hold."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise ArgumentError(f"{name} must be a whole number, not {value!r:.80}")
+    if not is_number(value) or not isinstance(value, (int, np.integer)):
+        raise ArgumentError(f"{name} must be a whole number, not {show(value)}")
     if value < least:
-        raise ArgumentError(f"{name} must be at least {least}, not {value}")
+        raise ArgumentError(f"{name} must be at least {least}, not {show(value)}")
     if value >= 2**63:
         raise ArgumentError(f"{name} must be below 2**63, what a bigint holds")
     return int(value)
@@ -247,22 +269,22 @@ def as_time(value: object, name: str) -> datetime:
             # Python 3.10 does not read the "Z" that JavaScript writes.
             value = datetime.fromisoformat(value.removesuffix("Z") + "+00:00" if value.endswith("Z") else value)
         except ValueError:
-            raise ArgumentError(f"{name} is not a time: {value!r:.80}") from None
+            raise ArgumentError(f"{name} is not a time: {show(value)}") from None
     if isinstance(value, datetime):
         if value.utcoffset() is None:
             raise ArgumentError(f"{name} must have a time zone")
         try:
             return value.astimezone(timezone.utc)
         except OverflowError:
-            raise ArgumentError(f"{name} lies outside the calendar: {value!r:.80}") from None
-    if isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool):
+            raise ArgumentError(f"{name} lies outside the calendar: {show(value)}") from None
+    if is_number(value):
         try:
             # Not through seconds as a float, which are off by a microsecond from the year 2106 on.
             exact = int(value) if isinstance(value, (int, np.integer)) else float(value)
             return _EPOCH + timedelta(milliseconds=exact)
         except (OverflowError, ValueError):
             pass
-    raise ArgumentError(f"{name} is not a time: {value!r:.80}")
+    raise ArgumentError(f"{name} is not a time: {show(value)}")
 
 
 def as_optional_time(value: object, name: str) -> datetime | None:
@@ -283,7 +305,7 @@ def as_optional_end(value: object, name: str) -> datetime | None:
 def as_bool(value: object, name: str) -> bool:
     """Check that an argument is a boolean."""
     if not isinstance(value, (bool, np.bool_)):
-        raise ArgumentError(f"{name} must be True or False, not {value!r:.80}")
+        raise ArgumentError(f"{name} must be True or False, not {show(value)}")
     return bool(value)
 
 

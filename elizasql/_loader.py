@@ -12,7 +12,6 @@ from uuid import UUID
 
 from . import _codecs
 from ._calls import end, within
-from ._store import as_collection
 from .errors import ArgumentError, ElizaSQLError, IntegrityError
 from .models import LoadSummary
 
@@ -64,11 +63,12 @@ class Loader:
     async def run(self, memories: Iterable[Any] | AsyncIterable[Any]) -> LoadSummary:
         """Load everything, and build the index or fill it."""
         began = time.perf_counter()
+        source = memories
         if not isinstance(memories, AsyncIterable):
-            as_collection(memories, "Memory")
+            source = _codecs.as_collection(memories, "expected a collection of Memory")
         self._total = len(memories) if isinstance(memories, Sized) else None
         try:
-            async with aclosing(_each(memories)) as each:
+            async with aclosing(_each(source)) as each:
                 await self._store_all(each)
             indexed = await self._index()
         except BaseException as error:

@@ -266,20 +266,13 @@ def read_each(values: Any, name: str, read: Callable[[Any], T], *, names: str | 
         ArgumentError: `values` is no collection of several, or as `read`, naming the position of what is wrong.
     """
     found = []
-    for position, value in enumerate(as_collection(values, names or name)):
+    for position, value in enumerate(_codecs.as_collection(values, f"expected a collection of {names or name}")):
         try:
             found.append(read(value))
         except ArgumentError as error:  # noqa: PERF203 - what the collection itself raises is about no position
             error.args = (f"{name} at position {position}: {error}",)
             raise
     return found
-
-
-def as_collection(values: Any, names: str) -> Iterable[Any]:
-    """Check that there may be several: one alone would be read by its letters or its keys."""
-    if isinstance(values, (Model, Mapping, str, bytes)) or not isinstance(values, Iterable):
-        raise ArgumentError(f"expected a collection of {names}, not {type(values).__name__}")
-    return values
 
 
 def need(row: Mapping[str, Any], *names: str) -> None:

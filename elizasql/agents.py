@@ -10,7 +10,7 @@ from uuid import UUID
 from . import _codecs
 from ._statements import SQL
 from ._store import Store, by_id, order_by_id, read_each
-from .errors import ArgumentError
+from .errors import ArgumentError, show
 from .models import Agent
 
 # What None cannot clear. Settings are removed by a None inside them.
@@ -201,7 +201,7 @@ class Agents(Store):
         Statement: sql/agents.sql cleanup_agents. Source: cleanupAgents; differs: deletes what is old, not everything.
         """
         if not isinstance(older_than, timedelta) or older_than <= timedelta(0):
-            raise ArgumentError(f"older_than must be a positive timedelta, not {older_than!r:.80}")
+            raise ArgumentError(f"older_than must be a positive timedelta, not {show(older_than)}")
         number: int = await self._executor.fetch_value(
             SQL["cleanup_agents"], agent_id=self.agent_id, older_than=min(older_than, _LONGEST)
         )

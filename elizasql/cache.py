@@ -10,12 +10,10 @@ from datetime import timedelta
 from hashlib import sha256
 from typing import Any, TypeAlias
 
-import numpy as np
-
 from . import _codecs
 from ._statements import SQL
 from ._store import Store, read_each
-from .errors import ArgumentError, ElizaSQLError
+from .errors import ArgumentError, ElizaSQLError, show
 from .models import MISSING, Missing
 from .types import JSON
 
@@ -237,9 +235,7 @@ def _hash(key: object) -> bytes:
 
 
 def _read_keys(keys: Iterable[str]) -> list[str]:
-    if isinstance(keys, (str, bytes, Mapping)) or not isinstance(keys, Iterable):
-        raise ArgumentError(f"keys must be a collection of strings, not {type(keys).__name__}")
-    return list(keys)
+    return list(_codecs.as_collection(keys, "keys must be a collection of strings"))
 
 
 def _encode(value: object) -> bytes:
@@ -252,15 +248,15 @@ def _as_ttl(ttl: object) -> timedelta | None:
     if ttl is None:
         return None
     life = ttl
-    if isinstance(life, (int, float, np.integer, np.floating)) and not isinstance(life, bool):
+    if _codecs.is_number(life):
         try:
             life = timedelta(seconds=float(life))
         except (OverflowError, ValueError):
-            raise ArgumentError(f"ttl is not a time: {ttl!r:.40}") from None
+            raise ArgumentError(f"ttl is not a time: {show(ttl, 40)}") from None
     if not isinstance(life, timedelta):
         raise ArgumentError(f"ttl must be seconds or a timedelta, not {type(ttl).__name__}")
     if not timedelta(0) < life <= _LONGEST_TTL:
-        raise ArgumentError(f"ttl must be above 0 and at most {_LONGEST_TTL.days} days, not {ttl!r:.40}")
+        raise ArgumentError(f"ttl must be above 0 and at most {_LONGEST_TTL.days} days, not {show(ttl, 40)}")
     return life
 
 
@@ -278,6 +274,6 @@ def _read_entry(entry: object, default: timedelta | None) -> _Entry:
         raise ArgumentError(f"expected a mapping with key and value, not {type(entry).__name__}")
     unknown = entry.keys() - {"key", "value", "ttl"}
     if unknown:
-        raise ArgumentError(f"an entry has no {', '.join(sorted(map(repr, unknown)))}")
+        raise ArgumentError(f"an entry has no {', '.join(sorted(map(show, unknown)))}")
     life = _as_ttl(entry["ttl"]) if "ttl" in entry else default
     return _key(entry.get("key")), _encode(entry.get("value", MISSING)), life

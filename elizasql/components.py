@@ -8,12 +8,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 from uuid import UUID
 
-import numpy as np
-
 from . import _codecs
 from ._statements import SQL
-from ._store import Store, as_collection, need, read_each
-from .errors import ArgumentError
+from ._store import Store, need, read_each
+from .errors import ArgumentError, show
 from .models import Component
 
 _NEEDED = ("entity_id", "room_id", "type")
@@ -334,9 +332,9 @@ def _read_patch(patch: Any) -> tuple[UUID, list[dict[str, Any]]]:
         raise ArgumentError(f"expected a mapping, not {type(patch).__name__}")
     unknown = set(patch) - {"component_id", "componentId", "ops"}
     if unknown:
-        raise ArgumentError(f"a patch has no field {min(map(str, unknown))!r}")
+        raise ArgumentError(f"a patch has no field {min(map(show, unknown))}")
     id = _codecs.as_id(patch.get("component_id", patch.get("componentId")), "component_id")
-    ops = as_collection(patch.get("ops"), "operations")
+    ops = _codecs.as_collection(patch.get("ops"), "expected a collection of operations")
     return id, [_read_op(op, number) for number, op in enumerate(ops, 1)]
 
 
@@ -345,9 +343,9 @@ def _read_op(op: Any, number: int) -> dict[str, Any]:
         raise ArgumentError(f"operation {number} must be a mapping, not {type(op).__name__}")
     kind, path = op.get("op"), op.get("path")
     if not isinstance(kind, str) or kind not in {"set", "push", "remove", "increment"}:
-        raise ArgumentError(f"operation {number}: op must be set, push, remove or increment, not {kind!r:.40}")
+        raise ArgumentError(f"operation {number}: op must be set, push, remove or increment, not {show(kind, 40)}")
     if not isinstance(path, str) or not _PATH.fullmatch(path):
-        raise ArgumentError(f"operation {number}: path must be names and indexes joined by dots, not {path!r:.80}")
+        raise ArgumentError(f"operation {number}: path must be names and indexes joined by dots, not {show(path)}")
     parts = path.count(".") + 1
     if parts > _MOST_PARTS:
         raise ArgumentError(f"operation {number}: path must have at most {_MOST_PARTS} parts, not {parts}")
@@ -357,9 +355,7 @@ def _read_op(op: Any, number: int) -> dict[str, Any]:
         raise ArgumentError(f"operation {number}: {kind} needs a value")
     value = op["value"]
     if kind == "increment" and (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float, np.integer, np.floating))
-        or not abs(value) < math.inf  # isfinite() refuses an int that no float holds
+        not _codecs.is_number(value) or not abs(value) < math.inf  # isfinite() refuses an int that no float holds
     ):
-        raise ArgumentError(f"operation {number}: increment needs a finite number, not {value!r:.40}")
+        raise ArgumentError(f"operation {number}: increment needs a finite number, not {show(value, 40)}")
     return {"op": kind, "path": path, "value": value}

@@ -13,7 +13,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from dotenv import dotenv_values, find_dotenv
 
-from .errors import ConfigurationError
+from .errors import ConfigurationError, show
 
 __all__ = ["Config"]
 
@@ -227,7 +227,7 @@ class Config:
             try:
                 values[name] = setting.metadata["parse"](raw)
             except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-                shown = "" if not setting.repr else f" {raw!r:.80}"
+                shown = "" if not setting.repr else f" {show(raw)}"
                 raise ConfigurationError(f"{origin}{shown}: {error}") from None
         if given.get("dsn") is None and given.get("data_dir") is not None:
             # A folder that the call names means the embedded server, whatever the environment says.
@@ -239,7 +239,7 @@ class Config:
             try:
                 values["application_name"] = _label(named)
             except ValueError as error:
-                raise ConfigurationError(f"application_name of dsn {named!r:.80}: {error}") from None
+                raise ConfigurationError(f"application_name of dsn {show(named)}: {error}") from None
         config = cls(**values)
         if config.pool_min_size > config.pool_max_size:
             raise ConfigurationError("pool_min_size is larger than pool_max_size")

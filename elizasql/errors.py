@@ -385,3 +385,14 @@ def _first_line(error: BaseException) -> str:
 def _parent_table(table: str | None) -> str | None:
     """Name the table that a caller knows, where the server names one of its hash partitions."""
     return None if table is None else re.sub(r"_p\d\d$", "", table)
+
+
+def show(value: object, length: int = 80) -> str:
+    """Give a value as an error names it: the beginning of its repr, or its type where it has none.
+
+    What does not fit may be anything: a number of more digits than Python writes, a list deeper than its stack.
+    """
+    try:
+        return repr(value)[:length]
+    except Exception:  # noqa: BLE001 - of the caller's class
+        return f"a value of type {type(value).__name__}"

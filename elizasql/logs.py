@@ -10,7 +10,7 @@ from uuid import UUID
 from . import _codecs
 from ._statements import SQL
 from ._store import Store, as_limit, order_by_id, read_cursor, unwrap
-from .errors import ArgumentError
+from .errors import ArgumentError, show
 from .models import AgentRunCounts, AgentRunSummary, AgentRunSummaryResult, Log
 from .types import RunStatus
 
@@ -154,7 +154,7 @@ class Logs(Store):
         }
         if isinstance(older_than, timedelta):
             if older_than < timedelta(0):
-                raise ArgumentError(f"older_than must not be negative, not {older_than!r:.80}")
+                raise ArgumentError(f"older_than must not be negative, not {show(older_than)}")
             params["age"] = min(older_than, _LONGEST_AGE)
         else:
             params["before"] = _codecs.as_optional_time(older_than, "older_than")
@@ -264,10 +264,10 @@ class Logs(Store):
         Statement: sql/logs.sql get_agent_run_summaries. One round trip. Source: getAgentRunSummaries; differs: true
         durations and totals, the latest terminal event decides, the entity filters.
         """
-        if status is not None and status not in ("all", *get_args(RunStatus)):
-            raise ArgumentError(f"status must be all, {', '.join(get_args(RunStatus))}, not {status!r:.40}")
+        if status is not None:
+            _codecs.as_choice(status, ("all", *get_args(RunStatus)), "status")
         if isinstance(limit, bool) or not isinstance(limit, int):
-            raise ArgumentError(f"limit must be a whole number, not {limit!r:.80}")
+            raise ArgumentError(f"limit must be a whole number, not {show(limit)}")
         skip = _codecs.as_count(offset, "offset")
         filters = {
             "room_id": _codecs.as_optional_id(room_id, "room_id"),

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
-from numbers import Real
 from typing import Any, Literal
 from uuid import UUID
 
@@ -23,7 +22,7 @@ from ._resident import Resident
 from ._statements import SQL, Statement
 from ._store import Store, as_limit, order_by_id, read_cursor
 from .config import Config
-from .errors import ArgumentError, EmbeddingDimensionError, NotFoundError
+from .errors import ArgumentError, EmbeddingDimensionError, NotFoundError, show
 from .models import LoadSummary, Memory
 from .types import DIMENSIONS, Embedding, EmbeddingInput, Recall
 
@@ -93,7 +92,7 @@ class Memories(Store):
         Statement: sql/embeddings.sql lock_embedding_dimension. Source: ensureEmbeddingDimension; differs: really locks.
         """
         if _codecs.as_count(dimension, "dimension") not in DIMENSIONS:
-            raise ArgumentError(f"dimension must be one of {', '.join(map(str, DIMENSIONS))}, not {dimension!r:.40}")
+            raise ArgumentError(f"dimension must be one of {', '.join(map(str, DIMENSIONS))}, not {dimension}")
         locked = await self._executor.fetch_value(
             SQL["lock_embedding_dimension"], agent_id=self.agent_id, dimension=dimension
         )
@@ -243,8 +242,7 @@ class Memories(Store):
         sql/embeddings.sql drop_index, build_index.
         """
         self._refuse_in_transaction("load_memories")
-        if on_conflict not in ("error", "skip"):
-            raise ArgumentError(f"on_conflict must be error or skip, not {on_conflict!r:.40}")
+        skip = _codecs.as_choice(on_conflict, ("error", "skip"), "on_conflict") == "skip"
         size = _codecs.as_count(batch_size, "batch_size", least=1)
         if size > 50_000:
             raise ArgumentError(f"batch_size must be at most 50,000, not {size}")
@@ -253,7 +251,7 @@ class Memories(Store):
             self,
             self._memory_reader(table_name, None),
             size=size,
-            skip=on_conflict == "skip",
+            skip=skip,
             build=_codecs.as_bool(build_index, "build_index"),
             progress=progress,
         )
@@ -743,9 +741,8 @@ class Memories(Store):
         threshold = _codecs.as_count(query_threshold, "query_threshold")
         count = _codecs.as_count(query_match_count, "query_match_count")
         kind = self._type(query_table_name)
-        if query_field_name not in ("content", "metadata"):
-            raise ArgumentError(f"query_field_name must be content or metadata, not {query_field_name!r:.40}")
-        indexed = (query_field_name, key) == ("content", "text")
+        field = _codecs.as_choice(query_field_name, tuple(_CACHED_BY_FIELD), "query_field_name")
+        indexed = (field, key) == ("content", "text")
         name = "get_cached_embeddings" if indexed else _CACHED_BY_FIELD[query_field_name]
         if count == 0:
             return []
@@ -994,15 +991,13 @@ def _as_type(table_name: object, config: Config) -> str:
     kind = _codecs.as_key(table_name, "table_name", empty=False)
     known = config.memory_types
     if known is not None and kind not in known:
-        raise ArgumentError(f"table_name {kind!r:.80} is not one of memory_types: {', '.join(sorted(known))}")
+        raise ArgumentError(f"table_name {show(kind)} is not one of memory_types: {', '.join(sorted(known))}")
     return kind
 
 
 def _as_ef_search(recall: Recall, ef_search: int | None, config: Config) -> int | None:
     """Give the candidates that HNSW is to keep, None where it is not to be asked."""
-    if not isinstance(recall, str) or recall not in _SHARES:
-        raise ArgumentError(f"recall must be one of {', '.join(_SHARES)}, not {recall!r:.40}")
-    share = _SHARES[recall]
+    share = _SHARES[_codecs.as_choice(recall, tuple(_SHARES), "recall")]
     if ef_search is None:
         return None if share is None else max(1, int(config.ef_search * share))
     if share is None:
@@ -1033,12 +1028,9 @@ def _path(scope: Mapping[str, Any]) -> str | None:
 def _threshold(value: float | None) -> float | None:
     if value is None:
         return None
-    # Any: a scalar of numpy is a real number, too, and no float to a type checker.
-    number: Any = value
-    real = isinstance(number, Real) and not isinstance(number, bool)
-    if not real or not -1 <= number <= 1:
-        raise ArgumentError(f"match_threshold must be between -1 and 1, not {value!r:.40}")
-    return float(number)
+    if not _codecs.is_number(value) or not -1 <= value <= 1:
+        raise ArgumentError(f"match_threshold must be between -1 and 1, not {show(value, 40)}")
+    return float(value)
 
 
 def _unwrap(memory: Any) -> dict[str, Any]:
@@ -1047,7 +1039,7 @@ def _unwrap(memory: Any) -> dict[str, Any]:
         return Memory.read(memory)
     unknown = set(memory) - {"memory", "tableName", "table_name", "unique"}
     if unknown:
-        raise ArgumentError(f"a memory to create has no {', '.join(sorted(map(str, unknown)))}")
+        raise ArgumentError(f"a memory to create has no {', '.join(sorted(map(show, unknown)))}")
     fields = Memory.read(memory["memory"])
     kind = memory.get("tableName", memory.get("table_name"))
     if kind is not None:

@@ -26,7 +26,7 @@ from uuid import UUID
 import numpy as np
 
 from . import _codecs
-from .errors import ArgumentError
+from .errors import ArgumentError, show
 from .types import JSON, Embedding, GoalStatus, Key, Objective, RunStatus
 
 __all__ = [
@@ -108,9 +108,9 @@ class Model:
             if name is None:
                 if key in cls._ignored:
                     continue
-                near = difflib.get_close_matches(str(key), keys, n=1)
+                near = difflib.get_close_matches(key, keys, n=1) if isinstance(key, str) else []
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ArgumentError(f"{cls.__name__} has no field {key!r}{hint}")
+                raise ArgumentError(f"{cls.__name__} has no field {show(key)}{hint}")
             if given.get(name) is not None:
                 if item is None:
                     continue
@@ -663,9 +663,7 @@ def _read_object(value: object, name: str) -> dict[str, Any]:
 
 
 def _read_list(value: object, name: str) -> list[Any]:
-    if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__iter__"):
-        raise ArgumentError(f"{name} must be a list, not {type(value).__name__}")
-    return value if isinstance(value, list) else list(value)
+    return value if isinstance(value, list) else list(_codecs.as_collection(value, f"{name} must be a list"))
 
 
 def _read_texts(value: object, name: str) -> list[str]:
@@ -678,9 +676,9 @@ def _read_bio(value: object, name: str) -> list[Any]:
     return [value] if isinstance(value, str) else _read_list(value, name)
 
 
-def _read_number(value: object, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise ArgumentError(f"{name} must be a number, not {value!r:.40}")
+def _read_number(value: Any, name: str) -> float:
+    if not _codecs.is_number(value):
+        raise ArgumentError(f"{name} must be a number, not {show(value, 40)}")
     try:
         return float(value)
     except OverflowError:
@@ -700,12 +698,7 @@ def _many(kind: type[M]) -> Callable[[Any, str], list[M]]:
 
 
 def _one_of(*allowed: str) -> Callable[[Any, str], str]:
-    def read(value: Any, name: str) -> str:
-        if value not in allowed:
-            raise ArgumentError(f"{name} must be one of {', '.join(allowed)}, not {value!r:.40}")
-        return allowed[allowed.index(value)]  # of an enumeration its value
-
-    return read
+    return lambda value, name: _codecs.as_choice(value, allowed, name)
 
 
 def _read_objectives(value: object, name: str) -> list[Objective]:
@@ -714,17 +707,22 @@ def _read_objectives(value: object, name: str) -> list[Objective]:
     for position, item in enumerate(_read_list(value, name)):
         where = f"{name}[{position}]"
         given = _read_object(item, where)
-        id = given.get("id")
         step = {
             **given,
-            "id": str(_codecs.new_id()) if id is None else _codecs.as_text(str(id), f"{where}.id", empty=False),
+            "id": _read_step_id(given.get("id"), f"{where}.id"),
             "description": _codecs.as_text(given.get("description"), f"{where}.description"),
             "completed": _codecs.as_bool(given.get("completed", False), f"{where}.completed"),
         }
         if step["id"] in read:
-            raise ArgumentError(f"{where}.id is there twice: {step['id']!r:.80}")
+            raise ArgumentError(f"{where}.id is there twice: {show(step['id'])}")
         read[step["id"]] = step
     return list(read.values())
+
+
+def _read_step_id(id: object, name: str) -> str:
+    if id is None or isinstance(id, UUID):
+        return str(id or _codecs.new_id())
+    return _codecs.as_text(str(_codecs.as_count(id, name)) if isinstance(id, int) else id, name, empty=False)
 
 
 def _read_json(value: object, name: str) -> Any:  # noqa: ARG001 - what JSON cannot hold is found when it is encoded

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 from uuid import UUID
 
 from . import _codecs
 from ._statements import SQL
 from ._store import Store, need, read_each
-from .errors import ArgumentError
+from .errors import ArgumentError, show
 from .models import Entity, Participant
 from .types import UserState
 
 Pair: TypeAlias = "tuple[UUID | str, UUID | str] | Mapping[str, Any] | Participant"
 """What names a membership: (entity_id, room_id), a mapping with `entityId` and `roomId`, or a participant."""
 
-_STATES = ("FOLLOWED", "MUTED", None)
+_STATES = get_args(UserState)
 
 
 class Participants(Store):
@@ -343,8 +343,8 @@ class Participants(Store):
             row = read(value)
             self._check_agent(row)
             need(row, "entity_id", "room_id")
-            if row.get("room_state") not in _STATES:
-                raise ArgumentError(f"the state must be FOLLOWED, MUTED or None, not {row['room_state']!r:.40}")
+            if row.get("room_state") is not None:
+                _codecs.as_choice(row["room_state"], _STATES, "the state")
             return row
 
         return read_each(values, "pair", read_row, names="pairs")
@@ -354,7 +354,7 @@ def _as_pair(value: Any) -> dict[str, Any]:
     if isinstance(value, (tuple, list)) and len(value) == 2:
         value = {"entity_id": value[0], "room_id": value[1]}
     if not isinstance(value, (Participant, Mapping)):
-        raise ArgumentError(f"expected (entity_id, room_id) or a mapping, not {value!r:.80}")
+        raise ArgumentError(f"expected (entity_id, room_id) or a mapping, not {show(value)}")
     return Participant.read(value)
 
 

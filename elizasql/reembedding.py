@@ -25,6 +25,7 @@ from .errors import (
     EmbeddingError,
     NotFoundError,
     ReembeddingError,
+    show,
 )
 from .types import DIMENSIONS, Embedding
 
@@ -125,7 +126,7 @@ class Reembedding(Store):
         self._refuse_in_transaction("reembed")
         target = _codecs.as_count(to, "to")
         if target not in DIMENSIONS:
-            raise ArgumentError(f"to must be one of {', '.join(map(str, DIMENSIONS))}, not {to!r:.40}")
+            raise ArgumentError(f"to must be one of {', '.join(map(str, DIMENSIONS))}, not {show(to, 40)}")
         if not callable(embed):
             raise ArgumentError(f"embed must be callable, not {type(embed).__name__}")
         size = _codecs.as_count(batch_size, "batch_size", least=1)
@@ -282,7 +283,7 @@ class _Move:
         )
         if row is None:
             return
-        (vector,) = self._read(await call(self._embed, [row["text"]]), [f"the text {row['text']!r:.40}"])
+        (vector,) = self._read(await call(self._embed, [row["text"]]), [f"the text {show(row['text'], 40)}"])
         alike = float(vector @ row["embedding"] / np.linalg.norm(vector) / np.linalg.norm(row["embedding"]))
         if alike < _SAME_MODEL:
             raise ReembeddingError(

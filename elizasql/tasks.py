@@ -12,7 +12,7 @@ from . import _codecs
 from ._listener import Listener
 from ._statements import SQL
 from ._store import Store, as_limit, order_by_id, unwrap
-from .errors import ArgumentError, DeadlineError, ElizaSQLError, UnknownOutcomeError
+from .errors import ArgumentError, DeadlineError, ElizaSQLError, UnknownOutcomeError, show
 from .models import Task
 
 logger: logging.Logger = logging.getLogger("elizasql")
@@ -367,7 +367,7 @@ class Tasks(Store):
 
         Statement: sql/tasks.sql fail_task. One round trip.
         """
-        text = f"{type(error).__name__}: {error}" if isinstance(error, BaseException) else error
+        text = _text_of(error) if isinstance(error, BaseException) else error
         params = self._claim(task) | {
             "error": _codecs.as_text(text, "error"),
             "retry": _codecs.as_bool(retry, "retry"),
@@ -470,6 +470,13 @@ def _with_id(id: UUID, task: Task | Mapping[str, Any]) -> dict[str, Any]:
     return given | {"id": id}
 
 
+def _text_of(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # noqa: BLE001 - of the task's own code, and the task has failed all the same
+        return type(error).__name__
+
+
 def _texts(value: Iterable[str] | str | None, name: str) -> list[str] | None:
     if value is None:
         return None
@@ -479,5 +486,5 @@ def _texts(value: Iterable[str] | str | None, name: str) -> list[str] | None:
 def _seconds(value: float | timedelta, name: str, *, least: float = 0.0) -> float:
     seconds = value.total_seconds() if isinstance(value, timedelta) else value
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not least <= seconds < 1e9:
-        raise ArgumentError(f"{name} must be a number of seconds, at least {least:g}, not {value!r:.40}")
+        raise ArgumentError(f"{name} must be a number of seconds, at least {least:g}, not {show(value, 40)}")
     return float(seconds)

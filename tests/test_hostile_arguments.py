@@ -1,0 +1,300 @@
+"""Whatever stands in an argument, a field of a model or a setting: it fits, or it is refused by an error of ours.
+
+Every public method, each of its parameters and each field of the models that it takes, with values that are hard to
+look at: none of them may end a call in an error of Python's, which no caller has asked to expect.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from datetime import datetime, timedelta, timezone
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any, NoReturn
+from uuid import UUID
+
+import numpy as np
+import pytest
+
+from elizasql import Config, ConfigurationError, DatabaseAdapter, ElizaSQLError, Model, models
+
+ID = UUID(int=7)
+
+# More digits than Python writes.
+HUGE = 10**5000
+
+
+class Unprintable:
+    def __repr__(self) -> str:
+        raise RuntimeError("has no repr")
+
+
+class Incomparable:
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("cannot be compared")
+
+
+class Text(str):
+    __slots__ = ()
+
+
+def nested(wrap: Callable[[Any], Any]) -> Any:
+    value: Any = "x"
+    for _ in range(5000):
+        value = wrap(value)
+    return value
+
+
+def circle() -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    value["x"] = value
+    return value
+
+
+HOSTILE: list[Any] = [
+    None,
+    True,
+    -1,
+    1.5,
+    math.nan,
+    -math.inf,
+    2**63,
+    HUGE,
+    -HUGE,
+    1j,
+    Decimal("sNaN"),
+    Fraction(1, 3),
+    "",
+    "\x00\ud800",
+    "x" * 3000,
+    Text("x"),
+    Text(ID),
+    b"x",
+    [],
+    [None],
+    [[]],
+    [HUGE],
+    [Unprintable()],
+    [(ID,)],
+    [(ID, Unprintable())],
+    [{}],
+    [{"id": Unprintable()}],
+    [{HUGE: 1}],
+    (ID, ID, ID),
+    {},
+    {1: 2},
+    {"x": HUGE},
+    {"x": Unprintable()},
+    {HUGE: 1},
+    {Unprintable(): 1},
+    {ID},
+    circle(),
+    nested(lambda value: [value]),
+    nested(lambda value: {"x": value}),
+    object(),
+    Unprintable(),
+    Incomparable(),
+    int,
+    ...,
+    KeyError(Unprintable()),
+    ID,
+    np.ones(2),
+    np.array(None),
+    np.array("x"),
+    np.float32("nan"),
+    np.int64(-5),
+    np.datetime64("NaT"),
+    np.timedelta64("NaT"),
+    np.timedelta64(5, "D"),
+    datetime.max,  # noqa: DTZ901
+    datetime.max.replace(tzinfo=timezone(timedelta(hours=-1))),
+    datetime.min.replace(tzinfo=timezone.utc),
+    timedelta.max,
+    timedelta.min,
+]
+
+# What a method takes as a model: by the name of the parameter, or the method's and its own; with fields that fit.
+MODELS: dict[str, tuple[type[Model], dict[str, Any]]] = {
+    "agent": (models.Agent, {"id": ID, "name": "x"}),
+    "world": (models.World, {"id": ID}),
+    "room": (models.Room, {"id": ID, "source": "x", "type": "DM"}),
+    "entity": (models.Entity, {"id": ID, "names": ["x"]}),
+    "component": (models.Component, {"id": ID, "entity_id": ID, "room_id": ID, "type": "x", "data": {}}),
+    "relationship": (models.Relationship, {"id": ID, "source_entity_id": ID, "target_entity_id": ID}),
+    "memory": (models.Memory, {"id": ID, "content": {}, "type": "messages"}),
+    "task": (models.Task, {"id": ID, "name": "x"}),
+    "log": (models.Log, {"id": ID, "entity_id": ID, "room_id": ID, "type": "x", "body": {}}),
+    "goal": (models.Goal, {"id": ID, "name": "x"}),
+    "server": (models.MessageServer, {"name": "x", "source_type": "x"}),
+    "channel": (models.Channel, {"message_server_id": ID, "name": "x", "type": "GROUP"}),
+    "message": (models.ChannelMessage, {"channel_id": ID, "author_id": ID, "content": "x"}),
+    "request": (models.PairingRequest, {"id": ID, "channel": "x", "sender_id": "x", "code": "x"}),
+    "entry": (models.PairingAllowlistEntry, {"id": ID, "channel": "x", "sender_id": "x"}),
+    "update_agent agent": (models.Agent, {"name": "x"}),
+    "update_task task": (models.Task, {"name": "x"}),
+    "update_pending_task task": (models.Task, {"name": "x"}),
+    "update_channel updates": (models.Channel, {"name": "x"}),
+    "update_message updates": (models.ChannelMessage, {"content": "x"}),
+}
+PLURALS = {"entities": "entity", "memories": "memory", "entries": "entry"}
+
+# Good values of what else is needed, by the parameter's name, or the method's and its own.
+GOOD: dict[str, Any] = {
+    "key": "x",
+    "keys": ["x"],
+    "expected": 1,
+    "value": 1,
+    "names": ["x"],
+    "query": "x",
+    "queries": ["x"],
+    "dimension": 384,
+    "name": "x",
+    "to": 768,
+    "embed": lambda texts: [np.ones(768) for _ in texts],
+    "embedding": np.ones(384, np.float32),
+    "table_name": "messages",
+    "query_table_name": "messages",
+    "query_threshold": 1,
+    "query_input": "x",
+    "type": "x",
+    "older_than": timedelta(1),
+    "error": "x",
+    "state": "MUTED",
+    "status": "DONE",
+    "pairs": [(ID, ID)],
+    "participants": [(ID, ID)],
+    "ops": [{"op": "set", "path": "x", "value": 1}],
+    "patches": [{"componentId": ID, "ops": [{"op": "push", "path": "x", "value": 1}]}],
+    "get_components_by_natural_keys keys": [{"entity_id": ID, "type": "x"}],
+    "update_participants participants": [{"entityId": ID, "roomId": ID, "updates": {"metadata": {}}}],
+    "update_participant_user_states updates": [{"entityId": ID, "roomId": ID, "state": "MUTED"}],
+    "set_caches entries": [{"key": "x", "value": 1}],
+    "get_pairing_allowlist channel": "x",
+    "get_relationships entity_id": ID,
+    "query_entities component_type": "x",
+    "prune_logs keep": 1,
+    "complete_task task": models.Task(id=ID, claim_token=ID),
+    "fail_task task": models.Task(id=ID, claim_token=ID),
+    "heartbeat_task task": models.Task(id=ID, claim_token=ID),
+    "release_task task": models.Task(id=ID, claim_token=ID),
+}
+
+# These end the adapter, tell what it is, or run what the caller gives them.
+LEFT_OUT = {"close", "health", "is_ready", "with_entity_context"}
+
+
+class Sent(Exception):  # noqa: N818
+    """The arguments fit: from here on it is the server's."""
+
+
+def methods() -> dict[str, list[str]]:
+    """Give the public coroutine methods of each class that the adapter is made of."""
+    found: dict[str, list[str]] = {}
+    for kind in DatabaseAdapter.__mro__:
+        names = [
+            name
+            for name, method in vars(kind).items()
+            if inspect.iscoroutinefunction(method) and name[0] != "_" and name not in LEFT_OUT
+        ]
+        if names:
+            found[kind.__name__] = names
+    return found
+
+
+def parameters(name: str) -> list[inspect.Parameter]:
+    return list(inspect.signature(getattr(DatabaseAdapter, name)).parameters.values())[1:]
+
+
+def model_of(method: str, parameter: str) -> tuple[type[Model], dict[str, Any]] | None:
+    where = f"{method} {parameter}"
+    if where in GOOD:
+        return None
+    return MODELS.get(where) or MODELS.get(PLURALS.get(parameter, parameter.removesuffix("s")))
+
+
+def is_single(parameter: str) -> bool:
+    return parameter in MODELS or parameter == "updates"
+
+
+def good(method: str) -> dict[str, Any]:
+    """Give arguments that fit."""
+    found: dict[str, Any] = {}
+    for parameter in parameters(method):
+        name = parameter.name
+        special = GOOD.get(f"{method} {name}", parameter)
+        if special is not parameter:
+            found[name] = special
+        elif parameter.default is not parameter.empty:
+            continue
+        elif (model := model_of(method, name)) is not None:
+            found[name] = model[1] if is_single(name) else [model[1]]
+        elif name.endswith("_id"):
+            found[name] = ID
+        elif name.endswith("_ids"):
+            found[name] = [ID]
+        else:
+            found[name] = GOOD[name]
+    return found
+
+
+def calls(method: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Give each parameter of a method, and each field of a model that it takes, with each hostile value."""
+    given = good(method)
+    for parameter in parameters(method):
+        name = parameter.name
+        for value in HOSTILE:
+            yield name, given | {name: value}
+        model = model_of(method, name)
+        if model is None or name not in given:
+            continue
+        kind, row = model
+        for field in dataclasses.fields(kind):
+            for value in HOSTILE:
+                for whole in (row | {field.name: value}, kind(**row | {field.name: value})):
+                    yield f"{name}.{field.name}", given | {name: whole if is_single(name) else [whole]}
+
+
+@pytest.mark.parametrize("domain", methods())
+async def test_no_value_ends_a_call_in_an_error_of_python(
+    db: DatabaseAdapter, monkeypatch: pytest.MonkeyPatch, domain: str
+) -> None:
+    async def send(*_: object, **__: object) -> NoReturn:
+        raise Sent
+
+    async def outcome(method: str, arguments: Mapping[str, Any]) -> str:
+        call: Callable[..., Awaitable[Any]] = getattr(db, method)
+        try:
+            await call(**arguments)
+        except Sent:
+            return "sent"
+        except ElizaSQLError as error:
+            return str(error)
+        except Exception as error:
+            return f"a {type(error).__name__} escapes"
+        return ""
+
+    wrong = []
+    with monkeypatch.context() as patch:
+        for executor in (db._executor, db._background):
+            patch.setattr(executor, "_attempts", send)
+        for method in methods()[domain]:
+            assert await outcome(method, good(method)) == "sent", method
+            for place, arguments in calls(method):
+                said = await outcome(method, arguments)
+                if said.endswith("escapes"):
+                    wrong.append(f"{method}, {place}: {said}")
+    assert not wrong, "\n".join(sorted(set(wrong)))
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Config)])
+def test_no_value_of_a_setting_ends_in_an_error_of_python(name: str) -> None:
+    for value in HOSTILE:
+        try:
+            Config.load(environ={}, **{name: value})
+        except ConfigurationError as error:
+            assert str(error)  # noqa: PT017 - what is raised is the question
