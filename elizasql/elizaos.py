@@ -9,7 +9,7 @@ from uuid import UUID
 
 from .adapter import DatabaseAdapter, open
 from .config import Config
-from .errors import ArgumentError, ConfigurationError
+from .errors import ArgumentError, ConfigurationError, show
 
 __all__ = ["Plugin", "Runtime", "create_database_adapter", "plugin"]
 
@@ -22,14 +22,19 @@ _SETTINGS = {setting.metadata["variable"]: setting.name for setting in fields(Co
 
 
 def _read_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(config, Mapping):
+        raise ArgumentError(f"a configuration must be a mapping, not {type(config).__name__}")
     given: dict[str, Any] = {}
     for key, value in config.items():
-        if value in (None, ""):
+        if value is None or (isinstance(value, str) and not value):
             continue
+        if not isinstance(key, str):
+            raise ArgumentError(f"the name of a setting must be a string, not {show(key)}")
         name = _SETTINGS.get(key, key)
-        if given.setdefault(name, value) != value:
+        if name in given and given[name] != value:
             # Not shown: it may be an address with a password.
             raise ArgumentError(f"{name} has two values: under {key!r} and another key")
+        given[name] = value
     return given
 
 

@@ -19,7 +19,7 @@ from uuid import UUID
 import numpy as np
 import pytest
 
-from elizasql import Config, ConfigurationError, DatabaseAdapter, ElizaSQLError, Model, models
+from elizasql import Config, ConfigurationError, DatabaseAdapter, ElizaSQLError, Model, _codecs, elizaos, models
 
 ID = UUID(int=7)
 
@@ -298,3 +298,21 @@ def test_no_value_of_a_setting_ends_in_an_error_of_python(name: str) -> None:
             Config.load(environ={}, **{name: value})
         except ConfigurationError as error:
             assert str(error)  # noqa: PT017 - what is raised is the question
+
+
+async def test_no_value_of_a_configuration_ends_in_an_error_of_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def open_with(*, agent_id: object, **settings: Any) -> NoReturn:
+        _codecs.as_id(agent_id)
+        Config.load(environ={}, **settings)
+        raise Sent
+
+    monkeypatch.setattr(elizaos, "open", open_with)
+    for value in HOSTILE:
+        for config, agent_id in (
+            (value, ID),
+            ({"postgresUrl": value}, ID),
+            ({"POSTGRES_POOL_MAX": value}, ID),
+            ({}, value),
+        ):
+            with pytest.raises((ElizaSQLError, Sent)):
+                await elizaos.create_database_adapter(config, agent_id)
