@@ -948,8 +948,9 @@ def test_other_files_are_no_archives(tmp_path: Path) -> None:
         with pytest.raises(ArchiveError):
             Archive(tmp_path / name)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ArchiveError, match="is a pipe"):
-        Archive(tmp_path / "pipe")
+    for endless in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(ArchiveError, match="is a pipe or a device"):
+            Archive(endless)
     with pytest.raises(FileNotFoundError):
         Archive(tmp_path / "missing")
 

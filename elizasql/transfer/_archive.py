@@ -231,11 +231,12 @@ class Archive:
         self.path: Path = Path(path)
         self._tar: tarfile.TarFile | None = None
         self._members: dict[str, tarfile.TarInfo] = {}
-        if self.path.is_fifo():
+        folder = self.path.is_dir()
+        if not folder and self.path.exists() and not self.path.is_file():
             raise ArchiveError(
-                f"{self.path} is a pipe: an archive is read more than once, it must be a file or a folder"
+                f"{self.path} is a pipe or a device: an archive is read more than once, it must be a file or a folder"
             )
-        if not self.path.is_dir():
+        if not folder:
             try:
                 self._tar = tarfile.open(self.path)  # noqa: SIM115
             except _DAMAGE as error:
