@@ -2,30 +2,46 @@
 
 -- name: look_at_server()^
 -- Version of the server, and of pgvector: created, where, available; indexes of ours that the server does not use; the
--- encoding; the path to the extension, or to where it can be made, if the session's does not lead there; whether the role
--- may use what is there.
+-- encoding; the path to the extension, or to where it can be made, if the session's does not lead there, or past other
+-- things of the same names; whether the role may use what is there.
 SELECT
     current_setting('server_version_num')::integer AS version,
     x.extversion AS vector_version,
     n.nspname AS vector_schema,
-    (SELECT default_version FROM pg_available_extensions WHERE name = 'vector') AS vector_available,
+    (SELECT default_version FROM pg_catalog.pg_available_extensions WHERE name = 'vector') AS vector_available,
     ARRAY(
         SELECT c.relname::text
-        FROM pg_index AS i
-        INNER JOIN pg_class AS c ON i.indexrelid = c.oid
-        INNER JOIN pg_namespace AS n ON c.relnamespace = n.oid
+        FROM pg_catalog.pg_index AS i
+        INNER JOIN pg_catalog.pg_class AS c ON i.indexrelid = c.oid
+        INNER JOIN pg_catalog.pg_namespace AS n ON c.relnamespace = n.oid
         WHERE n.nspname = 'elizasql' AND NOT i.indisvalid
         ORDER BY c.relname
     ) AS invalid_indexes,
     current_setting('server_encoding') AS encoding,
     CASE
         WHEN n.nspname IS NULL AND current_schema IS NULL THEN 'public'
-        WHEN n.nspname <> ALL(current_schemas(FALSE)) THEN quote_ident(n.nspname)
+        -- What comes before the extension may have a name of its own for a type, a function or an operator of ours: a
+        -- table called vector is a type, too.
+        WHEN
+            'pg_catalog' = ANY((current_schemas(FALSE))[2:])
+            OR EXISTS (
+                SELECT FROM pg_catalog.pg_depend AS d
+                WHERE
+                    d.refclassid = 'pg_catalog.pg_extension'::regclass AND d.refobjid = x.oid AND d.deptype = 'e'
+                    AND NOT CASE d.classid
+                        WHEN 'pg_catalog.pg_type'::regclass THEN pg_type_is_visible(d.objid)
+                        WHEN 'pg_catalog.pg_proc'::regclass THEN pg_function_is_visible(d.objid)
+                        WHEN 'pg_catalog.pg_operator'::regclass THEN pg_operator_is_visible(d.objid)
+                        WHEN 'pg_catalog.pg_opclass'::regclass THEN pg_opclass_is_visible(d.objid)
+                        ELSE TRUE
+                    END
+            )
+            THEN quote_ident(n.nspname)
     END AS vector_path,
     coalesce(has_schema_privilege(n.oid, 'USAGE'), TRUE) AS may_use_vector
 FROM (SELECT) AS one
-LEFT JOIN pg_extension AS x ON x.extname = 'vector'
-LEFT JOIN pg_namespace AS n ON x.extnamespace = n.oid;
+LEFT JOIN pg_catalog.pg_extension AS x ON x.extname = 'vector'
+LEFT JOIN pg_catalog.pg_namespace AS n ON x.extnamespace = n.oid;
 
 -- name: get_settings(names)
 SELECT

@@ -727,6 +727,43 @@ async def test_the_extension_is_found_where_no_path_leads(
     assert done.read["embeddings"] == 1
 
 
+@pytest.mark.parametrize("path", ["shop, public", "shop, pg_catalog, public"])
+async def test_the_extension_is_found_behind_other_things_of_the_same_names(
+    make_database: MakeDatabase, make_db: MakeAdapter, path: str
+) -> None:
+    """As where an application has a table called vector, which is a type, too."""
+    address = await make_database()
+    name = urlsplit(address).path.lstrip("/")
+    async with connected(_as(address, "postgres")) as admin:
+        await admin.execute(
+            f"""
+            CREATE SCHEMA shop;
+            GRANT USAGE ON SCHEMA shop TO PUBLIC;
+            CREATE TABLE shop.vector (id integer);
+            CREATE TABLE shop.pg_extension (id integer);
+            CREATE TABLE shop.memories (id integer);
+            CREATE FUNCTION shop.now() RETURNS timestamptz LANGUAGE sql AS $$SELECT timestamptz '1999-01-01'$$;
+            CREATE FUNCTION shop.cosine_distance(public.vector, public.vector) RETURNS double precision
+                LANGUAGE sql AS 'SELECT 0::double precision';
+            CREATE OPERATOR shop.<=> (
+                LEFTARG = public.vector, RIGHTARG = public.vector, FUNCTION = shop.cosine_distance
+            );
+            ALTER DATABASE {name} SET search_path = {path};
+            """
+        )
+    db = await make_db(dsn=address)
+    vectors = np.random.default_rng(1).normal(size=(3, 384)).astype(np.float32)
+    rows = [{"content": {"text": "x"}, "embedding": vector} for vector in vectors]
+    ids = await db.create_memories(rows, "messages")
+    for indexed in (0, 3):
+        if indexed:
+            assert await db.index_memories(rebuild=True) == indexed
+        (hit,) = await db.search_memories(embedding=vectors[1], table_name="messages", count=1)
+        assert hit.id == ids[1]
+        assert hit.created_at is not None
+        assert hit.created_at.year > 2000
+
+
 async def test_no_path_is_asked_for_where_none_is_needed(
     fresh: str, started: list[tuple[asyncio.subprocess.Process, dict[str, Any]]]
 ) -> None:
