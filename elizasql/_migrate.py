@@ -106,6 +106,7 @@ async def run_dbmate(*words: str, dsn: str, config: Config, folder: Path | None 
     Raises:
         MigrationError: dbmate is missing or failed; holds its last words. Or the address cannot be reached, or
             `migration_dsn` leads to another database than `dsn`: then nothing was done.
+        ConfigurationError: No trigger fires for the role, and nothing was done.
     """
     schema = None if folder is None else table.partition(".")[0]
     url = await _look_up(dsn, config, schema)
@@ -171,6 +172,7 @@ async def _look_up(dsn: str, config: Config, schema: str | None) -> str:
         if direct != dsn:
             await _compare(connection, direct, dsn, config)
         server = await _pool.look_at(connection)
+        server.check_triggers()
         path = server.vector_path
         if schema is not None:
             # Types of the extension are found wherever it is, as a rule in public.

@@ -100,6 +100,7 @@ class Server:
         encoding: Of the database.
         vector_path: What `search_path` must be for the extension to be found, or made; None: as it is.
         may_use_vector: Whether the role may use what is in the extension's schema.
+        fires_triggers: Whether triggers fire, and references are checked, for what the session writes.
     """
 
     version: int
@@ -110,6 +111,7 @@ class Server:
     encoding: str = "UTF8"
     vector_path: str | None = None
     may_use_vector: bool = True
+    fires_triggers: bool = True
 
     def check(self) -> None:
         """Refuse a server that this library cannot trust.
@@ -117,7 +119,8 @@ class Server:
         Raises:
             ConfigurationError: PostgreSQL below 15; pgvector missing, or below 0.8.4, whose index can be damaged by
                 vacuum and whose parallel build can overflow, or closed to the role; a database that is not in UTF8:
-                it could not hold what is said in most languages.
+                it could not hold what is said in most languages; a role for which no trigger fires: neither
+                references nor the width of vectors would be checked.
 
         Invalid indexes are logged: everything works without them, slower, and one may be in the making right now.
         """
@@ -142,6 +145,19 @@ class Server:
             raise ConfigurationError(f'the role may not use pgvector: GRANT USAGE ON SCHEMA "{self.vector_schema}"')
         if self.encoding != "UTF8":
             raise ConfigurationError(f"the database is in {self.encoding}: make one in UTF8")
+        self.check_triggers()
+
+    def check_triggers(self) -> None:
+        """Refuse a session whose writes nothing checks: migrations, too, are noted by a trigger.
+
+        Raises:
+            ConfigurationError: `session_replication_role` is replica.
+        """
+        if not self.fires_triggers:
+            raise ConfigurationError(
+                "session_replication_role is replica: nothing that is written would be checked: "
+                "ALTER ROLE, or ALTER DATABASE, ... RESET session_replication_role"
+            )
 
 
 def _version(text: str | None) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 -- name: look_at_server()^
 -- Version of the server, and of pgvector: created, where, available; indexes of ours that the server does not use; the
 -- encoding; the path to the extension, or to where it can be made, if the session's does not lead there, or past other
--- things of the same names; whether the role may use what is there.
+-- things of the same names; whether the role may use what is there; whether triggers fire for what the session writes.
 SELECT
     current_setting('server_version_num')::integer AS version,
     x.extversion AS vector_version,
@@ -38,7 +38,8 @@ SELECT
             )
             THEN quote_ident(n.nspname)
     END AS vector_path,
-    coalesce(has_schema_privilege(n.oid, 'USAGE'), TRUE) AS may_use_vector
+    coalesce(has_schema_privilege(n.oid, 'USAGE'), TRUE) AS may_use_vector,
+    current_setting('session_replication_role') <> 'replica' AS fires_triggers
 FROM (SELECT) AS one
 LEFT JOIN pg_catalog.pg_extension AS x ON x.extname = 'vector'
 LEFT JOIN pg_catalog.pg_namespace AS n ON x.extnamespace = n.oid;

@@ -444,6 +444,7 @@ async def test_service_file_that_is_none(tmp_path: Path, monkeypatch: pytest.Mon
         (Server(180004, "0.7", "public", "0.10.0"), "run ALTER EXTENSION"),
         (Server(180004, "0.8.5", "ours", "0.8.5", may_use_vector=False), 'GRANT USAGE ON SCHEMA "ours"'),
         (Server(180004, "0.8.5", "public", "0.8.5", encoding="SQL_ASCII"), "the database is in SQL_ASCII"),
+        (Server(180004, "0.8.5", "public", "0.8.5", fires_triggers=False), "RESET session_replication_role"),
     ],
 )
 def test_servers_that_are_refused(server: Server, message: str) -> None:

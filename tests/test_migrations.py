@@ -779,6 +779,25 @@ async def test_database_in_another_encoding_is_refused(make_database: MakeDataba
         await elizasql.open(agent_id=uuid4(), dsn=address)
 
 
+@pytest.mark.parametrize("migrated", [False, True])
+async def test_a_role_for_which_no_trigger_fires_is_refused(
+    make_database: MakeDatabase, make_db: MakeAdapter, migrated: bool
+) -> None:
+    """As where a load set it and forgot it: references and widths would go unchecked, migrations unnoted."""
+    address = await make_database()
+    if migrated:
+        await open_and_close(address)
+    name = urlsplit(address).path.lstrip("/")
+    message = "session_replication_role is replica"
+    async with connected(_as(address, "postgres")) as admin:
+        await admin.execute(f"ALTER DATABASE {name} SET session_replication_role = replica")
+        with pytest.raises(elizasql.ConfigurationError, match=message):
+            await make_db(dsn=address)
+        with pytest.raises(elizasql.ConfigurationError, match=message):
+            await _migrate.run_dbmate("migrate", dsn=address, config=Config.load(environ={}, dsn=address))
+        assert (await admin.fetchval("SELECT to_regnamespace('elizasql')") is not None) is migrated
+
+
 async def test_nothing_is_said_in_plain_text_where_another_address_had_no_tls(fresh: str) -> None:
     """What is opened is on this machine, without TLS; what migrates is not, and is asked for TLS first."""
     said: list[bytes] = []
