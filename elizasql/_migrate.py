@@ -14,6 +14,7 @@ import secrets
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -31,6 +32,9 @@ TABLE = "elizasql.schema_migrations"
 
 # What a connection string says of TLS besides the mode, and dbmate's driver has to read itself.
 _FILES = ("sslcert", "sslkey", "sslrootcert")
+
+# Limits of a role that are meant for what callers wait for: migrations take as long as they take.
+_LIMITS = ["idle_session_timeout", "statement_timeout", "transaction_timeout"]
 
 # Settings of dbmate and of its driver that are none of ours.
 _LEAKS = re.compile("DBMATE_|PG(?!SSL(?:CERT|KEY|ROOTCERT)$)")
@@ -61,11 +65,10 @@ async def pending_versions(connection: asyncpg.Connection[Any]) -> list[str]:
     return [version for version in known if version not in applied]
 
 
-async def migrate(connection: asyncpg.Connection[Any], dsn: str, config: Config) -> None:
+async def migrate(dsn: str, config: Config) -> None:
     """Apply what a database lacks with dbmate, and look whether it is there.
 
     Args:
-        connection: To the database.
         dsn: As for `run_dbmate`.
         config: The settings in force.
 
@@ -73,7 +76,14 @@ async def migrate(connection: asyncpg.Connection[Any], dsn: str, config: Config)
         MigrationError: dbmate is missing or failed; holds its last words. Or it migrated another database.
     """
     await run_dbmate("--migration-lock", "migrate", dsn=dsn, config=config)
-    await confirm(connection, dsn, config)
+    # On a connection that did not wait meanwhile: the role may have an idle_session_timeout.
+    connection = await _pool.connect(dsn, config)
+    try:
+        await confirm(connection, dsn, config)
+    except Exception as error:
+        raise translate(error) from error
+    finally:
+        connection.terminate()
 
 
 async def confirm(connection: asyncpg.Connection[Any], dsn: str, config: Config) -> None:
@@ -179,11 +189,14 @@ async def _look_up(dsn: str, config: Config, schema: str | None) -> str:
             places = ["public", server.vector_schema or "public"]
             quoted = (place.replace('"', '""') for place in dict.fromkeys(places))
             path = ",".join([schema, *(f'"{place}"' for place in quoted)])
+        limits = await connection.fetch(SQL["get_settings"].sql, _LIMITS)
     except Exception as error:
         raise translate(error) from error
     finally:
         connection.terminate()
-    return _for_dbmate(connection, direct, path)
+    # What is as it should be is not asked for: a pooler refuses to connect with a parameter that it does not know.
+    settings = {row["name"]: "0" for row in limits if row["value"] not in (None, "0")}
+    return _for_dbmate(connection, direct, settings if path is None else {**settings, "search_path": path})
 
 
 async def _compare(connection: asyncpg.Connection[Any], direct: str, dsn: str, config: Config) -> None:
@@ -210,8 +223,10 @@ async def _compare(connection: asyncpg.Connection[Any], direct: str, dsn: str, c
         usual.terminate()
 
 
-def _for_dbmate(connection: asyncpg.Connection[Any], dsn: str, path: str | None = None) -> str:
+def _for_dbmate(connection: asyncpg.Connection[Any], dsn: str, settings: Mapping[str, str] | None = None) -> str:
     """Say what asyncpg found out in the connection string, the environment and the user's files.
+
+    `settings` are those of the session that come before the address's own.
 
     dbmate's driver reads some forms of an address otherwise and others not at all, takes one host, has other defaults,
     and insists on TLS where the address is silent.
@@ -226,8 +241,7 @@ def _for_dbmate(connection: asyncpg.Connection[Any], dsn: str, path: str | None 
         # "prefer" has found that the server speaks TLS; what is stricter stays.
         mode = found.sslmode.name.replace("_", "-")
         query["sslmode"] = mode if mode.startswith("verify") else "require"
-    if path is not None:
-        query["search_path"] = path
+    query |= settings or {}
     return f"postgres://{user}@/{quote(found.database, safe='')}?{urlencode(query)}"
 
 

@@ -11,8 +11,6 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 from uuid import UUID
 
-import asyncpg
-
 from . import _codecs, _embedded, _migrate, _pool, _registry, _shutdown, _telemetry
 from ._calls import Meter, as_timeout, lasting, spawn, unbounded
 from ._embedded import EmbeddedServer
@@ -342,9 +340,27 @@ async def connect(
 
 async def _prepare(dsn: str, config: Config) -> Server:
     """Check the server and apply pending migrations; give what it is then."""
+    server, pending = await _look_at(dsn, config)
+    if pending and not config.migrate:
+        raise MigrationError(f"migrations are pending: {', '.join(pending)}")
+    if pending:
+        await _migrate.migrate(dsn, config)
+    if pending or server.vector_schema is None:  # another process may have applied them just now
+        server, _ = await _look_at(dsn, config)
+    if server.vector_schema is None:
+        raise ConfigurationError("the extension pgvector was taken out of this database: CREATE EXTENSION vector")
+    return server
+
+
+async def _look_at(dsn: str, config: Config) -> tuple[Server, list[str]]:
+    """Check the server; give what it is, and the versions of the migrations that it lacks."""
     connection = await _pool.connect(dsn, config)
     try:
-        server = await _bring_up_to_date(connection, dsn, config)
+        async with _pool.steady(connection, config):
+            server = await _pool.look_at(connection)
+        server.check()
+        async with _pool.steady(connection, config):
+            pending = await _migrate.pending_versions(connection)
         await connection.close(timeout=config.connection_timeout)
     except ElizaSQLError:
         raise
@@ -352,23 +368,4 @@ async def _prepare(dsn: str, config: Config) -> Server:
         raise translate(error) from error
     finally:
         connection.terminate()
-    return server
-
-
-async def _bring_up_to_date(connection: asyncpg.Connection[Any], dsn: str, config: Config) -> Server:
-    async with _pool.steady(connection, config):
-        server = await _pool.look_at(connection)
-    server.check()
-    async with _pool.steady(connection, config):
-        pending = await _migrate.pending_versions(connection)
-    if pending and not config.migrate:
-        raise MigrationError(f"migrations are pending: {', '.join(pending)}")
-    if pending:
-        await _migrate.migrate(connection, dsn, config)
-    if pending or server.vector_schema is None:  # another process may have applied them just now
-        async with _pool.steady(connection, config):
-            server = await _pool.look_at(connection)
-        server.check()
-    if server.vector_schema is None:
-        raise ConfigurationError("the extension pgvector was taken out of this database: CREATE EXTENSION vector")
-    return server
+    return server, pending

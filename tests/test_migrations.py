@@ -770,7 +770,45 @@ async def test_no_path_is_asked_for_where_none_is_needed(
     """A pooler refuses to connect with a parameter that it does not know."""
     await open_and_close(fresh)
     [(_, given)] = started
-    assert "search_path" not in given["env"]["DATABASE_URL"]
+    assert not re.search("search_path|timeout", given["env"]["DATABASE_URL"])
+
+
+LIMITS = ("idle_session_timeout", "statement_timeout", "transaction_timeout")
+
+
+async def test_limits_of_the_role_do_not_end_migrations(
+    make_database: MakeDatabase, started: list[tuple[asyncio.subprocess.Process, dict[str, Any]]]
+) -> None:
+    """They are meant for what callers wait for; what was cut told nothing but "bad connection"."""
+    address = await make_database()
+    name = urlsplit(address).path.lstrip("/")
+    async with connected(_as(address, "postgres")) as admin:
+        known = [limit for limit in LIMITS if await admin.fetchval("SELECT current_setting($1, TRUE)", limit)]
+        for limit in known:
+            await admin.execute(f"ALTER DATABASE {name} SET {limit} = '1h'")
+    await open_and_close(address)
+    [(_, given)] = started
+    query = parse_qs(urlsplit(given["env"]["DATABASE_URL"]).query)
+    assert {limit: query.get(limit) for limit in known} == {limit: ["0"] for limit in known}
+
+
+async def test_no_connection_waits_for_the_program(fresh: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An idle_session_timeout would end it, and the open with it, after the migrations were applied."""
+    real = _migrate.run_dbmate
+
+    async def run(*args: Any, **kwargs: Any) -> str:
+        async with connected(_as(fresh, "postgres")) as admin:
+            await admin.execute(
+                """
+                SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
+                WHERE datname = current_database() AND pid <> pg_backend_pid()
+                """
+            )
+        return await real(*args, **kwargs)
+
+    monkeypatch.setattr(_migrate, "run_dbmate", run)
+    await open_and_close(fresh)
+    assert await applied(fresh) == VERSIONS
 
 
 async def test_database_in_another_encoding_is_refused(make_database: MakeDatabase) -> None:

@@ -94,8 +94,8 @@ async def bring_up_to_date(place: Place) -> list[str]:
         server = await _pool.look_at(connection)
         server.check()
         pending = await _migrate.pending_versions(connection)
-        if pending:
-            await _migrate.migrate(connection, place.address, place.config)
+    if pending:
+        await _migrate.migrate(place.address, place.config)
     return pending
 
 
