@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import re
@@ -28,6 +29,7 @@ import elizasql
 from elizasql import DatabaseAdapter, Log, Task, _embedded
 from elizasql.__main__ import main
 from elizasql._indexer import Indexer
+from elizasql._statements import SQL
 from elizasql.cli import _keeper, _out, data, doctor, look, queries
 from elizasql.cli import server as cli_server
 from elizasql.cli._destructive import find_destructive, split_migration
@@ -1001,6 +1003,18 @@ async def as_admin(dsn: str, *statements: str) -> None:
 
 def findings(said: Said, check: str) -> list[dict[str, str]]:
     return [finding for finding in said.json if finding["check"] == check]
+
+
+def test_doctor_where_the_role_has_too_little_time(run: Run, dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong is its statement_timeout, and that is what is asked for; not a server that is away."""
+    statement = SQL["check_server"]
+    slow = dataclasses.replace(statement, sql=statement.sql.replace("SELECT", "SELECT pg_sleep(60),", 1))
+    monkeypatch.setitem(SQL._statements, "check_server", slow)
+    said = run("doctor", "--json", "--dsn", f"{dsn}&statement_timeout=200")
+    assert (said.code, said.err) == (1, "")
+    (server,) = said.json
+    assert (server["check"], server["severity"]) == ("server", "error")
+    assert "statement_timeout" in server["remedy"]
 
 
 def test_doctor_on_a_healthy_database(run: Run, empty_database: str, monkeypatch: pytest.MonkeyPatch) -> None:

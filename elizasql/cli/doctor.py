@@ -101,11 +101,14 @@ async def _examine(dsn: str | None, data_dir: str | None) -> list[Finding]:
 
 async def examine(place: Place, connection: asyncpg.Connection[Any]) -> list[Finding]:
     """Do all checks, one after the other; those of the data only where the schema is up to date."""
-    began = time.time()
-    row = await connection.fetchrow(SQL["check_server"].sql)
+    try:
+        began = time.time()
+        row = await connection.fetchrow(SQL["check_server"].sql)
+        clock = (began + time.time()) / 2
+        server = await _pool.look_at(connection)
+    except FAILURES as error:
+        return [failed("server", error)]  # all else needs the answer
     assert row is not None
-    clock = (began + time.time()) / 2
-    server = await _pool.look_at(connection)
 
     async def look(check: str, judge: Callable[[Rows], Iterable[Finding]], statement: str, *arguments: object) -> None:
         """Ask, and judge the answer; a question that fails is a finding, too, and takes none of the others with it."""
