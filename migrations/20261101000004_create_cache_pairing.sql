@@ -77,7 +77,16 @@ ALTER TABLE elizasql.cache ALTER COLUMN agent_id SET (n_distinct = 10);
 ALTER TABLE elizasql.pairing_requests ALTER COLUMN agent_id SET (n_distinct = 10);
 ALTER TABLE elizasql.pairing_allowlist ALTER COLUMN agent_id SET (n_distinct = 10);
 
+-- Likewise for entities that relationships come from or go to: most have a few, and by the average the index of all that
+-- go to one is as good as that of the pair. To find one pair, all of a hub's were read, 30,000 of them in 35 ms.
+ALTER TABLE elizasql.relationships ALTER COLUMN agent_id SET (n_distinct = 10);
+ALTER TABLE elizasql.relationships ALTER COLUMN source_entity_id SET (n_distinct = 10);
+ALTER TABLE elizasql.relationships ALTER COLUMN target_entity_id SET (n_distinct = 10);
+
 -- migrate:down
+ALTER TABLE elizasql.relationships ALTER COLUMN target_entity_id RESET (n_distinct);
+ALTER TABLE elizasql.relationships ALTER COLUMN source_entity_id RESET (n_distinct);
+ALTER TABLE elizasql.relationships ALTER COLUMN agent_id RESET (n_distinct);
 ALTER TABLE elizasql.worlds ALTER COLUMN agent_id RESET (n_distinct);
 ALTER TABLE elizasql.rooms ALTER COLUMN agent_id RESET (n_distinct);
 ALTER TABLE elizasql.entities ALTER COLUMN agent_id RESET (n_distinct);

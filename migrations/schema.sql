@@ -2571,6 +2571,9 @@ CREATE TABLE elizasql.relationships (
     metadata jsonb DEFAULT '{}'::jsonb NOT NULL,
     created_at timestamp with time zone DEFAULT now() NOT NULL
 );
+ALTER TABLE ONLY elizasql.relationships ALTER COLUMN agent_id SET (n_distinct=10);
+ALTER TABLE ONLY elizasql.relationships ALTER COLUMN source_entity_id SET (n_distinct=10);
+ALTER TABLE ONLY elizasql.relationships ALTER COLUMN target_entity_id SET (n_distinct=10);
 
 CREATE TABLE elizasql.rooms (
     agent_id uuid NOT NULL,

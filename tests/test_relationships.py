@@ -350,6 +350,30 @@ async def test_plans_read_what_they_give(crowd: Skew) -> None:  # noqa: F811
         assert 0 < sum(rows.values()) <= most, (name, params, rows)
 
 
+async def test_a_pair_is_looked_up_by_both_of_its_entities(crowd: Skew) -> None:  # noqa: F811
+    """Entity 1 is the target of thousands, entity 3 the source of thousands: neither is read to find one pair."""
+    s, hub, source = crowd, of(crowd, "entity", 1), of(crowd, "entity", 3)
+    await s.session.execute(
+        "INSERT INTO elizasql.relationships (agent_id, source_entity_id, target_entity_id)"
+        " SELECT agent_id, $2, id FROM elizasql.entities WHERE agent_id = $1 ON CONFLICT DO NOTHING",
+        s.agent,
+        source,
+    )
+    await s.session.execute("ANALYZE elizasql.relationships")
+    one = {"source_entity_id": source, "target_entity_id": hub}
+    await s.check(SQL["get_relationship"], **one)
+    await s.check(SQL["get_relationships_by_pairs"], source_entity_ids=[source], target_entity_ids=[hub])
+    row = {"id": str(uuid4()), **{key: str(id) for key, id in one.items()}}
+    for number in range(2):
+        text = await s.session.fetchval(
+            "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) SELECT elizasql.create_relationships("
+            f"'{s.agent}', '{json.dumps([row])}')"
+        )
+        plan = json.loads(text)[0]["Plan"]
+        # The first call also reads the catalog, to compile the function and to plan.
+        assert number == 0 or plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] <= ENOUGH, plan
+
+
 async def test_create_reads_what_it_writes(crowd: Skew) -> None:  # noqa: F811
     """Its statements run inside a function, where EXPLAIN does not look: the blocks that it touches are counted."""
     s = crowd
