@@ -407,6 +407,8 @@ ORDER BY m.created_at DESC, m.id DESC;
 -- name: get_memories(agent_id, type, only_unique, start_time, end_time, cursor_time, cursor_id, metadata, text_contains, skip, count, include_embedding)
 -- All of a type, newest first. The time range includes both ends; the cursor is the last row of the page before, whose
 -- exact time is read by its id: ElizaOS's JSON carries milliseconds only. Times are compared as the index has them.
+-- Cursor and end are one bound, the earlier of the two: of two bounds a scan of the index begins at either, and reads all
+-- that is newer than the other.
 SELECT
     id, entity_id, agent_id, room_id, world_id, type, content, metadata, "unique", created_at,
     CASE WHEN :include_embedding THEN (
@@ -420,16 +422,23 @@ FROM elizasql.memories AS m
 WHERE
     agent_id = :agent_id AND type = :type
     AND created_at AT TIME ZONE 'UTC' >= coalesce(:start_time::timestamptz, '-infinity') AT TIME ZONE 'UTC'
-    AND created_at AT TIME ZONE 'UTC' <= coalesce(:end_time::timestamptz, 'infinity') AT TIME ZONE 'UTC'
     AND (created_at AT TIME ZONE 'UTC', id) < (
-        coalesce(
-            (
-                SELECT exact.created_at FROM elizasql.memories AS exact
-                WHERE exact.agent_id = :agent_id AND exact.id = :cursor_id
-            ),
-            :cursor_time::timestamptz, 'infinity'
-        ) AT TIME ZONE 'UTC',
-        coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
+        SELECT
+            least(page.starts_at, :end_time::timestamptz + interval '1 microsecond') AT TIME ZONE 'UTC',
+            CASE
+                WHEN page.starts_at > :end_time THEN '00000000-0000-0000-0000-000000000000'
+                ELSE coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
+            END
+        FROM (
+            SELECT
+                coalesce(
+                    (
+                        SELECT exact.created_at FROM elizasql.memories AS exact
+                        WHERE exact.agent_id = :agent_id AND exact.id = :cursor_id
+                    ),
+                    :cursor_time::timestamptz, 'infinity'
+                ) AS starts_at
+        ) AS page
     )
     AND ("unique" OR NOT :only_unique)
     AND (:metadata::jsonb IS NULL OR metadata @> :metadata)
@@ -456,16 +465,23 @@ WHERE
     AND (:entity_id::uuid IS NULL OR entity_id = :entity_id)
     AND (:world_id::uuid IS NULL OR world_id = :world_id)
     AND created_at >= coalesce(:start_time::timestamptz, '-infinity')
-    AND created_at <= coalesce(:end_time::timestamptz, 'infinity')
     AND (created_at, id) < (
-        coalesce(
-            (
-                SELECT exact.created_at FROM elizasql.memories AS exact
-                WHERE exact.agent_id = :agent_id AND exact.id = :cursor_id
-            ),
-            :cursor_time::timestamptz, 'infinity'
-        ),
-        coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
+        SELECT
+            least(page.starts_at, :end_time::timestamptz + interval '1 microsecond'),
+            CASE
+                WHEN page.starts_at > :end_time THEN '00000000-0000-0000-0000-000000000000'
+                ELSE coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
+            END
+        FROM (
+            SELECT
+                coalesce(
+                    (
+                        SELECT exact.created_at FROM elizasql.memories AS exact
+                        WHERE exact.agent_id = :agent_id AND exact.id = :cursor_id
+                    ),
+                    :cursor_time::timestamptz, 'infinity'
+                ) AS starts_at
+        ) AS page
     )
     AND ("unique" OR NOT :only_unique)
     AND (:metadata::jsonb IS NULL OR metadata @> :metadata)
@@ -491,16 +507,23 @@ WHERE
     agent_id = :agent_id AND entity_id = :entity_id AND type = :type
     AND (:world_id::uuid IS NULL OR world_id = :world_id)
     AND created_at >= coalesce(:start_time::timestamptz, '-infinity')
-    AND created_at <= coalesce(:end_time::timestamptz, 'infinity')
     AND (created_at, id) < (
-        coalesce(
-            (
-                SELECT exact.created_at FROM elizasql.memories AS exact
-                WHERE exact.agent_id = :agent_id AND exact.id = :cursor_id
-            ),
-            :cursor_time::timestamptz, 'infinity'
-        ),
-        coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
+        SELECT
+            least(page.starts_at, :end_time::timestamptz + interval '1 microsecond'),
+            CASE
+                WHEN page.starts_at > :end_time THEN '00000000-0000-0000-0000-000000000000'
+                ELSE coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
+            END
+        FROM (
+            SELECT
+                coalesce(
+                    (
+                        SELECT exact.created_at FROM elizasql.memories AS exact
+                        WHERE exact.agent_id = :agent_id AND exact.id = :cursor_id
+                    ),
+                    :cursor_time::timestamptz, 'infinity'
+                ) AS starts_at
+        ) AS page
     )
     AND ("unique" OR NOT :only_unique)
     AND (:metadata::jsonb IS NULL OR metadata @> :metadata)
@@ -525,16 +548,23 @@ FROM elizasql.memories AS m
 WHERE
     agent_id = :agent_id AND world_id = :world_id AND type = :type
     AND created_at >= coalesce(:start_time::timestamptz, '-infinity')
-    AND created_at <= coalesce(:end_time::timestamptz, 'infinity')
     AND (created_at, id) < (
-        coalesce(
-            (
-                SELECT exact.created_at FROM elizasql.memories AS exact
-                WHERE exact.agent_id = :agent_id AND exact.id = :cursor_id
-            ),
-            :cursor_time::timestamptz, 'infinity'
-        ),
-        coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
+        SELECT
+            least(page.starts_at, :end_time::timestamptz + interval '1 microsecond'),
+            CASE
+                WHEN page.starts_at > :end_time THEN '00000000-0000-0000-0000-000000000000'
+                ELSE coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
+            END
+        FROM (
+            SELECT
+                coalesce(
+                    (
+                        SELECT exact.created_at FROM elizasql.memories AS exact
+                        WHERE exact.agent_id = :agent_id AND exact.id = :cursor_id
+                    ),
+                    :cursor_time::timestamptz, 'infinity'
+                ) AS starts_at
+        ) AS page
     )
     AND ("unique" OR NOT :only_unique)
     AND (:metadata::jsonb IS NULL OR metadata @> :metadata)

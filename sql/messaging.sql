@@ -249,20 +249,29 @@ RETURNING
 -- name: get_messages_for_channel(channel_id, before_time, cursor_time, cursor_id, count)
 -- Newest first; before_time and the cursor, the last row of the page before, are left out.
 -- The cursor's time is read from its row, since JSON rounds to milliseconds; the given one counts when it is deleted.
+-- Both are one bound, the earlier of the two: of two bounds a scan of the index begins at either, and reads all that is
+-- newer than the other.
 SELECT
     id, channel_id, author_id, content, raw_message, in_reply_to_root_message_id, source_type, source_id, metadata,
     created_at, updated_at
 FROM elizasql.central_messages
 WHERE
     channel_id = :channel_id
-    AND created_at < coalesce(:before_time::timestamptz, 'infinity')
     AND (created_at, id) < (
-        coalesce(
-            (SELECT c.created_at FROM elizasql.central_messages AS c WHERE c.id = :cursor_id),
-            :cursor_time::timestamptz,
-            'infinity'
-        ),
-        coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
+        SELECT
+            least(page.starts_at, :before_time::timestamptz),
+            CASE
+                WHEN page.starts_at >= :before_time THEN '00000000-0000-0000-0000-000000000000'
+                ELSE coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
+            END
+        FROM (
+            SELECT
+                coalesce(
+                    (SELECT c.created_at FROM elizasql.central_messages AS c WHERE c.id = :cursor_id),
+                    :cursor_time::timestamptz,
+                    'infinity'
+                ) AS starts_at
+        ) AS page
     )
 ORDER BY created_at DESC, id DESC
 LIMIT :count::bigint;

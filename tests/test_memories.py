@@ -514,6 +514,28 @@ async def test_pages_by_offset_and_by_cursor_cover_all_once(
             assert ids_of(by_offset) == ids_of(by_cursor) == ids_of(everything)
 
 
+async def test_a_cursor_and_an_end_hold_together(db: DatabaseAdapter, agent_world: Scene) -> None:
+    """Whichever of the two is earlier; what is of the end's own time belongs to it, whatever the id."""
+    ids = [UUID(int=0), UUID(int=2**128 - 1), *(uuid4() for _ in range(10))]
+    times = [T0 + timedelta(milliseconds=n % 4) for n in range(12)]
+    await db.create_memories(
+        [
+            memory(agent_world, id=id, created_at=time, world_id=agent_world.world)
+            for id, time in zip(ids, times, strict=True)
+        ],
+        "messages",
+    )
+    rows = sorted(zip(times, ids, strict=True), reverse=True)
+    scopes = ({}, *({f"{kind}_id": getattr(agent_world, kind)} for kind in ("room", "entity", "world")))
+    for time, id in [*rows, (T0 + timedelta(seconds=1), uuid4()), (T0 - timedelta(seconds=1), uuid4())]:
+        for n in range(-1, 5):
+            end = T0 + timedelta(milliseconds=n)
+            wanted = [row[1] for row in rows if row < (time, id) and row[0] <= end]
+            for scope in scopes:
+                found = await db.get_memories(table_name="messages", cursor=(time, id), end=end, **scope)
+                assert ids_of(found) == wanted, (scope, time, id, end)
+
+
 async def test_pages_go_on_behind_a_memory_that_is_gone(db: DatabaseAdapter) -> None:
     """JSON cuts times to milliseconds, and a batch is made in one."""
     ids = await db.create_memories([Memory(content={}) for _ in range(50)], "messages")

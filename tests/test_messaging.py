@@ -1103,6 +1103,25 @@ async def test_a_deep_page_reads_one_page(db: DatabaseAdapter, session: asyncpg.
         assert (scan["Actual Rows"], scan.get("Rows Removed by Filter", 0)) == (10, 0)
 
 
+@pytest.mark.parametrize("bound", ["before", "cursor"])
+async def test_a_page_far_back_reads_nothing_newer(
+    db: DatabaseAdapter, session: asyncpg.Connection[Any], bound: str
+) -> None:
+    channel = await make_channel(db)
+    made = await db.create_messages([message(channel) for _ in range(3000)])
+    statement = SQL["get_messages_for_channel"]
+    await session.execute(f"PREPARE planned AS {statement.sql}")
+    values = {"channel_id": channel, f"{bound}_time": made[20].created_at, "count": 10}
+    if bound == "cursor":
+        values["cursor_id"] = made[20].id
+    arguments = ", ".join(f"'{values[param]}'" if param in values else "NULL" for param in statement.params)
+    plan = await session.fetchval(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE planned({arguments})")
+    await session.execute("DEALLOCATE planned")
+    root = json.loads(plan)[0]["Plan"]
+    assert root["Actual Rows"] == 10
+    assert root["Shared Hit Blocks"] + root["Shared Read Blocks"] <= 15, plan
+
+
 def columns(name: str) -> list[str]:
     return [field for field in type_of(name).__dataclass_fields__ if not field.startswith("_")]
 

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -410,6 +410,30 @@ async def test_a_deep_page_by_cursor_reads_one_page(
     nodes = await plan_of(session, SQL["get_memories"], params, execute=True)
     read = [node["Actual Rows"] for node in nodes if "timezone" in node.get("Index Name", "") and node["Actual Loops"]]
     assert max(read) <= 21, read
+
+
+@pytest.mark.parametrize(
+    ("name", "scope"),
+    [
+        ("get_memories", {}),
+        ("get_memories_of_room", {"room_id": BIG, "entity_id": None, "world_id": None}),
+        ("get_memories_of_entity", {"entity_id": ENTITY, "world_id": None}),
+        ("get_memories_of_world", {}),
+    ],
+)
+async def test_a_page_up_to_a_time_reads_nothing_newer(
+    session: asyncpg.Connection[Any], loaded: dict[str, DatabaseAdapter], name: str, scope: dict[str, Any]
+) -> None:
+    agent = loaded["many"].agent_id
+    oldest = await session.fetchval("SELECT min(created_at) FROM elizasql.memories WHERE agent_id = $1", agent)
+    params = {**LIST, "agent_id": agent, **scope, "end_time": oldest + timedelta(microseconds=200), "count": 5}
+    nodes = await plan_of(session, SQL[name], params, execute=True)
+    (read,) = [
+        node["Shared Hit Blocks"] + node["Shared Read Blocks"]
+        for node in nodes
+        if "created_at" in node.get("Index Name", "") or "timezone" in node.get("Index Name", "")
+    ]
+    assert read <= 15, read
 
 
 async def test_counts_and_text_lengths_use_an_index(
