@@ -67,25 +67,55 @@ LIMIT
     OFFSET :skip::bigint;
 
 -- name: get_tasks_by_tags(agent_id, tags, skip, count)
--- Those that have all the tags. First they are found by the keys of the tags, which are the agent's own, and by nothing
--- else: an index that begins with agent_id, or is in order, would be walked to the end for a rare tag.
-WITH found AS MATERIALIZED (
+-- Those that have all the tags. Where the oldest tasks fill the page with them, they are common, and the page is theirs.
+-- Otherwise they are found by the keys of the tags, which are the agent's own, and by nothing else: an index that begins
+-- with agent_id, or is in order, would be walked to the end for a rare tag; all that have a common one are read to sort.
+WITH walk AS MATERIALIZED (
+    SELECT
+        id, agent_id, name, description, room_id, world_id, entity_id, tags, metadata, created_at, updated_at, due_at,
+        ready_at, attempts, max_attempts, claim_token, claimed_by, error
+    FROM (
+        SELECT * FROM elizasql.tasks
+        WHERE agent_id = :agent_id AND :count::bigint IS NOT NULL
+        ORDER BY created_at, id
+        LIMIT 10 * (least(100, :count::bigint) + least(100, coalesce(:skip::bigint, 0)))
+    ) AS oldest
+    WHERE tags @> :tags::text[]
+    ORDER BY created_at, id
+    LIMIT
+        :count::bigint
+        OFFSET :skip::bigint
+),
+
+found AS MATERIALIZED (
     SELECT
         id, agent_id, name, description, room_id, world_id, entity_id, tags, metadata, created_at, updated_at, due_at,
         ready_at, attempts, max_attempts, claim_token, claimed_by, error
     FROM elizasql.tasks
-    WHERE elizasql.tag_keys(agent_id, tags) @> elizasql.tag_keys(:agent_id, :tags::text[])
+    WHERE
+        (SELECT count(*) FROM walk) IS DISTINCT FROM :count::bigint
+        AND elizasql.tag_keys(agent_id, tags) @> elizasql.tag_keys(:agent_id, :tags::text[])
 )
 
-SELECT
-    id, agent_id, name, description, room_id, world_id, entity_id, tags, metadata, created_at, updated_at, due_at,
-    ready_at, attempts, max_attempts, claim_token, claimed_by, error
-FROM found
-WHERE agent_id = :agent_id AND tags @> :tags
-ORDER BY created_at, id
-LIMIT
-    :count::bigint
-    OFFSET :skip::bigint;
+(
+    SELECT
+        id, agent_id, name, description, room_id, world_id, entity_id, tags, metadata, created_at, updated_at, due_at,
+        ready_at, attempts, max_attempts, claim_token, claimed_by, error
+    FROM walk
+    WHERE (SELECT count(*) FROM walk) = :count::bigint
+)
+UNION ALL
+(
+    SELECT
+        id, agent_id, name, description, room_id, world_id, entity_id, tags, metadata, created_at, updated_at, due_at,
+        ready_at, attempts, max_attempts, claim_token, claimed_by, error
+    FROM found
+    WHERE agent_id = :agent_id AND tags @> :tags
+    ORDER BY created_at, id
+    LIMIT
+        :count::bigint
+        OFFSET :skip::bigint
+);
 
 -- name: get_tasks_by_name(agent_id, name, skip, count)
 SELECT

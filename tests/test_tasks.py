@@ -240,6 +240,22 @@ async def test_filters_combine(db: DatabaseAdapter, round_trips: list[str]) -> N
                     assert len(round_trips) == 2
 
 
+async def test_pages_of_tags_are_the_list_cut_up(db: DatabaseAdapter) -> None:
+    """Whether the oldest tasks have the tag, only later ones, or so few that no page is full."""
+    rows = [
+        Task(name=f"{n}", tags=["all", *(["late"] if n >= 150 else []), *(["rare"] if n % 40 == 7 else [])])
+        for n in range(200)
+    ]
+    ids = await db.create_tasks(rows)
+    for tag in ("all", "late", "rare", "none"):
+        wanted = [id for id, row in zip(ids, rows, strict=True) if tag in (row.tags or [])]
+        assert [task.id for task in await db.get_tasks(tags=tag)] == wanted
+        for count in (1, 3, 10, 250, 2**63 - 1):
+            for offset in (0, 1, 4, 49, 150, 2**62):
+                page = await db.get_tasks(tags=tag, count=count, offset=offset)
+                assert [task.id for task in page] == wanted[offset : offset + count], (tag, count, offset)
+
+
 async def test_list_arguments(db: DatabaseAdapter, round_trips: list[str]) -> None:
     await queue(db, "a", "b", "c")
     assert names(await db.get_tasks(agent_ids=[db.agent_id], limit=2)) == ["a", "b"]
@@ -1235,8 +1251,11 @@ async def test_plans_read_what_they_give(dsn: str) -> None:
         room, world, entity = [await session.fetchval("SELECT md5($1)::uuid", x) for x in ("room", "world", "entity")]
         for name, params, index, most in (
             ("get_tasks", {}, "tasks_created_at_idx", 20),
-            ("get_tasks_by_tags", {"tags": ["rare"]}, "tasks_tags_idx", 4),
-            ("get_tasks_by_tags", {"tags": ["queue", "rare"]}, "tasks_tags_idx", 4),
+            ("get_tasks_by_tags", {"tags": ["rare"], "count": None}, "tasks_tags_idx", 4),
+            ("get_tasks_by_tags", {"tags": ["queue", "rare"], "count": None}, "tasks_tags_idx", 4),
+            ("get_tasks_by_tags", {"tags": ["rare"], "count": 2}, "tasks_tags_idx", 20),
+            ("get_tasks_by_tags", {"tags": ["queue"]}, "tasks_created_at_idx", 20),
+            ("get_tasks_by_tags", {"tags": ["queue", "common"], "skip": 30}, "tasks_created_at_idx", 60),
             ("get_tasks_by_name", {"name": "n7"}, "tasks_name_idx", 20),
             ("get_tasks_of_room", {"room_id": room}, "tasks_room_idx", 20),
             ("get_tasks_of_entity", {"entity_id": entity}, "tasks_entity_idx", 20),
