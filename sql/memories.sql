@@ -645,11 +645,19 @@ SELECT count(*) FROM deleted;
 
 -- name: delete_all_memories(agent_id, room_ids, type)$
 -- Deletes the memories of a type in the rooms, and the fragments of those that are documents, wherever they are.
+-- OFFSET 0 keeps it a lookup for each room and each memory: without statistics, or by the average agent's, all memories
+-- of the type and all fragments are read to delete one.
 -- Not repeatable: a second run finds nothing left to delete.
 WITH chosen AS MATERIALIZED (
-    SELECT id
-    FROM elizasql.memories
-    WHERE agent_id = :agent_id AND room_id = ANY(:room_ids::uuid[]) AND type = :type
+    SELECT of_room.id
+    FROM unnest(:room_ids::uuid[]) AS given (id)
+    CROSS JOIN
+        LATERAL (
+            SELECT id
+            FROM elizasql.memories
+            WHERE agent_id = :agent_id AND room_id = given.id AND type = :type
+            OFFSET 0
+        ) AS of_room
 ),
 
 doomed AS (
@@ -657,10 +665,15 @@ doomed AS (
     UNION
     SELECT fragment.id
     FROM chosen
-    INNER JOIN elizasql.memories AS fragment
-        ON
-            fragment.agent_id = :agent_id AND fragment.metadata ? 'documentId'
-            AND left(lower(fragment.metadata ->> 'documentId'), 37) = chosen.id::text
+    CROSS JOIN
+        LATERAL (
+            SELECT of_document.id
+            FROM elizasql.memories AS of_document
+            WHERE
+                of_document.agent_id = :agent_id AND of_document.metadata ? 'documentId'
+                AND left(lower(of_document.metadata ->> 'documentId'), 37) = chosen.id::text
+            OFFSET 0
+        ) AS fragment
 ),
 
 deleted AS (
@@ -674,6 +687,7 @@ SELECT count(*) FROM deleted;
 -- name: get_cached_embeddings(agent_id, type, lengths_from, lengths_to, most)
 -- The texts of a length between the two, and their vectors when they are at most :most.
 -- The length bounds the edit distance exactly; the index is on length(content ->> 'text').
+-- LIMIT keeps the join a lookup for each memory: without statistics, all vectors of the agent were read for each.
 SELECT
     m.id,
     m.content ->> 'text' AS text,
@@ -682,12 +696,17 @@ SELECT
             THEN coalesce(e.dim_384, e.dim_512, e.dim_768, e.dim_1024, e.dim_1536, e.dim_3072)
     END AS embedding
 FROM elizasql.memories AS m
-INNER JOIN elizasql.embeddings AS e ON m.agent_id = e.agent_id AND m.id = e.memory_id
+CROSS JOIN
+    LATERAL (
+        SELECT * FROM elizasql.embeddings AS of_id
+        WHERE
+            of_id.agent_id = :agent_id AND of_id.memory_id = m.id
+            AND of_id.dimension = (SELECT a.embedding_dimension FROM elizasql.agents AS a WHERE a.id = :agent_id)
+        LIMIT 1
+    ) AS e
 WHERE
     m.agent_id = :agent_id AND m.type = :type AND m.content ? 'text'
-    AND length(m.content ->> 'text') BETWEEN :lengths_from::integer AND :lengths_to::integer
-    AND e.agent_id = :agent_id
-    AND e.dimension = (SELECT a.embedding_dimension FROM elizasql.agents AS a WHERE a.id = :agent_id);
+    AND length(m.content ->> 'text') BETWEEN :lengths_from::integer AND :lengths_to::integer;
 
 -- name: get_cached_embeddings_by_content(agent_id, type, key, lengths_from, lengths_to, most)
 -- As get_cached_embeddings, for another key of the content; no index on its length.
@@ -699,12 +718,17 @@ SELECT
             THEN coalesce(e.dim_384, e.dim_512, e.dim_768, e.dim_1024, e.dim_1536, e.dim_3072)
     END AS embedding
 FROM elizasql.memories AS m
-INNER JOIN elizasql.embeddings AS e ON m.agent_id = e.agent_id AND m.id = e.memory_id
+CROSS JOIN
+    LATERAL (
+        SELECT * FROM elizasql.embeddings AS of_id
+        WHERE
+            of_id.agent_id = :agent_id AND of_id.memory_id = m.id
+            AND of_id.dimension = (SELECT a.embedding_dimension FROM elizasql.agents AS a WHERE a.id = :agent_id)
+        LIMIT 1
+    ) AS e
 WHERE
     m.agent_id = :agent_id AND m.type = :type
-    AND length(m.content ->> :key) BETWEEN :lengths_from::integer AND :lengths_to::integer
-    AND e.agent_id = :agent_id
-    AND e.dimension = (SELECT a.embedding_dimension FROM elizasql.agents AS a WHERE a.id = :agent_id);
+    AND length(m.content ->> :key) BETWEEN :lengths_from::integer AND :lengths_to::integer;
 
 -- name: get_cached_embeddings_by_metadata(agent_id, type, key, lengths_from, lengths_to, most)
 -- As get_cached_embeddings, for a key of the metadata; no index on its length.
@@ -716,9 +740,14 @@ SELECT
             THEN coalesce(e.dim_384, e.dim_512, e.dim_768, e.dim_1024, e.dim_1536, e.dim_3072)
     END AS embedding
 FROM elizasql.memories AS m
-INNER JOIN elizasql.embeddings AS e ON m.agent_id = e.agent_id AND m.id = e.memory_id
+CROSS JOIN
+    LATERAL (
+        SELECT * FROM elizasql.embeddings AS of_id
+        WHERE
+            of_id.agent_id = :agent_id AND of_id.memory_id = m.id
+            AND of_id.dimension = (SELECT a.embedding_dimension FROM elizasql.agents AS a WHERE a.id = :agent_id)
+        LIMIT 1
+    ) AS e
 WHERE
     m.agent_id = :agent_id AND m.type = :type
-    AND length(m.metadata ->> :key) BETWEEN :lengths_from::integer AND :lengths_to::integer
-    AND e.agent_id = :agent_id
-    AND e.dimension = (SELECT a.embedding_dimension FROM elizasql.agents AS a WHERE a.id = :agent_id);
+    AND length(m.metadata ->> :key) BETWEEN :lengths_from::integer AND :lengths_to::integer;

@@ -449,6 +449,47 @@ async def test_counts_and_text_lengths_use_an_index(
     assert not scans_a_table(nodes)
 
 
+async def test_without_statistics_rows_are_looked_up_one_by_one(
+    session: asyncpg.Connection[Any], loaded: dict[str, DatabaseAdapter]
+) -> None:
+    """As after a load, before the server has looked at the tables."""
+    if int(await session.fetchval("SHOW server_version_num")) < 180000:
+        pytest.skip("statistics are cleared by functions of PostgreSQL 18")
+    agent = loaded["many"].agent_id
+    mine = await partition_of(session, agent)
+    params = {
+        "agent_id": agent,
+        "type": "messages",
+        "lengths_from": 8,
+        "lengths_to": 11,
+        "most": 10,
+        "key": "text",
+        "room_ids": [SMALL],
+    }
+    transaction = session.transaction()
+    await transaction.start()
+    try:
+        await session.execute(CLEAR_STATISTICS, [f"memories{mine}", f"embeddings{mine}"])
+        for name in ("get_cached_embeddings", "get_cached_embeddings_by_content", "get_cached_embeddings_by_metadata"):
+            nodes = await plan_of(session, SQL[name], params)
+            conditions = [node["Index Cond"] for node in nodes if node.get("Relation Name") == f"embeddings{mine}"]
+            assert len(conditions) == 1, (name, conditions)
+            assert "memory_id" in conditions[0], (name, conditions)
+        nodes = await plan_of(session, SQL["delete_all_memories"], params)
+        conditions = [node["Index Cond"] for node in nodes if node.get("Relation Name") == f"memories{mine}"]
+        assert any("room_id" in condition for condition in conditions), conditions
+        assert any("documentId" in condition for condition in conditions), conditions
+    finally:
+        await transaction.rollback()
+
+
+CLEAR_STATISTICS = """
+    SELECT pg_clear_attribute_stats('elizasql', relname, attname, FALSE), pg_clear_relation_stats('elizasql', relname)
+    FROM pg_class INNER JOIN pg_attribute ON attrelid = pg_class.oid
+    WHERE relnamespace = 'elizasql'::regnamespace AND relname = ANY($1) AND attnum > 0
+"""
+
+
 async def test_fragments_of_a_document_are_found_by_an_index(
     session: asyncpg.Connection[Any], loaded: dict[str, DatabaseAdapter]
 ) -> None:
