@@ -81,6 +81,10 @@ class _Failed(Exception):  # noqa: N818 - never leaves this module
         self.stale = used and outcome is not Outcome.PERMANENT and not is_open(connection)
 
 
+class _EndUnheard(asyncio.TimeoutError):
+    """The time limit passed while a transaction ended: nobody is left to ask whether it was kept."""
+
+
 class Executor:
     """Runs statements, each on a connection of its lane.
 
@@ -245,7 +249,9 @@ class Executor:
                 except _Failed as failed:
                     error, outcome = failed.error, failed.outcome
                     made = self._explain(error, name)
-                    if outcome is Outcome.UNKNOWN:
+                    if isinstance(error, _EndUnheard):
+                        outcome = Outcome.NOT_APPLIED if SQL[name].repeatable else Outcome.UNKNOWN
+                    elif outcome is Outcome.UNKNOWN:
                         outcome = lost
                     if outcome is Outcome.UNKNOWN and isinstance(made, (DeadlineError, ClosedError)):
                         made.retryable = False  # it may have been done, and a second time would be once too often
@@ -456,6 +462,7 @@ class Executor:
 
         Raises:
             UnknownOutcomeError: Nobody can tell.
+            _EndUnheard: Nor is there time left to ask.
             Exception: What the driver raised; then nothing was kept.
         """
         # The server answers a COMMIT after an error with a ROLLBACK that asyncpg does not report: this look reports it.
@@ -463,8 +470,11 @@ class Executor:
         try:
             await _send(connection, self._COMMIT, deadline)
         except Exception as error:
-            lost = not is_open(connection) or isinstance(error, (asyncio.TimeoutError, TimeoutError))
-            if not lost or row["id"] is None:
+            if row["id"] is None:
+                raise
+            if is_open(connection):
+                if isinstance(error, (asyncio.TimeoutError, TimeoutError)):
+                    raise _EndUnheard from error
                 raise
             self.lane.drop(connection)  # its place is free for the question, with a pool of one connection, too
             status = await self._settle(row["id"], row["timeline"], deadline)
@@ -649,6 +659,12 @@ class _TransactionExecutor(Executor):
                 await commit(self._connection, deadline)
             except ElizaSQLError:
                 raise
+            except _EndUnheard as error:
+                self.lane.drop(self._connection)
+                raise UnknownOutcomeError(
+                    "transaction: the time limit passed at its end; it was kept as a whole or not at all",
+                    statement="transaction",
+                ) from error
             except Exception as error:
                 raise self._explain(error, "transaction") from error
         finally:

@@ -208,8 +208,8 @@ class DatabaseAdapter(
                 nothing was kept.
             DeadlineError: A savepoint in it was left open, and did not end in time; nothing was kept.
             ConnectionLostError: The connection broke; nothing was kept.
-            UnknownOutcomeError: It broke at the very end, and the server could not be asked how that ended: all was
-                kept or nothing.
+            UnknownOutcomeError: It broke at the very end, or the time limit passed there, and the server could not be
+                asked how that ended: all was kept or nothing.
 
         Three round trips more than its calls: begin, the transaction's id, end. What is inside is never tried again by
         itself. Source: transaction; differs: really is one.

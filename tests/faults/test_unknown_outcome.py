@@ -337,6 +337,34 @@ async def test_end_that_cannot_be_found_out(
     assert await check(server.dsn, ledger) == []
 
 
+@pytest.mark.parametrize("kind", ["transaction", "batch", "batch that is not repeatable"])
+async def test_end_that_outlasts_the_time_limit(
+    proxy: Proxy, make_db: MakeAdapter, server: FaultServer, chance: random.Random, kind: str
+) -> None:
+    """The connection is not lost: a batch ran into its limit as any call does, and says whether it may be repeated."""
+    db = await make_db(dsn=proxy.dsn, batch_size=4, pool_max_size=1, timeout=60.0)
+    impatient = await make_db(db.agent_id, dsn=proxy.dsn, batch_size=4, pool_max_size=1, timeout=0.3)
+    ids = ids_of(chance, 10)
+    memories = [memory_of(id, 1) for id in ids]
+    deletes = kind == "batch that is not repeatable"
+    if deletes:
+        await db.create_memories(memories, TYPE)
+    await impatient.is_ready()
+    proxy.when("server", b"C", "hold", holding=COMMIT)
+    if kind == "transaction":
+        with pytest.raises(elizasql.UnknownOutcomeError, match="the time limit passed at its end"):
+            async with impatient.transaction() as tx:
+                await tx.create_memories(memories, TYPE, timeout=60.0)
+    else:
+        with pytest.raises(elizasql.DeadlineError) as caught:
+            await (impatient.delete_memories(ids) if deletes else impatient.create_memories(memories, TYPE))
+        assert caught.value.retryable is not deletes
+    assert impatient._connections.breaker.failures == 0
+    await proxy.heal()
+    await pool_is_whole(impatient)
+    assert await db.count_memories() == (0 if deletes else 10)
+
+
 @pytest.mark.parametrize("reset", [False, True], ids=["as it is", "statistics are reset"])
 async def test_end_is_found_out_while_it_is_in_progress(
     proxy: Proxy, make_db: MakeAdapter, server: FaultServer, chance: random.Random, reset: bool
