@@ -248,14 +248,15 @@ def open(*, agent_id: UUID | str, dsn: str | None = None, data_dir: Any = None, 
     loop = _Loop()
     try:
         opened = loop.run(_asynchronous.open(agent_id=agent_id, dsn=dsn, data_dir=data_dir, **settings))
-    except BaseException:
+        if opened.config.handle_signals:
+            _shutdown.install()  # only the main thread can, and the adapter was opened in another one
+        adapter = DatabaseAdapter(loop, opened)
+        _opened.add(adapter)
+    except BaseException:  # an interrupt, too: until the caller has the adapter nobody else could close it
         loop.stop()
         raise
-    if opened.config.handle_signals:
-        _shutdown.install()  # only the main thread can, and the adapter was opened in another one
-    adapter = DatabaseAdapter(loop, opened)
-    _opened.add(adapter)
-    return adapter
+    else:
+        return adapter
 
 
 @contextmanager

@@ -431,6 +431,20 @@ def test_interrupt_of_an_open_that_has_just_ended(dsn: str, monkeypatch: pytest.
     assert (threads(), _shutdown.opened) == (before, opened)
 
 
+def test_interrupt_of_an_open_before_its_end(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The adapter is open by then, and nobody has it."""
+
+    def interrupted() -> None:
+        if threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+
+    before, opened = threads(), set(_shutdown.opened)
+    monkeypatch.setattr(_shutdown, "install", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sync.open(agent_id=uuid4(), dsn=dsn, handle_signals=True)
+    assert (threads(), _shutdown.opened) == (before, opened)
+
+
 def test_interrupt_of_a_transaction_that_has_just_begun(
     db: sync.DatabaseAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
