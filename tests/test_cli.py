@@ -1259,6 +1259,21 @@ def test_explain_shows_the_plan_and_the_index(on_server: Run, searched: tuple[UU
     assert "nothing was sent" in on_server("explain", "get_memories_by_ids", "memory_ids=[]", "--agent", agent).out
 
 
+def test_explain_shows_the_plan_that_is_in_force(on_server: Run, searched: tuple[UUID, UUID]) -> None:
+    """Sessions have one plan for all values; one that was made for these would show them."""
+    agent, memory = searched
+    for call in (
+        ["get_memories", "table_name=facts", "start=0", 'metadata={"a": "\'"}'],
+        ["search_memories", "table_name=facts", f"embedding=of:{memory}", "match_threshold=0.5"],
+        ["get_memories_by_ids", f'memory_ids=["{memory}"]'],
+        ["count_agents"],  # without parameters
+    ):
+        (statement,) = on_server("explain", *call, "--agent", agent, "--json").json["statements"]
+        plan = json.dumps(statement["plan"])
+        assert str(agent) not in plan and str(memory) not in plan, call
+        assert "agent_id = $" in plan or call[0] == "count_agents", call
+
+
 def test_explain_says_when_a_table_is_read_as_a_whole() -> None:
     scan = {
         "Node Type": "Seq Scan",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import dataclasses
 import difflib
 import inspect
 import time
@@ -140,8 +139,9 @@ class _Explainer:
         self.plans: list[dict[str, Any]] = []
 
     async def _explain(self, statement: Statement, params: dict[str, Any]) -> None:
-        told = dataclasses.replace(statement, sql=f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement.sql}")
-        plan = orjson.loads(await self._executor.fetch_value(told, **params))[0]
+        sql, arguments = self._executor.text(statement, params), statement.order(params)
+        async with self._executor.transaction() as session:
+            plan = await _find_plan(session._connection, sql, arguments)
         self.plans.append(
             {"statement": statement.name, "file": f"sql/{statement.file}", **summarize(plan), "plan": plan}
         )
@@ -166,6 +166,26 @@ class _Explainer:
         for chunk in chunks:
             rows += await self.fetch(statement, **chunk)
         return rows
+
+
+async def _find_plan(connection: Any, sql: str, arguments: Sequence[Any]) -> dict[str, Any]:
+    """Run a statement as sessions have it prepared, and give its plan.
+
+    EXPLAIN before the statement itself would plan it for these very values, where the plan in force knows none.
+    """
+    prepared = await connection.prepare(sql)
+    given = ""
+    if arguments:
+        # As literals: EXECUTE takes no parameters of its own.
+        texts = ", ".join(
+            f'quote_nullable(${number}::"{kind.schema}".{kind.name}::text)'
+            for number, kind in enumerate(prepared.get_parameters(), 1)
+        )
+        given = f"({', '.join(await connection.fetchrow(f'SELECT {texts}', *arguments))})"
+    name = prepared.get_name()
+    found = await connection.fetchval(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE {name}{given}")
+    plan: dict[str, Any] = orjson.loads(found)[0]
+    return plan
 
 
 async def explain_call(db: DatabaseAdapter, method: str, given: dict[str, Any]) -> dict[str, Any]:
