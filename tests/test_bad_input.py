@@ -1213,6 +1213,12 @@ async def test_text_that_an_index_holds(
         await TAKES_KEY[case](db, agent_world, longest + "x")
 
 
+def test_of_text_that_an_index_holds_the_bytes_count() -> None:
+    assert _codecs.as_key("\U0001f600" * 256, "name") == "\U0001f600" * 256
+    with pytest.raises(ArgumentError, match="at most 1,024 bytes in UTF-8, not 1,028"):
+        _codecs.as_key("\U0001f600" * 257, "name")
+
+
 async def test_text_that_an_index_holds_is_checked_in_updates(db: DatabaseAdapter, round_trips: list[str]) -> None:
     with refused(ArgumentError, round_trips, "update_task", "name must have at most 1,024 bytes"):
         await db.update_task(uuid4(), {"name": "x" * 1025})

@@ -43,7 +43,7 @@ def test_five_failures_in_a_row_open_it(breaker: CircuitBreaker) -> None:
     fail(breaker, 4)
     assert (breaker.state, breaker.failures) == ("closed", 4)
     fail(breaker)
-    assert (breaker.state, breaker.opened) == ("open", 1)
+    assert (breaker.state, breaker.failures, breaker.opened) == ("open", 5, 1)
 
 
 def test_a_success_begins_the_count_anew(breaker: CircuitBreaker) -> None:

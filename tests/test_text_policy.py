@@ -14,6 +14,7 @@ import asyncpg
 import numpy as np
 import orjson
 import pytest
+from asyncpg.pgproto import pgproto
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -139,6 +140,7 @@ class Mood(enum.Enum):
 class Note:
     text: str
     more: list[Any]
+    _own: str = "none of the reader's business"
 
 
 @pytest.mark.parametrize("text", ["a\x00b", "a\ud800b", "\x00\udfff"])
@@ -387,6 +389,19 @@ async def test_a_time_of_another_library_is_a_time(db: DatabaseAdapter) -> None:
     found = await db.get_caches(["plain", "other", "cleaned"])
     assert found["plain"] == found["other"] == {"at": [plain.isoformat()]}
     assert found["cleaned"] == {"at": [plain.isoformat()], REPLACEMENT: 1}
+
+
+async def test_an_id_of_the_driver_is_its_text(db: DatabaseAdapter) -> None:
+    """What a statement has given is of asyncpg's own class, under the standard one."""
+    plain = uuid4()
+    other = pgproto.UUID(str(plain))
+    assert type(other) is not UUID
+    await db.set_caches({"value": {"by": [other]}, "key": {other: 1}, "cleaned": {"by": [other], other: "\ud800"}})
+    assert await db.get_caches(["value", "key", "cleaned"]) == {
+        "value": {"by": [str(plain)]},
+        "key": {str(plain): 1},
+        "cleaned": {"by": [str(plain)], str(plain): REPLACEMENT},
+    }
 
 
 async def test_odd_keys(db: DatabaseAdapter) -> None:
