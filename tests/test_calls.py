@@ -442,6 +442,20 @@ async def test_a_call_whose_work_takes_long_is_not_slow(make_db: MakeAdapter, ca
     assert not caplog.records
 
 
+async def test_a_call_whose_work_takes_long_has_the_time_for_it(make_db: MakeAdapter) -> None:
+    db = await make_db(timeout=30.0)
+    left: list[float] = []
+
+    def progress(*_: object) -> None:
+        left.append(_calls.current_deadline(0.0) - time.monotonic())
+
+    await db.load_memories([memory(embedding=np.ones(384, np.float32))], "messages", progress=progress)
+    await db.create_memory(memory(embedding=np.ones(384, np.float32)), "messages")
+    await db.index_memories(progress)
+    day, hour = left
+    assert 86_000 < day <= 86_400 and 3_500 < hour <= 3_600
+
+
 async def test_quick_call_is_not(make_db: MakeAdapter, caplog: pytest.LogCaptureFixture) -> None:
     db = await make_db(slow_call=60.0)
     await db.create_memory(memory(), "messages")
