@@ -104,6 +104,7 @@ BAD_EMBEDDINGS: dict[str, Any] = {
     "just above 65504": ones(at5=float(np.nextafter(np.float32(65504), np.float32(np.inf)))),
     "just below -65504": ones(at5=-65505),
     "integers beyond 65504": np.full(WIDTH, 65505, np.int64),
+    "integers as wide as float32, whose squares wrap around": np.full(WIDTH, 65536 + 96, np.int32),
     "integers beyond 64 bits": [2**70] * WIDTH,
     "two axes": np.ones((1, WIDTH), np.float32),
     "a column": np.ones((WIDTH, 1), np.float32),
@@ -163,6 +164,22 @@ async def test_embeddings_that_no_agent_can_have_are_refused(
         with refused(EmbeddingError, round_trips, f"{method}: {name}"):
             await call(db, value)
     assert await db.count_memories() == 0
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ("NaN", "not finite as float32"),
+        ("infinity", "not finite as float32"),
+        ("one 1e39", "not finite as float32"),
+        ("minus zeros", "a zero vector"),
+        ("just below -65504", "a component of magnitude 65505; at most 65504"),
+        ("all below the smallest", "no component above"),
+    ],
+)
+def test_of_an_embedding_the_error_says_what_is_wrong(case: str, reason: str) -> None:
+    with pytest.raises(EmbeddingError, match=reason):
+        _codecs.as_embedding(BAD_EMBEDDINGS[case])
 
 
 @pytest.mark.parametrize("method", [*TAKES_EMBEDDING, *SEARCHES])
@@ -252,6 +269,7 @@ GOOD_EMBEDDINGS: dict[str, Any] = {
     "read-only": read_only(RANDOM.astype(np.float32)),
     "int8": np.arange(WIDTH).astype(np.int8),
     "uint8": np.arange(WIDTH).astype(np.uint8),
+    "int32": np.arange(-5, WIDTH - 5, dtype=np.int32),
     "int64": np.arange(-5, WIDTH - 5),
     "uint16": np.arange(WIDTH).astype(np.uint16),
     "list": RANDOM.tolist(),

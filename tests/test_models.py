@@ -245,7 +245,7 @@ BAD_VALUES: dict[str, list[Any]] = {
     "Key": [5, b"x", ["x"], {}, "x" * 1025],
     "bool": [1, 0, "true", [], 1.0],
     "int": [True, 1.0, "1", -1, 2**63],
-    "float": [True, "1.0", [1.0], 1j],
+    "float": [True, "1.0", [1.0], 1j, 10**400],
     "datetime": ["yesterday", datetime(2025, 1, 1), [0], True, float("nan"), 1e30],  # noqa: DTZ001
     "Embedding": [[0.0] * 384, [1.0], "x", {}],
     "dict[str, Any]": ["{}", [], 5, [("a", 1)]],
