@@ -1428,6 +1428,7 @@ async def test_the_budget(make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch)
     assert await search(0) and minds[0]._resident.stats.loads == 1
     assert await search(1) and minds[1]._resident.stats.loads == 2
     assert await search(0) and await search(3)
+    assert [db._resident.stats.evictions for db in minds] == [0, 1, 1, 1]
     assert sum(db._resident.snapshot()["vectors"] for db in minds) == 800
 
 
