@@ -154,7 +154,113 @@ WHERE type = 'run_event' AND run_id IS NOT NULL;
 CREATE INDEX logs_run_event_time_idx ON elizasql.logs (agent_id, created_at) INCLUDE (run_id, room_id, entity_id)
 WHERE type = 'run_event' AND run_id IS NOT NULL;
 
+-- Locks what goes with rooms and entities, and gives the ids of the one or the other back; whoever deletes them asks for it
+-- first. Else the cascades would lock row after row in an order of their own, with the rooms or entities locked before: of
+-- a batch that changes such rows, in the order of the ids, and the deletion each could have what the other waits for. As
+-- it is, both lock in one order, and those who lock a row before what it belongs to, as when it moves to another room,
+-- are let through. A function, so that each statement sees what was committed while the one before it waited.
+CREATE FUNCTION elizasql.lock_dependents(agent uuid, rooms uuid[], entities uuid[]) RETURNS SETOF uuid
+LANGUAGE plpgsql ROWS 10 AS $$
+BEGIN
+    PERFORM FROM (
+        SELECT room_id, entity_id FROM (
+            SELECT room_id, entity_id FROM elizasql.participants WHERE agent_id = agent AND room_id = ANY(rooms)
+            UNION ALL
+            SELECT room_id, entity_id FROM elizasql.participants WHERE agent_id = agent AND entity_id = ANY(entities)
+            OFFSET 0
+        ) AS theirs ORDER BY room_id, entity_id
+    ) AS found CROSS JOIN LATERAL (
+        SELECT FROM elizasql.participants AS p
+        WHERE p.agent_id = agent AND p.room_id = found.room_id AND p.entity_id = found.entity_id FOR UPDATE
+    ) AS locked;
+    PERFORM FROM (
+        SELECT id FROM (
+            SELECT id FROM elizasql.components WHERE agent_id = agent AND room_id = ANY(rooms)
+            UNION ALL
+            SELECT id FROM elizasql.components WHERE agent_id = agent AND entity_id = ANY(entities)
+            UNION ALL
+            SELECT id FROM elizasql.components WHERE agent_id = agent AND source_entity_id = ANY(entities)
+            OFFSET 0
+        ) AS theirs ORDER BY id
+    ) AS found CROSS JOIN LATERAL (
+        SELECT FROM elizasql.components AS c WHERE c.agent_id = agent AND c.id = found.id FOR UPDATE
+    ) AS locked;
+    PERFORM FROM (
+        SELECT id FROM (
+            SELECT id FROM elizasql.relationships WHERE agent_id = agent AND source_entity_id = ANY(entities)
+            UNION ALL
+            SELECT id FROM elizasql.relationships WHERE agent_id = agent AND target_entity_id = ANY(entities)
+            OFFSET 0
+        ) AS theirs ORDER BY id
+    ) AS found CROSS JOIN LATERAL (
+        SELECT FROM elizasql.relationships AS r WHERE r.agent_id = agent AND r.id = found.id FOR UPDATE
+    ) AS locked;
+    PERFORM FROM (
+        SELECT id FROM (
+            SELECT id FROM elizasql.memories WHERE agent_id = agent AND room_id = ANY(rooms)
+            UNION ALL
+            SELECT id FROM elizasql.memories WHERE agent_id = agent AND entity_id = ANY(entities)
+            OFFSET 0
+        ) AS theirs ORDER BY id
+    ) AS found CROSS JOIN LATERAL (
+        SELECT FROM elizasql.memories AS m WHERE m.agent_id = agent AND m.id = found.id FOR UPDATE
+    ) AS locked;
+    PERFORM FROM (
+        SELECT id FROM (
+            SELECT id FROM elizasql.goals WHERE agent_id = agent AND room_id = ANY(rooms)
+            UNION ALL
+            SELECT id FROM elizasql.goals WHERE agent_id = agent AND entity_id = ANY(entities)
+            OFFSET 0
+        ) AS theirs ORDER BY id
+    ) AS found CROSS JOIN LATERAL (
+        SELECT FROM elizasql.goals AS g WHERE g.agent_id = agent AND g.id = found.id FOR UPDATE
+    ) AS locked;
+    PERFORM FROM (
+        SELECT id FROM (
+            SELECT id FROM elizasql.logs WHERE agent_id = agent AND room_id = ANY(rooms)
+            UNION ALL
+            SELECT id FROM elizasql.logs WHERE agent_id = agent AND entity_id = ANY(entities)
+            OFFSET 0
+        ) AS theirs ORDER BY id
+    ) AS found CROSS JOIN LATERAL (
+        SELECT FROM elizasql.logs AS l WHERE l.agent_id = agent AND l.id = found.id FOR UPDATE
+    ) AS locked;
+    RETURN QUERY SELECT unnest(rooms || entities);
+END
+$$;
+
+-- As lock_dependents, of worlds: the components go with them, memories and rooms stay and no longer point at them.
+CREATE FUNCTION elizasql.lock_dependents_of_worlds(agent uuid, worlds uuid[]) RETURNS SETOF uuid
+LANGUAGE plpgsql ROWS 10 AS $$
+BEGIN
+    PERFORM FROM (
+        SELECT id FROM (
+            SELECT id FROM elizasql.components WHERE agent_id = agent AND world_id = ANY(worlds) OFFSET 0
+        ) AS theirs ORDER BY id
+    ) AS found CROSS JOIN LATERAL (
+        SELECT FROM elizasql.components AS c WHERE c.agent_id = agent AND c.id = found.id FOR UPDATE
+    ) AS locked;
+    PERFORM FROM (
+        SELECT id FROM (
+            SELECT id FROM elizasql.memories WHERE agent_id = agent AND world_id = ANY(worlds) OFFSET 0
+        ) AS theirs ORDER BY id
+    ) AS found CROSS JOIN LATERAL (
+        SELECT FROM elizasql.memories AS m WHERE m.agent_id = agent AND m.id = found.id FOR NO KEY UPDATE
+    ) AS locked;
+    PERFORM FROM (
+        SELECT id FROM (
+            SELECT id FROM elizasql.rooms WHERE agent_id = agent AND world_id = ANY(worlds) OFFSET 0
+        ) AS theirs ORDER BY id
+    ) AS found CROSS JOIN LATERAL (
+        SELECT FROM elizasql.rooms AS r WHERE r.agent_id = agent AND r.id = found.id FOR NO KEY UPDATE
+    ) AS locked;
+    RETURN QUERY SELECT unnest(worlds);
+END
+$$;
+
 -- migrate:down
+DROP FUNCTION elizasql.lock_dependents_of_worlds(uuid, uuid[]);
+DROP FUNCTION elizasql.lock_dependents(uuid, uuid[], uuid[]);
 DROP TABLE elizasql.logs;
 DROP TABLE elizasql.goals;
 DROP TABLE elizasql.tasks;

@@ -283,6 +283,106 @@ BEGIN
 END
 $$;
 
+CREATE FUNCTION elizasql.lock_dependents(agent uuid, rooms uuid[], entities uuid[]) RETURNS SETOF uuid
+    LANGUAGE plpgsql ROWS 10
+    AS $$
+BEGIN
+    PERFORM FROM (
+        SELECT room_id, entity_id FROM (
+            SELECT room_id, entity_id FROM elizasql.participants WHERE agent_id = agent AND room_id = ANY(rooms)
+            UNION ALL
+            SELECT room_id, entity_id FROM elizasql.participants WHERE agent_id = agent AND entity_id = ANY(entities)
+            OFFSET 0
+        ) AS theirs ORDER BY room_id, entity_id
+    ) AS found CROSS JOIN LATERAL (
+        SELECT FROM elizasql.participants AS p
+        WHERE p.agent_id = agent AND p.room_id = found.room_id AND p.entity_id = found.entity_id FOR UPDATE
+    ) AS locked;
+    PERFORM FROM (
+        SELECT id FROM (
+            SELECT id FROM elizasql.components WHERE agent_id = agent AND room_id = ANY(rooms)
+            UNION ALL
+            SELECT id FROM elizasql.components WHERE agent_id = agent AND entity_id = ANY(entities)
+            UNION ALL
+            SELECT id FROM elizasql.components WHERE agent_id = agent AND source_entity_id = ANY(entities)
+            OFFSET 0
+        ) AS theirs ORDER BY id
+    ) AS found CROSS JOIN LATERAL (
+        SELECT FROM elizasql.components AS c WHERE c.agent_id = agent AND c.id = found.id FOR UPDATE
+    ) AS locked;
+    PERFORM FROM (
+        SELECT id FROM (
+            SELECT id FROM elizasql.relationships WHERE agent_id = agent AND source_entity_id = ANY(entities)
+            UNION ALL
+            SELECT id FROM elizasql.relationships WHERE agent_id = agent AND target_entity_id = ANY(entities)
+            OFFSET 0
+        ) AS theirs ORDER BY id
+    ) AS found CROSS JOIN LATERAL (
+        SELECT FROM elizasql.relationships AS r WHERE r.agent_id = agent AND r.id = found.id FOR UPDATE
+    ) AS locked;
+    PERFORM FROM (
+        SELECT id FROM (
+            SELECT id FROM elizasql.memories WHERE agent_id = agent AND room_id = ANY(rooms)
+            UNION ALL
+            SELECT id FROM elizasql.memories WHERE agent_id = agent AND entity_id = ANY(entities)
+            OFFSET 0
+        ) AS theirs ORDER BY id
+    ) AS found CROSS JOIN LATERAL (
+        SELECT FROM elizasql.memories AS m WHERE m.agent_id = agent AND m.id = found.id FOR UPDATE
+    ) AS locked;
+    PERFORM FROM (
+        SELECT id FROM (
+            SELECT id FROM elizasql.goals WHERE agent_id = agent AND room_id = ANY(rooms)
+            UNION ALL
+            SELECT id FROM elizasql.goals WHERE agent_id = agent AND entity_id = ANY(entities)
+            OFFSET 0
+        ) AS theirs ORDER BY id
+    ) AS found CROSS JOIN LATERAL (
+        SELECT FROM elizasql.goals AS g WHERE g.agent_id = agent AND g.id = found.id FOR UPDATE
+    ) AS locked;
+    PERFORM FROM (
+        SELECT id FROM (
+            SELECT id FROM elizasql.logs WHERE agent_id = agent AND room_id = ANY(rooms)
+            UNION ALL
+            SELECT id FROM elizasql.logs WHERE agent_id = agent AND entity_id = ANY(entities)
+            OFFSET 0
+        ) AS theirs ORDER BY id
+    ) AS found CROSS JOIN LATERAL (
+        SELECT FROM elizasql.logs AS l WHERE l.agent_id = agent AND l.id = found.id FOR UPDATE
+    ) AS locked;
+    RETURN QUERY SELECT unnest(rooms || entities);
+END
+$$;
+
+CREATE FUNCTION elizasql.lock_dependents_of_worlds(agent uuid, worlds uuid[]) RETURNS SETOF uuid
+    LANGUAGE plpgsql ROWS 10
+    AS $$
+BEGIN
+    PERFORM FROM (
+        SELECT id FROM (
+            SELECT id FROM elizasql.components WHERE agent_id = agent AND world_id = ANY(worlds) OFFSET 0
+        ) AS theirs ORDER BY id
+    ) AS found CROSS JOIN LATERAL (
+        SELECT FROM elizasql.components AS c WHERE c.agent_id = agent AND c.id = found.id FOR UPDATE
+    ) AS locked;
+    PERFORM FROM (
+        SELECT id FROM (
+            SELECT id FROM elizasql.memories WHERE agent_id = agent AND world_id = ANY(worlds) OFFSET 0
+        ) AS theirs ORDER BY id
+    ) AS found CROSS JOIN LATERAL (
+        SELECT FROM elizasql.memories AS m WHERE m.agent_id = agent AND m.id = found.id FOR NO KEY UPDATE
+    ) AS locked;
+    PERFORM FROM (
+        SELECT id FROM (
+            SELECT id FROM elizasql.rooms WHERE agent_id = agent AND world_id = ANY(worlds) OFFSET 0
+        ) AS theirs ORDER BY id
+    ) AS found CROSS JOIN LATERAL (
+        SELECT FROM elizasql.rooms AS r WHERE r.agent_id = agent AND r.id = found.id FOR NO KEY UPDATE
+    ) AS locked;
+    RETURN QUERY SELECT unnest(worlds);
+END
+$$;
+
 CREATE FUNCTION elizasql.made_time(given timestamp with time zone, otherwise timestamp with time zone) RETURNS timestamp with time zone
     LANGUAGE sql STABLE
     RETURN GREATEST(LEAST(COALESCE(given, otherwise), '9999-12-31 23:59:59.999999+00'::timestamp with time zone), '0001-01-01 00:00:00+00'::timestamp with time zone);

@@ -429,10 +429,11 @@ HAVING count(*) > 0;
 
 -- name: delete_entities(agent_id, ids)$
 -- Deletes entities and, by cascade, their components, memberships, relationships, goals, logs and memories.
+-- All that changes is locked first, in the order in which others lock it.
 -- Not repeatable: a second run finds nothing left to delete.
 WITH given AS MATERIALIZED (
     SELECT :agent_id::uuid AS agent, g.id
-    FROM unnest(:ids::uuid[]) AS g (id)
+    FROM elizasql.lock_dependents(:agent_id, '{}', :ids::uuid[]) AS g (id)
 ),
 
 deleted AS (

@@ -146,11 +146,36 @@ deleted AS (
 SELECT count(*) FROM deleted;
 
 -- name: delete_all_goals(agent_id, room_id)$
+-- Rows are locked in the order of the ids, as by update_goals.
 -- Not repeatable: a second run finds nothing left to delete.
-WITH deleted AS (
-    DELETE FROM elizasql.goals
-    WHERE agent_id = :agent_id AND room_id = :room_id
-    RETURNING id
+WITH given AS MATERIALIZED (
+    SELECT of_room.id
+    FROM (
+        SELECT id
+        FROM elizasql.goals
+        WHERE agent_id = :agent_id AND room_id = :room_id
+        OFFSET 0
+    ) AS of_room
+    ORDER BY of_room.id
+),
+
+locked AS MATERIALIZED (
+    SELECT of_id.agent_id, of_id.id
+    FROM given
+    CROSS JOIN
+        LATERAL (
+            SELECT agent_id, id
+            FROM elizasql.goals
+            WHERE agent_id = :agent_id AND id = given.id AND room_id = :room_id
+            FOR UPDATE
+        ) AS of_id
+),
+
+deleted AS (
+    DELETE FROM elizasql.goals AS t
+    USING locked
+    WHERE t.agent_id = locked.agent_id AND t.id = locked.id
+    RETURNING t.id
 )
 
 SELECT count(*) FROM deleted;

@@ -133,10 +133,11 @@ HAVING count(*) > 0;
 
 -- name: delete_rooms(agent_id, ids)$
 -- Deletes rooms and, by cascade, their participants, memories, logs, goals and components; gives how many went.
+-- All is locked first, in the order in which others lock it.
 -- Not repeatable: a second run finds nothing left to delete.
 WITH locked AS MATERIALIZED (
     SELECT of_id.agent_id, of_id.id
-    FROM unnest(:ids::uuid[]) AS given (id)
+    FROM elizasql.lock_dependents(:agent_id, :ids::uuid[], '{}') AS given (id)
     CROSS JOIN
         LATERAL (
             SELECT agent_id, id
@@ -173,7 +174,7 @@ WITH given AS MATERIALIZED (
 
 locked AS MATERIALIZED (
     SELECT of_id.agent_id, of_id.id
-    FROM given
+    FROM elizasql.lock_dependents(:agent_id, ARRAY(SELECT given.id FROM given), '{}') AS given (id)
     CROSS JOIN
         LATERAL (
             SELECT agent_id, id

@@ -96,10 +96,11 @@ HAVING count(*) > 0;
 
 -- name: delete_worlds(agent_id, ids)$
 -- Deletes worlds and their components; rooms and memories stay and no longer point at the world; gives how many went.
+-- All that changes is locked first, in the order in which others lock it.
 -- Not repeatable: a second run finds nothing left to delete.
 WITH locked AS MATERIALIZED (
     SELECT of_id.agent_id, of_id.id
-    FROM unnest(:ids::uuid[]) AS given (id)
+    FROM elizasql.lock_dependents_of_worlds(:agent_id, :ids::uuid[]) AS given (id)
     CROSS JOIN
         LATERAL (
             SELECT agent_id, id
