@@ -82,10 +82,23 @@ RETURNING id, entity_id, type, world_id, source_entity_id;
 -- name: update_components(agent_id, components, required)
 -- Changes the fields that are given; gives the ids that were there. required: one that is not undoes the statement.
 -- agent_id comes through the join and not as a filter, which keeps it a lookup for each id.
+-- Rows are locked in the order of the ids, whatever the plan, so that two batches cannot wait for each other.
 WITH given AS MATERIALIZED (
     SELECT :agent_id::uuid AS agent, c.*, g.component
     FROM jsonb_array_elements(:components::jsonb) AS g (component)
     CROSS JOIN LATERAL jsonb_populate_record(NULL::elizasql.components, g.component) AS c
+),
+
+locked AS MATERIALIZED (
+    SELECT given.*
+    FROM given
+    CROSS JOIN
+        LATERAL (
+            SELECT
+            FROM elizasql.components AS of_id
+            WHERE of_id.agent_id = given.agent AND of_id.id = given.id
+            FOR NO KEY UPDATE
+        ) AS of_id
 ),
 
 updated AS (
@@ -98,7 +111,7 @@ updated AS (
         = CASE WHEN g.component ? 'source_entity_id' THEN g.source_entity_id ELSE c.source_entity_id END,
         type = coalesce(g.type, c.type),
         data = CASE WHEN g.component ? 'data' THEN coalesce(g.data, '{}') ELSE c.data END
-    FROM given AS g
+    FROM locked AS g
     WHERE c.agent_id = g.agent AND c.id = g.id
     RETURNING c.id
 )
@@ -112,16 +125,29 @@ HAVING count(*) > 0;
 
 -- name: patch_components(agent_id, patches)
 -- Applies the operations to the data of each component, all or none; a concurrent patch is waited for and built upon.
+-- Locked as by update_components.
 -- Not repeatable: increments and appends would be done twice.
 WITH given AS MATERIALIZED (
     SELECT :agent_id::uuid AS agent, (g.patch ->> 'id')::uuid AS id, g.patch -> 'ops' AS ops
     FROM jsonb_array_elements(:patches::jsonb) AS g (patch)
 ),
 
+locked AS MATERIALIZED (
+    SELECT given.*
+    FROM given
+    CROSS JOIN
+        LATERAL (
+            SELECT
+            FROM elizasql.components AS of_id
+            WHERE of_id.agent_id = given.agent AND of_id.id = given.id
+            FOR NO KEY UPDATE
+        ) AS of_id
+),
+
 patched AS (
     UPDATE elizasql.components AS c
     SET data = elizasql.patch_data(c.data, g.ops, c.id)
-    FROM given AS g
+    FROM locked AS g
     WHERE c.agent_id = g.agent AND c.id = g.id
     RETURNING c.id
 )
@@ -133,15 +159,28 @@ HAVING count(*) > 0;
 
 -- name: delete_components(agent_id, ids)$
 -- Gives how many there were.
+-- Locked as by update_components.
 -- Not repeatable: a second run finds nothing left to delete.
 WITH given AS MATERIALIZED (
     SELECT :agent_id::uuid AS agent, g.id
     FROM unnest(:ids::uuid[]) AS g (id)
 ),
 
+locked AS MATERIALIZED (
+    SELECT given.*
+    FROM given
+    CROSS JOIN
+        LATERAL (
+            SELECT
+            FROM elizasql.components AS of_id
+            WHERE of_id.agent_id = given.agent AND of_id.id = given.id
+            FOR UPDATE
+        ) AS of_id
+),
+
 deleted AS (
     DELETE FROM elizasql.components AS c
-    USING given AS g
+    USING locked AS g
     WHERE c.agent_id = g.agent AND c.id = g.id
     RETURNING c.id
 )

@@ -403,10 +403,23 @@ ON CONFLICT (agent_id, id) DO UPDATE
 -- name: update_entities(agent_id, entities, required)
 -- Changes the fields that are given; gives the ids that were there. required: one that is not undoes the statement.
 -- agent_id comes through the join and not as a filter, which keeps it a lookup for each id.
+-- Rows are locked in the order of the ids, whatever the plan, so that two batches cannot wait for each other.
 WITH given AS MATERIALIZED (
     SELECT :agent_id::uuid AS agent, e.*, g.entity
     FROM jsonb_array_elements(:entities::jsonb) AS g (entity)
     CROSS JOIN LATERAL jsonb_populate_record(NULL::elizasql.entities, g.entity) AS e
+),
+
+locked AS MATERIALIZED (
+    SELECT given.*
+    FROM given
+    CROSS JOIN
+        LATERAL (
+            SELECT
+            FROM elizasql.entities AS of_id
+            WHERE of_id.agent_id = given.agent AND of_id.id = given.id
+            FOR NO KEY UPDATE
+        ) AS of_id
 ),
 
 updated AS (
@@ -415,7 +428,7 @@ updated AS (
         names = CASE WHEN g.entity ? 'names' THEN coalesce(g.names, '{}') ELSE e.names END,
         metadata = CASE WHEN g.entity ? 'metadata' THEN coalesce(g.metadata, '{}') ELSE e.metadata END,
         created_at = elizasql.changed_time(e.created_at, g.created_at)
-    FROM given AS g
+    FROM locked AS g
     WHERE e.agent_id = g.agent AND e.id = g.id
     RETURNING e.id
 )
@@ -430,15 +443,28 @@ HAVING count(*) > 0;
 -- name: delete_entities(agent_id, ids)$
 -- Deletes entities and, by cascade, their components, memberships, relationships, goals, logs and memories.
 -- All that changes is locked first, in the order in which others lock it.
+-- Locked as by update_entities.
 -- Not repeatable: a second run finds nothing left to delete.
 WITH given AS MATERIALIZED (
     SELECT :agent_id::uuid AS agent, g.id
     FROM elizasql.lock_dependents(:agent_id, '{}', :ids::uuid[]) AS g (id)
 ),
 
+locked AS MATERIALIZED (
+    SELECT given.*
+    FROM given
+    CROSS JOIN
+        LATERAL (
+            SELECT
+            FROM elizasql.entities AS of_id
+            WHERE of_id.agent_id = given.agent AND of_id.id = given.id
+            FOR UPDATE
+        ) AS of_id
+),
+
 deleted AS (
     DELETE FROM elizasql.entities AS e
-    USING given AS g
+    USING locked AS g
     WHERE e.agent_id = g.agent AND e.id = g.id
     RETURNING e.id
 )

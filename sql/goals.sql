@@ -96,6 +96,7 @@ LIMIT
 -- name: update_goals(agent_id, goals, required)
 -- Changes the keys that are given; gives the ids that were there. required: one that is not there undoes the whole.
 -- agent_id comes through the join and not as a filter, which keeps it a lookup for each id.
+-- Rows are locked in the order of the ids, whatever the plan, so that two batches cannot wait for each other.
 WITH given AS MATERIALIZED (
     SELECT
         :agent_id::uuid AS agent,
@@ -103,6 +104,18 @@ WITH given AS MATERIALIZED (
         g.given
     FROM jsonb_array_elements(:goals::jsonb) AS g (given)
     CROSS JOIN LATERAL jsonb_populate_record(NULL::elizasql.goals, g.given) AS p
+),
+
+locked AS MATERIALIZED (
+    SELECT given.*
+    FROM given
+    CROSS JOIN
+        LATERAL (
+            SELECT
+            FROM elizasql.goals AS of_id
+            WHERE of_id.agent_id = given.agent AND of_id.id = given.id
+            FOR NO KEY UPDATE
+        ) AS of_id
 ),
 
 updated AS (
@@ -114,7 +127,7 @@ updated AS (
         status = coalesce(g.status, t.status),
         objectives = CASE WHEN g.given ? 'objectives' THEN coalesce(g.objectives, '[]') ELSE t.objectives END,
         updated_at = statement_timestamp()
-    FROM given AS g
+    FROM locked AS g
     WHERE t.agent_id = g.agent AND t.id = g.id
     RETURNING t.id
 )
@@ -128,6 +141,7 @@ HAVING count(*) > 0;
 
 -- name: delete_goals(agent_id, ids)$
 -- Gives how many there were.
+-- Locked as by update_goals.
 -- Not repeatable: a second run finds nothing left to delete.
 WITH given AS MATERIALIZED (
     SELECT
@@ -136,9 +150,21 @@ WITH given AS MATERIALIZED (
     FROM unnest(:ids::uuid[]) AS g (id)
 ),
 
+locked AS MATERIALIZED (
+    SELECT given.*
+    FROM given
+    CROSS JOIN
+        LATERAL (
+            SELECT
+            FROM elizasql.goals AS of_id
+            WHERE of_id.agent_id = given.agent AND of_id.id = given.id
+            FOR UPDATE
+        ) AS of_id
+),
+
 deleted AS (
     DELETE FROM elizasql.goals AS t
-    USING given AS g
+    USING locked AS g
     WHERE t.agent_id = g.agent AND t.id = g.id
     RETURNING t.id
 )

@@ -130,6 +130,7 @@ ORDER BY given.position;
 -- name: update_logs(agent_id, ids, types, bodies)
 -- Replaces type and body, each where given; one that is not there undoes the whole statement.
 -- agent_id comes through the join and not as a filter, which keeps it a lookup for each id.
+-- Rows are locked in the order of the ids, whatever the plan, so that two batches cannot wait for each other.
 WITH given AS MATERIALIZED (
     SELECT
         :agent_id::uuid AS agent,
@@ -137,12 +138,24 @@ WITH given AS MATERIALIZED (
     FROM unnest(:ids::uuid[], :types::text[], :bodies::jsonb[]) AS g (id, type, body)
 ),
 
+locked AS MATERIALIZED (
+    SELECT given.*
+    FROM given
+    CROSS JOIN
+        LATERAL (
+            SELECT
+            FROM elizasql.logs AS of_id
+            WHERE of_id.agent_id = given.agent AND of_id.id = given.id
+            FOR NO KEY UPDATE
+        ) AS of_id
+),
+
 updated AS (
     UPDATE elizasql.logs AS l
     SET
         type = coalesce(g.type, l.type),
         body = coalesce(g.body, l.body)
-    FROM given AS g
+    FROM locked AS g
     WHERE l.agent_id = g.agent AND l.id = g.id
     RETURNING l.id
 )
@@ -156,6 +169,7 @@ HAVING count(*) > 0;
 
 -- name: delete_logs(agent_id, ids)$
 -- Gives how many there were.
+-- Locked as by update_logs.
 -- Not repeatable: a second run finds nothing left to delete.
 WITH given AS MATERIALIZED (
     SELECT
@@ -164,9 +178,21 @@ WITH given AS MATERIALIZED (
     FROM unnest(:ids::uuid[]) AS g (id)
 ),
 
+locked AS MATERIALIZED (
+    SELECT given.*
+    FROM given
+    CROSS JOIN
+        LATERAL (
+            SELECT
+            FROM elizasql.logs AS of_id
+            WHERE of_id.agent_id = given.agent AND of_id.id = given.id
+            FOR UPDATE
+        ) AS of_id
+),
+
 deleted AS (
     DELETE FROM elizasql.logs AS l
-    USING given AS g
+    USING locked AS g
     WHERE l.agent_id = g.agent AND l.id = g.id
     RETURNING l.id
 )

@@ -118,10 +118,23 @@ SELECT ids, created FROM elizasql.create_relationships(:agent_id, :relationships
 -- name: update_relationships(agent_id, relationships, required)
 -- Changes the fields that are given; gives the ids that were there. required: one that is not undoes the statement.
 -- agent_id comes through the join and not as a filter, which keeps it a lookup for each id.
+-- Rows are locked in the order of the ids, whatever the plan, so that two batches cannot wait for each other.
 WITH given AS MATERIALIZED (
     SELECT :agent_id::uuid AS agent, r.*, g.relationship
     FROM jsonb_array_elements(:relationships::jsonb) AS g (relationship)
     CROSS JOIN LATERAL jsonb_populate_record(NULL::elizasql.relationships, g.relationship) AS r
+),
+
+locked AS MATERIALIZED (
+    SELECT given.*
+    FROM given
+    CROSS JOIN
+        LATERAL (
+            SELECT
+            FROM elizasql.relationships AS of_id
+            WHERE of_id.agent_id = given.agent AND of_id.id = given.id
+            FOR NO KEY UPDATE
+        ) AS of_id
 ),
 
 updated AS (
@@ -129,7 +142,7 @@ updated AS (
     SET
         tags = CASE WHEN g.relationship ? 'tags' THEN coalesce(g.tags, '{}') ELSE r.tags END,
         metadata = CASE WHEN g.relationship ? 'metadata' THEN coalesce(g.metadata, '{}') ELSE r.metadata END
-    FROM given AS g
+    FROM locked AS g
     WHERE r.agent_id = g.agent AND r.id = g.id
     RETURNING r.id
 )
@@ -143,15 +156,28 @@ HAVING count(*) > 0;
 
 -- name: delete_relationships(agent_id, ids)$
 -- Gives how many there were.
+-- Locked as by update_relationships.
 -- Not repeatable: a second run finds nothing left to delete.
 WITH given AS MATERIALIZED (
     SELECT :agent_id::uuid AS agent, g.id
     FROM unnest(:ids::uuid[]) AS g (id)
 ),
 
+locked AS MATERIALIZED (
+    SELECT given.*
+    FROM given
+    CROSS JOIN
+        LATERAL (
+            SELECT
+            FROM elizasql.relationships AS of_id
+            WHERE of_id.agent_id = given.agent AND of_id.id = given.id
+            FOR UPDATE
+        ) AS of_id
+),
+
 deleted AS (
     DELETE FROM elizasql.relationships AS r
-    USING given AS g
+    USING locked AS g
     WHERE r.agent_id = g.agent AND r.id = g.id
     RETURNING r.id
 )

@@ -175,6 +175,7 @@ LIMIT
 -- A new due time reaches ready_at unless a worker has the task: then that is the end of its lease. The due time that is
 -- there is not a new one, also cut to milliseconds, as ElizaOS's JSON gives it back: the pause after a failure goes on.
 -- agent_id comes through the join and not as a filter, which keeps it a lookup for each id.
+-- Rows are locked in the order of the ids, whatever the plan, so that two batches cannot wait for each other.
 WITH given AS MATERIALIZED (
     SELECT
         :agent_id::uuid AS agent,
@@ -182,6 +183,18 @@ WITH given AS MATERIALIZED (
         g.given
     FROM jsonb_array_elements(:tasks::jsonb) AS g (given)
     CROSS JOIN LATERAL jsonb_populate_record(NULL::elizasql.tasks, g.given) AS p
+),
+
+locked AS MATERIALIZED (
+    SELECT given.*
+    FROM given
+    CROSS JOIN
+        LATERAL (
+            SELECT
+            FROM elizasql.tasks AS of_id
+            WHERE of_id.agent_id = given.agent AND of_id.id = given.id
+            FOR NO KEY UPDATE
+        ) AS of_id
 ),
 
 updated AS (
@@ -206,7 +219,7 @@ updated AS (
             FROM (SELECT g.given ? 'due_at' AND NOT elizasql.is_same_time(t.due_at, g.due_at) AS comes) AS change
         ),
         updated_at = statement_timestamp()
-    FROM given AS g
+    FROM locked AS g
     WHERE t.agent_id = g.agent AND t.id = g.id
     RETURNING t.id
 )
@@ -249,6 +262,7 @@ RETURNING TRUE AS done;
 
 -- name: delete_tasks(agent_id, ids)$
 -- Gives how many there were.
+-- Locked as by update_tasks.
 -- Not repeatable: a second run finds nothing left to delete.
 WITH given AS MATERIALIZED (
     SELECT
@@ -257,9 +271,21 @@ WITH given AS MATERIALIZED (
     FROM unnest(:ids::uuid[]) AS g (id)
 ),
 
+locked AS MATERIALIZED (
+    SELECT given.*
+    FROM given
+    CROSS JOIN
+        LATERAL (
+            SELECT
+            FROM elizasql.tasks AS of_id
+            WHERE of_id.agent_id = given.agent AND of_id.id = given.id
+            FOR UPDATE
+        ) AS of_id
+),
+
 deleted AS (
     DELETE FROM elizasql.tasks AS t
-    USING given AS g
+    USING locked AS g
     WHERE t.agent_id = g.agent AND t.id = g.id
     RETURNING t.id
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID, uuid4
@@ -11,8 +12,9 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 
-from elizasql import DatabaseAdapter
+from elizasql import DatabaseAdapter, NotFoundError
 
+from .conftest import MakeAdapter
 from .locking import blocked_pid
 
 # How rows are locked by those who change many of them.
@@ -147,3 +149,67 @@ async def test_all_goals_of_a_room_are_locked_in_the_order_of_batches(
         await blocked_pid(raw, waiting)
         assert len(await raw.fetch(theirs, db.agent_id, room)) == 5
     assert await waiting == 5
+
+
+async def ids_of(db: DatabaseAdapter, raw: asyncpg.Connection[Any], table: str) -> list[UUID]:
+    """Give the ids of an agent's rows, shuffled."""
+    question = f"SELECT id FROM elizasql.{table} WHERE agent_id = $1 ORDER BY random()"
+    return [id for (id,) in await raw.fetch(question, db.agent_id)]
+
+
+# What others do meanwhile: makes the call from the family and the ids of the table's rows.
+BATCHES: dict[str, tuple[str, Callable[[DatabaseAdapter, Family, list[UUID]], Awaitable[Any]]]] = {
+    "update_participants": (
+        "participants",
+        lambda db, f, ids: db.update_participant_user_states(
+            [{"roomId": room, "entityId": entity, "state": "MUTED"} for entity in f.entities for room in f.rooms]
+        ),
+    ),
+    "update_components": (
+        "components",
+        lambda db, f, ids: db.update_components([{"id": id, "data": {"x": 1}} for id in ids]),
+    ),
+    "patch_components": (
+        "components",
+        lambda db, f, ids: db.patch_components(
+            [{"componentId": id, "ops": [{"op": "set", "path": "x", "value": 1}]} for id in ids]
+        ),
+    ),
+    "update_relationships": (
+        "relationships",
+        lambda db, f, ids: db.update_relationships([{"id": id, "tags": ["x"]} for id in ids]),
+    ),
+    "update_memories": (
+        "memories",
+        lambda db, f, ids: db.update_memories([{"id": id, "content": {"text": "y"}} for id in ids]),
+    ),
+    "delete_memories": ("memories", lambda db, f, ids: db.delete_memories(ids)),
+    "delete_all_memories": ("memories", lambda db, f, ids: db.delete_all_memories(f.rooms, "messages")),
+    "update_goals": ("goals", lambda db, f, ids: db.update_goals([{"id": id, "name": "y"} for id in ids])),
+    "delete_all_goals": ("goals", lambda db, f, ids: db.delete_all_goals(f.rooms[0])),
+    "update_logs": ("logs", lambda db, f, ids: db.update_logs([{"id": id, "body": {"x": 1}} for id in ids])),
+    "delete_logs": ("logs", lambda db, f, ids: db.delete_logs(ids)),
+    "update_rooms": ("rooms", lambda db, f, ids: db.update_rooms([{"id": id, "name": "y"} for id in ids])),
+    **{name: ("rooms", lambda db, f, ids, name=name: DELETIONS[name][0](db, f)) for name in DELETIONS},  # type: ignore[misc]
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", BATCHES)
+async def test_no_deletion_and_no_batch_wait_for_each_other(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any], batch: str
+) -> None:
+    """Each deletion beside each batch, of the same rows, over and over: no try was undone by a deadlock."""
+    table, change = BATCHES[batch]
+    mine = await make_db()
+    other = await make_db(mine.agent_id)
+    family = Family(uuid4(), new_ids(8), new_ids(8))
+    for call, *_ in DELETIONS.values():
+        for _ in range(6):
+            await settle(mine, family)
+            ids = await ids_of(mine, raw, table)
+            deletion = asyncio.ensure_future(call(mine, family))
+            with suppress(NotFoundError):
+                await change(other, family, ids)
+            await deletion
+            assert mine._meter.retries + other._meter.retries == 0
