@@ -641,6 +641,18 @@ async def test_a_partition_that_grows_fast_is_not_disturbed(db: DatabaseAdapter,
         assert (await index_of(raw, db.agent_id) is not None) is built
 
 
+async def test_an_index_that_was_lost_once_leaves_later_loads_alone(
+    db: DatabaseAdapter, raw: asyncpg.Connection[Any]
+) -> None:
+    """A load was broken off, and somebody has built the index; the next load is another process's, and under way."""
+    await db.load_memories(some(600), "messages", build_index=False)
+    db._indexer.restore()
+    await db._indexer._restore_index()
+    await raw.execute("SELECT elizasql.drop_index($1, NULL)", db.agent_id)
+    await db._indexer._restore_index()
+    assert await index_of(raw, db.agent_id) is None
+
+
 async def test_after_a_rebuild_that_was_cut_while_it_dropped_the_index_the_background_builds_it(
     make_db: MakeAdapter, raw: asyncpg.Connection[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
