@@ -181,7 +181,7 @@ async def _find_plan(connection: Any, sql: str, arguments: Sequence[Any]) -> dic
             f'quote_nullable(${number}::"{kind.schema}".{kind.name}::text)'
             for number, kind in enumerate(prepared.get_parameters(), 1)
         )
-        given = f"({', '.join(await connection.fetchrow(f'SELECT {texts}', *arguments))})"
+        given = f"({', '.join(await connection.fetchrow(f'VALUES ({texts})', *arguments))})"
     name = prepared.get_name()
     found = await connection.fetchval(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE {name}{given}")
     plan: dict[str, Any] = orjson.loads(found)[0]
