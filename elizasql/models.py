@@ -27,7 +27,7 @@ import numpy as np
 
 from . import _codecs
 from .errors import ArgumentError, show
-from .types import JSON, Embedding, GoalStatus, Key, Objective, RunStatus
+from .types import JSON, Embedding, GoalStatus, Key, MaxAttempts, Objective, RunStatus
 
 __all__ = [
     "MISSING",
@@ -544,7 +544,7 @@ class Task(Model):
     due_at: datetime | None = None
     ready_at: datetime | None = None
     attempts: int | None = None
-    max_attempts: int | None = None
+    max_attempts: MaxAttempts | None = None
     claim_token: UUID | None = None
     claimed_by: str | None = None
     error: str | None = None
@@ -685,6 +685,13 @@ def _read_number(value: Any, name: str) -> float:
         raise ArgumentError(f"{name} is a number beyond what a float holds") from None
 
 
+def _read_max_attempts(value: object, name: str) -> int:
+    number = _codecs.as_count(value, name, least=1)
+    if number >= 2**31:
+        raise ArgumentError(f"{name} must be below 2**31, what an integer holds")
+    return number
+
+
 def _one(kind: type[M]) -> Callable[[Any, str], M]:
     def read(value: Any, name: str) -> M:  # noqa: ARG001 - the error names the key that is wrong
         return value if isinstance(value, kind) else kind.from_dict(value)
@@ -735,6 +742,7 @@ _READERS: dict[str, Callable[[Any, str], Any]] = {
     "Key": _codecs.as_key,
     "bool": _codecs.as_bool,
     "int": _codecs.as_count,
+    "MaxAttempts": _read_max_attempts,
     "datetime": _codecs.as_time,
     "Embedding": _codecs.as_embedding,
     "dict[str, Any]": _read_object,

@@ -75,7 +75,6 @@ class Tasks(Store):
         Statement: sql/tasks.sql create_tasks. One round trip a chunk. Source: createTasks.
         """
         ids, rows = self._read_all(Task, tasks, needed=("name",))
-        _check_attempts(rows, ids)
         positions = order_by_id(rows)
         if rows:
             encoded = zip(self._encode_chunks(Task, rows, ids), self._chunks(positions), strict=True)
@@ -208,7 +207,6 @@ class Tasks(Store):
 
     def _read_patches(self, tasks: Iterable[Task | Mapping[str, Any]]) -> tuple[list[UUID], list[dict[str, Any]]]:
         ids, rows = self._read_partial(Task, tasks, fixed=("name", "max_attempts"))
-        _check_attempts(rows, ids)
         return ids, [{key: value for key, value in row.items() if key in _CHANGEABLE} for row in rows]
 
     async def _update_tasks(self, read: tuple[list[UUID], list[dict[str, Any]]], *, required: bool) -> list[Any]:
@@ -453,14 +451,6 @@ class Tasks(Store):
         if given.get("id") is None or given.get("claim_token") is None:
             raise ArgumentError("the task is not claimed: it needs id and claim_token, as claim_tasks gives them")
         return {"agent_id": self.agent_id, "id": given["id"], "claim_token": given["claim_token"]}
-
-
-def _check_attempts(rows: Iterable[Mapping[str, Any]], ids: list[UUID]) -> None:
-    for row in rows:
-        attempts = row.get("max_attempts")
-        if attempts is not None and not 1 <= attempts < 2**31:
-            position = ids.index(row["id"])
-            raise ArgumentError(f"Task at position {position}: max_attempts must be between 1 and 2 ** 31 - 1")
 
 
 def _with_id(id: UUID, task: Task | Mapping[str, Any]) -> dict[str, Any]:

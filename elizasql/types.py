@@ -22,6 +22,7 @@ __all__ = [
     "IdInput",
     "Indexing",
     "Key",
+    "MaxAttempts",
     "Objective",
     "Recall",
     "RunStatus",
@@ -67,6 +68,9 @@ GoalStatus: TypeAlias = Literal["IN_PROGRESS", "DONE", "FAILED"]
 
 Key: TypeAlias = str
 """Text that rows are looked up by: at most 1,024 bytes in UTF-8."""
+
+MaxAttempts: TypeAlias = int
+"""How often a task may be claimed: 1 to 2**31 - 1 times."""
 
 Objective: TypeAlias = "dict[str, Any]"
 """A step of a goal: `id`, `description`, `completed`, and whatever else belongs to it."""

@@ -80,6 +80,7 @@ def of_type(text: str) -> st.SearchStrategy[Any]:
         "Key": TEXT,
         "bool": st.booleans(),
         "int": st.integers(0, 2**63 - 1),
+        "MaxAttempts": st.integers(1, 2**31 - 1),
         "float": st.floats(allow_nan=False, allow_infinity=False),
         "datetime": TIMES,
         "Embedding": VECTORS,
@@ -245,6 +246,7 @@ BAD_VALUES: dict[str, list[Any]] = {
     "Key": [5, b"x", ["x"], {}, "x" * 1025],
     "bool": [1, 0, "true", [], 1.0],
     "int": [True, 1.0, "1", -1, 2**63],
+    "MaxAttempts": [True, 1.0, "1", 0, 2**31],
     "float": [True, "1.0", [1.0], 1j, 10**400],
     "datetime": ["yesterday", datetime(2025, 1, 1), [0], True, float("nan"), 1e30],  # noqa: DTZ001
     "Embedding": [[0.0] * 384, [1.0], "x", {}],

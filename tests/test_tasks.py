@@ -178,6 +178,16 @@ async def test_bad_task_sends_nothing(
     assert round_trips == []
 
 
+async def test_the_error_about_attempts_names_the_position_also_of_an_id_that_comes_again(
+    db: DatabaseAdapter, round_trips: list[str]
+) -> None:
+    id = uuid4()
+    for call in (db.create_tasks, db.update_tasks):
+        with pytest.raises(ArgumentError, match="Task at position 1: max_attempts"):
+            await call([{"id": id, "name": "x"}, {"id": id, "name": "x", "max_attempts": 0}])
+    assert round_trips == []
+
+
 async def test_text_is_stored_as_it_is(db: DatabaseAdapter) -> None:
     for text in (INJECTION, "C:\\dir \\d+ \\u12", "ünïcode 🙂", "%_", "x" * 1024):
         id = await db.create_task(Task(name=text, description=text, tags=[text, "queue"], metadata={text: text}))
