@@ -125,7 +125,8 @@ async def assert_nothing_is_left(db: DatabaseAdapter, tasks: set[asyncio.Task[An
 @pytest.mark.parametrize(
     ("name", "how"),
     [
-        *((name, how) for name in QUICK for how in ("at once", "with the answer", "twice")),
+        *((name, "with the answer") for name in QUICK),
+        *(pytest.param(name, how, marks=pytest.mark.slow) for name in QUICK for how in ("at once", "twice")),
         *(pytest.param(name, "with the answer", marks=pytest.mark.slow) for name in SLOW),
     ],
 )
