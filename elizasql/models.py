@@ -8,7 +8,8 @@ text, a time as milliseconds since 1970, as an embedding whatever converts to fl
 `from_dict` and `to_dict` speak ElizaOS's JSON: camelCase keys, times as milliseconds since 1970. Every method takes
 such a mapping wherever it takes a model; snake_case keys are understood, too. A key that no field has is an error, so
 that nothing is lost silently; but for a few that ElizaOS's objects carry and the original does not store either: of an
-agent `status`, `templates` and `secrets`, of a memory `sessionId` and `sessionKey`. Arguments are never changed.
+agent `status`, `templates`, `secrets`, `advancedMemory` and `advancedPlanning`, of a memory `sessionId` and
+`sessionKey`. Arguments are never changed.
 """
 
 from __future__ import annotations
@@ -162,7 +163,9 @@ class Agent(Model):
     created_at: datetime | None = None
     updated_at: datetime | None = None
 
-    _ignored: ClassVar[frozenset[str]] = frozenset({"status", "templates", "secrets"})
+    _ignored: ClassVar[frozenset[str]] = frozenset(
+        {"status", "templates", "secrets", "advancedMemory", "advancedPlanning"}
+    )
 
 
 @dataclass(slots=True)

@@ -356,7 +356,18 @@ def test_what_elizaos_sends_is_understood() -> None:
         {"id": str(ids[0]), "type": "GROUP", "source": "discord", "channelId": "9", "serverId": ids[1]}
     )
     assert room == Room(id=ids[0], type="GROUP", source="discord", channel_id="9", message_server_id=ids[1])
-    agent = Agent.from_dict({"id": ids[0], "name": "Ada", "status": "active", "messageExamples": [[{"name": "a"}]]})
+    agent = Agent.from_dict(
+        {
+            "id": ids[0],
+            "name": "Ada",
+            "status": "active",
+            "messageExamples": [[{"name": "a"}]],
+            "templates": {"reply": "{{text}}"},
+            "secrets": {"KEY": "s"},
+            "advancedMemory": True,
+            "advancedPlanning": False,
+        }
+    )
     assert agent == Agent(id=ids[0], name="Ada", message_examples=[[{"name": "a"}]])
     participant = Participant.from_dict({"id": str(ids[0]), "entity": {"id": str(ids[1]), "names": ["Ann"]}})
     assert participant.entity == Entity(id=ids[1], names=["Ann"])
