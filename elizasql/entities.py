@@ -199,12 +199,19 @@ class Entities(Store):
             found[position - 1].append(_entity(row, include))
         return found
 
-    async def get_entities_by_names(self, names: Iterable[str], *, timeout: float | None = None) -> list[Entity]:
+    async def get_entities_by_names(
+        self, names: Iterable[str], *, agent_id: UUID | str | None = None, timeout: float | None = None
+    ) -> list[Entity]:
         """Get the entities that have one of the names, exactly as written, oldest first; equal times by id.
+
+        Args:
+            names: The names; none give no entities.
+            agent_id: The adapter's agent; another one is refused.
 
         Statement: sql/entities.sql get_entities_by_names. One round trip. Source: getEntitiesByNames; differs: no
         names give no entities.
         """
+        self._check_agent({"agent_id": _codecs.as_optional_id(agent_id, "agent_id")})
         wanted = list(dict.fromkeys(_codecs.as_texts(names, "names")))
         if not wanted:
             return []
@@ -212,7 +219,12 @@ class Entities(Store):
         return [Entity(*row) for row in rows]
 
     async def search_entities_by_name(
-        self, query: str, limit: int | None = 10, *, timeout: float | None = None
+        self,
+        query: str,
+        limit: int | None = 10,
+        *,
+        agent_id: UUID | str | None = None,
+        timeout: float | None = None,
     ) -> list[Entity]:
         """Find entities by a part of a name, whatever the case (of ASCII alone where the database's locale is C).
 
@@ -222,10 +234,12 @@ class Entities(Store):
         Args:
             query: Plain text: `%` and `_` mean themselves. Blank: the first entities by id.
             limit: At most so many; None: all.
+            agent_id: The adapter's agent; another one is refused.
 
         Statement: sql/entities.sql search_entities_by_name, get_first_entities where the query is blank. One round
         trip. Source: searchEntitiesByName; differs: in order of relevance, no wildcards, indexed.
         """
+        self._check_agent({"agent_id": _codecs.as_optional_id(agent_id, "agent_id")})
         text = _codecs.as_text(query, "query")
         count = _codecs.as_optional_count(limit, "limit")
         count = _ALL if count is None else count

@@ -147,9 +147,11 @@ class DatabaseAdapter:
     def get_entities_for_rooms(
         self, room_ids: Iterable[UUID | str], include_components: bool = False, *, timeout: float | None = None
     ) -> list[list[Entity]]: ...
-    def get_entities_by_names(self, names: Iterable[str], *, timeout: float | None = None) -> list[Entity]: ...
+    def get_entities_by_names(
+        self, names: Iterable[str], *, agent_id: UUID | str | None = None, timeout: float | None = None
+    ) -> list[Entity]: ...
     def search_entities_by_name(
-        self, query: str, limit: int | None = 10, *, timeout: float | None = None
+        self, query: str, limit: int | None = 10, *, agent_id: UUID | str | None = None, timeout: float | None = None
     ) -> list[Entity]: ...
     def query_entities(
         self,

@@ -287,6 +287,22 @@ async def test_get_by_names_is_exact(db: DatabaseAdapter) -> None:
         await db.get_entities_by_names([1])  # type: ignore[list-item]
 
 
+async def test_names_are_looked_up_for_the_adapters_agent(db: DatabaseAdapter, round_trips: list[str]) -> None:
+    [id] = await named(db, ["Ann"])
+    for agent in (db.agent_id, str(db.agent_id), None):
+        assert [entity.id for entity in await db.get_entities_by_names(["Ann"], agent_id=agent)] == [id]
+        assert [entity.id for entity in await db.search_entities_by_name("ann", agent_id=agent)] == [id]
+    round_trips.clear()
+    for stranger in (uuid4(), "Ann"):
+        for search in (
+            db.get_entities_by_names(["Ann"], agent_id=stranger),
+            db.search_entities_by_name("", agent_id=stranger),
+        ):
+            with pytest.raises(ArgumentError, match="agent"):
+                await search
+    assert round_trips == []
+
+
 async def test_get_by_names_is_oldest_first(db: DatabaseAdapter) -> None:
     ids = [uuid4() for _ in range(6)]
     times = [T0 + timedelta(n % 3) for n in range(6)]
