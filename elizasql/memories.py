@@ -499,29 +499,39 @@ class Memories(Store):
     async def get_memories_by_world_id(
         self,
         *,
-        world_id: UUID | str,
+        world_id: UUID | str | None = None,
+        world_ids: Iterable[UUID | str] | None = None,
         table_name: str = "messages",
         count: int | None = None,
         limit: int | None = None,
         include_embedding: bool = False,
         timeout: float | None = None,
     ) -> list[Memory]:
-        """Get the newest memories of a world: those that name it, and those in rooms of it.
+        """Get the newest memories of a world, or of several together: those that name it, and those in rooms of it.
 
         Args:
             world_id: The world.
+            world_ids: The worlds, instead of `world_id`; each memory comes once, none give no memories.
             table_name, count, limit, include_embedding: As in `get_memories`.
+
+        Raises:
+            ArgumentError: Neither `world_id` nor `world_ids` is given, or both.
 
         Statement: sql/memories.sql get_memories_by_world_id. One round trip. Source: getMemoriesByWorldId; differs:
         the memory's own `world_id` counts, too.
         """
-        return await self._fetch_memories(
-            "get_memories_by_world_id",
-            world_id=_codecs.as_id(world_id, "world_id"),
-            type=self._type(table_name),
-            count=as_limit(count, limit),
-            include_embedding=_codecs.as_bool(include_embedding, "include_embedding"),
-        )
+        if (world_id is None) == (world_ids is None):
+            raise ArgumentError("give either world_id or world_ids")
+        if world_ids is None:
+            worlds = [_codecs.as_id(world_id, "world_id")]
+        else:
+            worlds = list(dict.fromkeys(_codecs.as_ids(world_ids, "world_ids")))
+        params = {
+            "type": self._type(table_name),
+            "count": as_limit(count, limit),
+            "include_embedding": _codecs.as_bool(include_embedding, "include_embedding"),
+        }
+        return await self._fetch_memories("get_memories_by_world_id", world_ids=worlds, **params) if worlds else []
 
     async def count_memories(
         self,

@@ -387,7 +387,8 @@ class DatabaseAdapter:
     def get_memories_by_world_id(
         self,
         *,
-        world_id: UUID | str,
+        world_id: UUID | str | None = None,
+        world_ids: Iterable[UUID | str] | None = None,
         table_name: str = "messages",
         count: int | None = None,
         limit: int | None = None,

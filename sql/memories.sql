@@ -350,23 +350,34 @@ CROSS JOIN
 ORDER BY m.created_at DESC, m.id DESC
 LIMIT :count::bigint;
 
--- name: get_memories_by_world_id(agent_id, world_id, type, count, include_embedding)
--- The newest of a world: memories that say so themselves, and those in rooms of that world.
+-- name: get_memories_by_world_id(agent_id, world_ids, type, count, include_embedding)
+-- The newest of some worlds: memories that say so themselves, and those in rooms of these worlds.
 WITH found AS (
-    (
-        SELECT
-            id,
-            created_at
-        FROM elizasql.memories
-        WHERE agent_id = :agent_id AND world_id = :world_id AND type = :type
-        ORDER BY created_at DESC, id DESC
-        LIMIT :count::bigint
-    )
+    SELECT
+        of_world.id,
+        of_world.created_at
+    FROM unnest(:world_ids::uuid[]) AS world (id)
+    CROSS JOIN
+        LATERAL (
+            SELECT
+                m.id,
+                m.created_at
+            FROM elizasql.memories AS m
+            WHERE m.agent_id = :agent_id AND m.world_id = world.id AND m.type = :type
+            ORDER BY m.created_at DESC, m.id DESC
+            LIMIT :count::bigint
+        ) AS of_world
     UNION
     SELECT
         of_room.id,
         of_room.created_at
-    FROM elizasql.rooms AS room
+    FROM unnest(:world_ids::uuid[]) AS world (id)
+    CROSS JOIN
+        LATERAL (
+            SELECT id FROM elizasql.rooms
+            WHERE agent_id = :agent_id AND world_id = world.id
+            OFFSET 0
+        ) AS room
     CROSS JOIN
         LATERAL (
             SELECT
@@ -377,7 +388,6 @@ WITH found AS (
             ORDER BY m.created_at DESC, m.id DESC
             LIMIT :count::bigint
         ) AS of_room
-    WHERE room.agent_id = :agent_id AND room.world_id = :world_id
 ),
 
 newest AS (

@@ -431,6 +431,7 @@ NEEDED_IDS: dict[str, Call] = {
     "get_memories_by_ids": lambda db, id: db.get_memories_by_ids([ID, id]),
     "get_memories_by_room_ids": lambda db, id: db.get_memories_by_room_ids(room_ids=[ID, id], table_name="m"),
     "get_memories_by_world_id": lambda db, id: db.get_memories_by_world_id(world_id=id),
+    "get_memories_by_world_id world_ids": lambda db, id: db.get_memories_by_world_id(world_ids=[ID, id]),
     "count_memories room_ids": lambda db, id: db.count_memories(room_ids=[ID, id]),
     "update_memory id": lambda db, id: db.update_memory({"id": id, "content": {}}),
     "update_memories id": lambda db, id: db.update_memories([{"id": id, "content": {}}]),

@@ -568,6 +568,34 @@ async def test_get_by_ids_rooms_and_worlds(db: DatabaseAdapter, agent_world: Sce
     assert ids_of(await db.get_memories_by_world_id(world_id=agent_world.world, count=5)) == ids_of(library[:5])
 
 
+async def test_get_by_several_worlds(db: DatabaseAdapter, agent_world: Scene, round_trips: list[str]) -> None:
+    other = await db.create_world({"name": "other"})
+    far = await db.create_room(Room(source="t", type="DM", world_id=other))
+    ids = [
+        await db.create_memory(Memory(content={}, created_at=T0 + timedelta(n), **scope), "messages")
+        for n, scope in enumerate(
+            [
+                {"room_id": agent_world.room},
+                {"room_id": far, "world_id": agent_world.world},  # of both worlds
+                {"world_id": other},
+                {"room_id": far, "world_id": other},  # in two ways of one world
+            ]
+        )
+    ]
+    worlds = [other, str(agent_world.world), other, uuid4()]
+    round_trips.clear()
+    assert ids_of(await db.get_memories_by_world_id(world_ids=worlds)) == ids[::-1]
+    assert len(round_trips) == 1
+    assert ids_of(await db.get_memories_by_world_id(world_ids=worlds, limit=2)) == ids[:1:-1]
+    assert ids_of(await db.get_memories_by_world_id(world_id=other)) == ids[:0:-1]
+    round_trips.clear()
+    assert await db.get_memories_by_world_id(world_ids=[]) == []
+    for wrong in ({}, {"world_id": other, "world_ids": [other]}, {"world_ids": str(other)}, {"world_ids": ["x"]}):
+        with pytest.raises(ArgumentError, match="world_id"):
+            await db.get_memories_by_world_id(**wrong)  # type: ignore[arg-type]
+    assert round_trips == []
+
+
 # --- change ----------------------------------------------------------------------------------------------------------
 
 

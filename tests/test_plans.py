@@ -368,6 +368,7 @@ LIST = {
     "room_ids": [SMALL],
     "entity_id": None,
     "world_id": WORLD,
+    "world_ids": [WORLD],
 }
 
 
