@@ -84,7 +84,8 @@ class Pairing(Store):
 
         Args:
             request: `id` and what to change; metadata are replaced as a whole. Other fields are what they are: the
-                whole request may be given, and they are not changed.
+                whole request may be given, and they are not changed. The time that is there, also cut to milliseconds,
+                changes nothing.
 
         Raises:
             ArgumentError: `id` is missing, or `last_seen_at` is None.

@@ -51,7 +51,7 @@ locked AS MATERIALIZED (
 updated AS (
     UPDATE elizasql.pairing_requests AS r
     SET
-        last_seen_at = coalesce(g.last_seen_at, r.last_seen_at),
+        last_seen_at = elizasql.changed_time(r.last_seen_at, g.last_seen_at),
         metadata = CASE WHEN g.request ? 'metadata' THEN coalesce(g.metadata, '{}') ELSE r.metadata END
     FROM locked AS g
     WHERE r.agent_id = g.agent AND r.id = g.id

@@ -144,6 +144,10 @@ async def test_only_time_and_metadata_of_a_request_change(db: DatabaseAdapter) -
     await db.update_pairing_requests([{"id": id, "metadata": None}, {"id": id, "lastSeenAt": T0 + SECOND}])
     wanted.metadata, wanted.last_seen_at = {}, T0 + SECOND
     assert await stored() == wanted, "changes of one request are put together"
+    wanted.last_seen_at += timedelta(microseconds=123)
+    await db.update_pairing_request({"id": id, "last_seen_at": wanted.last_seen_at})
+    await db.update_pairing_request(wanted.to_dict())
+    assert await stored() == wanted, "the time that is there, cut to milliseconds, changes nothing"
 
 
 async def test_a_request_that_is_missing(make_db: MakeAdapter) -> None:
