@@ -39,6 +39,9 @@ _LIMITS = ["idle_session_timeout", "statement_timeout", "transaction_timeout"]
 # Settings of dbmate and of its driver that are none of ours.
 _LEAKS = re.compile("DBMATE_|PG(?!SSL(?:CERT|KEY|ROOTCERT)$)")
 
+# What it says where the schema, relation, column, function or other object that a migration makes is there already.
+_THERE = re.compile(r"\((?:42P06|42P07|42701|42723|42710)\)")
+
 
 def known_versions(folder: Path | None = None) -> list[str]:
     """Give the versions of the migration files, oldest first."""
@@ -152,7 +155,10 @@ async def run_dbmate(*words: str, dsn: str, config: Config, folder: Path | None 
             raise
     if process.returncode:
         lines = _hide(url, said.decode(errors="replace")).strip().splitlines()
-        raise MigrationError(f"migrations failed: {' '.join(lines[-5:]) or f'exit code {process.returncode}'}")
+        last = " ".join(lines[-5:]) or f"exit code {process.returncode}"
+        if _THERE.search(last):
+            last += f"; where {table} has lost versions that were applied, insert them again"
+        raise MigrationError(f"migrations failed: {last}")
     return answer.decode(errors="replace")
 
 

@@ -326,6 +326,14 @@ async def test_database_of_an_older_library(fresh: str, tmp_path: Path) -> None:
         await elizasql.open(agent_id=uuid4(), dsn=fresh, migrate=False)
     await open_and_close(fresh)
     assert await applied(fresh) == VERSIONS
+    async with connected(fresh) as connection:
+        await connection.execute("DELETE FROM elizasql.schema_migrations WHERE version = $1", VERSIONS[-1])
+        with pytest.raises(
+            elizasql.MigrationError, match=r"already exists.*where elizasql\.schema_migrations has lost"
+        ):
+            await elizasql.open(agent_id=uuid4(), dsn=fresh)
+        await connection.execute("INSERT INTO elizasql.schema_migrations VALUES ($1)", VERSIONS[-1])
+    await open_and_close(fresh)
 
 
 async def test_database_of_a_newer_library(fresh: str, monkeypatch: pytest.MonkeyPatch) -> None:
