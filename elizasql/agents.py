@@ -103,6 +103,9 @@ class Agents(Store):
         An agent that is there is only read, and comes back as it is. Defaults of a new one: name "Unknown Agent", bio
         "An AI agent". What it says itself needs an entity of its id, too, which `create_entity` makes.
 
+        Raises:
+            ArgumentError: `agent` has another id, or a value does not fit; nothing was sent.
+
         Statement: sql/agents.sql ensure_agent. Source: ensureAgentExists; differs: one statement, no race.
         """
         given = Agent.read(agent if agent is not None else {})

@@ -55,6 +55,9 @@ class Entities(Store):
     async def ensure_entity_exists(self, entity: Entity | Mapping[str, Any], *, timeout: float | None = None) -> bool:
         """Create an entity unless it is there; True either way.
 
+        Raises:
+            As `create_entities`.
+
         Statement: sql/entities.sql create_entities. Source: ensureEntityExists.
         """
         await self.create_entities([entity])

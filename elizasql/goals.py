@@ -142,6 +142,9 @@ class Goals(Store):
     ) -> bool:
         """Set how far a goal is: "IN_PROGRESS", "DONE" or "FAILED"; False when there is no goal of this id.
 
+        Raises:
+            ArgumentError: Another status; nothing was sent.
+
         Statement: sql/goals.sql update_goals. One round trip. Source: updateGoalStatus.
         """
         return bool(await self._update_goals([{"id": goal_id, "status": status}], required=False))

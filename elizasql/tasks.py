@@ -303,6 +303,9 @@ class Tasks(Store):
         It is lost when another worker has taken the task after the lease ended, or the task is gone. That the lease
         ended does not lose it.
 
+        Raises:
+            ArgumentError: The task has no `claim_token`, or another value does not fit; nothing was sent.
+
         Statement: sql/tasks.sql heartbeat_task. One round trip.
         """
         params = self._claim(task) | {"lease": _seconds(lease, "lease", least=0.001)}
@@ -318,6 +321,9 @@ class Tasks(Store):
             again_in: None: delete it, whatever its tags: that "repeat" and `updateInterval` mean something is up to the
                 worker. Otherwise its attempts begin anew; a `due_at` in the future that `update_task` set during the
                 claim counts in place of this.
+
+        Raises:
+            ArgumentError: The task has no `claim_token`, or another value does not fit; nothing was sent.
 
         Statement: sql/tasks.sql complete_task or repeat_task. One round trip.
         """
@@ -335,6 +341,9 @@ class Tasks(Store):
         Args:
             task: As `claim_tasks` gave it.
             delay: Seconds before a worker may take it.
+
+        Raises:
+            ArgumentError: The task has no `claim_token`, or another value does not fit; nothing was sent.
 
         Statement: sql/tasks.sql release_task. One round trip.
         """
@@ -362,6 +371,9 @@ class Tasks(Store):
             error: What to remember: text or an exception.
             retry: False: it is dead at once.
             base_delay, max_delay: Seconds.
+
+        Raises:
+            ArgumentError: The task has no `claim_token`, or another value does not fit; nothing was sent.
 
         Statement: sql/tasks.sql fail_task. One round trip.
         """

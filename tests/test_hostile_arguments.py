@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from fractions import Fraction
@@ -20,6 +22,8 @@ import numpy as np
 import pytest
 
 from elizasql import Config, ConfigurationError, DatabaseAdapter, ElizaSQLError, Model, _codecs, elizaos, models
+
+from .conftest import MakeAdapter
 
 ID = UUID(int=7)
 
@@ -290,6 +294,38 @@ async def test_no_value_ends_a_call_in_an_error_of_python(
                 if said.endswith("escapes"):
                     wrong.append(f"{method}, {place}: {said}")
     assert not wrong, "\n".join(sorted(set(wrong)))
+
+
+def documented(method: str) -> set[str]:
+    """Give the errors that a method's docstring names, and those of the methods that it refers to ("As `x`")."""
+    text = inspect.getdoc(getattr(DatabaseAdapter, method)) or ""
+    named = set(re.findall(r"\b[A-Z]\w+Error\b", text))
+    return named.union(*map(documented, re.findall(r"^ +As `(\w+)`", text, re.MULTILINE)))
+
+
+# These run in no transaction, and the last one would wait for the agents of other tests.
+NOT_UNDONE = {"abandon_reembedding", "index_memories", "load_memories", "reembed", "cleanup_agents"}
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["without the agent", "without what is referred to"])
+async def test_what_a_call_raises_is_documented(make_db: MakeAdapter, there: bool) -> None:
+    """Arguments that fit, about what does not exist."""
+    db = await make_db()
+    if not there:
+        await db.delete_agent(db.agent_id)
+    hidden, raised = [], set()
+    for method in (name for names in methods().values() for name in names if name not in NOT_UNDONE):
+        with suppress(ZeroDivisionError):
+            async with db.transaction() as tx:
+                try:
+                    await getattr(tx, method)(**good(method))
+                except ElizaSQLError as error:
+                    raised.add(type(error).__name__)
+                    if type(error).__name__ not in documented(method):
+                        hidden.append(f"{method}: {type(error).__name__}: {error}")
+                raise ZeroDivisionError
+    assert not hidden, "\n".join(hidden)
+    assert raised >= ({"NotFoundError", "ForeignKeyError"} if there else {"ForeignKeyError"})
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Config)])
