@@ -1127,37 +1127,3 @@ async def test_a_page_far_back_reads_nothing_newer(
     # How deep the index is, other tests decide; all that is newer would be 20 blocks more.
     assert await count_blocks(**values) <= newest + 12
     await session.execute("DEALLOCATE planned")
-
-
-def columns(name: str) -> list[str]:
-    return [field for field in type_of(name).__dataclass_fields__ if not field.startswith("_")]
-
-
-def type_of(name: str) -> Any:
-    if "message_server" in name and "channels" not in name:
-        return MessageServer
-    return Channel if "channel" in name and "messages" not in name else ChannelMessage
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "create_message_servers",
-        "get_message_servers",
-        "get_message_server_by_id",
-        "create_channel",
-        "find_or_create_dm_channel",
-        "get_channels_for_message_server",
-        "get_channel_details",
-        "update_channel",
-        "create_messages",
-        "get_message_by_id",
-        "update_message",
-        "get_messages_for_channel",
-        "get_messages_for_channel_oldest_first",
-        "get_replies",
-    ],
-)
-async def test_columns_are_the_fields_of_the_model(raw: asyncpg.Connection[Any], name: str) -> None:
-    prepared = await raw.prepare(SQL[name].sql)
-    assert [column.name for column in prepared.get_attributes()] == columns(name)
