@@ -202,6 +202,8 @@ class DatabaseAdapter(
         undoes what it did, and what was before can go on; without one, an error that the server raised ends the whole
         transaction: later calls are refused, and so is the end of the block if it is reached. `tx` has one connection:
         concurrent calls on it run one after the other, and while a savepoint is open only its own adapter may be used.
+        `load_memories`, `index_memories`, `reembed`, `abandon_reembedding`, `wait_for_tasks` and `close` are refused on
+        `tx` by an ArgumentError: they have transactions, or a connection, of their own.
 
         Raises:
             TransactionError: An error was caught inside that had ended the transaction, or a call in it was cut short;

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -628,13 +630,24 @@ async def test_calls_that_still_run_at_the_end(db: DatabaseAdapter, raw: asyncpg
     await assert_sound(db)
 
 
-async def test_adapter_of_a_transaction_does_not_close_and_does_not_index(db: DatabaseAdapter) -> None:
+async def test_what_does_not_run_in_a_transaction_is_refused_and_documented(db: DatabaseAdapter) -> None:
     async with db.transaction() as tx:
-        for call in (tx.close, tx.index_memories, lambda: tx.index_memories(rebuild=True)):
+        calls: dict[str, Callable[[], Awaitable[Any]]] = {
+            "close": tx.close,
+            "index_memories": lambda: tx.index_memories(rebuild=True),
+            "load_memories": lambda: tx.load_memories([], "messages"),
+            "reembed": lambda: tx.reembed(512, lambda texts: np.ones((len(texts), 512))),
+            "abandon_reembedding": tx.abandon_reembedding,
+            "wait_for_tasks": lambda: anext(tx.wait_for_tasks()),
+        }
+        for call in calls.values():
             with pytest.raises(elizasql.ArgumentError, match="transaction"):
                 await call()
         await add(tx)
     assert await texts(db) == ["x"]
+    sources = "".join(path.read_text(encoding="utf-8") for path in Path(elizasql.__file__).parent.glob("*.py"))
+    assert set(re.findall(r"_refuse_in_transaction\(\"(\w+)\"\)", sources)) == calls.keys()
+    assert all(f"`{name}`" in (DatabaseAdapter.transaction.__doc__ or "") for name in calls)
 
 
 async def test_closing_waits_for_a_transaction(make_db: MakeAdapter) -> None:
