@@ -81,15 +81,21 @@ FOR EACH ROW
 WHEN (new.tags @> '{queue}' AND new.attempts < new.max_attempts)
 EXECUTE FUNCTION elizasql.notify_task();
 
--- Not when a worker claims a task or extends its lease, which makes nothing ready sooner.
+-- Not when a worker claims a task or extends its lease, which makes nothing ready sooner. A name or a tag may be the one
+-- that another worker waits for; the claim may have been left behind.
 CREATE TRIGGER tasks_notify_ready
-AFTER UPDATE OF tags, ready_at, max_attempts, claim_token ON elizasql.tasks
+AFTER UPDATE OF name, tags, ready_at, max_attempts, claim_token ON elizasql.tasks
 FOR EACH ROW
 WHEN (
     new.tags @> '{queue}' AND new.attempts < new.max_attempts
-    AND (new.claim_token IS NULL OR new.max_attempts > old.max_attempts)
-    AND (old.tags, old.ready_at, old.max_attempts, old.claim_token)
-    IS DISTINCT FROM (new.tags, new.ready_at, new.max_attempts, new.claim_token)
+    AND (
+        new.max_attempts > old.max_attempts
+        OR (old.name, old.tags) IS DISTINCT FROM (new.name, new.tags)
+        OR (
+            new.claim_token IS NULL
+            AND (old.ready_at, old.claim_token) IS DISTINCT FROM (new.ready_at, new.claim_token)
+        )
+    )
 )
 EXECUTE FUNCTION elizasql.notify_task();
 

@@ -875,8 +875,13 @@ async def test_what_makes_a_task_ready_is_notified(db: DatabaseAdapter, raw: asy
     assert await count(lambda: db.create_task({"name": "idle", "tags": ["repeat"]})) == 0
     assert await count(lambda: db.update_task(idle, {"name": "x"})) == 0
     assert await count(lambda: db.update_task(idle, {"tags": ["queue"]})) == 1
-    assert await count(lambda: db.update_task(idle, {"name": "y"})) == 0
+    assert await count(lambda: db.update_task(idle, {"description": "y", "name": "x"})) == 0
     assert await count(lambda: db.update_task(idle, {"due_at": 0})) == 1
+    # Workers choose by name and tags, also what another one has left behind.
+    assert await count(lambda: db.update_task(idle, {"name": "y"})) == 1
+    await db.claim_tasks(names="y")
+    assert await count(lambda: db.update_task(idle, {"tags": ["queue", "gpu"]})) == 1
+    assert await count(lambda: db.update_task(idle, {"name": "z"})) == 1
     await db.delete_task(idle)
     # What a worker does with its claim makes nothing ready, until it gives it back.
     assert await count(claimed) == 0
