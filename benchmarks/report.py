@@ -17,6 +17,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ Call = Callable[[int], Awaitable[Any]]
 FOLDER = Path(__file__).parents[1] / ".benchmarks"
 # Memories from which on the goals are judged.
 JUDGED = 100_000
+# Parts of a run, one after the other, in which a ratio is looked at once more: so its spread tells how steady it was.
+STRETCHES = 5
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,22 @@ class Comparison:
     def ratio(self, name: str) -> float:
         """Give the median of a variant over that of the first."""
         return self.median(name) / self.median(self.first)
+
+    def stretches(self, name: str) -> list[float]:
+        """Give the medians of a variant in the stretches of the run, one after the other."""
+        times = self.seconds[name]
+        parts = min(STRETCHES, len(times))
+        bounds = [len(times) * number // parts for number in range(parts + 1)]
+        return [statistics.median(times[begin:end]) for begin, end in pairwise(bounds)]
+
+    def ratios(self, name: str, than: str | None = None) -> list[float]:
+        """Give the median of a variant over that of another, by default the first, in each stretch."""
+        pairs = zip(self.stretches(name), self.stretches(than or self.first), strict=True)
+        return [one / other for one, other in pairs]
+
+    def times(self, name: str, than: str | None = None) -> str:
+        """Write the same for the whole run, and between which values it was in the stretches."""
+        return with_spread(self.median(name) / self.median(than or self.first), self.ratios(name, than))
 
     def more(self, name: str, than: str | None = None) -> float:
         """Give what a variant took longer than another did in the same round: the median of the differences."""
@@ -158,6 +177,12 @@ def record(benchmark: Any, comparison: Comparison, subject: str) -> None:
 def percentile(values: Sequence[float], share: float) -> float:
     """Give the smallest value that at least `share` of the values do not pass."""
     return sorted(values)[max(0, -int(-share * len(values) // 1) - 1)]
+
+
+def with_spread(ratio: float, parts: Sequence[float], digits: int = 2) -> str:
+    """Write a ratio, and between which values it was in the parts of the run; with one part alone that says nothing."""
+    spread = f" ({min(parts):.{digits}f}-{max(parts):.{digits}f})" if len(parts) > 1 else ""
+    return f"{ratio:.{digits}f} x{spread}"
 
 
 def micro(seconds: float) -> str:

@@ -17,7 +17,7 @@ import pytest
 
 from benchmarks import data
 from benchmarks.conftest import QUICK, ROWS, TABLE, Run, open_adapter, served, sized
-from benchmarks.report import Comparison, Report, interleave, micro, played_back, record
+from benchmarks.report import Comparison, Report, interleave, micro, played_back, record, with_spread
 from elizasql import DatabaseAdapter, Entity, Memory, Room
 
 pytestmark = pytest.mark.benchmark(timer=played_back, group="load")
@@ -117,8 +117,11 @@ def test_load_memories(benchmark: Any, run: Run, folder: Path, vectors: data.Dat
             for way in whole
         ],
     )
-    report.goal("load_memories, index and all", f"{size / after:,.0f} rows/s", "≥ 4,000 rows/s", size / after >= 4_000)
-    report.goal("load_memories over create_memories", f"{before / after:.2f} x", "≥ 1 x", before >= after)
+    rates = sorted(size / seconds for seconds in whole["load_memories"])
+    measured = f"{size / after:,.0f} rows/s ({rates[0]:,.0f}-{rates[-1]:,.0f})"
+    report.goal("load_memories, index and all", measured, "≥ 4,000 rows/s", size / after >= 4_000)
+    measured = comparison.times(comparison.first, "load_memories")
+    report.goal("load_memories over create_memories", measured, "≥ 1 x", before >= after)
 
 
 def test_growth(benchmark: Any, run: Run, folder: Path, report: Report) -> None:
@@ -195,5 +198,9 @@ def test_growth(benchmark: Any, run: Run, folder: Path, report: Report) -> None:
     report.table(f"Growth of one agent by load_memories, {given.source}, 384 dimensions", header, rows)
     record(benchmark, comparisons[sizes[-1]], "search")
     if len(sizes) > 1:
-        growth = comparisons[sizes[-1]].median("search") / comparisons[sizes[0]].median("search")
-        report.goal(f"growth of one agent, {sizes[0]:,} to {sizes[-1]:,}", f"{growth:.2f} x", "≤ 2.5 x", growth <= 2.5)
+        small, large = (comparisons[size] for size in (sizes[0], sizes[-1]))
+        growth = large.median("search") / small.median("search")
+        # The two were measured apart: any stretch of the one against any of the other.
+        parts = [b / a for a in small.stretches("search") for b in large.stretches("search")]
+        what = f"growth of one agent, {sizes[0]:,} to {sizes[-1]:,}"
+        report.goal(what, with_spread(growth, parts), "≤ 2.5 x", growth <= 2.5)

@@ -152,7 +152,10 @@ def test_warm(benchmark: Any, run: Run, ten: Database, vectors: data.Data, repor
     report.goal(f"resident, {agents} agent{plural}: recall@10", f"{np.mean(right):.4f}", "1", all(right))
     ratio = comparison.ratio(name)
     report.goal(
-        f"resident, {agents} agent{plural}: p50 over the search in the database", f"{ratio:.2f} x", "< 1 x", ratio < 1
+        f"resident, {agents} agent{plural}: p50 over the search in the database",
+        comparison.times(name),
+        "< 1 x",
+        ratio < 1,
     )
 
 

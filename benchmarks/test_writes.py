@@ -150,7 +150,8 @@ def test_create_memory(benchmark: Any, run: Run, ten: Database, source: Source, 
     record(benchmark, comparison, "create_memory")
     report.table("create_memory with embedding, unique given", HEADER, comparison.rows())
     ratio = comparison.ratio("create_memory")
-    report.goal("create_memory over a bare INSERT without HNSW", f"{ratio:.2f} x", "≤ 3 x", ratio <= 3)
+    measured = comparison.times("create_memory")
+    report.goal("create_memory over a bare INSERT without HNSW", measured, "≤ 3 x", ratio <= 3)
 
 
 def test_create_memories(benchmark: Any, run: Run, ten: Database, source: Source, report: Report) -> None:

@@ -12,7 +12,7 @@ import pytest
 from benchmarks import charts
 from benchmarks.peers import driver, tables
 from benchmarks.peers.suite import last_run
-from benchmarks.report import Report, measured_before
+from benchmarks.report import Comparison, Report, measured_before
 
 
 def point(label: str, recall: float, p50: float, **more: Any) -> dict[str, Any]:
@@ -221,3 +221,41 @@ def test_the_goals_of_the_peers_are_held_to_their_last_run() -> None:
     tables.fill(report, results(100_000), before)
     (recall,) = [goal for goal in report.goals if goal["what"] == "elizasql: recall@10"]
     assert (recall["measured"], recall["last run"]) == ("0.9900", "0.9850")
+
+
+def test_goals_are_told_with_the_spread_of_their_turns() -> None:
+    given = results(100_000)
+    ours, other = given["peers"]["elizasql"], given["peers"]["peer"]
+    given["peers"]["elizaos"] = other
+    ours["equal"]["medians"] = [0.002, 0.001]
+    other["equal"] = point("as documented", 0.99, 0.1, medians=[0.08, 0.06], enough=True)
+    ours |= {"insert_one": [0.001], "insert_one_medians": [0.001, 0.002]}
+    other |= {"insert_one": [0.004], "insert_one_medians": [0.005, 0.004]}
+    ours |= {"insert_many": [900.0], "insert_many_medians": [800.0, 1000.0]}
+    other |= {"insert_many": [30.0], "insert_many_medians": [20.0, 40.0]}
+    given["growth"] = [
+        {"rows": rows, "peers": {"elizasql": {"p50": p50, "medians": [p50, 2 * p50]}}}
+        for rows, p50 in ((10_000, 0.001), (100_000, 0.002))
+    ]
+    measured = {what: measured for what, measured, *_ in tables.goals(given)}
+    assert measured["search, elizasql, against the original on the same server"] == "50.0 x (40.0-60.0)"
+    assert measured["create_memory, unique given, against the original"] == "4.0 x (2.0-5.0)"
+    assert measured["create_memories against the original"] == "30.0 x (25.0-40.0)"
+    assert measured["growth of one agent, elizasql, 10,000 to 100,000"] == "2.00 x (1.00-4.00)"
+
+
+def test_a_ratio_is_told_with_its_spread_over_the_stretches_of_the_run() -> None:
+    slow = [3.0, 3.0, 2.0, 2.0, 2.0, 2.0, 4.0, 4.0, 2.0, 2.0]
+    comparison = Comparison({"first": [1.0] * 10, "slow": slow, "slower": [4.0] * 10})
+    assert comparison.times("slow") == "2.00 x (2.00-4.00)"
+    assert comparison.times("slower", "slow") == "2.00 x (1.00-2.00)"
+    assert Comparison({"first": [1.0], "slow": [2.0]}).times("slow") == "2.00 x"
+
+
+def test_of_two_turns_both_rates_are_told() -> None:
+    given = results(100_000)
+    given["peers"]["peer"] |= {"concurrency": {"1": [{"rate": 1000.0}, {"rate": 1200.0}]}}
+    report = Report()
+    tables.fill(report, given, None)
+    (rates,) = [table for table in report.tables if table["header"][:2] == ["peer", "1"]]
+    assert rates["rows"] == [["A peer", "1,200 (1,000)", "", "", ""]]

@@ -316,6 +316,7 @@ class Suite:
                         "searches": len(times),
                         "p50": statistics.median(times),
                         "p95": percentile(times, 0.95),
+                        "medians": medians[spec.name],
                         # Of the blocks' medians, so that it tells how steady the machine was.
                         "spread": [percentile(medians[spec.name], 0.25), percentile(medians[spec.name], 0.75)],
                         "seconds": [round(each, 7) for each in times],
@@ -439,7 +440,9 @@ class Suite:
         def one(spec: Spec, number: int) -> None:
             first = start + shifts[spec.name] * sizes.inserts + number * each
             answer = self.processes[spec.name].ask("insert_one", rows=list(range(first, first + each)))
-            self.results["peers"][spec.name].setdefault("insert_one", []).extend(answer["seconds"])
+            kept = self.results["peers"][spec.name]
+            kept.setdefault("insert_one", []).extend(answer["seconds"])
+            kept.setdefault("insert_one_medians", []).append(statistics.median(answer["seconds"]))
 
         self.turns(specs, rounds, one)
         self._tell("batches")
@@ -450,6 +453,7 @@ class Suite:
         def many(spec: Spec, number: int) -> None:
             nonlocal stored
             taken = 0.0
+            rates: list[float] = []
             for which in range(AT_ONCE):
                 # Whoever takes 0.1 s stores several: one alone may meet what another has left to be written.
                 if taken > 0.3:
@@ -458,10 +462,12 @@ class Suite:
                 answer = self.processes[spec.name].ask("insert_many", first=first, last=first + sizes.batch)
                 taken += answer["seconds"]
                 stored += sizes.batch * (spec is OURS)
-                # The first turn, not counted, meets statements and pages that nobody has touched since the load.
-                if number:
-                    rates = self.results["peers"][spec.name].setdefault("insert_many", [])
-                    rates.append(sizes.batch / answer["seconds"])
+                rates.append(sizes.batch / answer["seconds"])
+            # The first turn, not counted, meets statements and pages that nobody has touched since the load.
+            if number:
+                kept = self.results["peers"][spec.name]
+                kept.setdefault("insert_many", []).extend(rates)
+                kept.setdefault("insert_many_medians", []).append(statistics.median(rates))
 
         self.turns([spec for spec in specs if not spec.like], 1 + sizes.batches, many)
         self._tell("what was written goes into the index")
@@ -661,6 +667,7 @@ class Suite:
     def _search_grown(self, grown: list[Spec], task: Task, size: int, point: dict[str, Any]) -> None:
         block, rounds = self.sizes.block, max(2, self.sizes.rounds // 2)
         seconds: dict[str, list[float]] = {spec.name: [] for spec in grown}
+        medians: dict[str, list[float]] = {spec.name: [] for spec in grown}
         recalls: dict[str, list[float]] = {spec.name: [] for spec in grown}
         exact = data.Exact(task.vectors[:size])
 
@@ -670,6 +677,7 @@ class Suite:
             asked = [(queries[0], 0)] * 2 + [(query, 0) for query in queries]
             answer = self.processes[spec.name].ask("search", asked=asked, warmup=2)
             seconds[spec.name] += answer["seconds"]
+            medians[spec.name].append(statistics.median(answer["seconds"]))
             for query, found in zip(queries, answer["found"], strict=True):
                 recalls[spec.name].append(exact.recall(task.queries[query], sorted(set(found))))
 
@@ -680,6 +688,7 @@ class Suite:
                 point["peers"][spec.name.removeprefix(_GROWTH)] = {
                     "p50": statistics.median(times),
                     "p95": percentile(times, 0.95),
+                    "medians": medians[spec.name],
                     "recall": float(np.mean(recalls[spec.name])),
                 }
 
