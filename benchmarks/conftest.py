@@ -94,7 +94,6 @@ def report(pytestconfig: pytest.Config) -> Report:
     """Give the place for what a benchmark has found."""
     report = pytestconfig.stash[_REPORT]
     report.setup |= machine() | {"memories": f"{ROWS:,}"}
-    report.before = measured_before(report.setup["memories"])
     return report
 
 
@@ -150,9 +149,12 @@ class Database:
 
 
 @pytest.fixture(scope="session")
-def vectors() -> data.Data:
+def vectors(report: Report) -> data.Data:
     """Give what is stored and what is asked."""
-    return data.load(ROWS, 100 if QUICK else data.QUERIES)
+    vectors = data.load(ROWS, 100 if QUICK else data.QUERIES)
+    report.setup["vectors"] = vectors.source
+    report.before |= measured_before(report.setup)
+    return vectors
 
 
 @pytest.fixture(scope="session")

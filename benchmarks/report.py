@@ -243,12 +243,12 @@ def keep(path: Path, results: Mapping[str, Any]) -> None:
     part.replace(path)
 
 
-def measured_before(memories: str, folder: Path = FOLDER) -> dict[str, str]:
-    """Give what was measured last for each goal, by runs with as many memories."""
+def measured_before(setup: Mapping[str, Any], folder: Path = FOLDER) -> dict[str, str]:
+    """Give what was measured last for each goal, by runs with as many memories of the same kind."""
     found: dict[str, str] = {}
     for path in sorted(folder.glob("summary-*.json")):
         run = json.loads(path.read_text(encoding="utf-8"))
-        if run["setup"].get("memories") == memories:
+        if all(run["setup"].get(name) == setup.get(name) for name in ("memories", "vectors")):
             goals = {named(goal["what"]): goal["measured"] for goal in run["goals"]}
             found |= {what: measured for what, measured in goals.items() if measured != "not measured"}
     return found

@@ -199,16 +199,17 @@ def test_a_room_is_held_to_the_original() -> None:
 
 
 def test_every_goal_is_held_to_the_last_run_that_measured_it(tmp_path: Path) -> None:
-    def keep(name: str, memories: str, measured: str) -> None:
+    def keep(name: str, memories: str, measured: str, vectors: str = "real ones") -> None:
         goals = [{"what": "search (of 12)", "measured": measured, "goal": "≤ 3 x", "met": "yes"}]
-        run = {"setup": {"memories": memories}, "tables": [], "goals": goals}
+        run = {"setup": {"memories": memories, "vectors": vectors}, "tables": [], "goals": goals}
         (tmp_path / f"summary-{name}.json").write_text(json.dumps(run), encoding="utf-8")
 
     keep("1", "100,000", "1.2 x")
     keep("2", "100,000", "1.3 x")
     keep("3", "5,000", "9 x")
     keep("4", "100,000", "not measured")
-    report = Report(before=measured_before("100,000", tmp_path))
+    keep("5", "100,000", "8 x", "generated ones")
+    report = Report(before=measured_before({"memories": "100,000", "vectors": "real ones"}, tmp_path))
     report.goal("search (of 13)", "1.4 x", "≤ 3 x", True)
     report.goal("insert", "2 x", "≤ 3 x", True)
     assert [goal["last run"] for goal in report.goals] == ["1.3 x", ""]
