@@ -60,8 +60,9 @@ def test_search(suite: Suite) -> None:
     suite.search_points()
     suite.settle()
     suite.rooms()
-    ours = suite.results["peers"][OURS.name]
-    assert all(point["short"] == 0 for point in ours["points"]), "fewer rows than match"
+    for kept in (suite.results["peers"][spec.name] for spec in (OURS, RESIDENT)):
+        measured = [*kept["points"], *([kept["equal"]] if "equal" in kept else [])]
+        assert all(point["short"] == 0 for point in measured), "fewer rows than match"
     for name, kept in suite.results["peers"].items():
         if name in suite.processes and not name.endswith("-check"):
             assert kept["points"], name
