@@ -113,9 +113,12 @@ def _searched(results: Results) -> dict[str, Any]:
 
 
 def _recall(results: Results) -> Any:
+    searched = _searched(results)
+    if not searched:
+        return None
     figure, axes = _figure(10, 5.6)
     colours = _colours(results)
-    for name, kept in _searched(results).items():
+    for name, kept in searched.items():
         points = kept["points"]
         # By ef_search; our own setting is 100 and one more point of our line.
         turned = [*points[1:], points[0] | {"label": "ef 100"}] if name == "elizasql" else points[1:] or points
@@ -361,11 +364,11 @@ def page(results: Results, drawn: Mapping[str, tuple[str, bytes]], before: Resul
 
 def _lead(results: Results) -> str:
     peers = results["peers"]
-    ours = peers["elizasql"].get("equal") or peers["elizasql"]["points"][0]
-    text = (
-        f"{results['setup']['rows']:,} memories of {results['setup']['agents']} agents: elizasql finds "
-        f"{ours['recall']:.1%} of the ten nearest in {ours['p50'] * 1e3:.2f} ms"
-    )
+    ours = peers["elizasql"].get("equal") or next(iter(peers["elizasql"]["points"]), None)
+    text = f"{results['setup']['rows']:,} memories of {results['setup']['agents']} agents"
+    if ours is None:
+        return f"{text}: elizasql was not measured."
+    text += f": elizasql finds {ours['recall']:.1%} of the ten nearest in {ours['p50'] * 1e3:.2f} ms"
     original = peers.get("elizaos", {}).get("equal")
     if original:
         longer = original["p50"] / ours["p50"]

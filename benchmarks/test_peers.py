@@ -37,8 +37,8 @@ def _specs() -> list[Spec]:
 
 
 @pytest.fixture(scope="module")
-def suite(run: Run) -> Iterator[Suite]:
-    """Give the run, everything loaded."""
+def suite(run: Run, report: Report) -> Iterator[Suite]:
+    """Give the run, everything loaded. The report is asked for so that it tells of the machine before this."""
     sizes = Sizes.tiny(ROWS) if QUICK else Sizes.of(ROWS)
     suite = Suite(_specs(), sizes, run, lambda text: print(text, file=sys.stderr, flush=True))
     try:

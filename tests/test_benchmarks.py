@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -260,3 +261,22 @@ def test_of_two_turns_both_rates_are_told() -> None:
     tables.fill(report, given, None)
     (rates,) = [table for table in report.tables if table["header"][:2] == ["peer", "1"]]
     assert rates["rows"] == [["A peer", "1,200 (1,000)", "", "", ""]]
+
+
+def test_a_peer_that_cannot_be_installed_leaves_no_file_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was forgotten is a warning, and an error in whatever benchmark comes next."""
+    monkeypatch.setenv("PATH", "")
+    spec = driver.Spec("elsewhere", "A peer", "on_elizaos.mjs", ("nothing",))
+    with pytest.raises(driver.PeerError, match="needs node and npm"):
+        driver.Process(spec, tmp_path / "logs")
+    gc.collect()
+    assert not (tmp_path / "logs").exists()
+
+
+def test_the_page_of_a_run_that_was_broken_off_before_any_search() -> None:
+    given = results(100_000)
+    for kept in given["peers"].values():
+        kept["points"] = []
+    del given["peers"]["elizasql"]["equal"]
+    assert charts.charts(given) == {}
+    assert "100,000 memories of 10 agents: elizasql was not measured." in charts.page(given, {}, None)

@@ -280,11 +280,12 @@ class Process:
     """
 
     def __init__(self, spec: Spec, logs: Path) -> None:
+        command = environment(spec)
         self.spec = spec
         logs.mkdir(parents=True, exist_ok=True)
         self._log = (logs / f"{spec.name}.log").open("w", encoding="utf-8")
         self._process = subprocess.Popen(
-            environment(spec),
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
