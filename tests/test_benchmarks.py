@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import charts
 from benchmarks.peers import driver, tables
+from benchmarks.peers.base import Place
 from benchmarks.peers.suite import last_run
 from benchmarks.report import Comparison, Report, measured_before
 
@@ -280,3 +281,24 @@ def test_the_page_of_a_run_that_was_broken_off_before_any_search() -> None:
     del given["peers"]["elizasql"]["equal"]
     assert charts.charts(given) == {}
     assert "100,000 memories of 10 agents: elizasql was not measured." in charts.page(given, {}, None)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell")
+def test_the_memory_of_a_peer_is_that_of_its_peak(tmp_path: Path) -> None:
+    for name, kind in (("vectors.f32", "f4"), ("queries.f32", "f4"), ("agents.i32", "i4"), ("rooms.i32", "i4")):
+        np.zeros(8, kind).tofile(tmp_path / name)
+    process = driver.Process(driver.Spec("elsewhere", "A peer", "in_process:Numpy"), tmp_path / "logs")
+    try:
+        place = driver.as_request(Place("", 0, "", "", ""), tmp_path)
+        process.ask("open", place=place, folder=str(tmp_path), width=4)
+        assert process.memory is not None
+        assert process.peak >= process.memory > 0
+    finally:
+        process.end()
+    given = results(100_000)
+    given["peers"]["elizasql"] |= {"memory": 50_000_000, "peak": 80_000_000, "bytes": 10_000_000}
+    report = Report()
+    tables.fill(report, given, None)
+    search = report.tables[0]
+    row = dict(zip(search["header"], search["rows"][0], strict=True))
+    assert (row["client MB"], row["at its peak"], row["database MB"]) == ("50", "80", "10")

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from time import perf_counter
 from typing import IO, Any
 
 import asyncpg
@@ -26,6 +27,8 @@ from .base import Knob, Place
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".benchmarks"
+# Seconds between two looks at the memory of a process; a look takes some 50 us.
+_LOOK = 0.05
 _PACKAGE = Path(__file__).parents[1]
 _START = "import sys; sys.path.append({folder!r}); from peers.worker import main; main({kind!r}, {option!r})"
 
@@ -277,11 +280,15 @@ class Process:
     Args:
         spec: Which.
         logs: Folder for what it prints.
+
+    Attributes:
+        peak: The most memory of its own that it was seen to have, in bytes; 0 where the system does not tell.
     """
 
     def __init__(self, spec: Spec, logs: Path) -> None:
         command = environment(spec)
         self.spec = spec
+        self.peak = 0
         logs.mkdir(parents=True, exist_ok=True)
         self._log = (logs / f"{spec.name}.log").open("w", encoding="utf-8")
         self._process = subprocess.Popen(
@@ -302,8 +309,9 @@ class Process:
             given: Its arguments.
         """
         stdin, stdout = self._pipes
-        late = threading.Timer(limit, self._process.kill)
-        late.start()
+        answered = threading.Event()
+        watcher = threading.Thread(target=self._watch, args=(answered, limit))
+        watcher.start()
         try:
             stdin.write(json.dumps({"do": do, **given}) + "\n")
             stdin.flush()
@@ -311,7 +319,8 @@ class Process:
         except BrokenPipeError:
             line = ""
         finally:
-            late.cancel()
+            answered.set()
+            watcher.join()
         if not line:
             raise PeerError(f"its process ended during {do!r}: {self._last_words()}")
         answer: dict[str, Any] = json.loads(line)
@@ -325,11 +334,24 @@ class Process:
         assert self._process.stdout is not None
         return self._process.stdin, self._process.stdout
 
+    def _watch(self, answered: threading.Event, limit: float) -> None:
+        """Look at its memory until it has answered, and end it when that takes too long."""
+        latest = perf_counter() + limit
+        while True:
+            self.peak = max(self.peak, self.memory or 0)
+            if answered.wait(_LOOK):
+                self.peak = max(self.peak, self.memory or 0)
+                return
+            if perf_counter() > latest:
+                self._process.kill()
+
     @property
     def memory(self) -> int | None:
         """The memory that it has of its own, in bytes; None where the system does not tell."""
-        status = Path(f"/proc/{self._process.pid}/status")
-        lines = status.read_text(encoding="utf-8").splitlines() if status.is_file() else []
+        try:
+            lines = Path(f"/proc/{self._process.pid}/status").read_text(encoding="utf-8").splitlines()
+        except OSError:
+            return None
         anonymous = [int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")]
         return anonymous[0] if anonymous else None
 

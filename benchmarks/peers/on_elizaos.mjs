@@ -1,6 +1,6 @@
 // The original under Node: @elizaos/plugin-sql, on PostgreSQL or, with the option "pglite", on PGlite.
 // The same protocol as worker.py: a JSON object a line in, a JSON object a line out.
-import { readFileSync } from "node:fs";
+import { openSync, readFileSync, readSync } from "node:fs";
 import { createRequire } from "node:module";
 import { createInterface } from "node:readline";
 import { pathToFileURL } from "node:url";
@@ -25,7 +25,13 @@ const seconds = () => performance.now() / 1000;
 
 let width, vectors, queries, agents, rooms, adapters, place, plugin;
 
-const slice = (all, row) => Array.from(all.subarray(row * width, (row + 1) * width));
+// Out of a file, and not all at once: the memory of this process then is what the original takes.
+function slice(file, row) {
+  const numbers = new Float32Array(width);
+  readSync(file, numbers, 0, numbers.byteLength, row * numbers.byteLength);
+  return Array.from(numbers);
+}
+
 // As it stores them: rounded to six decimals.
 const stored = (row) => `[${slice(vectors, row).map((x) => x.toFixed(6)).join(",")}]`;
 const text = (row) => `Memory ${row}: ${FILLER.slice(row % 50, 90 + (row % 70))}`;
@@ -82,8 +88,8 @@ const insert = ([number, made]) => adapters[number].createMemory(made, TABLE);
 const requests = {
   async open({ place: given, folder, width: wide }) {
     [place, width] = [given, wide];
-    vectors = numbers(`${folder}/vectors.f32`, Float32Array);
-    queries = numbers(`${folder}/queries.f32`, Float32Array);
+    vectors = openSync(`${folder}/vectors.f32`);
+    queries = openSync(`${folder}/queries.f32`);
     agents = numbers(`${folder}/agents.i32`, Int32Array);
     rooms = numbers(`${folder}/rooms.i32`, Int32Array);
     const require = createRequire(`${modules}/`);
@@ -192,7 +198,9 @@ async function loadPGlite(client, first, last, begun) {
     }
   }
   await client.query("VACUUM ANALYZE");
-  return { seconds: seconds() - begun, by_itself: false };
+  const taken = seconds() - begun;
+  const size = await client.query("SELECT pg_database_size(current_database())::float8 AS bytes");
+  return { seconds: taken, by_itself: false, bytes: size.rows[0].bytes };
 }
 
 async function atOnce(work, callers) {

@@ -257,7 +257,7 @@ class Suite:
             "rows": self.task.loaded,
             "by_itself": loaded["by_itself"],
         }
-        kept["bytes"] = self._run(self.server.size(spec)) if spec.stores else None
+        kept["bytes"] = self._run(self.server.size(spec)) if spec.stores else loaded.get("bytes")
         rate = self.task.loaded / (seconds + indexing)
         self._tell(f"{spec.title}: loaded in {seconds:.1f} s, indexed in {indexing:.1f} s, {rate:,.0f} rows/s")
 
@@ -500,6 +500,8 @@ class Suite:
             )
 
         self.turns(specs, 2, turn)
+        for name, process in self.processes.items():
+            self.results["peers"][name]["peak"] = process.peak or None
 
     # --- the limit ---------------------------------------------------------------------------------------------------
 

@@ -68,6 +68,7 @@ _SEARCH = [
         "over ours",
         "setting",
         "client MB",
+        "at its peak",
         "database MB",
     ),
 ]
@@ -96,7 +97,7 @@ def _search(peers: dict[str, Any]) -> list[list[str]]:
             ]
         else:
             row += ["not measured", *[""] * 5]
-        rows.append([*row, _mega(kept.get("memory")), _mega(kept.get("bytes"))])
+        rows.append([*row, *(_mega(kept.get(name)) for name in ("memory", "peak", "bytes"))])
     return rows
 
 
