@@ -62,10 +62,7 @@ class Comparison:
 
     def stretches(self, name: str) -> list[float]:
         """Give the medians of a variant in the stretches of the run, one after the other."""
-        times = self.seconds[name]
-        parts = min(STRETCHES, len(times))
-        bounds = [len(times) * number // parts for number in range(parts + 1)]
-        return [statistics.median(times[begin:end]) for begin, end in pairwise(bounds)]
+        return [statistics.median(part) for part in in_stretches(self.seconds[name])]
 
     def ratios(self, name: str, than: str | None = None) -> list[float]:
         """Give the median of a variant over that of another, by default the first, in each stretch."""
@@ -78,8 +75,14 @@ class Comparison:
 
     def more(self, name: str, than: str | None = None) -> float:
         """Give what a variant took longer than another did in the same round: the median of the differences."""
-        other = self.seconds[than or self.first]
-        return statistics.median(a - b for a, b in zip(self.seconds[name], other, strict=True))
+        return statistics.median(self._differences(name, than))
+
+    def more_by_stretch(self, name: str) -> list[float]:
+        """Give the same against the first variant in each stretch."""
+        return [statistics.median(part) for part in in_stretches(self._differences(name, None))]
+
+    def _differences(self, name: str, than: str | None) -> list[float]:
+        return [a - b for a, b in zip(self.seconds[name], self.seconds[than or self.first], strict=True)]
 
     def more_at_least(self, name: str) -> float:
         """Give the same of the fastest tenth of the calls, which other work on the machine disturbs least."""
@@ -179,9 +182,16 @@ def percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[max(0, -int(-share * len(values) // 1) - 1)]
 
 
+def in_stretches(values: Sequence[float]) -> list[Sequence[float]]:
+    """Cut what was measured one after the other into as many parts as stretches."""
+    parts = min(STRETCHES, len(values))
+    return [values[begin:end] for begin, end in pairwise(len(values) * number // parts for number in range(parts + 1))]
+
+
 def with_spread(ratio: float, parts: Sequence[float], digits: int = 2) -> str:
-    """Write a ratio, and between which values it was in the parts of the run; with one part alone that says nothing."""
-    spread = f" ({min(parts):.{digits}f}-{max(parts):.{digits}f})" if len(parts) > 1 else ""
+    """Write a ratio, and between which values it was in the run and its parts; one part alone says nothing."""
+    all_of_them = (ratio, *parts)
+    spread = f" ({min(all_of_them):.{digits}f}-{max(all_of_them):.{digits}f})" if len(parts) > 1 else ""
     return f"{ratio:.{digits}f} x{spread}"
 
 

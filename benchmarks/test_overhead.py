@@ -110,7 +110,8 @@ def _hold(report: Report, found: Comparison, name: str, loop_kind: str) -> None:
     """Hold what a method costs to the goal."""
     limit = {"asyncio": 40, "uvloop": 25}[loop_kind]
     more, least = found.more(METHOD) * 1e6, found.more_at_least(METHOD) * 1e6
-    measured = f"{more:+.0f} us (fastest calls: {least:+.0f})"
+    parts = [each * 1e6 for each in found.more_by_stretch(METHOD)]
+    measured = f"{more:+.0f} us ({min(parts):+.0f} to {max(parts):+.0f}; fastest calls: {least:+.0f})"
     report.goal(f"{name} over bare asyncpg, {loop_kind}", measured, f"≤ {limit} us", more <= limit)
 
 

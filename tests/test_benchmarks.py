@@ -252,6 +252,7 @@ def test_a_ratio_is_told_with_its_spread_over_the_stretches_of_the_run() -> None
     comparison = Comparison({"first": [1.0] * 10, "slow": slow, "slower": [4.0] * 10})
     assert comparison.times("slow") == "2.00 x (2.00-4.00)"
     assert comparison.times("slower", "slow") == "2.00 x (1.00-2.00)"
+    assert comparison.more_by_stretch("slow") == [2.0, 1.0, 1.0, 3.0, 1.0]
     assert Comparison({"first": [1.0], "slow": [2.0]}).times("slow") == "2.00 x"
 
 
