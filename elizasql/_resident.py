@@ -678,6 +678,8 @@ class Resident:
                 tier.not_before = time.monotonic() + _TOO_LARGE
                 return
             after = page["last"]
+        # While the agent moves to another width, the vectors of the old one were counted, too.
+        matrix.trim()
         if not self._make_room(tier, matrix.footprint):
             return
         tier.matrix, tier.seen, tier.life, tier.listed = matrix, first["seen"], first["life"], None

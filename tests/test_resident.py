@@ -1106,6 +1106,27 @@ async def test_writes_between_the_pages_of_a_load(
     assert pages > 8 and mind.resident.stats.loads == 1
 
 
+async def test_rows_that_go_during_a_load_take_no_room(mind: Mind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A load makes room for all rows that it counts, as those of another width that the agent is leaving."""
+    ids = await mind.remember(some_vectors(600))
+    background = mind.resident._background
+    fetch_row, deleted = background.fetch_row, 0
+
+    async def fetch_and_delete(statement: Any, **params: Any) -> Any:
+        nonlocal deleted
+        row = await fetch_row(statement, **params)
+        if statement is SQL["measure_resident"]:
+            deleted += await mind.writer.delete_memories(ids[100:])
+        return row
+
+    monkeypatch.setattr(background, "fetch_row", fetch_and_delete)
+    await mind.check(some_vectors(1, seed=8)[0], count=30)
+    assert mind.tier.matrix is not None and mind.tier.matrix.size == 100 and deleted == 500
+    assert mind.tier.granted < Matrix.estimate(384, 300)
+    await mind.remember(some_vectors(300, seed=1))
+    await mind.check(some_vectors(1, seed=9)[0], count=30)
+
+
 async def test_two_adapters_share_a_tier(mind: Mind, make_db: MakeAdapter) -> None:
     await mind.remember(some_vectors(300))
     query = some_vectors(1, seed=8)[0]
