@@ -90,8 +90,9 @@ class Reembedding(Store):
         with it. Memories that are written, changed or deleted meanwhile are covered, by whomever and by raw SQL. When
         none is missing the new width is switched on for everybody at once, and the old vectors are dropped in batches.
         Whatever breaks it off, the old width or the new is in force as a whole; call it again with the same `embed` to
-        go on: one text is embedded once more to see that it is the same. An agent that has the width already is left
-        as it is, with counts of 0: to another model of the same width there is no way here.
+        go on. One text is embedded first, to see that `embed` fits, and is the same: if not, nothing is begun. An agent
+        that has the width already is left as it is, with counts of 0: to another model of the same width there is no
+        way here.
 
         The switch is one transaction that keeps writers of this agent waiting, and no search: 0.05 s for 10,000
         vectors, 0.25 s for 50,000, up to three times as long when they have to come from the disk. Where so much is
@@ -114,7 +115,7 @@ class Reembedding(Store):
             ArgumentError: An argument does not fit; nothing was sent.
             EmbeddingDimensionError: The agent has no width yet.
             EmbeddingError: `embed` gave another shape, or a vector that cannot be stored. What it raises itself comes
-                as it is. What was stored before stays for the next run.
+                as it is. What was stored before stays for the next run; at the first text nothing is begun.
             ReembeddingError: A move to another width or by another model is under way (`abandon_reembedding` ends it);
                 another run of this move was begun meanwhile with another `skip_missing`;
                 or memories have a vector and no text: `missing` lists them.
@@ -228,10 +229,9 @@ class _Move:
         """Fill and switch; give how many vectors were made."""
         about: dict[str, Any] = {"agent_id": self._store.agent_id, "target": self._target}
         await self._check_textless()
+        await self._try_embed()
         await self._executor.execute(SQL["begin_reembedding"], skip_missing=self._skip_missing, **about)
         embedded = refused = 0
-        if await self._goes_on():
-            await self._check_model()
         while await self._goes_on():
             await self._executor.execute(SQL["drop_textless_reembeddings"], **about)
             filled = await self._fill()
@@ -276,15 +276,20 @@ class _Move:
             error.missing = missing
             raise error
 
-    async def _check_model(self) -> None:
-        """Compare `embed` with what made the vectors that are there: half of them by another model find nothing."""
-        row = await self._executor.fetch_row(
+    async def _try_embed(self) -> None:
+        """Embed one text, so that what does not fit begins nothing, and another model does not go on with a move."""
+        made = await self._executor.fetch_row(
             SQL.at("get_sample_reembedding", self._target), agent_id=self._store.agent_id
         )
-        if row is None:
+        rows = [made] if made is not None else await self._fetch_left(self._executor, _FIRST, 1)
+        if not rows:
             return
-        (vector,) = self._read(await call(self._embed, [row["text"]]), [f"the text {show(row['text'], 40)}"])
-        alike = float(vector @ row["embedding"] / np.linalg.norm(vector) / np.linalg.norm(row["embedding"]))
+        text = rows[0]["text"]
+        (vector,) = self._read(await call(self._embed, [text]), [f"the text {show(text, 40)}"])
+        if made is None:
+            return
+        # Half of an agent's vectors by another model find nothing.
+        alike = float(vector @ made["embedding"] / np.linalg.norm(vector) / np.linalg.norm(made["embedding"]))
         if alike < _SAME_MODEL:
             raise ReembeddingError(
                 f"embed is another model than that of the run before (cosine {alike:.2f} for one text): "
@@ -297,7 +302,7 @@ class _Move:
         assert counts is not None
         stored, first = 0, _FIRST
         self._tell(counts["done"], counts["total"])
-        while rows := await self._fetch_left(self._executor, first):
+        while rows := await self._fetch_left(self._executor, first, self._batch_size):
             number = await self._put(self._executor, rows)
             stored += number
             self._tell(counts["done"] + stored, counts["total"])
@@ -312,8 +317,8 @@ class _Move:
         if self._progress is not None:
             self._progress(done, max(done, total))
 
-    async def _fetch_left(self, executor: Executor, first: UUID) -> list[Any]:
-        return await executor.fetch(SQL["get_left_to_embed"], first=first, count=self._batch_size, **self._widths)
+    async def _fetch_left(self, executor: Executor, first: UUID, count: int) -> list[Any]:
+        return await executor.fetch(SQL["get_left_to_embed"], first=first, count=count, **self._widths)
 
     async def _put(self, executor: Executor, rows: Sequence[Any]) -> int:
         """Embed texts and store the vectors of those that have not changed meanwhile; give how many."""
@@ -367,7 +372,7 @@ class _Move:
         try:
             async with self._executor.transaction() as tx:
                 await tx.execute(SQL["hold_agent"], agent_id=self._store.agent_id)
-                while rows := await self._fetch_left(tx, _FIRST):
+                while rows := await self._fetch_left(tx, _FIRST, self._batch_size):
                     if not (number := await self._put(tx, rows)):
                         return stored  # abandoned meanwhile, which the next look says: texts cannot change any more
                     stored += number

@@ -280,13 +280,25 @@ async def test_an_answer_that_is_no_vectors_is_refused(db: DatabaseAdapter, raw:
     await check_end(raw, db.agent_id)
 
 
+async def test_an_embed_that_does_not_fit_begins_nothing(db: DatabaseAdapter) -> None:
+    await remember(db, 3)
+
+    def gone(texts: list[str]) -> Any:
+        raise ConnectionResetError("the model is gone")
+
+    for embed, error in ((embedder(768), EmbeddingError), (gone, ConnectionResetError)):
+        with pytest.raises(error):
+            await db.reembed(NEW, embed)
+    assert (await db.reembed(768, embedder(768))).embedded == 3, "no other move is under way"
+
+
 async def test_what_embed_raises_comes_as_it_is_and_the_next_run_goes_on(db: DatabaseAdapter, raw: Raw) -> None:
     await remember(db, 10)
     calls: list[list[str]] = []
 
     def fails(texts: list[str]) -> Any:
         calls.append(texts)
-        if len(calls) == 3:
+        if len(calls) == 4:
             raise ConnectionResetError("the model is gone")
         return [vector_of(text, NEW) for text in texts]
 
@@ -298,9 +310,9 @@ async def test_what_embed_raises_comes_as_it_is_and_the_next_run_goes_on(db: Dat
     done = await db.reembed(NEW, fails, batch_size=3, progress=lambda *numbers: told.append(numbers))
     assert done.embedded == 4
     assert told[0] == (6, 10)
-    assert [len(texts) for texts in calls] == [3, 3, 3, 1, 3, 1], "one is asked again, to see that it is the same model"
-    assert calls[3][0] in calls[0] + calls[1]
-    assert sorted(text for texts in (*calls[:2], *calls[4:]) for text in texts) == sorted(
+    assert [len(texts) for texts in calls] == [1, 3, 3, 3, 1, 3, 1], "each run tries one text first"
+    assert calls[4][0] in calls[1] + calls[2], "to see that it is the same model"
+    assert sorted(text for texts in (*calls[1:3], *calls[5:]) for text in texts) == sorted(
         f"text {number}" for number in range(10)
     ), "nothing else is embedded twice"
     await check_end(raw, db.agent_id)
@@ -392,7 +404,7 @@ async def test_a_change_while_embed_runs_is_covered(
     scene = await make_scene(other)
     ids = await remember(db, 9)
     await db.create_memory({"id": scene.world, "content": {"text": "no vector yet"}}, "messages")
-    calls = itertools.count(1)
+    calls = itertools.count()  # 0 is the one text that is tried
 
     async def embed(texts: list[str]) -> Any:
         if next(calls) == at:
@@ -431,7 +443,7 @@ async def test_reads_and_searches_see_the_old_width_alone_until_the_switch(
         return [vector_of(text, NEW) for text in texts]
 
     await db.reembed(NEW, embed, batch_size=10)
-    assert looks == 3
+    assert looks == 4, "one text is tried, then three batches"
     (cached,) = await inline.get_cached_embeddings(query_table_name="messages", query_threshold=0, query_input="text 3")
     assert cached["embedding"].tolist() == vector_of("text 3", NEW).tolist()
     stale = await inline.get_memory_by_id(ids[3], include_embedding=True)
@@ -647,7 +659,7 @@ async def test_the_resident_tier_learns_too(make_db: MakeAdapter, raw: Raw) -> N
 
 async def broken_off(db: DatabaseAdapter, to: int, after: int) -> None:
     """Begin a move and break it off after some batches of two."""
-    calls = itertools.count()
+    calls = itertools.count(-1)
 
     def embed(texts: list[str]) -> Any:
         if next(calls) == after:
@@ -700,13 +712,13 @@ async def test_a_move_that_is_abandoned_while_it_runs_ends(db: DatabaseAdapter, 
     calls = itertools.count()
 
     async def embed(texts: list[str]) -> Any:
-        if next(calls) == 2:
+        if next(calls) == 3:
             assert await other.abandon_reembedding() == 4
         return [vector_of(text, NEW) for text in texts]
 
     with pytest.raises(ReembeddingError, match="was abandoned"):
         await db.reembed(NEW, embed, batch_size=2)
-    assert next(calls) == 3, "no more was embedded"
+    assert next(calls) == 4, "no more was embedded"
     await check_end(raw, db.agent_id, OLD)
 
 
@@ -868,7 +880,7 @@ async def test_rebuilding_the_index_meanwhile_is_about_the_width_in_force(db: Da
     await db.index_memories(rebuild=True)
     assert (await db.stats())["unindexed"] == 0
     await check_search(db, raw, OLD)
-    calls = itertools.count()
+    calls = itertools.count(-1)
     await db.reembed(NEW, lambda texts: embed(texts) if next(calls) < 2 else embedder(NEW)(texts), batch_size=7)
     await check_search(db, raw)
     await check_end(raw, db.agent_id)
