@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import stat
@@ -269,6 +270,22 @@ def test_streams_that_are_closed_or_full(dsn: str, busy: UUID, tmp_path: Path, o
             environ = {"POSTGRES_URL": dsn, "PYTHONUNBUFFERED": unbuffered}
             said = shell(">/dev/full", "stats", "--agent", busy, *options, cwd=tmp_path, **environ)
             assert said.returncode == 1 and said.stderr.count("\n") == 1 and "No space left" in said.stderr, said
+
+
+def test_a_full_disk_is_named_and_nothing_half_done_is_left(on_server: Run, busy: UUID, tmp_path: Path) -> None:
+    def on_full_disk(*arguments: object) -> Said:
+        """A limit on the size of files stands in for it."""
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+        try:
+            return on_server(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    on_full_disk("migrate", "new", "shop", "--dir", tmp_path).fails(1, r"\d{14}_shop\.sql: File too large")
+    for name in ("all.tar", "all.tar.gz", "all"):
+        on_full_disk("export", name, "--agent", busy).fails(1, rf"^elizasql: {re.escape(name)}: File too large")
+    assert not list(tmp_path.iterdir())
 
 
 def test_letters_that_the_terminal_has_not(dsn: str, tmp_path: Path) -> None:
@@ -1618,6 +1635,8 @@ def test_the_way_over_from_elizaos(on_server: Run, empty_database: str, tmp_path
     assert json.loads(line)["row"]["memory_id"] == str(bad) and "zero vector" in json.loads(line)["problem"]
     text = on_server("import", "--from", admin, "--report", "report.jsonl").out
     assert "1 rows could not be taken" in text and "see report.jsonl" in text
+    if Path("/dev/full").exists():
+        on_server("import", "--from", admin, "--report", "/dev/full").fails(1, "/dev/full: No space left")
 
 
 def test_ctrl_c_in_an_import_says_how_to_go_on(

@@ -15,6 +15,7 @@ import typer
 from elizasql import _migrate, _pool
 from elizasql._statements import find_folder
 from elizasql.errors import ArgumentError, MigrationError
+from elizasql.transfer._report import naming
 
 from . import _out, _place
 from ._destructive import find_destructive, split_migration
@@ -206,8 +207,13 @@ def new(
     while any(dir.glob(f"{now:%Y%m%d%H%M%S}*.sql")):  # made in the same second
         now += timedelta(seconds=1)
     path = dir / f"{now:%Y%m%d%H%M%S}_{cleaned}.sql"
-    with path.open("x", encoding="utf-8") as file:
-        file.write("-- migrate:up\n\n\n-- migrate:down\n\n")
+    file = path.open("x", encoding="utf-8")
+    try:
+        with naming(path), file:
+            file.write("-- migrate:up\n\n\n-- migrate:down\n\n")
+    except OSError:
+        path.unlink()  # `migrate up` would stumble over what is left of it
+        raise
     if json:
         _out.emit({"file": str(path)})
     else:

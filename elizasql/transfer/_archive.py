@@ -28,7 +28,7 @@ import orjson
 from elizasql import _codecs, _migrate
 from elizasql.errors import ElizaSQLError, NotFoundError
 
-from ._report import open_private
+from ._report import naming, open_private
 from ._rows import BY_NAME
 
 FORMAT = 1
@@ -137,8 +137,9 @@ class _Tar:
 class Writer:
     """Writes an archive."""
 
-    def __init__(self, store: _Store) -> None:
+    def __init__(self, store: _Store, path: Path) -> None:
         self._store = store
+        self._path = path
         self.parts: list[Part] = []
 
     def add(self, name: str, table: str, agent_id: str | None, rows: int, data: bytes) -> None:
@@ -149,7 +150,8 @@ class Writer:
         """
         if len(data) > _LARGEST:
             raise ArchiveError(f"{name} has a row that is too large for an archive: {len(data):,} bytes")
-        self._store.add(name, data)
+        with naming(self._path):
+            self._store.add(name, data)
         self.parts.append(Part(name, table, agent_id, rows, len(data), hashlib.sha256(data).hexdigest()))
 
     def finish(self, **facts: Any) -> None:
@@ -162,7 +164,8 @@ class Writer:
         data = orjson.dumps(manifest, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
         if len(data) > _LARGEST:
             raise ArchiveError(f"{len(self.parts):,} parts are too many for an archive: export some agents at a time")
-        self._store.add(MANIFEST, data)
+        with naming(self._path):
+            self._store.add(MANIFEST, data)
 
 
 def _reraise_real(error: Exception) -> None:
@@ -202,9 +205,10 @@ def create(path: Path) -> Iterator[Writer]:
     store: _Store = _Folder(unfinished) if mode is None else _Tar(unfinished, f"w:{mode}")
     try:
         try:
-            yield Writer(store)
+            yield Writer(store, path)
         finally:
-            store.close()
+            with naming(path):
+                store.close()
         if not fills:
             unfinished.rename(path)
     except BaseException:

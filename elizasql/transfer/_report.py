@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -12,6 +14,17 @@ import orjson
 def open_private(path: Path, mode: str) -> IO[bytes]:
     """Open a file that, when it is made by that, only its owner may read: what is written to it are memories."""
     return open(path, mode, opener=_open_private)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Say which file could not be written: where the disk is full, the system does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def _open_private(path: str, flags: int) -> int:
@@ -50,10 +63,12 @@ class Report:
             self._file = open_private(self.path, "wb")
         # The row goes in as it is: decoding could alter a number.
         head = orjson.dumps({"table": table, "problem": str(problem)})[:-1]
-        self._file.write(head + b',"row":' + row + b"}\n")
+        with naming(self.path):
+            self._file.write(head + b',"row":' + row + b"}\n")
         self.count += 1
 
     def close(self) -> None:
         """Let go of the file."""
         if self._file is not None:
-            self._file.close()
+            with naming(self.path):
+                self._file.close()
