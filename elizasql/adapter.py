@@ -350,7 +350,9 @@ async def _prepare(dsn: str, config: Config) -> Server:
     if pending or server.vector_schema is None:  # another process may have applied them just now
         server, _ = await _look_at(dsn, config)
     if server.vector_schema is None:
-        raise ConfigurationError("the extension pgvector was taken out of this database: CREATE EXTENSION vector")
+        raise ConfigurationError(
+            "the extension pgvector was taken out of this database, and every vector with it: restore a backup"
+        )
     return server
 
 

@@ -1097,6 +1097,13 @@ def test_doctor_finds_what_is_broken(run: Run, empty_database: str, monkeypatch:
     admin = run("doctor", "--json", "--dsn", empty_database.replace("//elizasql@", "//postgres@"))
     assert findings(admin, "role")[0]["severity"] == "warning"
 
+    asyncio.run(as_admin(empty_database, "DROP EXTENSION vector CASCADE"))
+    said = run("doctor", "--json")
+    assert "not created in this database" in findings(said, "server")[0]["finding"]
+    (extension,) = (each for each in findings(said, "extensions") if each["severity"] == "error")
+    assert "every vector with it" in extension["finding"] and "restore a backup" in extension["remedy"]
+    assert not findings(said, "indexes"), "nothing that `elizasql index` could make again"
+
 
 def test_doctor_for_a_role_with_few_rights(run: Run, empty_database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POSTGRES_URL", empty_database)

@@ -135,6 +135,11 @@ async def examine(place: Place, connection: asyncpg.Connection[Any]) -> list[Fin
     findings.append(migrations := await check_migrations(connection))
     if migrations.severity == "error":
         return findings
+    if server.vector_version is None:
+        # To create it again brings no column back, nor what else depends on it.
+        remedy = "restore a backup into a new database, as an administrator, who may create extensions"
+        lost = "pgvector was taken out of this database, and every vector with it"
+        return [*findings, Finding("extensions", "error", lost, remedy)]
     findings.append(await check_session(place))
     await look(
         "indexes",
@@ -171,7 +176,8 @@ def check_server(server: _pool.Server) -> Iterator[Finding]:
         yield Finding("server", "error", str(error), "see the message")
         return
     major = server.version // 10000
-    yield Finding("server", "ok", f"PostgreSQL {major}.{server.version % 10000}, pgvector {server.vector_version}")
+    vector = server.vector_version or f"{server.vector_available}, not created in this database"
+    yield Finding("server", "ok", f"PostgreSQL {major}.{server.version % 10000}, pgvector {vector}")
 
 
 def check_settings(row: asyncpg.Record) -> Iterator[Finding]:
