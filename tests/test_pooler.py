@@ -22,6 +22,7 @@ import pytest
 
 import elizasql
 from elizasql import Config, DatabaseAdapter, Memory, _hosts, _pool
+from elizasql.cli.queries import explain_call
 from elizasql.transfer import Archive, export_archive, import_archive, import_elizaos
 
 from .conftest import make_scene
@@ -197,6 +198,25 @@ async def test_data_is_moved_through_it(through: DatabaseAdapter, tmp_path: Path
     # The pooler does not know the settings that reading needs, and need not: they go with the transaction.
     with pytest.raises(elizasql.ConfigurationError, match="no database of ElizaOS"):
         await import_elizaos(db.config.dsn or "", db.config, None)
+
+
+@needs_pgbouncer
+@pytest.mark.parametrize("through", MODES, indirect=True)
+async def test_calls_are_explained_through_it(through: DatabaseAdapter) -> None:
+    db = through
+    await db.ensure_agent_exists({"name": "x"})
+    await db.ensure_embedding_dimension(384)
+    await db.create_memories([memory(embedding=v, unique=True) for v in V], "facts")
+    for method, given in (
+        ("get_memories", {"table_name": "facts", "count": 5}),
+        ("search_memories", {"embedding": V[0], "table_name": "facts", "count": 5}),
+    ):
+        told = await explain_call(db, method, given)
+        assert told["rows"] == 5 and told["index_used"], told
+    left = "SELECT count(*) FROM pg_prepared_statements WHERE name LIKE 'explained%'"
+    executor: Any = db._executor
+    async with executor.transaction() as session:
+        assert await session._connection.fetchval(left) == 0
 
 
 @needs_pgbouncer

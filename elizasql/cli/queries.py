@@ -182,8 +182,11 @@ async def _find_plan(connection: Any, sql: str, arguments: Sequence[Any]) -> dic
             for number, kind in enumerate(prepared.get_parameters(), 1)
         )
         given = f"({', '.join(await connection.fetchrow(f'VALUES ({texts})', *arguments))})"
-    name = prepared.get_name()
+    # Once more, under a name of SQL's: what the protocol prepares has another one behind a pooler, or none.
+    name = f"explained_{uuid4().hex}"
+    await connection.execute(f"PREPARE {name} AS {sql}")
     found = await connection.fetchval(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE {name}{given}")
+    await connection.execute(f"DEALLOCATE {name}")
     plan: dict[str, Any] = orjson.loads(found)[0]
     return plan
 
