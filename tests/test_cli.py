@@ -1359,7 +1359,7 @@ def test_recall_check_sees_what_is_missed(
 
     async def lossy(self: DatabaseAdapter, **given: Any) -> Any:
         hits = await real(self, **given)
-        return hits if self.config.ef_search >= 200 else hits[:1] + hits[2:]
+        return hits if given["ef_search"] >= 200 else hits[:1] + hits[2:]
 
     monkeypatch.setattr(DatabaseAdapter, "search_memories", lossy)
     said = on_server("recall-check", "--agent", searched[0], "--sample", 10, "-k", 5, "--json").json

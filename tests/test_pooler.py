@@ -22,7 +22,8 @@ import pytest
 
 import elizasql
 from elizasql import Config, DatabaseAdapter, Memory, _hosts, _pool
-from elizasql.cli.queries import explain_call
+from elizasql.cli._place import Place
+from elizasql.cli.queries import explain_call, measure_recall
 from elizasql.transfer import Archive, export_archive, import_archive, import_elizaos
 
 from .conftest import make_scene
@@ -217,6 +218,21 @@ async def test_calls_are_explained_through_it(through: DatabaseAdapter) -> None:
     executor: Any = db._executor
     async with executor.transaction() as session:
         assert await session._connection.fetchval(left) == 0
+
+
+@needs_pgbouncer
+@pytest.mark.parametrize("through", MODES, indirect=True)
+async def test_recall_is_measured_through_it(through: DatabaseAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pooler's connections have the role's ef_search, whichever is tried."""
+    db = through
+    await db.ensure_agent_exists({"name": "x"})
+    await db.ensure_embedding_dimension(384)
+    await db.create_memories([memory(embedding=v, unique=True) for v in V], "facts")
+    monkeypatch.setenv("ELIZASQL_PREPARED_STATEMENTS", str(db.config.prepared_statements))
+    place = Place(db.config.dsn or "", db.config, embedded=False)
+    told = await measure_recall(place, db.agent_id, None, 5, 3, 0.99, lambda *_: None)
+    assert [step["ef_search"] for step in told["steps"]] == [20, 40, 60, 80, 100]
+    assert {step["recall"] for step in told["steps"]} == {1.0}
 
 
 @needs_pgbouncer

@@ -295,27 +295,26 @@ async def measure_recall(
     place: Place, agent_id: UUID, type: str | None, count: int, sample: int, target: float, advance: _out.Advance
 ) -> dict[str, Any]:
     """Search with vectors that are stored, exactly and through the index at one ef_search after the other."""
+    now = place.config.ef_search
+    steps: list[dict[str, Any]] = []
     async with place.open(agent_id, **_without_resident()) as db:
         found, queries = await _sample(db, type, count, sample, advance)
         kind, vectors = found["type"], found["vectors"]
         by_index = await uses_hnsw(db, kind, queries[0][1], count)
-    now = place.config.ef_search
-    steps: list[dict[str, Any]] = []
-    for ef in sorted({*_LADDER, now}):
-        async with place.open(agent_id, ef_search=ef, **_without_resident()) as db:
-            recalls, seconds = await _search_all(db, kind, count, queries)
-        advance("index", ef, _LADDER[-1])
-        steps.append(
-            {
-                "ef_search": ef,
-                "recall": mean(recalls),
-                "worst": min(recalls),
-                "milliseconds": median(seconds) * 1000,
-                "in_force": ef == now,
-            }
-        )
-        if mean(recalls) >= target and ef >= now:
-            break
+        for ef in sorted({*_LADDER, now}):
+            recalls, seconds = await _search_all(db, kind, count, queries, ef)
+            advance("index", ef, _LADDER[-1])
+            steps.append(
+                {
+                    "ef_search": ef,
+                    "recall": mean(recalls),
+                    "worst": min(recalls),
+                    "milliseconds": median(seconds) * 1000,
+                    "in_force": ef == now,
+                }
+            )
+            if mean(recalls) >= target and ef >= now:
+                break
     return {
         "type": kind,
         "vectors": vectors,
@@ -373,13 +372,13 @@ async def _size(db: DatabaseAdapter, type: str | None) -> dict[str, Any]:
 
 
 async def _search_all(
-    db: DatabaseAdapter, kind: str, count: int, queries: list[Query]
+    db: DatabaseAdapter, kind: str, count: int, queries: list[Query], ef: int | None = None
 ) -> tuple[list[float], list[float]]:
     """Give the recall and the seconds of each query."""
     recalls, seconds = [], []
     for memory_id, vector, exact in queries:
         began = time.perf_counter()
-        hits = await db.search_memories(embedding=vector, table_name=kind, count=count + 1)
+        hits = await db.search_memories(embedding=vector, table_name=kind, count=count + 1, ef_search=ef)
         seconds.append(time.perf_counter() - began)
         wanted = exact[1:]
         others = [hit.similarity or 0.0 for hit in hits if hit.id != memory_id][: len(wanted)]
