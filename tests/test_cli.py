@@ -1389,6 +1389,10 @@ def test_recall_check_on_an_index_that_is_used(run: Run, empty_database: str, mo
     recalls = [step["recall"] for step in said["steps"]]
     assert min(recalls) < 1  # random vectors are hard for a graph: of 2,000 neighbours some thirty are missed
     assert said["recommended"] is None or said["recommended"] >= 20
+    # As a rebuild that is interrupted leaves it.
+    indexes = (f"elizasql.embeddings_p{number:02}_dim_384_hnsw" for number in range(16))
+    asyncio.run(as_admin(empty_database, f"DROP INDEX {', '.join(indexes)}"))
+    assert "the index is missing" in run("recall-check", "--agent", agent, "--sample", 5).out
 
 
 def test_bench_measures_and_leaves_nothing(on_server: Run, searched: tuple[UUID, UUID], dsn: str) -> None:
@@ -1672,7 +1676,7 @@ def test_ctrl_c_in_a_rebuild_says_how_to_go_on(
     with monkeypatch.context() as patch:
         patch.setattr(Indexer, "build", interrupted)
         said = run("index", "--rebuild", "--agent", searched[0], "--dsn", dsn)
-        said.fails(130, "interrupted: .*do it again to go on")
+        said.fails(130, "interrupted: .*an index in the making does not; do it again to go on")
     assert run("index", "--agent", searched[0], "--dsn", dsn).code == 0
 
 

@@ -240,7 +240,9 @@ def index_(
     try:
         told = asyncio.run(work())
     except KeyboardInterrupt:
-        raise InterruptedWorkError("interrupted: what was moved so far stays; do it again to go on") from None
+        raise InterruptedWorkError(
+            "interrupted: what was moved so far stays, an index in the making does not; do it again to go on"
+        ) from None
     if json:
         _out.emit(told)
     else:

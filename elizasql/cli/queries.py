@@ -301,6 +301,7 @@ async def measure_recall(
         found, queries = await _sample(db, type, count, sample, advance)
         kind, vectors = found["type"], found["vectors"]
         by_index = await uses_hnsw(db, kind, queries[0][1], count)
+        lost = await db._executor.fetch_value(SQL["find_lost_index"], agent_id=agent_id) is not None
         for ef in sorted({*_LADDER, now}):
             recalls, seconds = await _search_all(db, kind, count, queries, ef)
             advance("index", ef, _LADDER[-1])
@@ -323,7 +324,7 @@ async def measure_recall(
         "sample": len(queries),
         "by_index": by_index,
         "steps": steps,
-        **_advise(steps, now, target, found, by_index=by_index),
+        **_advise(steps, now, target, found, by_index=by_index, lost=lost),
     }
 
 
@@ -388,11 +389,13 @@ async def _search_all(
 
 
 def _advise(
-    steps: list[dict[str, Any]], now: int, target: float, found: dict[str, Any], *, by_index: bool
+    steps: list[dict[str, Any]], now: int, target: float, found: dict[str, Any], *, by_index: bool, lost: bool
 ) -> dict[str, Any]:
     enough = next((step["ef_search"] for step in steps if step["recall"] >= target), None)
     in_force = next(step for step in steps if step["in_force"])
-    if not by_index and in_force["recall"] == 1:
+    if lost:
+        enough, advice = now, "the index is missing, so that all vectors are compared: build it: elizasql index"
+    elif not by_index and in_force["recall"] == 1:
         enough, advice = now, "so few vectors are searched exactly: ef_search makes no difference yet"
     elif found["indexed"] < found["vectors"] * 0.9:
         advice = "most vectors are not in the index yet and are searched exactly: index them first: elizasql index"
