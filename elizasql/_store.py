@@ -342,12 +342,12 @@ def read_cursor(kind: type[Model], cursor: Any, *, forward: bool = False) -> dic
 
     Args:
         kind: The model of the rows.
-        cursor: A row, a mapping of one, (time, id), or None.
+        cursor: A row, a mapping of one, (time, id), which JSON makes a list of, or None.
         forward: The page goes on with later rows, not with earlier ones.
     """
     if cursor is None:
         return {"cursor_time": None, "cursor_id": None}
-    if isinstance(cursor, tuple):
+    if isinstance(cursor, (tuple, list)):
         if len(cursor) != 2:
             raise ArgumentError(f"cursor must be a {kind.__name__}, or the time and the id of one")
         given, id = cursor

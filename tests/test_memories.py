@@ -496,7 +496,7 @@ async def test_pages_by_offset_and_by_cursor_cover_all_once(
         {"world_id": agent_world.world},
     ):
         everything = await db.get_memories(table_name="messages", **scope)  # type: ignore[arg-type]
-        for size in (1, 5, 9, 100):
+        for size in (1, 4, 6, 7, 100):
             by_offset: list[Memory] = []
             by_cursor: list[Memory] = []
             while page := await db.get_memories(
@@ -510,7 +510,9 @@ async def test_pages_by_offset_and_by_cursor_cover_all_once(
             while page := await db.get_memories(table_name="messages", limit=size, cursor=cursor, **scope):  # type: ignore[arg-type]
                 by_cursor += page
                 last = page[-1]
-                cursor = [last, (last.created_at, last.id), last.to_dict()][size % 3]
+                time, id = last.created_at, last.id
+                assert time is not None
+                cursor = [last, (time, id), last.to_dict(), [time.isoformat(), str(id)]][size % 4]
             assert ids_of(by_offset) == ids_of(by_cursor) == ids_of(everything)
 
 
