@@ -152,6 +152,21 @@ WHEN (
 )
 EXECUTE FUNCTION elizasql.copy_scope_to_embedding();
 
+-- A memory stays with its agent. Into another partition the server would move it by a deletion and an insertion, and its
+-- embedding would be gone with the first, without a word. For the whole statement: of rows it would lock each that changes.
+CREATE FUNCTION elizasql.refuse_agent_change() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    RAISE EXCEPTION 'a memory cannot go to another agent: create it there, and delete it here'
+        USING ERRCODE = 'check_violation', SCHEMA = 'elizasql', TABLE = 'memories',
+        CONSTRAINT = 'memories_agent_locked';
+END
+$$;
+
+CREATE TRIGGER memories_agent_locked
+BEFORE UPDATE OF agent_id ON elizasql.memories
+FOR EACH STATEMENT
+EXECUTE FUNCTION elizasql.refuse_agent_change();
+
 -- What the statements of this library write carries its transaction already; these see to what does not: raw SQL, rows
 -- that are copied in with the numbers of another server, replication. Moving a row into the index is no change.
 CREATE FUNCTION elizasql.stamp_embedding() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -661,6 +676,7 @@ DROP FUNCTION elizasql.note_rewritten_row();
 DROP FUNCTION elizasql.note_rewrite(uuid, text);
 DROP FUNCTION elizasql.send_scope(uuid, uuid, uuid, uuid, boolean);
 DROP FUNCTION elizasql.stamp_embedding();
+DROP FUNCTION elizasql.refuse_agent_change();
 DROP FUNCTION elizasql.copy_scope_to_embedding();
 DROP FUNCTION elizasql.near_duplicates_384;
 DROP FUNCTION elizasql.near_duplicates_512;

@@ -1531,6 +1531,16 @@ BEGIN
 END
 $_$;
 
+CREATE FUNCTION elizasql.refuse_agent_change() RETURNS trigger
+    LANGUAGE plpgsql
+    AS $$
+BEGIN
+    RAISE EXCEPTION 'a memory cannot go to another agent: create it there, and delete it here'
+        USING ERRCODE = 'check_violation', SCHEMA = 'elizasql', TABLE = 'memories',
+        CONSTRAINT = 'memories_agent_locked';
+END
+$$;
+
 CREATE FUNCTION elizasql.refuse_dimension(given_agent uuid, locked integer, given integer) RETURNS boolean
     LANGUAGE plpgsql
     AS $$
@@ -4143,6 +4153,8 @@ ALTER TABLE elizasql.embeddings_p14 ENABLE ALWAYS TRIGGER embeddings_truncated;
 CREATE TRIGGER embeddings_truncated BEFORE TRUNCATE ON elizasql.embeddings_p15 FOR EACH STATEMENT EXECUTE FUNCTION elizasql.note_truncated_rows();
 
 ALTER TABLE elizasql.embeddings_p15 ENABLE ALWAYS TRIGGER embeddings_truncated;
+
+CREATE TRIGGER memories_agent_locked BEFORE UPDATE OF agent_id ON elizasql.memories FOR EACH STATEMENT EXECUTE FUNCTION elizasql.refuse_agent_change();
 
 CREATE TRIGGER memories_copy_scope AFTER UPDATE OF type, room_id, world_id, entity_id, "unique" ON elizasql.memories FOR EACH ROW WHEN ((((((old.type IS DISTINCT FROM new.type) OR (old.room_id IS DISTINCT FROM new.room_id)) OR (old.world_id IS DISTINCT FROM new.world_id)) OR (old.entity_id IS DISTINCT FROM new.entity_id)) OR (old."unique" IS DISTINCT FROM new."unique"))) EXECUTE FUNCTION elizasql.copy_scope_to_embedding();
 

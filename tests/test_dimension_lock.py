@@ -335,6 +335,21 @@ async def test_raw_sql_cannot_break_the_lock(raw: Raw, target: Target, name: str
     assert await locked_width(raw, target.agent) == target.locked
 
 
+async def test_raw_sql_cannot_give_a_memory_to_another_agent(make_db: MakeAdapter, raw: Raw, target: Target) -> None:
+    """Whichever partition that one's memories are in: into another, the server moves a row by deleting it first."""
+    ids = [uuid4() for _ in range(300)]
+    where = "SELECT elizasql.partition_of(id) = elizasql.partition_of($1) AS near, id FROM unnest($2::uuid[]) AS id"
+    places = {row["near"]: row["id"] for row in await raw.fetch(where, target.agent, ids)}
+    assert set(places) == {True, False}
+    before = await look(raw, target.agent)
+    for id in places.values():
+        await make_db(id)
+        with pytest.raises(asyncpg.IntegrityConstraintViolationError):
+            await raw.execute("UPDATE elizasql.memories SET agent_id = $1 WHERE agent_id = $2", id, target.agent)
+        assert await look(raw, target.agent) == before
+        assert await look(raw, id) == {}
+
+
 async def test_neither_can_copy(raw: Raw, target: Target) -> None:
     before = await look(raw, target.agent)
     await attack_by_copy(raw, target)
