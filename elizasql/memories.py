@@ -169,7 +169,9 @@ class Memories(Store):
 
         One statement for each `config.batch_size` memories, in one transaction. Ids that are there already keep their
         rows; of two memories with one id the first counts. `unique` is decided as in `create_memory`, also against
-        the memories before in the batch; give it where it is known, the check costs up to one search for each.
+        the memories before in the batch; give it where it is known, the check costs up to one search for each. With
+        thousands of one type for one room that grows with the square of their number, to half a minute and more for
+        10,000: give `unique`, or take `load_memories`.
 
         Args:
             memories: Models, mappings, or mappings `{"memory": ..., "tableName": ..., "unique": ...}`.

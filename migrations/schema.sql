@@ -470,6 +470,10 @@ DECLARE
     dense boolean;
     few int;
     size int;
+    asked text;
+    measured text[] := '{}';
+    way text;
+    ways text[] := '{}';
     near boolean;
     seen boolean;
 BEGIN
@@ -506,102 +510,117 @@ BEGIN
         SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR i IN 1..cardinality(types) LOOP
         CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
-        near := FALSE;
-        FOREACH few IN ARRAY ARRAY[2000, 20000] LOOP
-            size := few + 1;
+        asked := format('%s %s %s %s', rooms[i], entities[i], worlds[i], types[i]);
+        way := ways[array_position(measured, asked)];
+        IF way IS NULL THEN
+            FOREACH few IN ARRAY ARRAY[2000, 20000] LOOP
+                
+                IF way IS NULL AND rooms[i] IS NOT NULL THEN
+                    SELECT count(*) INTO size FROM (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i] LIMIT few + 1) AS counted;
+                    IF size <= few THEN
+                        way := 'room_id';
+                    END IF;
+                END IF;
+                IF way IS NULL AND entities[i] IS NOT NULL THEN
+                    SELECT count(*) INTO size FROM (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i] LIMIT few + 1) AS counted;
+                    IF size <= few THEN
+                        way := 'entity_id';
+                    END IF;
+                END IF;
+                IF way IS NULL AND worlds[i] IS NOT NULL THEN
+                    SELECT count(*) INTO size FROM (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i] LIMIT few + 1) AS counted;
+                    IF size <= few THEN
+                        way := 'world_id';
+                    END IF;
+                END IF;
+                IF way IS NULL AND (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) IS NOT NULL THEN
+                    SELECT count(*) INTO size FROM (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND agent_id = (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) AND type = types[i] LIMIT few + 1) AS counted;
+                    IF size <= few THEN
+                        way := 'agent_id';
+                    END IF;
+                END IF;
+                IF way IS NULL AND dense_kind IS DISTINCT FROM types[i] THEN
+                    dense_kind := types[i];
+                    dense := (SELECT count(*) = enough FROM (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND type = types[i] LIMIT enough) AS counted);
+                END IF;
+                EXIT WHEN way IS NOT NULL OR dense;
+            END LOOP;
+            way := coalesce(way, 'graph');
+            measured := measured || asked;
+            ways := ways || way;
+        END IF;
+        CASE way
             
-            IF size > few AND rooms[i] IS NOT NULL THEN
-                SELECT count(*) INTO size FROM (
+            WHEN 'room_id' THEN
+                SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i] LIMIT few + 1) AS counted;
-                IF size <= few THEN
-                    SELECT EXISTS (
-                        SELECT FROM elizasql.embeddings
-                        WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i]
-                            AND (rooms[i] IS NULL OR room_id = rooms[i])
-                            AND (entities[i] IS NULL OR entity_id = entities[i])
-                            AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_1024 <=> vectors[i] <= 0.05) INTO near;
-                END IF;
-            END IF;
-            IF size > few AND entities[i] IS NOT NULL THEN
-                SELECT count(*) INTO size FROM (
+                    WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i]
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND dim_1024 <=> vectors[i] <= 0.05) INTO near;
+            WHEN 'entity_id' THEN
+                SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i] LIMIT few + 1) AS counted;
-                IF size <= few THEN
-                    SELECT EXISTS (
-                        SELECT FROM elizasql.embeddings
-                        WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i]
-                            AND (rooms[i] IS NULL OR room_id = rooms[i])
-                            AND (entities[i] IS NULL OR entity_id = entities[i])
-                            AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_1024 <=> vectors[i] <= 0.05) INTO near;
-                END IF;
-            END IF;
-            IF size > few AND worlds[i] IS NOT NULL THEN
-                SELECT count(*) INTO size FROM (
+                    WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i]
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND dim_1024 <=> vectors[i] <= 0.05) INTO near;
+            WHEN 'world_id' THEN
+                SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i] LIMIT few + 1) AS counted;
-                IF size <= few THEN
-                    SELECT EXISTS (
-                        SELECT FROM elizasql.embeddings
-                        WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i]
-                            AND (rooms[i] IS NULL OR room_id = rooms[i])
-                            AND (entities[i] IS NULL OR entity_id = entities[i])
-                            AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_1024 <=> vectors[i] <= 0.05) INTO near;
-                END IF;
-            END IF;
-            IF size > few AND (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) IS NOT NULL THEN
-                SELECT count(*) INTO size FROM (
+                    WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i]
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND dim_1024 <=> vectors[i] <= 0.05) INTO near;
+            WHEN 'agent_id' THEN
+                SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND agent_id = (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) AND type = types[i] LIMIT few + 1) AS counted;
-                IF size <= few THEN
-                    SELECT EXISTS (
-                        SELECT FROM elizasql.embeddings
-                        WHERE agent_id = given_agent AND agent_id = (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) AND type = types[i]
-                            AND (rooms[i] IS NULL OR room_id = rooms[i])
-                            AND (entities[i] IS NULL OR entity_id = entities[i])
-                            AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_1024 <=> vectors[i] <= 0.05) INTO near;
-                END IF;
-            END IF;
-            IF size > few AND dense_kind IS DISTINCT FROM types[i] THEN
-                dense_kind := types[i];
-                dense := (SELECT count(*) = enough FROM (
-                    SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND type = types[i] LIMIT enough) AS counted);
-            END IF;
-            EXIT WHEN size <= few OR dense;
-        END LOOP;
-        IF size > few THEN
-            SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO near, seen FROM (
-                SELECT
-                    dim_1024 <=> vectors[i] AS distance,
-                    (rooms[i] IS NULL OR room_id = rooms[i])
-                    AND (worlds[i] IS NULL OR world_id = worlds[i])
-                    AND (entities[i] IS NULL OR entity_id = entities[i]) AS in_scope
-                FROM elizasql.embeddings
-                WHERE agent_id = given_agent AND type = types[i] AND indexed
-                ORDER BY dim_1024::halfvec(1024) <=> vectors[i]::halfvec(1024) LIMIT 10) AS nearest;
-            IF near IS NOT TRUE THEN SELECT seen IS NOT TRUE AND EXISTS (
-                SELECT FROM (
-                    SELECT dim_1024 FROM elizasql.embeddings
+                    WHERE agent_id = given_agent AND agent_id = (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) AND type = types[i]
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND dim_1024 <=> vectors[i] <= 0.05) INTO near;
+            WHEN 'graph' THEN
+                SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO near, seen FROM (
+                    SELECT
+                        dim_1024 <=> vectors[i] AS distance,
+                        (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i]) AS in_scope
+                    FROM elizasql.embeddings
                     WHERE agent_id = given_agent AND type = types[i] AND indexed
+                    ORDER BY dim_1024::halfvec(1024) <=> vectors[i]::halfvec(1024) LIMIT 10) AS nearest;
+                IF near IS NOT TRUE THEN SELECT seen IS NOT TRUE AND EXISTS (
+                    SELECT FROM (
+                        SELECT dim_1024 FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND type = types[i] AND indexed
+                            AND (rooms[i] IS NULL OR room_id = rooms[i])
+                            AND (worlds[i] IS NULL OR world_id = worlds[i])
+                            AND (entities[i] IS NULL OR entity_id = entities[i])
+                        ORDER BY dim_1024::halfvec(1024) <=> vectors[i]::halfvec(1024) LIMIT 3) AS nearest
+                    WHERE dim_1024 <=> vectors[i] <= 0.05
+                ) OR EXISTS (
+                    SELECT FROM elizasql.embeddings
+                    WHERE agent_id = given_agent AND type = types[i] AND NOT indexed
                         AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
-                    ORDER BY dim_1024::halfvec(1024) <=> vectors[i]::halfvec(1024) LIMIT 3) AS nearest
-                WHERE dim_1024 <=> vectors[i] <= 0.05
-            ) OR EXISTS (
-                SELECT FROM elizasql.embeddings
-                WHERE agent_id = given_agent AND type = types[i] AND NOT indexed
-                    AND (rooms[i] IS NULL OR room_id = rooms[i])
-                    AND (worlds[i] IS NULL OR world_id = worlds[i])
-                    AND (entities[i] IS NULL OR entity_id = entities[i])
-                    AND dim_1024 <=> vectors[i] <= 0.05) INTO near;
-            END IF;
-        END IF;
+                        AND dim_1024 <=> vectors[i] <= 0.05) INTO near;
+                END IF;
+        END CASE;
         duplicates[i] := near;
     END LOOP;
     RETURN duplicates;
@@ -619,6 +638,10 @@ DECLARE
     dense boolean;
     few int;
     size int;
+    asked text;
+    measured text[] := '{}';
+    way text;
+    ways text[] := '{}';
     near boolean;
     seen boolean;
 BEGIN
@@ -655,102 +678,117 @@ BEGIN
         SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR i IN 1..cardinality(types) LOOP
         CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
-        near := FALSE;
-        FOREACH few IN ARRAY ARRAY[2000, 20000] LOOP
-            size := few + 1;
+        asked := format('%s %s %s %s', rooms[i], entities[i], worlds[i], types[i]);
+        way := ways[array_position(measured, asked)];
+        IF way IS NULL THEN
+            FOREACH few IN ARRAY ARRAY[2000, 20000] LOOP
+                
+                IF way IS NULL AND rooms[i] IS NOT NULL THEN
+                    SELECT count(*) INTO size FROM (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i] LIMIT few + 1) AS counted;
+                    IF size <= few THEN
+                        way := 'room_id';
+                    END IF;
+                END IF;
+                IF way IS NULL AND entities[i] IS NOT NULL THEN
+                    SELECT count(*) INTO size FROM (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i] LIMIT few + 1) AS counted;
+                    IF size <= few THEN
+                        way := 'entity_id';
+                    END IF;
+                END IF;
+                IF way IS NULL AND worlds[i] IS NOT NULL THEN
+                    SELECT count(*) INTO size FROM (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i] LIMIT few + 1) AS counted;
+                    IF size <= few THEN
+                        way := 'world_id';
+                    END IF;
+                END IF;
+                IF way IS NULL AND (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) IS NOT NULL THEN
+                    SELECT count(*) INTO size FROM (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND agent_id = (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) AND type = types[i] LIMIT few + 1) AS counted;
+                    IF size <= few THEN
+                        way := 'agent_id';
+                    END IF;
+                END IF;
+                IF way IS NULL AND dense_kind IS DISTINCT FROM types[i] THEN
+                    dense_kind := types[i];
+                    dense := (SELECT count(*) = enough FROM (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND type = types[i] LIMIT enough) AS counted);
+                END IF;
+                EXIT WHEN way IS NOT NULL OR dense;
+            END LOOP;
+            way := coalesce(way, 'graph');
+            measured := measured || asked;
+            ways := ways || way;
+        END IF;
+        CASE way
             
-            IF size > few AND rooms[i] IS NOT NULL THEN
-                SELECT count(*) INTO size FROM (
+            WHEN 'room_id' THEN
+                SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i] LIMIT few + 1) AS counted;
-                IF size <= few THEN
-                    SELECT EXISTS (
-                        SELECT FROM elizasql.embeddings
-                        WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i]
-                            AND (rooms[i] IS NULL OR room_id = rooms[i])
-                            AND (entities[i] IS NULL OR entity_id = entities[i])
-                            AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_1536 <=> vectors[i] <= 0.05) INTO near;
-                END IF;
-            END IF;
-            IF size > few AND entities[i] IS NOT NULL THEN
-                SELECT count(*) INTO size FROM (
+                    WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i]
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND dim_1536 <=> vectors[i] <= 0.05) INTO near;
+            WHEN 'entity_id' THEN
+                SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i] LIMIT few + 1) AS counted;
-                IF size <= few THEN
-                    SELECT EXISTS (
-                        SELECT FROM elizasql.embeddings
-                        WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i]
-                            AND (rooms[i] IS NULL OR room_id = rooms[i])
-                            AND (entities[i] IS NULL OR entity_id = entities[i])
-                            AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_1536 <=> vectors[i] <= 0.05) INTO near;
-                END IF;
-            END IF;
-            IF size > few AND worlds[i] IS NOT NULL THEN
-                SELECT count(*) INTO size FROM (
+                    WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i]
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND dim_1536 <=> vectors[i] <= 0.05) INTO near;
+            WHEN 'world_id' THEN
+                SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i] LIMIT few + 1) AS counted;
-                IF size <= few THEN
-                    SELECT EXISTS (
-                        SELECT FROM elizasql.embeddings
-                        WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i]
-                            AND (rooms[i] IS NULL OR room_id = rooms[i])
-                            AND (entities[i] IS NULL OR entity_id = entities[i])
-                            AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_1536 <=> vectors[i] <= 0.05) INTO near;
-                END IF;
-            END IF;
-            IF size > few AND (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) IS NOT NULL THEN
-                SELECT count(*) INTO size FROM (
+                    WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i]
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND dim_1536 <=> vectors[i] <= 0.05) INTO near;
+            WHEN 'agent_id' THEN
+                SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND agent_id = (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) AND type = types[i] LIMIT few + 1) AS counted;
-                IF size <= few THEN
-                    SELECT EXISTS (
-                        SELECT FROM elizasql.embeddings
-                        WHERE agent_id = given_agent AND agent_id = (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) AND type = types[i]
-                            AND (rooms[i] IS NULL OR room_id = rooms[i])
-                            AND (entities[i] IS NULL OR entity_id = entities[i])
-                            AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_1536 <=> vectors[i] <= 0.05) INTO near;
-                END IF;
-            END IF;
-            IF size > few AND dense_kind IS DISTINCT FROM types[i] THEN
-                dense_kind := types[i];
-                dense := (SELECT count(*) = enough FROM (
-                    SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND type = types[i] LIMIT enough) AS counted);
-            END IF;
-            EXIT WHEN size <= few OR dense;
-        END LOOP;
-        IF size > few THEN
-            SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO near, seen FROM (
-                SELECT
-                    dim_1536 <=> vectors[i] AS distance,
-                    (rooms[i] IS NULL OR room_id = rooms[i])
-                    AND (worlds[i] IS NULL OR world_id = worlds[i])
-                    AND (entities[i] IS NULL OR entity_id = entities[i]) AS in_scope
-                FROM elizasql.embeddings
-                WHERE agent_id = given_agent AND type = types[i] AND indexed
-                ORDER BY dim_1536::halfvec(1536) <=> vectors[i]::halfvec(1536) LIMIT 10) AS nearest;
-            IF near IS NOT TRUE THEN SELECT seen IS NOT TRUE AND EXISTS (
-                SELECT FROM (
-                    SELECT dim_1536 FROM elizasql.embeddings
+                    WHERE agent_id = given_agent AND agent_id = (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) AND type = types[i]
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND dim_1536 <=> vectors[i] <= 0.05) INTO near;
+            WHEN 'graph' THEN
+                SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO near, seen FROM (
+                    SELECT
+                        dim_1536 <=> vectors[i] AS distance,
+                        (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i]) AS in_scope
+                    FROM elizasql.embeddings
                     WHERE agent_id = given_agent AND type = types[i] AND indexed
+                    ORDER BY dim_1536::halfvec(1536) <=> vectors[i]::halfvec(1536) LIMIT 10) AS nearest;
+                IF near IS NOT TRUE THEN SELECT seen IS NOT TRUE AND EXISTS (
+                    SELECT FROM (
+                        SELECT dim_1536 FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND type = types[i] AND indexed
+                            AND (rooms[i] IS NULL OR room_id = rooms[i])
+                            AND (worlds[i] IS NULL OR world_id = worlds[i])
+                            AND (entities[i] IS NULL OR entity_id = entities[i])
+                        ORDER BY dim_1536::halfvec(1536) <=> vectors[i]::halfvec(1536) LIMIT 3) AS nearest
+                    WHERE dim_1536 <=> vectors[i] <= 0.05
+                ) OR EXISTS (
+                    SELECT FROM elizasql.embeddings
+                    WHERE agent_id = given_agent AND type = types[i] AND NOT indexed
                         AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
-                    ORDER BY dim_1536::halfvec(1536) <=> vectors[i]::halfvec(1536) LIMIT 3) AS nearest
-                WHERE dim_1536 <=> vectors[i] <= 0.05
-            ) OR EXISTS (
-                SELECT FROM elizasql.embeddings
-                WHERE agent_id = given_agent AND type = types[i] AND NOT indexed
-                    AND (rooms[i] IS NULL OR room_id = rooms[i])
-                    AND (worlds[i] IS NULL OR world_id = worlds[i])
-                    AND (entities[i] IS NULL OR entity_id = entities[i])
-                    AND dim_1536 <=> vectors[i] <= 0.05) INTO near;
-            END IF;
-        END IF;
+                        AND dim_1536 <=> vectors[i] <= 0.05) INTO near;
+                END IF;
+        END CASE;
         duplicates[i] := near;
     END LOOP;
     RETURN duplicates;
@@ -768,6 +806,10 @@ DECLARE
     dense boolean;
     few int;
     size int;
+    asked text;
+    measured text[] := '{}';
+    way text;
+    ways text[] := '{}';
     near boolean;
     seen boolean;
 BEGIN
@@ -804,102 +846,117 @@ BEGIN
         SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR i IN 1..cardinality(types) LOOP
         CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
-        near := FALSE;
-        FOREACH few IN ARRAY ARRAY[2000, 20000] LOOP
-            size := few + 1;
+        asked := format('%s %s %s %s', rooms[i], entities[i], worlds[i], types[i]);
+        way := ways[array_position(measured, asked)];
+        IF way IS NULL THEN
+            FOREACH few IN ARRAY ARRAY[2000, 20000] LOOP
+                
+                IF way IS NULL AND rooms[i] IS NOT NULL THEN
+                    SELECT count(*) INTO size FROM (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i] LIMIT few + 1) AS counted;
+                    IF size <= few THEN
+                        way := 'room_id';
+                    END IF;
+                END IF;
+                IF way IS NULL AND entities[i] IS NOT NULL THEN
+                    SELECT count(*) INTO size FROM (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i] LIMIT few + 1) AS counted;
+                    IF size <= few THEN
+                        way := 'entity_id';
+                    END IF;
+                END IF;
+                IF way IS NULL AND worlds[i] IS NOT NULL THEN
+                    SELECT count(*) INTO size FROM (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i] LIMIT few + 1) AS counted;
+                    IF size <= few THEN
+                        way := 'world_id';
+                    END IF;
+                END IF;
+                IF way IS NULL AND (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) IS NOT NULL THEN
+                    SELECT count(*) INTO size FROM (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND agent_id = (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) AND type = types[i] LIMIT few + 1) AS counted;
+                    IF size <= few THEN
+                        way := 'agent_id';
+                    END IF;
+                END IF;
+                IF way IS NULL AND dense_kind IS DISTINCT FROM types[i] THEN
+                    dense_kind := types[i];
+                    dense := (SELECT count(*) = enough FROM (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND type = types[i] LIMIT enough) AS counted);
+                END IF;
+                EXIT WHEN way IS NOT NULL OR dense;
+            END LOOP;
+            way := coalesce(way, 'graph');
+            measured := measured || asked;
+            ways := ways || way;
+        END IF;
+        CASE way
             
-            IF size > few AND rooms[i] IS NOT NULL THEN
-                SELECT count(*) INTO size FROM (
+            WHEN 'room_id' THEN
+                SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i] LIMIT few + 1) AS counted;
-                IF size <= few THEN
-                    SELECT EXISTS (
-                        SELECT FROM elizasql.embeddings
-                        WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i]
-                            AND (rooms[i] IS NULL OR room_id = rooms[i])
-                            AND (entities[i] IS NULL OR entity_id = entities[i])
-                            AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_3072 <=> vectors[i] <= 0.05) INTO near;
-                END IF;
-            END IF;
-            IF size > few AND entities[i] IS NOT NULL THEN
-                SELECT count(*) INTO size FROM (
+                    WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i]
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND dim_3072 <=> vectors[i] <= 0.05) INTO near;
+            WHEN 'entity_id' THEN
+                SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i] LIMIT few + 1) AS counted;
-                IF size <= few THEN
-                    SELECT EXISTS (
-                        SELECT FROM elizasql.embeddings
-                        WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i]
-                            AND (rooms[i] IS NULL OR room_id = rooms[i])
-                            AND (entities[i] IS NULL OR entity_id = entities[i])
-                            AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_3072 <=> vectors[i] <= 0.05) INTO near;
-                END IF;
-            END IF;
-            IF size > few AND worlds[i] IS NOT NULL THEN
-                SELECT count(*) INTO size FROM (
+                    WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i]
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND dim_3072 <=> vectors[i] <= 0.05) INTO near;
+            WHEN 'world_id' THEN
+                SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i] LIMIT few + 1) AS counted;
-                IF size <= few THEN
-                    SELECT EXISTS (
-                        SELECT FROM elizasql.embeddings
-                        WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i]
-                            AND (rooms[i] IS NULL OR room_id = rooms[i])
-                            AND (entities[i] IS NULL OR entity_id = entities[i])
-                            AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_3072 <=> vectors[i] <= 0.05) INTO near;
-                END IF;
-            END IF;
-            IF size > few AND (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) IS NOT NULL THEN
-                SELECT count(*) INTO size FROM (
+                    WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i]
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND dim_3072 <=> vectors[i] <= 0.05) INTO near;
+            WHEN 'agent_id' THEN
+                SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND agent_id = (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) AND type = types[i] LIMIT few + 1) AS counted;
-                IF size <= few THEN
-                    SELECT EXISTS (
-                        SELECT FROM elizasql.embeddings
-                        WHERE agent_id = given_agent AND agent_id = (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) AND type = types[i]
-                            AND (rooms[i] IS NULL OR room_id = rooms[i])
-                            AND (entities[i] IS NULL OR entity_id = entities[i])
-                            AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_3072 <=> vectors[i] <= 0.05) INTO near;
-                END IF;
-            END IF;
-            IF size > few AND dense_kind IS DISTINCT FROM types[i] THEN
-                dense_kind := types[i];
-                dense := (SELECT count(*) = enough FROM (
-                    SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND type = types[i] LIMIT enough) AS counted);
-            END IF;
-            EXIT WHEN size <= few OR dense;
-        END LOOP;
-        IF size > few THEN
-            SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO near, seen FROM (
-                SELECT
-                    dim_3072 <=> vectors[i] AS distance,
-                    (rooms[i] IS NULL OR room_id = rooms[i])
-                    AND (worlds[i] IS NULL OR world_id = worlds[i])
-                    AND (entities[i] IS NULL OR entity_id = entities[i]) AS in_scope
-                FROM elizasql.embeddings
-                WHERE agent_id = given_agent AND type = types[i] AND indexed
-                ORDER BY dim_3072::halfvec(3072) <=> vectors[i]::halfvec(3072) LIMIT 10) AS nearest;
-            IF near IS NOT TRUE THEN SELECT seen IS NOT TRUE AND EXISTS (
-                SELECT FROM (
-                    SELECT dim_3072 FROM elizasql.embeddings
+                    WHERE agent_id = given_agent AND agent_id = (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) AND type = types[i]
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND dim_3072 <=> vectors[i] <= 0.05) INTO near;
+            WHEN 'graph' THEN
+                SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO near, seen FROM (
+                    SELECT
+                        dim_3072 <=> vectors[i] AS distance,
+                        (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i]) AS in_scope
+                    FROM elizasql.embeddings
                     WHERE agent_id = given_agent AND type = types[i] AND indexed
+                    ORDER BY dim_3072::halfvec(3072) <=> vectors[i]::halfvec(3072) LIMIT 10) AS nearest;
+                IF near IS NOT TRUE THEN SELECT seen IS NOT TRUE AND EXISTS (
+                    SELECT FROM (
+                        SELECT dim_3072 FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND type = types[i] AND indexed
+                            AND (rooms[i] IS NULL OR room_id = rooms[i])
+                            AND (worlds[i] IS NULL OR world_id = worlds[i])
+                            AND (entities[i] IS NULL OR entity_id = entities[i])
+                        ORDER BY dim_3072::halfvec(3072) <=> vectors[i]::halfvec(3072) LIMIT 3) AS nearest
+                    WHERE dim_3072 <=> vectors[i] <= 0.05
+                ) OR EXISTS (
+                    SELECT FROM elizasql.embeddings
+                    WHERE agent_id = given_agent AND type = types[i] AND NOT indexed
                         AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
-                    ORDER BY dim_3072::halfvec(3072) <=> vectors[i]::halfvec(3072) LIMIT 3) AS nearest
-                WHERE dim_3072 <=> vectors[i] <= 0.05
-            ) OR EXISTS (
-                SELECT FROM elizasql.embeddings
-                WHERE agent_id = given_agent AND type = types[i] AND NOT indexed
-                    AND (rooms[i] IS NULL OR room_id = rooms[i])
-                    AND (worlds[i] IS NULL OR world_id = worlds[i])
-                    AND (entities[i] IS NULL OR entity_id = entities[i])
-                    AND dim_3072 <=> vectors[i] <= 0.05) INTO near;
-            END IF;
-        END IF;
+                        AND dim_3072 <=> vectors[i] <= 0.05) INTO near;
+                END IF;
+        END CASE;
         duplicates[i] := near;
     END LOOP;
     RETURN duplicates;
@@ -917,6 +974,10 @@ DECLARE
     dense boolean;
     few int;
     size int;
+    asked text;
+    measured text[] := '{}';
+    way text;
+    ways text[] := '{}';
     near boolean;
     seen boolean;
 BEGIN
@@ -953,102 +1014,117 @@ BEGIN
         SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR i IN 1..cardinality(types) LOOP
         CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
-        near := FALSE;
-        FOREACH few IN ARRAY ARRAY[2000, 20000] LOOP
-            size := few + 1;
+        asked := format('%s %s %s %s', rooms[i], entities[i], worlds[i], types[i]);
+        way := ways[array_position(measured, asked)];
+        IF way IS NULL THEN
+            FOREACH few IN ARRAY ARRAY[2000, 20000] LOOP
+                
+                IF way IS NULL AND rooms[i] IS NOT NULL THEN
+                    SELECT count(*) INTO size FROM (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i] LIMIT few + 1) AS counted;
+                    IF size <= few THEN
+                        way := 'room_id';
+                    END IF;
+                END IF;
+                IF way IS NULL AND entities[i] IS NOT NULL THEN
+                    SELECT count(*) INTO size FROM (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i] LIMIT few + 1) AS counted;
+                    IF size <= few THEN
+                        way := 'entity_id';
+                    END IF;
+                END IF;
+                IF way IS NULL AND worlds[i] IS NOT NULL THEN
+                    SELECT count(*) INTO size FROM (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i] LIMIT few + 1) AS counted;
+                    IF size <= few THEN
+                        way := 'world_id';
+                    END IF;
+                END IF;
+                IF way IS NULL AND (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) IS NOT NULL THEN
+                    SELECT count(*) INTO size FROM (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND agent_id = (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) AND type = types[i] LIMIT few + 1) AS counted;
+                    IF size <= few THEN
+                        way := 'agent_id';
+                    END IF;
+                END IF;
+                IF way IS NULL AND dense_kind IS DISTINCT FROM types[i] THEN
+                    dense_kind := types[i];
+                    dense := (SELECT count(*) = enough FROM (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND type = types[i] LIMIT enough) AS counted);
+                END IF;
+                EXIT WHEN way IS NOT NULL OR dense;
+            END LOOP;
+            way := coalesce(way, 'graph');
+            measured := measured || asked;
+            ways := ways || way;
+        END IF;
+        CASE way
             
-            IF size > few AND rooms[i] IS NOT NULL THEN
-                SELECT count(*) INTO size FROM (
+            WHEN 'room_id' THEN
+                SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i] LIMIT few + 1) AS counted;
-                IF size <= few THEN
-                    SELECT EXISTS (
-                        SELECT FROM elizasql.embeddings
-                        WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i]
-                            AND (rooms[i] IS NULL OR room_id = rooms[i])
-                            AND (entities[i] IS NULL OR entity_id = entities[i])
-                            AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_384 <=> vectors[i] <= 0.05) INTO near;
-                END IF;
-            END IF;
-            IF size > few AND entities[i] IS NOT NULL THEN
-                SELECT count(*) INTO size FROM (
+                    WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i]
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND dim_384 <=> vectors[i] <= 0.05) INTO near;
+            WHEN 'entity_id' THEN
+                SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i] LIMIT few + 1) AS counted;
-                IF size <= few THEN
-                    SELECT EXISTS (
-                        SELECT FROM elizasql.embeddings
-                        WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i]
-                            AND (rooms[i] IS NULL OR room_id = rooms[i])
-                            AND (entities[i] IS NULL OR entity_id = entities[i])
-                            AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_384 <=> vectors[i] <= 0.05) INTO near;
-                END IF;
-            END IF;
-            IF size > few AND worlds[i] IS NOT NULL THEN
-                SELECT count(*) INTO size FROM (
+                    WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i]
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND dim_384 <=> vectors[i] <= 0.05) INTO near;
+            WHEN 'world_id' THEN
+                SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i] LIMIT few + 1) AS counted;
-                IF size <= few THEN
-                    SELECT EXISTS (
-                        SELECT FROM elizasql.embeddings
-                        WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i]
-                            AND (rooms[i] IS NULL OR room_id = rooms[i])
-                            AND (entities[i] IS NULL OR entity_id = entities[i])
-                            AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_384 <=> vectors[i] <= 0.05) INTO near;
-                END IF;
-            END IF;
-            IF size > few AND (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) IS NOT NULL THEN
-                SELECT count(*) INTO size FROM (
+                    WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i]
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND dim_384 <=> vectors[i] <= 0.05) INTO near;
+            WHEN 'agent_id' THEN
+                SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND agent_id = (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) AND type = types[i] LIMIT few + 1) AS counted;
-                IF size <= few THEN
-                    SELECT EXISTS (
-                        SELECT FROM elizasql.embeddings
-                        WHERE agent_id = given_agent AND agent_id = (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) AND type = types[i]
-                            AND (rooms[i] IS NULL OR room_id = rooms[i])
-                            AND (entities[i] IS NULL OR entity_id = entities[i])
-                            AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_384 <=> vectors[i] <= 0.05) INTO near;
-                END IF;
-            END IF;
-            IF size > few AND dense_kind IS DISTINCT FROM types[i] THEN
-                dense_kind := types[i];
-                dense := (SELECT count(*) = enough FROM (
-                    SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND type = types[i] LIMIT enough) AS counted);
-            END IF;
-            EXIT WHEN size <= few OR dense;
-        END LOOP;
-        IF size > few THEN
-            SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO near, seen FROM (
-                SELECT
-                    dim_384 <=> vectors[i] AS distance,
-                    (rooms[i] IS NULL OR room_id = rooms[i])
-                    AND (worlds[i] IS NULL OR world_id = worlds[i])
-                    AND (entities[i] IS NULL OR entity_id = entities[i]) AS in_scope
-                FROM elizasql.embeddings
-                WHERE agent_id = given_agent AND type = types[i] AND indexed
-                ORDER BY dim_384::halfvec(384) <=> vectors[i]::halfvec(384) LIMIT 10) AS nearest;
-            IF near IS NOT TRUE THEN SELECT seen IS NOT TRUE AND EXISTS (
-                SELECT FROM (
-                    SELECT dim_384 FROM elizasql.embeddings
+                    WHERE agent_id = given_agent AND agent_id = (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) AND type = types[i]
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND dim_384 <=> vectors[i] <= 0.05) INTO near;
+            WHEN 'graph' THEN
+                SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO near, seen FROM (
+                    SELECT
+                        dim_384 <=> vectors[i] AS distance,
+                        (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i]) AS in_scope
+                    FROM elizasql.embeddings
                     WHERE agent_id = given_agent AND type = types[i] AND indexed
+                    ORDER BY dim_384::halfvec(384) <=> vectors[i]::halfvec(384) LIMIT 10) AS nearest;
+                IF near IS NOT TRUE THEN SELECT seen IS NOT TRUE AND EXISTS (
+                    SELECT FROM (
+                        SELECT dim_384 FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND type = types[i] AND indexed
+                            AND (rooms[i] IS NULL OR room_id = rooms[i])
+                            AND (worlds[i] IS NULL OR world_id = worlds[i])
+                            AND (entities[i] IS NULL OR entity_id = entities[i])
+                        ORDER BY dim_384::halfvec(384) <=> vectors[i]::halfvec(384) LIMIT 3) AS nearest
+                    WHERE dim_384 <=> vectors[i] <= 0.05
+                ) OR EXISTS (
+                    SELECT FROM elizasql.embeddings
+                    WHERE agent_id = given_agent AND type = types[i] AND NOT indexed
                         AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
-                    ORDER BY dim_384::halfvec(384) <=> vectors[i]::halfvec(384) LIMIT 3) AS nearest
-                WHERE dim_384 <=> vectors[i] <= 0.05
-            ) OR EXISTS (
-                SELECT FROM elizasql.embeddings
-                WHERE agent_id = given_agent AND type = types[i] AND NOT indexed
-                    AND (rooms[i] IS NULL OR room_id = rooms[i])
-                    AND (worlds[i] IS NULL OR world_id = worlds[i])
-                    AND (entities[i] IS NULL OR entity_id = entities[i])
-                    AND dim_384 <=> vectors[i] <= 0.05) INTO near;
-            END IF;
-        END IF;
+                        AND dim_384 <=> vectors[i] <= 0.05) INTO near;
+                END IF;
+        END CASE;
         duplicates[i] := near;
     END LOOP;
     RETURN duplicates;
@@ -1066,6 +1142,10 @@ DECLARE
     dense boolean;
     few int;
     size int;
+    asked text;
+    measured text[] := '{}';
+    way text;
+    ways text[] := '{}';
     near boolean;
     seen boolean;
 BEGIN
@@ -1102,102 +1182,117 @@ BEGIN
         SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR i IN 1..cardinality(types) LOOP
         CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
-        near := FALSE;
-        FOREACH few IN ARRAY ARRAY[2000, 20000] LOOP
-            size := few + 1;
+        asked := format('%s %s %s %s', rooms[i], entities[i], worlds[i], types[i]);
+        way := ways[array_position(measured, asked)];
+        IF way IS NULL THEN
+            FOREACH few IN ARRAY ARRAY[2000, 20000] LOOP
+                
+                IF way IS NULL AND rooms[i] IS NOT NULL THEN
+                    SELECT count(*) INTO size FROM (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i] LIMIT few + 1) AS counted;
+                    IF size <= few THEN
+                        way := 'room_id';
+                    END IF;
+                END IF;
+                IF way IS NULL AND entities[i] IS NOT NULL THEN
+                    SELECT count(*) INTO size FROM (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i] LIMIT few + 1) AS counted;
+                    IF size <= few THEN
+                        way := 'entity_id';
+                    END IF;
+                END IF;
+                IF way IS NULL AND worlds[i] IS NOT NULL THEN
+                    SELECT count(*) INTO size FROM (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i] LIMIT few + 1) AS counted;
+                    IF size <= few THEN
+                        way := 'world_id';
+                    END IF;
+                END IF;
+                IF way IS NULL AND (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) IS NOT NULL THEN
+                    SELECT count(*) INTO size FROM (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND agent_id = (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) AND type = types[i] LIMIT few + 1) AS counted;
+                    IF size <= few THEN
+                        way := 'agent_id';
+                    END IF;
+                END IF;
+                IF way IS NULL AND dense_kind IS DISTINCT FROM types[i] THEN
+                    dense_kind := types[i];
+                    dense := (SELECT count(*) = enough FROM (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND type = types[i] LIMIT enough) AS counted);
+                END IF;
+                EXIT WHEN way IS NOT NULL OR dense;
+            END LOOP;
+            way := coalesce(way, 'graph');
+            measured := measured || asked;
+            ways := ways || way;
+        END IF;
+        CASE way
             
-            IF size > few AND rooms[i] IS NOT NULL THEN
-                SELECT count(*) INTO size FROM (
+            WHEN 'room_id' THEN
+                SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i] LIMIT few + 1) AS counted;
-                IF size <= few THEN
-                    SELECT EXISTS (
-                        SELECT FROM elizasql.embeddings
-                        WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i]
-                            AND (rooms[i] IS NULL OR room_id = rooms[i])
-                            AND (entities[i] IS NULL OR entity_id = entities[i])
-                            AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_512 <=> vectors[i] <= 0.05) INTO near;
-                END IF;
-            END IF;
-            IF size > few AND entities[i] IS NOT NULL THEN
-                SELECT count(*) INTO size FROM (
+                    WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i]
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND dim_512 <=> vectors[i] <= 0.05) INTO near;
+            WHEN 'entity_id' THEN
+                SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i] LIMIT few + 1) AS counted;
-                IF size <= few THEN
-                    SELECT EXISTS (
-                        SELECT FROM elizasql.embeddings
-                        WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i]
-                            AND (rooms[i] IS NULL OR room_id = rooms[i])
-                            AND (entities[i] IS NULL OR entity_id = entities[i])
-                            AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_512 <=> vectors[i] <= 0.05) INTO near;
-                END IF;
-            END IF;
-            IF size > few AND worlds[i] IS NOT NULL THEN
-                SELECT count(*) INTO size FROM (
+                    WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i]
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND dim_512 <=> vectors[i] <= 0.05) INTO near;
+            WHEN 'world_id' THEN
+                SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i] LIMIT few + 1) AS counted;
-                IF size <= few THEN
-                    SELECT EXISTS (
-                        SELECT FROM elizasql.embeddings
-                        WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i]
-                            AND (rooms[i] IS NULL OR room_id = rooms[i])
-                            AND (entities[i] IS NULL OR entity_id = entities[i])
-                            AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_512 <=> vectors[i] <= 0.05) INTO near;
-                END IF;
-            END IF;
-            IF size > few AND (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) IS NOT NULL THEN
-                SELECT count(*) INTO size FROM (
+                    WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i]
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND dim_512 <=> vectors[i] <= 0.05) INTO near;
+            WHEN 'agent_id' THEN
+                SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND agent_id = (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) AND type = types[i] LIMIT few + 1) AS counted;
-                IF size <= few THEN
-                    SELECT EXISTS (
-                        SELECT FROM elizasql.embeddings
-                        WHERE agent_id = given_agent AND agent_id = (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) AND type = types[i]
-                            AND (rooms[i] IS NULL OR room_id = rooms[i])
-                            AND (entities[i] IS NULL OR entity_id = entities[i])
-                            AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_512 <=> vectors[i] <= 0.05) INTO near;
-                END IF;
-            END IF;
-            IF size > few AND dense_kind IS DISTINCT FROM types[i] THEN
-                dense_kind := types[i];
-                dense := (SELECT count(*) = enough FROM (
-                    SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND type = types[i] LIMIT enough) AS counted);
-            END IF;
-            EXIT WHEN size <= few OR dense;
-        END LOOP;
-        IF size > few THEN
-            SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO near, seen FROM (
-                SELECT
-                    dim_512 <=> vectors[i] AS distance,
-                    (rooms[i] IS NULL OR room_id = rooms[i])
-                    AND (worlds[i] IS NULL OR world_id = worlds[i])
-                    AND (entities[i] IS NULL OR entity_id = entities[i]) AS in_scope
-                FROM elizasql.embeddings
-                WHERE agent_id = given_agent AND type = types[i] AND indexed
-                ORDER BY dim_512::halfvec(512) <=> vectors[i]::halfvec(512) LIMIT 10) AS nearest;
-            IF near IS NOT TRUE THEN SELECT seen IS NOT TRUE AND EXISTS (
-                SELECT FROM (
-                    SELECT dim_512 FROM elizasql.embeddings
+                    WHERE agent_id = given_agent AND agent_id = (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) AND type = types[i]
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND dim_512 <=> vectors[i] <= 0.05) INTO near;
+            WHEN 'graph' THEN
+                SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO near, seen FROM (
+                    SELECT
+                        dim_512 <=> vectors[i] AS distance,
+                        (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i]) AS in_scope
+                    FROM elizasql.embeddings
                     WHERE agent_id = given_agent AND type = types[i] AND indexed
+                    ORDER BY dim_512::halfvec(512) <=> vectors[i]::halfvec(512) LIMIT 10) AS nearest;
+                IF near IS NOT TRUE THEN SELECT seen IS NOT TRUE AND EXISTS (
+                    SELECT FROM (
+                        SELECT dim_512 FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND type = types[i] AND indexed
+                            AND (rooms[i] IS NULL OR room_id = rooms[i])
+                            AND (worlds[i] IS NULL OR world_id = worlds[i])
+                            AND (entities[i] IS NULL OR entity_id = entities[i])
+                        ORDER BY dim_512::halfvec(512) <=> vectors[i]::halfvec(512) LIMIT 3) AS nearest
+                    WHERE dim_512 <=> vectors[i] <= 0.05
+                ) OR EXISTS (
+                    SELECT FROM elizasql.embeddings
+                    WHERE agent_id = given_agent AND type = types[i] AND NOT indexed
                         AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
-                    ORDER BY dim_512::halfvec(512) <=> vectors[i]::halfvec(512) LIMIT 3) AS nearest
-                WHERE dim_512 <=> vectors[i] <= 0.05
-            ) OR EXISTS (
-                SELECT FROM elizasql.embeddings
-                WHERE agent_id = given_agent AND type = types[i] AND NOT indexed
-                    AND (rooms[i] IS NULL OR room_id = rooms[i])
-                    AND (worlds[i] IS NULL OR world_id = worlds[i])
-                    AND (entities[i] IS NULL OR entity_id = entities[i])
-                    AND dim_512 <=> vectors[i] <= 0.05) INTO near;
-            END IF;
-        END IF;
+                        AND dim_512 <=> vectors[i] <= 0.05) INTO near;
+                END IF;
+        END CASE;
         duplicates[i] := near;
     END LOOP;
     RETURN duplicates;
@@ -1215,6 +1310,10 @@ DECLARE
     dense boolean;
     few int;
     size int;
+    asked text;
+    measured text[] := '{}';
+    way text;
+    ways text[] := '{}';
     near boolean;
     seen boolean;
 BEGIN
@@ -1251,102 +1350,117 @@ BEGIN
         SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR i IN 1..cardinality(types) LOOP
         CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
-        near := FALSE;
-        FOREACH few IN ARRAY ARRAY[2000, 20000] LOOP
-            size := few + 1;
+        asked := format('%s %s %s %s', rooms[i], entities[i], worlds[i], types[i]);
+        way := ways[array_position(measured, asked)];
+        IF way IS NULL THEN
+            FOREACH few IN ARRAY ARRAY[2000, 20000] LOOP
+                
+                IF way IS NULL AND rooms[i] IS NOT NULL THEN
+                    SELECT count(*) INTO size FROM (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i] LIMIT few + 1) AS counted;
+                    IF size <= few THEN
+                        way := 'room_id';
+                    END IF;
+                END IF;
+                IF way IS NULL AND entities[i] IS NOT NULL THEN
+                    SELECT count(*) INTO size FROM (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i] LIMIT few + 1) AS counted;
+                    IF size <= few THEN
+                        way := 'entity_id';
+                    END IF;
+                END IF;
+                IF way IS NULL AND worlds[i] IS NOT NULL THEN
+                    SELECT count(*) INTO size FROM (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i] LIMIT few + 1) AS counted;
+                    IF size <= few THEN
+                        way := 'world_id';
+                    END IF;
+                END IF;
+                IF way IS NULL AND (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) IS NOT NULL THEN
+                    SELECT count(*) INTO size FROM (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND agent_id = (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) AND type = types[i] LIMIT few + 1) AS counted;
+                    IF size <= few THEN
+                        way := 'agent_id';
+                    END IF;
+                END IF;
+                IF way IS NULL AND dense_kind IS DISTINCT FROM types[i] THEN
+                    dense_kind := types[i];
+                    dense := (SELECT count(*) = enough FROM (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND type = types[i] LIMIT enough) AS counted);
+                END IF;
+                EXIT WHEN way IS NOT NULL OR dense;
+            END LOOP;
+            way := coalesce(way, 'graph');
+            measured := measured || asked;
+            ways := ways || way;
+        END IF;
+        CASE way
             
-            IF size > few AND rooms[i] IS NOT NULL THEN
-                SELECT count(*) INTO size FROM (
+            WHEN 'room_id' THEN
+                SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i] LIMIT few + 1) AS counted;
-                IF size <= few THEN
-                    SELECT EXISTS (
-                        SELECT FROM elizasql.embeddings
-                        WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i]
-                            AND (rooms[i] IS NULL OR room_id = rooms[i])
-                            AND (entities[i] IS NULL OR entity_id = entities[i])
-                            AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_768 <=> vectors[i] <= 0.05) INTO near;
-                END IF;
-            END IF;
-            IF size > few AND entities[i] IS NOT NULL THEN
-                SELECT count(*) INTO size FROM (
+                    WHERE agent_id = given_agent AND room_id = rooms[i] AND type = types[i]
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND dim_768 <=> vectors[i] <= 0.05) INTO near;
+            WHEN 'entity_id' THEN
+                SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i] LIMIT few + 1) AS counted;
-                IF size <= few THEN
-                    SELECT EXISTS (
-                        SELECT FROM elizasql.embeddings
-                        WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i]
-                            AND (rooms[i] IS NULL OR room_id = rooms[i])
-                            AND (entities[i] IS NULL OR entity_id = entities[i])
-                            AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_768 <=> vectors[i] <= 0.05) INTO near;
-                END IF;
-            END IF;
-            IF size > few AND worlds[i] IS NOT NULL THEN
-                SELECT count(*) INTO size FROM (
+                    WHERE agent_id = given_agent AND entity_id = entities[i] AND type = types[i]
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND dim_768 <=> vectors[i] <= 0.05) INTO near;
+            WHEN 'world_id' THEN
+                SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i] LIMIT few + 1) AS counted;
-                IF size <= few THEN
-                    SELECT EXISTS (
-                        SELECT FROM elizasql.embeddings
-                        WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i]
-                            AND (rooms[i] IS NULL OR room_id = rooms[i])
-                            AND (entities[i] IS NULL OR entity_id = entities[i])
-                            AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_768 <=> vectors[i] <= 0.05) INTO near;
-                END IF;
-            END IF;
-            IF size > few AND (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) IS NOT NULL THEN
-                SELECT count(*) INTO size FROM (
+                    WHERE agent_id = given_agent AND world_id = worlds[i] AND type = types[i]
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND dim_768 <=> vectors[i] <= 0.05) INTO near;
+            WHEN 'agent_id' THEN
+                SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND agent_id = (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) AND type = types[i] LIMIT few + 1) AS counted;
-                IF size <= few THEN
-                    SELECT EXISTS (
-                        SELECT FROM elizasql.embeddings
-                        WHERE agent_id = given_agent AND agent_id = (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) AND type = types[i]
-                            AND (rooms[i] IS NULL OR room_id = rooms[i])
-                            AND (entities[i] IS NULL OR entity_id = entities[i])
-                            AND (worlds[i] IS NULL OR world_id = worlds[i])
-                            AND dim_768 <=> vectors[i] <= 0.05) INTO near;
-                END IF;
-            END IF;
-            IF size > few AND dense_kind IS DISTINCT FROM types[i] THEN
-                dense_kind := types[i];
-                dense := (SELECT count(*) = enough FROM (
-                    SELECT FROM elizasql.embeddings
-                    WHERE agent_id = given_agent AND type = types[i] LIMIT enough) AS counted);
-            END IF;
-            EXIT WHEN size <= few OR dense;
-        END LOOP;
-        IF size > few THEN
-            SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO near, seen FROM (
-                SELECT
-                    dim_768 <=> vectors[i] AS distance,
-                    (rooms[i] IS NULL OR room_id = rooms[i])
-                    AND (worlds[i] IS NULL OR world_id = worlds[i])
-                    AND (entities[i] IS NULL OR entity_id = entities[i]) AS in_scope
-                FROM elizasql.embeddings
-                WHERE agent_id = given_agent AND type = types[i] AND indexed
-                ORDER BY dim_768::halfvec(768) <=> vectors[i]::halfvec(768) LIMIT 10) AS nearest;
-            IF near IS NOT TRUE THEN SELECT seen IS NOT TRUE AND EXISTS (
-                SELECT FROM (
-                    SELECT dim_768 FROM elizasql.embeddings
+                    WHERE agent_id = given_agent AND agent_id = (CASE WHEN coalesce(rooms[i], entities[i], worlds[i]) IS NULL THEN given_agent END) AND type = types[i]
+                        AND (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND dim_768 <=> vectors[i] <= 0.05) INTO near;
+            WHEN 'graph' THEN
+                SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO near, seen FROM (
+                    SELECT
+                        dim_768 <=> vectors[i] AS distance,
+                        (rooms[i] IS NULL OR room_id = rooms[i])
+                        AND (worlds[i] IS NULL OR world_id = worlds[i])
+                        AND (entities[i] IS NULL OR entity_id = entities[i]) AS in_scope
+                    FROM elizasql.embeddings
                     WHERE agent_id = given_agent AND type = types[i] AND indexed
+                    ORDER BY dim_768::halfvec(768) <=> vectors[i]::halfvec(768) LIMIT 10) AS nearest;
+                IF near IS NOT TRUE THEN SELECT seen IS NOT TRUE AND EXISTS (
+                    SELECT FROM (
+                        SELECT dim_768 FROM elizasql.embeddings
+                        WHERE agent_id = given_agent AND type = types[i] AND indexed
+                            AND (rooms[i] IS NULL OR room_id = rooms[i])
+                            AND (worlds[i] IS NULL OR world_id = worlds[i])
+                            AND (entities[i] IS NULL OR entity_id = entities[i])
+                        ORDER BY dim_768::halfvec(768) <=> vectors[i]::halfvec(768) LIMIT 3) AS nearest
+                    WHERE dim_768 <=> vectors[i] <= 0.05
+                ) OR EXISTS (
+                    SELECT FROM elizasql.embeddings
+                    WHERE agent_id = given_agent AND type = types[i] AND NOT indexed
                         AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
-                    ORDER BY dim_768::halfvec(768) <=> vectors[i]::halfvec(768) LIMIT 3) AS nearest
-                WHERE dim_768 <=> vectors[i] <= 0.05
-            ) OR EXISTS (
-                SELECT FROM elizasql.embeddings
-                WHERE agent_id = given_agent AND type = types[i] AND NOT indexed
-                    AND (rooms[i] IS NULL OR room_id = rooms[i])
-                    AND (worlds[i] IS NULL OR world_id = worlds[i])
-                    AND (entities[i] IS NULL OR entity_id = entities[i])
-                    AND dim_768 <=> vectors[i] <= 0.05) INTO near;
-            END IF;
-        END IF;
+                        AND dim_768 <=> vectors[i] <= 0.05) INTO near;
+                END IF;
+        END CASE;
         duplicates[i] := near;
     END LOOP;
     RETURN duplicates;

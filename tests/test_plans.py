@@ -235,6 +235,35 @@ async def test_what_was_measured_is_not_measured_again(
     assert [node["Actual Loops"] for node in counted] == [0]
 
 
+async def test_a_batch_measures_a_scope_once_for_near_duplicates(
+    db: DatabaseAdapter, session: asyncpg.Connection[Any]
+) -> None:
+    """To count what is there takes as long as to compare it, and a batch mostly goes into a room or two."""
+    rooms = await db.create_rooms([Room(source="test", type="GROUP"), Room(source="test", type="GROUP")])
+    vectors = np.random.default_rng(1).normal(size=(140, 384)).astype(np.float32)
+    memories = [Memory(room_id=rooms[i % 2], content={}, embedding=vector) for i, vector in enumerate(vectors)]
+    await db.create_memories(memories[:100], "messages")
+    scans = (
+        "SELECT sum(idx_scan) FROM pg_stat_xact_user_tables WHERE schemaname = 'elizasql' AND relname ~ '^embeddings_p'"
+    )
+    async with session.transaction():
+        before = await session.fetchval(scans) or 0
+        duplicates = await session.fetchval(
+            "SELECT elizasql.near_duplicates_384($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
+            db.agent_id,
+            [uuid4() for _ in range(40)],
+            ["messages"] * 40,
+            [rooms[i % 2] for i in range(40)],
+            *([None] * 40 for _ in range(2)),
+            [_codecs.encode_vector(vector) for vector in vectors[100:]],
+            [None] * 40,
+            ["messages"] * 2,
+            rooms,
+        )
+        assert duplicates == [False] * 40
+        assert await session.fetchval(scans) - before <= 40 + 5
+
+
 @pytest.mark.parametrize(
     "name", ["search_memories", *(f"search_memories_of_{each}" for each in ("room", "entity", "world", "several"))]
 )
