@@ -18,26 +18,25 @@ import pytest
 
 from elizasql import DatabaseAdapter
 from tests.conftest import MakeAdapter, Scene, make_scene
-from tests.test_isolation import METHODS, VECTOR, snapshot
-from tests.test_simulation import ABOUT_ITSELF, given, prepare
+from tests.test_isolation import METHODS, VECTOR, Filled, filled, snapshot
+from tests.test_simulation import ABOUT_ITSELF, given
 
-Prepared = tuple[Scene, dict[str, Any], dict[str, Any]]
-Call = Callable[[DatabaseAdapter, Prepared], Awaitable[Any]]
+Call = Callable[[DatabaseAdapter, Filled], Awaitable[Any]]
 
 
 def of_method(name: str) -> Call:
-    return lambda db, prepared: getattr(db, name)(**given(name, *prepared))
+    return lambda db, own: getattr(db, name)(**given(name, own))
 
 
-async def in_a_transaction(db: DatabaseAdapter, prepared: Prepared) -> None:
+async def in_a_transaction(db: DatabaseAdapter, own: Filled) -> None:
     async with db.transaction() as tx:
         await tx.create_worlds([{"name": "a"}, {"name": "b"}])
         async with tx.transaction() as inner:
-            await asyncio.gather(inner.create_logs(logs(prepared[0])), inner.count_memories(), inner.set_cache("k", 1))
+            await asyncio.gather(inner.create_logs(logs(own.scene)), inner.count_memories(), inner.set_cache("k", 1))
 
 
-async def load(db: DatabaseAdapter, prepared: Prepared) -> None:
-    await db.load_memories(memories(prepared[0], 1), "messages", build_index=False)
+async def load(db: DatabaseAdapter, own: Filled) -> None:
+    await db.load_memories(memories(own.scene, 1), "messages", build_index=False)
 
 
 def memories(scene: Scene, number: int = 3) -> list[dict[str, Any]]:
@@ -52,7 +51,7 @@ def logs(scene: Scene) -> list[dict[str, Any]]:
 # What is cut in every run: a statement, several in a transaction, and several transactions.
 QUICK: dict[str, Call] = {
     "count_memories": lambda db, _: db.count_memories(),
-    "create_memories of several chunks": lambda db, prepared: db.create_memories(memories(prepared[0]), "messages"),
+    "create_memories of several chunks": lambda db, own: db.create_memories(memories(own.scene), "messages"),
     "a transaction": in_a_transaction,
     "load_memories": load,
 }
@@ -140,13 +139,13 @@ async def test_cancellation_at_each_wait(
     position = -1  # the first run is not cut
     while True:
         db = await make_db(batch_size=1)
-        prepared = await prepare(db) if name in SLOW else (await make_scene(db), {}, {})
+        own = await filled(db) if name in SLOW else Filled(db.agent_id, await make_scene(db), {}, {})
         before, tasks = await snapshot(raw, db.agent_id), asyncio.all_tasks()
         db._connections.breaker._move("half_open")
         reached = [0]
 
-        async def run(db: DatabaseAdapter = db, prepared: Prepared = prepared) -> Any:
-            return await call(db, prepared)
+        async def run(db: DatabaseAdapter = db, own: Filled = own) -> Any:
+            return await call(db, own)
 
         running = asyncio.ensure_future(_stepped(run(), cancel(how, position, reached)))
         outcome = await asyncio.gather(running, return_exceptions=True)

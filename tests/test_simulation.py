@@ -22,6 +22,7 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 
+import elizasql
 from elizasql import (
     CircuitOpenError,
     DatabaseAdapter,
@@ -33,8 +34,8 @@ from elizasql import (
     _executor,
 )
 from elizasql._statements import SQL
-from tests.conftest import MakeAdapter, Scene, make_scene
-from tests.test_isolation import METHODS, arguments, fill, snapshot
+from tests.conftest import MakeAdapter
+from tests.test_isolation import METHODS, Filled, filled, snapshot
 
 # What they tell is how the calls went; or they are many calls, each with tries of its own.
 ABOUT_ITSELF = {"stats", "health", "index_memories", "reembed", "abandon_reembedding"}
@@ -86,8 +87,7 @@ CONNECT_FAULTS: list[Callable[[], BaseException]] = [
 ]
 
 
-@pytest.fixture
-def same_ids(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+def same_new_ids(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Give what makes new ids begin anew: what was recorded speaks of the ids of then."""
     counter = itertools.count()
 
@@ -97,6 +97,11 @@ def same_ids(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
     monkeypatch.setattr(_codecs, "new_id", lambda: UUID(int=(0xFACE << 64) + next(counter)))
     return begin
+
+
+@pytest.fixture
+def same_ids(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    return same_new_ids(monkeypatch)
 
 
 class Clock:
@@ -235,58 +240,67 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-async def prepare(db: DatabaseAdapter) -> tuple[Scene, dict[str, Any], dict[str, Any]]:
-    scene = await make_scene(db)
-    ids = await fill(db, scene)
-    pairing = {
-        "request": (await db.get_pairing_requests([{"channel": "c"}]))[0][0].id,
-        "entry": (await db.get_pairing_allowlist("c"))[0].id,
-    }
-    return scene, ids, pairing
-
-
-def given(name: str, scene: Scene, ids: dict[str, Any], pairing: dict[str, Any]) -> dict[str, Any]:
-    found = arguments(name, scene, ids, pairing)  # type: ignore[arg-type]
+def given(name: str, own: Filled) -> dict[str, Any]:
+    found = own.arguments(name)
     if found.get("task") is not None and isinstance(found["task"], Task):
-        found["task"] = Task(id=ids["task"], claim_token=uuid4())
+        found["task"] = Task(id=own.ids["task"], claim_token=uuid4())
     return found
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What an agent's methods did: the arguments of each, what each operation gave, and what it gave itself."""
+
+    agent: UUID
+    methods: dict[str, tuple[dict[str, Any], list[Any], Any]]
+
+
+@pytest.fixture(scope="module")
+def recorded(dsn: str) -> Recorded:
+    """Run every method once for real."""
+
+    async def run() -> Recorded:
+        async with elizasql.connect(agent_id=uuid4(), dsn=dsn, indexing="manual", resident="off", batch_size=1) as db:
+            await db.ensure_agent_exists({"name": "recorded"})
+            await db.ensure_embedding_dimension(384)
+            own = await filled(db)
+            methods = {name: await record(db, name, given(name, own)) for name in METHODS if name not in ABOUT_ITSELF}
+            return Recorded(db.agent_id, methods)
+
+    return asyncio.run(run())
+
+
+async def record(db: DatabaseAdapter, name: str, arguments_of: dict[str, Any]) -> tuple[dict[str, Any], list[Any], Any]:
+    said: list[Any] = []
+
+    def recorder(method: str) -> Any:
+        original = getattr(asyncpg.Connection, method)
+
+        async def recorded(self: Any, *args: Any, **options: Any) -> Any:
+            result = await original(self, *args, **options)
+            if args[1:] and args[0] != SQL["get_transaction_id"].sql:
+                said.append(result)
+            return result
+
+        return recorded
+
+    with pytest.MonkeyPatch.context() as patch:
+        same_new_ids(patch)()
+        for method in ("fetch", "fetchrow", "fetchval", "execute"):
+            patch.setattr(asyncpg.Connection, method, recorder(method))
+        try:
+            result = await getattr(db, name)(**arguments_of)
+        except ElizaSQLError as error:
+            result = error
+    return arguments_of, said, result
 
 
 @pytest.fixture
 async def recordings(
-    make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch, same_ids: Callable[[], None]
+    make_db: MakeAdapter, recorded: Recorded
 ) -> tuple[DatabaseAdapter, dict[str, tuple[dict[str, Any], list[Any], Any]]]:
-    """Run every method once for real; give its arguments, what each operation gave, and what it gave itself."""
-    db = await make_db(batch_size=1)
-    prepared = await prepare(db)
-    found: dict[str, tuple[dict[str, Any], list[Any], Any]] = {}
-    for name in METHODS:
-        if name in ABOUT_ITSELF:
-            continue
-        said: list[Any] = []
-
-        def recorder(method: str, said: list[Any] = said) -> Any:
-            original = getattr(asyncpg.Connection, method)
-
-            async def recorded(self: Any, *args: Any, **options: Any) -> Any:
-                result = await original(self, *args, **options)
-                if args[1:] and args[0] != SQL["get_transaction_id"].sql:
-                    said.append(result)
-                return result
-
-            return recorded
-
-        arguments_of = given(name, *prepared)
-        same_ids()
-        with monkeypatch.context() as patch:
-            for method in ("fetch", "fetchrow", "fetchval", "execute"):
-                patch.setattr(asyncpg.Connection, method, recorder(method))
-            try:
-                result = await getattr(db, name)(**arguments_of)
-            except ElizaSQLError as error:
-                result = error
-        found[name] = (arguments_of, said, result)
-    return db, found
+    """Give an adapter of the agent of which there are recordings, and these."""
+    return await make_db(recorded.agent, batch_size=1), recorded.methods
 
 
 def faulted(seed: int) -> tuple[dict[int, Any], dict[int, Any], float]:
@@ -445,15 +459,15 @@ def shape(result: Any) -> Any:
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ABOUT_ITSELF])
 async def test_reply_that_is_lost(make_db: MakeAdapter, raw: asyncpg.Connection[Any], name: str) -> None:
     """The server did it, and nobody heard: run again, it leaves the same rows and gives the same result, or says so."""
-    once, again = await make_db(), await make_db(base_delay=0.0, jitter_max=0.0)
+    once, again = [await make_db(base_delay=0.0, jitter_max=0.0) for _ in range(2)]
     results: list[Any] = []
     for db in (once, again):
-        scene, ids, pairing = await prepare(db)
+        own = await filled(db)
         if name in ("complete_task", "fail_task", "heartbeat_task", "release_task"):
             claimed = (await db.claim_tasks())[0]
-            arguments_of = {**arguments(name, scene, ids, pairing), "task": claimed}  # type: ignore[arg-type]
+            arguments_of = {**own.arguments(name), "task": claimed}
         else:
-            arguments_of = given(name, scene, ids, pairing)
+            arguments_of = given(name, own)
         operation = itertools.count()
 
         def cut(method: str, db: DatabaseAdapter = db, operation: Iterator[int] = operation) -> Any:
