@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import re
@@ -15,6 +16,7 @@ import asyncpg
 import numpy as np
 import pytest
 
+import elizasql
 from elizasql import DatabaseAdapter, Entity, Memory, Room, World, _codecs
 from elizasql._statements import SQL, Statement
 
@@ -85,11 +87,6 @@ def vectors() -> np.ndarray[Any, np.dtype[np.float32]]:
     return (centers[np.arange(MANY + 1000) % 20] + noise).astype(np.float32)
 
 
-@pytest.fixture(scope="module")
-def agents() -> dict[str, UUID]:
-    return {"few": uuid4(), "many": uuid4()}
-
-
 WORLD, BIG, SMALL, ENTITY, RARE = (uuid4() for _ in range(5))
 # Searches of scopes that are large and dense: one filter at most, and several.
 LARGE: list[tuple[str, dict[str, UUID]]] = [
@@ -107,40 +104,51 @@ LARGE_TOGETHER: list[tuple[str, dict[str, UUID]]] = [
 WORLDS, ROOMS, ENTITIES = ([uuid4() for _ in range(60)] for _ in range(3))
 
 
+@pytest.fixture(scope="module")
+def agents(dsn: str, vectors: np.ndarray[Any, Any]) -> dict[str, UUID]:
+    """Give an agent with 40 memories and one with 6,000 indexed ones."""
+    ids = {"few": uuid4(), "many": uuid4()}
+
+    async def load() -> None:
+        for name, id in ids.items():
+            async with elizasql.connect(agent_id=id, dsn=dsn, indexing="manual", resident="off") as db:
+                await db.ensure_agent_exists({"name": name})
+                await db.ensure_embedding_dimension(384)
+                await fill(db, vectors[: 40 if name == "few" else MANY])
+
+    asyncio.run(load())
+    return ids
+
+
+async def fill(db: DatabaseAdapter, vectors: np.ndarray[Any, Any]) -> None:
+    await db.create_worlds([World(id=id) for id in (WORLD, *WORLDS)])
+    await db.create_rooms([Room(id=id, source="t", type="GROUP", world_id=WORLD) for id in (BIG, SMALL, *ROOMS)])
+    await db.create_entities([Entity(id=id) for id in (ENTITY, RARE, *ENTITIES)])
+    await db.create_memories(
+        [
+            Memory(
+                room_id=SMALL if i % 200 == 0 else BIG if i % 10 < 6 else ROOMS[i % 60],
+                entity_id=RARE if i % 100 == 0 else ENTITY if i % 10 < 6 else ENTITIES[i % 60],
+                world_id=WORLD if i % 2 else WORLDS[i % 60],
+                content={"text": f"memory {i}"},
+                embedding=vector,
+                unique=True,
+            )
+            for i, vector in enumerate(vectors)
+        ],
+        "messages",
+    )
+    await db.index_memories(rebuild=True)
+
+
 @pytest.fixture
-async def loaded(
-    make_db: MakeAdapter, agents: dict[str, UUID], vectors: np.ndarray[Any, Any]
-) -> dict[str, DatabaseAdapter]:
-    """Give an agent with 40 memories and one with 6,000 indexed ones, in one module-wide load."""
-    adapters = {name: await make_db(id) for name, id in agents.items()}
-    for name, db in adapters.items():
-        if await db.count_memories():
-            continue
-        await db.create_worlds([World(id=id) for id in (WORLD, *WORLDS)])
-        await db.create_rooms([Room(id=id, source="t", type="GROUP", world_id=WORLD) for id in (BIG, SMALL, *ROOMS)])
-        await db.create_entities([Entity(id=id) for id in (ENTITY, RARE, *ENTITIES)])
-        number = 40 if name == "few" else MANY
-        await db.create_memories(
-            [
-                Memory(
-                    room_id=SMALL if i % 200 == 0 else BIG if i % 10 < 6 else ROOMS[i % 60],
-                    entity_id=RARE if i % 100 == 0 else ENTITY if i % 10 < 6 else ENTITIES[i % 60],
-                    world_id=WORLD if i % 2 else WORLDS[i % 60],
-                    content={"text": f"memory {i}"},
-                    embedding=vectors[i],
-                    unique=True,
-                )
-                for i in range(number)
-            ],
-            "messages",
-        )
-        await db.index_memories(rebuild=True)
-    return adapters
+async def loaded(make_db: MakeAdapter, agents: dict[str, UUID]) -> dict[str, DatabaseAdapter]:
+    return {name: await make_db(id) for name, id in agents.items()}
 
 
-def search_params(db: DatabaseAdapter, vector: Any, **scope: Any) -> dict[str, Any]:
+def search_params(agent_id: UUID, vector: Any, **scope: Any) -> dict[str, Any]:
     return {
-        "agent_id": db.agent_id,
+        "agent_id": agent_id,
         "type": "messages",
         "embedding": _codecs.encode_vector(vector),
         "only_unique": False,
@@ -156,10 +164,10 @@ def search_params(db: DatabaseAdapter, vector: Any, **scope: Any) -> dict[str, A
 
 
 async def test_search_of_many_goes_through_hnsw(
-    session: asyncpg.Connection[Any], loaded: dict[str, DatabaseAdapter], vectors: np.ndarray[Any, Any]
+    session: asyncpg.Connection[Any], agents: dict[str, UUID], vectors: np.ndarray[Any, Any]
 ) -> None:
     for name in ("search_memories", "search_memories_by_hnsw"):
-        nodes = await plan_of(session, SQL[name], search_params(loaded["many"], vectors[-1]), execute=True)
+        nodes = await plan_of(session, SQL[name], search_params(agents["many"], vectors[-1]), execute=True)
         used = indexes(nodes)
         assert any(index.endswith("dim_384_hnsw") for index in used), (name, used)
         assert not scans_a_table(nodes)
@@ -186,13 +194,13 @@ async def test_search_of_many_goes_through_hnsw(
 )
 async def test_search_of_a_small_scope_is_exact(
     session: asyncpg.Connection[Any],
-    loaded: dict[str, DatabaseAdapter],
+    agents: dict[str, UUID],
     vectors: np.ndarray[Any, Any],
     name: str,
     scope: dict[str, UUID],
     index: str,
 ) -> None:
-    nodes = await plan_of(session, SQL[name], search_params(loaded["many"], vectors[-1], **scope), execute=True)
+    nodes = await plan_of(session, SQL[name], search_params(agents["many"], vectors[-1], **scope), execute=True)
     assert any(index in used for used in indexes(nodes))
     assert not any("hnsw" in used for used in indexes(nodes))
     assert not scans_a_table(nodes)
@@ -206,12 +214,12 @@ async def test_search_of_a_small_scope_is_exact(
 )
 async def test_search_of_a_large_dense_scope_goes_through_hnsw(
     session: asyncpg.Connection[Any],
-    loaded: dict[str, DatabaseAdapter],
+    agents: dict[str, UUID],
     vectors: np.ndarray[Any, Any],
     name: str,
     scope: dict[str, UUID],
 ) -> None:
-    nodes = await plan_of(session, SQL[name], search_params(loaded["many"], vectors[-1], **scope), execute=True)
+    nodes = await plan_of(session, SQL[name], search_params(agents["many"], vectors[-1], **scope), execute=True)
     assert any("hnsw" in used for used in indexes(nodes)), indexes(nodes)
 
 
@@ -222,13 +230,13 @@ async def test_search_of_a_large_dense_scope_goes_through_hnsw(
 )
 async def test_what_was_measured_is_not_measured_again(
     session: asyncpg.Connection[Any],
-    loaded: dict[str, DatabaseAdapter],
+    agents: dict[str, UUID],
     vectors: np.ndarray[Any, Any],
     name: str,
     scope: dict[str, UUID],
     by_hnsw: bool,
 ) -> None:
-    params = search_params(loaded["many"], vectors[-1], by_hnsw=by_hnsw, **scope)
+    params = search_params(agents["many"], vectors[-1], by_hnsw=by_hnsw, **scope)
     nodes = await plan_of(session, SQL[name], params, execute=True)
     assert any("hnsw" in used for used in indexes(nodes)) is by_hnsw
     counted = [node for node in nodes if node.get("Subplan Name") == "CTE scope"]
@@ -268,11 +276,11 @@ async def test_a_batch_measures_a_scope_once_for_near_duplicates(
     "name", ["search_memories", *(f"search_memories_of_{each}" for each in ("room", "entity", "world", "several"))]
 )
 async def test_the_size_of_the_graph_is_one_look(
-    session: asyncpg.Connection[Any], loaded: dict[str, DatabaseAdapter], vectors: np.ndarray[Any, Any], name: str
+    session: asyncpg.Connection[Any], agents: dict[str, UUID], vectors: np.ndarray[Any, Any], name: str
 ) -> None:
     """Of an agent with many rows a bitmap is cheaper to read as a whole, and was made for a single one."""
     await session.execute("SET random_page_cost = 40")
-    params = search_params(loaded["many"], vectors[-1], room_id=BIG, entity_id=ENTITY, world_id=WORLD)
+    params = search_params(agents["many"], vectors[-1], room_id=BIG, entity_id=ENTITY, world_id=WORLD)
     nodes = await plan_of(session, SQL[name], params, execute=True)
     [look] = {node["Node Type"] for node in nodes if node.get("Alias", "").startswith("one")}
     assert look == "Index Scan"
@@ -307,7 +315,7 @@ async def test_larger_graphs_get_more_candidates(
     scope: dict[str, UUID],
 ) -> None:
     db = loaded["many"]
-    params = search_params(db, vectors[-1], by_hnsw=None, known_ef=None, ef_search=100, **scope)
+    params = search_params(db.agent_id, vectors[-1], by_hnsw=None, known_ef=None, ef_search=100, **scope)
     part = await session.fetchval("SELECT elizasql.partition_of($1)", db.agent_id)
 
     async def search(name: str, **changed: Any) -> tuple[list[asyncpg.Record], str]:
@@ -343,26 +351,26 @@ async def test_larger_graphs_get_more_candidates(
 @pytest.mark.parametrize(("name", "scope"), [*LARGE, *LARGE_TOGETHER])
 async def test_a_graph_that_was_never_counted_is_not_taken_for_a_small_one(
     session: asyncpg.Connection[Any],
-    loaded: dict[str, DatabaseAdapter],
+    agents: dict[str, UUID],
     vectors: np.ndarray[Any, Any],
     name: str,
     scope: dict[str, UUID],
 ) -> None:
-    params = search_params(loaded["many"], vectors[-1], by_hnsw=None, known_ef=None, ef_search=100, **scope)
-    part = await session.fetchval("SELECT elizasql.partition_of($1)", loaded["many"].agent_id)
+    params = search_params(agents["many"], vectors[-1], by_hnsw=None, known_ef=None, ef_search=100, **scope)
+    part = await session.fetchval("SELECT elizasql.partition_of($1)", agents["many"])
     async with counted(session, part, -1):
         rows = await session.fetch(SQL[name].within(f"_{part[-3:]}"), *[params[param] for param in SQL[name].params])
     assert {(row["by_hnsw"], row["ef"]) for row in rows} == {(False, "100")}
 
 
 async def test_candidates_are_set_before_the_index_is_opened(
-    session: asyncpg.Connection[Any], loaded: dict[str, DatabaseAdapter], vectors: np.ndarray[Any, Any]
+    session: asyncpg.Connection[Any], agents: dict[str, UUID], vectors: np.ndarray[Any, Any]
 ) -> None:
     """What it reads tells: pgvector looks at the setting when the scan begins."""
     for name in ("search_memories", "search_memories_by_hnsw"):
         read = {}
         for ef in ("10", "400"):
-            params = search_params(loaded["many"], vectors[-1], by_hnsw=True, known_ef=ef, ef_search=100)
+            params = search_params(agents["many"], vectors[-1], by_hnsw=True, known_ef=ef, ef_search=100)
             nodes = await plan_of(session, SQL[name], params, execute=True)
             (read[ef],) = [
                 node["Shared Hit Blocks"] + node["Shared Read Blocks"]
@@ -373,10 +381,10 @@ async def test_candidates_are_set_before_the_index_is_opened(
 
 
 async def test_search_of_few_reads_no_table_whole(
-    session: asyncpg.Connection[Any], loaded: dict[str, DatabaseAdapter], vectors: np.ndarray[Any, Any]
+    session: asyncpg.Connection[Any], agents: dict[str, UUID], vectors: np.ndarray[Any, Any]
 ) -> None:
     for name, scope in (*LARGE, *LARGE_TOGETHER):
-        nodes = await plan_of(session, SQL[name], search_params(loaded["few"], vectors[-1], **scope), execute=True)
+        nodes = await plan_of(session, SQL[name], search_params(agents["few"], vectors[-1], **scope), execute=True)
         assert not scans_a_table(nodes), name
         assert not any("hnsw" in used for used in indexes(nodes)), name
 
@@ -415,13 +423,13 @@ LIST = {
 @pytest.mark.parametrize("who", ["few", "many"])
 async def test_lists_come_off_an_index_in_order(
     session: asyncpg.Connection[Any],
-    loaded: dict[str, DatabaseAdapter],
+    agents: dict[str, UUID],
     name: str,
     index: str,
     extra: dict[str, Any],
     who: str,
 ) -> None:
-    params = {**LIST, "agent_id": loaded[who].agent_id, **extra}
+    params = {**LIST, "agent_id": agents[who], **extra}
     nodes = await plan_of(session, SQL[name], params, execute=True)
     assert not scans_a_table(nodes)
     if who == "many":
@@ -452,9 +460,9 @@ async def test_a_deep_page_by_cursor_reads_one_page(
     ],
 )
 async def test_a_page_up_to_a_time_reads_nothing_newer(
-    session: asyncpg.Connection[Any], loaded: dict[str, DatabaseAdapter], name: str, scope: dict[str, Any]
+    session: asyncpg.Connection[Any], agents: dict[str, UUID], name: str, scope: dict[str, Any]
 ) -> None:
-    agent = loaded["many"].agent_id
+    agent = agents["many"]
     oldest = await session.fetchval("SELECT min(created_at) FROM elizasql.memories WHERE agent_id = $1", agent)
     params = {**LIST, "agent_id": agent, **scope, "end_time": oldest + timedelta(microseconds=200), "count": 5}
     nodes = await plan_of(session, SQL[name], params, execute=True)
@@ -466,10 +474,8 @@ async def test_a_page_up_to_a_time_reads_nothing_newer(
     assert read <= 15, read
 
 
-async def test_counts_and_text_lengths_use_an_index(
-    session: asyncpg.Connection[Any], loaded: dict[str, DatabaseAdapter]
-) -> None:
-    agent = loaded["many"].agent_id
+async def test_counts_and_text_lengths_use_an_index(session: asyncpg.Connection[Any], agents: dict[str, UUID]) -> None:
+    agent = agents["many"]
     for name in ("count_memories", "count_memories_of_rooms", "count_memories_of_entity", "count_memories_of_world"):
         nodes = await plan_of(session, SQL[name], {**LIST, "agent_id": agent, "entity_id": RARE}, execute=True)
         assert not scans_a_table(nodes), name
@@ -480,12 +486,12 @@ async def test_counts_and_text_lengths_use_an_index(
 
 
 async def test_without_statistics_rows_are_looked_up_one_by_one(
-    session: asyncpg.Connection[Any], loaded: dict[str, DatabaseAdapter]
+    session: asyncpg.Connection[Any], agents: dict[str, UUID]
 ) -> None:
     """As after a load, before the server has looked at the tables."""
     if int(await session.fetchval("SHOW server_version_num")) < 180000:
         pytest.skip("statistics are cleared by functions of PostgreSQL 18")
-    agent = loaded["many"].agent_id
+    agent = agents["many"]
     mine = await partition_of(session, agent)
     params = {
         "agent_id": agent,
@@ -521,9 +527,9 @@ CLEAR_STATISTICS = """
 
 
 async def test_fragments_of_a_document_are_found_by_an_index(
-    session: asyncpg.Connection[Any], loaded: dict[str, DatabaseAdapter]
+    session: asyncpg.Connection[Any], agents: dict[str, UUID]
 ) -> None:
-    params = {"agent_id": loaded["many"].agent_id, "ids": [uuid4()], "room_ids": [uuid4()], "type": "documents"}
+    params = {"agent_id": agents["many"], "ids": [uuid4()], "room_ids": [uuid4()], "type": "documents"}
     for name in ("delete_memories", "delete_all_memories"):
         nodes = await plan_of(session, SQL[name], params, execute=True)
         assert not scans_a_table(nodes), name
@@ -531,12 +537,10 @@ async def test_fragments_of_a_document_are_found_by_an_index(
         assert max(read, default=0) <= 1, (name, read)
 
 
-async def test_the_tail_is_found_by_its_own_index(
-    session: asyncpg.Connection[Any], loaded: dict[str, DatabaseAdapter]
-) -> None:
+async def test_the_tail_is_found_by_its_own_index(session: asyncpg.Connection[Any], agents: dict[str, UUID]) -> None:
     # The function that moves it looks under the same condition.
     statement = SQL["count_unindexed_embeddings"]
-    nodes = await plan_of(session, statement, {"agent_id": loaded["many"].agent_id}, execute=True)
+    nodes = await plan_of(session, statement, {"agent_id": agents["many"]}, execute=True)
     assert not scans_a_table(nodes)
     read = [node["Actual Rows"] for node in nodes if "Index Name" in node and node["Actual Loops"]]
     assert max(read, default=0) == 0, read
@@ -553,10 +557,10 @@ PLANNED = {
 
 @pytest.mark.parametrize("statement", list(PLANNED.values()), ids=list(PLANNED))
 async def test_no_statement_reads_a_whole_table(
-    session: asyncpg.Connection[Any], loaded: dict[str, DatabaseAdapter], statement: Statement
+    session: asyncpg.Connection[Any], agents: dict[str, UUID], statement: Statement
 ) -> None:
     """With sequential scans switched off, the planner still takes one where no index serves: none may be left."""
-    for params in ({}, {"agent_id": loaded["many"].agent_id}):
+    for params in ({}, {"agent_id": agents["many"]}):
         nodes = await plan_of(session, statement, params)
         tables = {node["Relation Name"] for node in nodes if node["Node Type"] == "Seq Scan"}
         assert tables <= {"pg_class", "pg_extension", "pg_index", "pg_namespace"}, tables
@@ -567,11 +571,11 @@ OF_ONE_AGENT = {name: statement for name, statement in PLANNED.items() if statem
 
 @pytest.mark.parametrize("statement", list(OF_ONE_AGENT.values()), ids=list(OF_ONE_AGENT))
 async def test_a_statement_of_one_agent_needs_its_partitions_alone(
-    session: asyncpg.Connection[Any], loaded: dict[str, DatabaseAdapter], statement: Statement
+    session: asyncpg.Connection[Any], agents: dict[str, UUID], statement: Statement
 ) -> None:
     """What names the agent's partitions does what the text through the partitioned tables does: there, too, the server
     leaves out all others."""
-    agent_id = loaded["many"].agent_id
+    agent_id = agents["many"]
     mine = await partition_of(session, agent_id)
     through_all = dataclasses.replace(statement)
     object.__setattr__(through_all, "of_one_agent", False)
