@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import re
 from collections import OrderedDict, UserDict
@@ -68,6 +69,7 @@ def objectives() -> st.SearchStrategy[Any]:
     return st.lists(step, max_size=3, unique_by=lambda one: one["id"])
 
 
+@functools.cache
 def of_type(text: str) -> st.SearchStrategy[Any]:
     """Give a strategy for a type of field; a new type needs a line here."""
     if text in {kind.__name__ for kind in MODELS}:
@@ -95,6 +97,7 @@ def of_type(text: str) -> st.SearchStrategy[Any]:
     }[text]
 
 
+@functools.cache
 def model(kind: type[Model]) -> st.SearchStrategy[Model]:
     """Give a strategy for models with any of their fields set."""
     return st.builds(
