@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from elizasql import CircuitOpenError
 from elizasql._breaker import CircuitBreaker
@@ -244,5 +252,6 @@ class Machine(RuleBasedStateMachine):
         assert 0 <= self.breaker.retry_after <= 10.001  # a float
 
 
-TestMachine = Machine.TestCase
-TestMachine.settings = settings(max_examples=300, stateful_step_count=60, deadline=None)
+@pytest.mark.parametrize("examples", [60, pytest.param(300, marks=pytest.mark.slow)])
+def test_the_breaker_is_the_model(examples: int) -> None:
+    run_state_machine_as_test(Machine, settings=settings(max_examples=examples, stateful_step_count=60, deadline=None))

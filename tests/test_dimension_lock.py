@@ -1196,7 +1196,7 @@ def run_machine(dsn: str, examples: int, steps: int) -> None:
 
 
 def test_whatever_clients_do_the_lock_holds_and_memories_stay_whole(dsn: str) -> None:
-    run_machine(dsn, examples=10, steps=30)
+    run_machine(dsn, examples=4, steps=30)
 
 
 @pytest.mark.slow

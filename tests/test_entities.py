@@ -449,6 +449,7 @@ async def test_search_of_a_crowd_is_the_model(db: DatabaseAdapter) -> None:
     limit=st.integers(1, 4),
 )
 @settings(max_examples=40)
+@pytest.mark.usefixtures("db")  # which keeps the connections that every example's adapter shares
 async def test_search_is_the_model(
     make_db: MakeAdapter, crowd: list[list[str]], queries: list[str], limit: int
 ) -> None:

@@ -812,7 +812,8 @@ def fold(rows: list[tuple[UUID, Row]], scene: dict[str, list[UUID]], filters: di
     return sorted(found, key=lambda run: (-(run.started_at or at(-1)).timestamp(), run.run_id or ""))
 
 
-async def test_summaries_are_what_a_plain_model_says(make_db: MakeAdapter) -> None:
+@pytest.mark.parametrize("examples", [50, pytest.param(150, marks=pytest.mark.slow)])
+async def test_summaries_are_what_a_plain_model_says(make_db: MakeAdapter, examples: int) -> None:
     db = await make_db()
     one, two = await make_scene(db), await make_scene(db)
     scene = {"rooms": [one.room, two.room], "entities": [one.entity, two.entity]}
@@ -849,7 +850,7 @@ async def test_summaries_are_what_a_plain_model_says(make_db: MakeAdapter) -> No
 
     loop = asyncio.get_running_loop()
 
-    @settings(max_examples=150)
+    @settings(max_examples=examples)
     @given(st.lists(ROWS, max_size=25), filters, st.integers(0, 2), st.integers(1, 4))
     def run(rows: list[Row], chosen: dict[str, Any], offset: int, limit: int) -> None:
         asyncio.run_coroutine_threadsafe(compare(rows, chosen, offset, limit), loop).result(60)

@@ -267,39 +267,44 @@ class Filler:
         return None
 
 
-# Shrinking would take minutes, as every example fills and copies a database.
-@settings(
-    max_examples=12, phases=[Phase.explicit, Phase.reuse, Phase.generate], suppress_health_check=list(HealthCheck)
-)
-@given(data=st.data(), kind=st.sampled_from(["", ".tar", ".tar.gz"]))
+@pytest.mark.parametrize("examples", [4, pytest.param(12, marks=pytest.mark.slow)])
 def test_what_goes_out_comes_back(
-    databases: list[str], tmp_path_factory: pytest.TempPathFactory, data: Any, kind: str
+    databases: list[str], tmp_path_factory: pytest.TempPathFactory, examples: int
 ) -> None:
-    path = tmp_path_factory.mktemp("archive") / f"made{kind}"
+    # Shrinking would take minutes, as every example fills and copies a database.
+    @settings(
+        max_examples=examples,
+        phases=[Phase.explicit, Phase.reuse, Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(data=st.data(), kind=st.sampled_from(["", ".tar", ".tar.gz"]))
+    def run(data: Any, kind: str) -> None:
+        asyncio.run(there_and_back(databases, tmp_path_factory.mktemp("archive") / f"made{kind}", data))
 
-    async def work() -> None:
-        one, other = databases
-        await clear(one)
-        await clear(other)
-        async with connected(one) as connection:
-            await Filler(connection, data.draw).fill()
-        before = await contents(one)
-        told = await out(one, path)
-        assert told["rows"] == {name: len(rows) for name, rows in before.items() if rows}
-        summary = await into(other, path)
-        assert await contents(other) == before
-        assert summary.created == {name: len(rows) for name, rows in before.items() if rows}
-        assert not +summary.refused
-        # Once more: nothing changes, and the archive of the copy holds the same parts.
-        again = await into(other, path)
-        assert not +again.created and not +again.refused
-        assert await contents(other) == before
-        second = path.with_name(f"again{kind}")
-        await out(other, second)
-        with Archive(path) as first, Archive(second) as copy:
-            assert [part.sha256 for part in first.parts] == [part.sha256 for part in copy.parts]
+    run()
 
-    asyncio.run(work())
+
+async def there_and_back(databases: list[str], path: Path, data: Any) -> None:
+    one, other = databases
+    await clear(one)
+    await clear(other)
+    async with connected(one) as connection:
+        await Filler(connection, data.draw).fill()
+    before = await contents(one)
+    told = await out(one, path)
+    assert told["rows"] == {name: len(rows) for name, rows in before.items() if rows}
+    summary = await into(other, path)
+    assert await contents(other) == before
+    assert summary.created == {name: len(rows) for name, rows in before.items() if rows}
+    assert not +summary.refused
+    # Once more: nothing changes, and the archive of the copy holds the same parts.
+    again = await into(other, path)
+    assert not +again.created and not +again.refused
+    assert await contents(other) == before
+    second = path.with_name(f"again{path.name.removeprefix('made')}")
+    await out(other, second)
+    with Archive(path) as first, Archive(second) as copy:
+        assert [part.sha256 for part in first.parts] == [part.sha256 for part in copy.parts]
 
 
 async def test_every_table_of_the_schema_is_moved(raw: asyncpg.Connection[Any]) -> None:
