@@ -8,7 +8,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,28 +61,51 @@ def dsn(server_dir: Path) -> Iterator[str]:
     loop.close()
 
 
-@pytest.fixture
-def empty_database(dsn: str) -> Iterator[str]:
-    """Give the address of a database without anything but the extension, of the test's own."""
+@contextmanager
+def database(dsn: str, template: str | None = None) -> Iterator[str]:
+    """Give the address of a new database on the server of another: with nothing but the extension, or as a template."""
     if "ELIZASQL_TEST_URL" in os.environ:
         pytest.skip("needs a server to make databases on")
     name = f"test_{uuid4().hex}"
-    admin = dsn.replace("//elizasql@", "//postgres@")
+    made = urlunsplit(urlsplit(dsn)._replace(path=f"/{name}"))
 
     async def execute(address: str, statement: str) -> None:
-        connection = await asyncpg.connect(address)
+        connection = await asyncpg.connect(address.replace("//elizasql@", "//postgres@"))
         await connection.execute(statement)
         await connection.close()
 
-    asyncio.run(execute(admin, f"CREATE DATABASE {name} OWNER elizasql"))
-    made = urlunsplit(urlsplit(dsn)._replace(path=f"/{name}"))
-    asyncio.run(execute(made.replace("//elizasql@", "//postgres@"), "CREATE EXTENSION vector"))
+    like = "" if template is None else f" TEMPLATE {urlsplit(template).path[1:]}"
+    asyncio.run(execute(dsn, f"CREATE DATABASE {name} OWNER elizasql{like}"))
+    if template is None:
+        asyncio.run(execute(made, "CREATE EXTENSION vector"))
     yield made
-    asyncio.run(execute(admin, f"DROP DATABASE {name} WITH (FORCE)"))
+    asyncio.run(execute(dsn, f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+@pytest.fixture
+def empty_database(dsn: str) -> Iterator[str]:
+    """Give the address of a database without anything but the extension, of the test's own."""
+    with database(dsn) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def migrated_template(dsn: str) -> Iterator[str]:
+    """Give the address of a migrated database to make others of; nobody may stay connected to it."""
+    with database(dsn) as made:
+        asyncio.run(_migrated(made))
+        yield made
+
+
+@pytest.fixture
+def own_database(dsn: str, migrated_template: str) -> Iterator[str]:
+    """Give the address of a migrated database of the test's own."""
+    with database(dsn, migrated_template) as made:
+        yield made
 
 
 async def _migrated(address: str) -> _pool.Server:
-    async with elizasql.connect(agent_id=uuid4(), dsn=address, indexing="manual") as db:
+    async with elizasql.connect(agent_id=uuid4(), dsn=address, indexing="manual", pool_min_size=0) as db:
         return db._connections.server
 
 

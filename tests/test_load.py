@@ -632,9 +632,9 @@ async def test_a_lost_index_comes_back_also_where_the_agent_always_writes(
         await asyncio.sleep(0.01)
 
 
-async def test_a_partition_that_grows_fast_is_not_disturbed(make_db: MakeAdapter, empty_database: str) -> None:
-    db = await make_db(dsn=empty_database)  # of its own: beside what other tests leave, 600 vectors may be no growth
-    raw = await asyncpg.connect(empty_database)
+async def test_a_partition_that_grows_fast_is_not_disturbed(make_db: MakeAdapter, own_database: str) -> None:
+    db = await make_db(dsn=own_database)  # of its own: beside what other tests leave, 600 vectors may be no growth
+    raw = await asyncpg.connect(own_database)
     await db.load_memories(some(600), "messages", build_index=False)
     await raw.execute("SELECT elizasql.drop_index($1, NULL)", db.agent_id)
     for count, built in ((0, False), (600, False), (1, True)):

@@ -1910,13 +1910,13 @@ async def test_rewrites_leave_a_number_each_that_ran_together(mind: Mind, dsn: s
 
 
 @pytest.mark.parametrize("what", ["elizasql.memories, elizasql.embeddings", "one partition"])
-async def test_truncated(make_db: MakeAdapter, empty_database: str, what: str) -> None:
+async def test_truncated(make_db: MakeAdapter, own_database: str, what: str) -> None:
     """Tables that are emptied at once: no row says so."""
-    db = await make_db(dsn=empty_database, **RESIDENT)
+    db = await make_db(dsn=own_database, **RESIDENT)
     vectors = some_vectors(30)
     await db.create_memories([Memory(content={}, embedding=vector, unique=True) for vector in vectors], TABLE)
     assert len(await db.search_memories(embedding=vectors[0], table_name=TABLE)) == 10
-    raw = await asyncpg.connect(empty_database)
+    raw = await asyncpg.connect(own_database)
     if what == "one partition":
         part = await raw.fetchval("SELECT elizasql.partition_of($1)", db.agent_id)
         what = f"elizasql.{part}"
@@ -1925,15 +1925,15 @@ async def test_truncated(make_db: MakeAdapter, empty_database: str, what: str) -
     assert await db.search_memories(embedding=vectors[0], table_name=TABLE) == []
 
 
-async def test_where_policies_hold_the_server_gives_out_the_rows(make_db: MakeAdapter, empty_database: str) -> None:
-    await make_db(dsn=empty_database)
-    raw = await asyncpg.connect(empty_database)
+async def test_where_policies_hold_the_server_gives_out_the_rows(make_db: MakeAdapter, own_database: str) -> None:
+    await make_db(dsn=own_database)
+    raw = await asyncpg.connect(own_database)
     await raw.execute("""
         ALTER TABLE elizasql.memories ENABLE ROW LEVEL SECURITY;
         ALTER TABLE elizasql.memories FORCE ROW LEVEL SECURITY;
         CREATE POLICY guard ON elizasql.memories USING (TRUE)
     """)
-    db = await make_db(dsn=empty_database, **RESIDENT)
+    db = await make_db(dsn=own_database, **RESIDENT)
     vectors = some_vectors(30)
     await db.create_memories([Memory(content={}, embedding=vector, unique=True) for vector in vectors], TABLE)
     for _ in range(2):
