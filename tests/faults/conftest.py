@@ -14,10 +14,10 @@ from uuid import UUID, uuid4
 import pytest
 
 import elizasql
-from elizasql import DatabaseAdapter, Room
+from elizasql import DatabaseAdapter, DeadlineError, Room, UnavailableError
 from tests.faults.harness import WIDTH, no_leaks
 from tests.faults.proxy import Proxy
-from tests.faults.server import KILLS, OTHER_KILLS, WRITES, FaultServer
+from tests.faults.server import KILLS, OTHER_KILLS, WRITES, FaultServer, until
 
 HERE = Path(__file__).parent
 SEED = int(os.environ.get("ELIZASQL_FAULT_SEED", "20261101"))
@@ -100,10 +100,24 @@ async def make_db(server: FaultServer) -> AsyncIterator[MakeAdapter]:
                 **QUICK,
                 **settings,
             }
-            db = await elizasql.open(agent_id=agent_id or uuid4(), dsn=dsn or server.dsn, **settings)
-            stack.push_async_callback(db.close)
-            await db.ensure_agent_exists({"name": "test"})
-            await db.ensure_embedding_dimension(WIDTH)
+            hurried = min(settings["timeout"], settings["connection_timeout"]) < 1.0
+
+            async def opened() -> DatabaseAdapter | None:
+                async with AsyncExitStack() as opening:
+                    try:
+                        db = await elizasql.open(agent_id=agent_id or uuid4(), dsn=dsn or server.dsn, **settings)
+                        opening.push_async_callback(db.close)
+                        await db.ensure_agent_exists({"name": "test"})
+                        await db.ensure_embedding_dimension(WIDTH)
+                    except (DeadlineError, UnavailableError):
+                        if not hurried:
+                            raise
+                        return None
+                    stack.push_async_callback(opening.pop_all().aclose)
+                    return db
+
+            # A short limit is for what the test does then: a machine that is busy may need longer to open.
+            db: DatabaseAdapter = await until(opened, "an adapter is opened")
             return db
 
         yield make
