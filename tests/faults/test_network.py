@@ -389,7 +389,7 @@ async def test_transaction_ends_in_time_in_a_black_hole(
     proxy: Proxy, make_db: MakeAdapter, server: FaultServer, how: str
 ) -> None:
     """Neither the end of a transaction nor the release of its connection may hang; the server undoes it."""
-    db = await make_db(dsn=proxy.dsn, pool_max_size=1, timeout=SHORT, connection_timeout=SHORT)
+    db = await make_db(dsn=proxy.dsn, pool_max_size=1, timeout=SHORT, connection_timeout=CONNECTION_TIMEOUT)
     ledger = Ledger(db.agent_id)
     id = new_id(random.Random(3))
     operation = ledger.begin({id: 1})
@@ -629,7 +629,7 @@ async def test_probe_on_a_connection_that_died_meanwhile(proxy: Proxy, make_db: 
 
 async def test_one_silent_connection_speaks_for_the_others(proxy: Proxy, make_db: MakeAdapter) -> None:
     """As after a failover of which nobody was told: one caller waits in vain, and not one for each connection."""
-    db = await make_db(dsn=proxy.dsn, pool_max_size=4, connection_timeout=SHORT)
+    db = await make_db(dsn=proxy.dsn, pool_max_size=4, connection_timeout=2.0)
     lane = db._connections.interactive
     connections: list[Any] = []
     while len(connections) < 4:
