@@ -81,6 +81,8 @@ _NOT_NOW = (
 
 _locks: set[_Lock] = set()  # every lock file that this process has open
 _servers: set[EmbeddedServer] = set()  # acquired and not yet released
+_acquiring: set[_Cluster] = set()  # being started or joined
+_ending = False  # the process ends: nothing is started or joined any more
 
 
 class _Lock:
@@ -193,7 +195,9 @@ async def acquire(data_dir: str | os.PathLike[str], *, start_timeout: float = 12
         cluster = _Cluster(Path(data_dir))
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, or a NUL
         raise EmbeddedServerError(f"{os.fspath(data_dir)!r} cannot be a data directory: {error}") from error
+    _acquiring.add(cluster)
     try:
+        cluster.check_end()
         await _in_thread(cluster.claim)
         async with cluster.lifecycle(deadline):
             users = cluster.open_lock("users.lock")
@@ -212,6 +216,8 @@ async def acquire(data_dir: str | os.PathLike[str], *, start_timeout: float = 12
         ) from error
     except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         raise EmbeddedServerError(f"The embedded server in {cluster.home} could not be prepared: {error}") from error
+    finally:
+        _acquiring.discard(cluster)
 
 
 async def revive(dsn: str, timeout: float) -> bool:
@@ -383,12 +389,18 @@ class _Cluster:
 
     async def nap(self, deadline: float, reason: str, delay: float = 0.005) -> None:
         """Wait a moment, or give up with `reason` when the time is over."""
+        self.check_end()
         if time.monotonic() >= deadline:
             raise EmbeddedServerError(
                 f"The embedded server in {self.home} was not ready in time: {reason}. Call again to keep waiting, "
                 f"and see {self.log}{self._log_tail()}"
             )
         await asyncio.sleep(delay)
+
+    def check_end(self) -> None:
+        """Give up when the process ends: nobody would let go of what it starts."""
+        if _ending:
+            raise EmbeddedServerError(f"The embedded server in {self.home} is not waited for: the process ends")
 
     # -- start and join --------------------------------------------------------------------------------------------
 
@@ -903,9 +915,22 @@ async def _in_thread(function: Callable[[], _T]) -> _T:
 
 
 def _forget_in_child() -> None:
+    global _ending  # noqa: PLW0603
     for lock in list(_locks):
         lock.close()
     _servers.clear()
+    _acquiring.clear()
+    _ending = False
+
+
+async def end() -> None:
+    """Take back what is being started or joined, release every use that this process has, and begin no other."""
+    global _ending  # noqa: PLW0603 - a process ends once
+    _ending = True
+    until = time.monotonic() + _WITHDRAW
+    while _acquiring and time.monotonic() < until:  # noqa: ASYNC110 - in other event loops
+        await asyncio.sleep(0.005)
+    await release_all()
 
 
 async def release_all() -> None:

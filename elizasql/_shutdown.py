@@ -2,10 +2,10 @@
 
 SIGINT needs nothing here: it unwinds the program as KeyboardInterrupt or a cancellation, and what is left open after
 that is closed at interpreter exit. SIGTERM, where nobody handles it, ends a process on the spot: the embedded server
-would run on. So, from the first adapter on: where the application has a handler of its own, the shutdown is its
-business, and nothing is done about it. Where it has none, the adapters are closed, with a bound on the wait for calls
-that are running, the embedded servers are released, and then the signal does what it would have done; the same where a
-handler that came later passes the signal on to what was there before.
+would run on. So, from before the first adapter is opened: where the application has a handler of its own, the shutdown
+is its business, and nothing is done about it. Where it has none, the adapters are closed, with a bound on the wait for
+calls that are running, the embedded servers are released, those that are being started, too, and then the signal does
+what it would have done; the same where a handler that came later passes the signal on to what was there before.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _close_all(number: int) -> None:
         with contextlib.suppress(Exception):
             future.result(_BOUND)
     with contextlib.suppress(Exception):
-        asyncio.run(_embedded.release_all())
+        asyncio.run(_embedded.end())
     _state = "closed"
     os.kill(os.getpid(), number)
     # The handler runs in the main thread. A signal that comes just before that goes to sleep does not wake it, hence

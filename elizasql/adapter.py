@@ -299,6 +299,8 @@ async def open(  # noqa: A001
     """
     id = _codecs.as_id(agent_id, "agent_id")
     config = Config.load(dsn=dsn, data_dir=data_dir, **settings)
+    if config.handle_signals:
+        _shutdown.install()  # before there is anything that would be left behind
     embedded = await _embedded.acquire(config.data_dir) if config.dsn is None else None
     try:
         address = embedded.dsn if embedded is not None else config.dsn
@@ -322,8 +324,6 @@ async def open(  # noqa: A001
     # Whose loop is gone cannot be closed any more, and would never be let go of.
     _opened.difference_update([each for each in tuple(_opened) if each._connections.loop.is_closed()])
     _opened.add(adapter)
-    if config.handle_signals:
-        _shutdown.install()
     return adapter
 
 

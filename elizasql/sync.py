@@ -245,11 +245,11 @@ for _name, _method in inspect.getmembers(_asynchronous.DatabaseAdapter, inspect.
 
 def open(*, agent_id: UUID | str, dsn: str | None = None, data_dir: Any = None, **settings: Any) -> DatabaseAdapter:  # noqa: A001
     """Open an agent's memory for blocking code; `close()` when done. Takes and raises what `elizasql.open` does."""
+    if Config.load(dsn=dsn, data_dir=data_dir, **settings).handle_signals:
+        _shutdown.install()  # only the main thread can, and the adapter is opened in another one
     loop = _Loop()
     try:
         opened = loop.run(_asynchronous.open(agent_id=agent_id, dsn=dsn, data_dir=data_dir, **settings))
-        if opened.config.handle_signals:
-            _shutdown.install()  # only the main thread can, and the adapter was opened in another one
         adapter = DatabaseAdapter(loop, opened)
         _opened.add(adapter)
     except BaseException:  # an interrupt, too: until the caller has the adapter nobody else could close it

@@ -783,6 +783,30 @@ def test_start_that_ctrl_c_cuts_is_taken_back(stopped: Path, monkeypatch: pytest
     assert server is not None and server.poll() is not None and not running(stopped)
 
 
+# Its server is never ready.
+OPENING = """
+import asyncio, sys, uuid
+import elizasql
+
+async def check(self, deadline):
+    print("started", flush=True)
+    return "not yet"
+
+elizasql._embedded._Cluster._check = check
+asyncio.run(elizasql.open(agent_id=uuid.uuid4(), data_dir=sys.argv[1]))
+"""
+
+
+async def test_start_that_sigterm_cuts_is_taken_back(stopped: Path) -> None:
+    client = Client(stopped, code=OPENING)
+    assert await client.line() == "started"
+    client.process.terminate()
+    await asyncio.to_thread(client.process.communicate, timeout=60)
+    # The signal ends it, or the error of the call that it ended, whichever comes first.
+    assert client.process.returncode in (-signal.SIGTERM, 1)
+    assert not running(stopped)
+
+
 async def test_recovery_goes_on_when_its_caller_gives_up(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = await acquire(stopped)
     os.kill(postmaster(stopped), signal.SIGKILL)
