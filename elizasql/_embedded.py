@@ -82,6 +82,7 @@ _NOT_NOW = (
 _locks: set[_Lock] = set()  # every lock file that this process has open
 _servers: set[EmbeddedServer] = set()  # acquired and not yet released
 _acquiring: set[_Cluster] = set()  # being started or joined
+_promised: set[tuple[int, Callable[[], None]]] = set()  # see at_end_of_worker
 _ending = False  # the process ends: nothing is started or joined any more
 
 
@@ -137,6 +138,7 @@ class EmbeddedServer:
         self._cluster = cluster
         self._users = users
         _servers.add(self)
+        at_end_of_worker(_at_exit)
 
     def __repr__(self) -> str:
         return f"EmbeddedServer({str(self.data_dir)!r})"
@@ -921,6 +923,20 @@ def _forget_in_child() -> None:
     _servers.clear()
     _acquiring.clear()
     _ending = False
+
+
+def at_end_of_worker(function: Callable[[], None], priority: int = 0) -> None:
+    """Call a function, once, where a worker of multiprocessing ends: a forked one ends without atexit.
+
+    Args:
+        function: Takes nothing; safe to call twice.
+        priority: Those with a higher one come first.
+    """
+    promise = os.getpid(), function
+    multiprocessing = sys.modules.get("multiprocessing")
+    if promise not in _promised and multiprocessing is not None and multiprocessing.parent_process() is not None:
+        _promised.add(promise)
+        multiprocessing.util.Finalize(None, function, exitpriority=priority)
 
 
 async def end() -> None:

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 from uuid import UUID
 
-from . import _codecs, _shutdown
+from . import _codecs, _embedded, _shutdown
 from . import adapter as _asynchronous
 from .config import Config
 from .errors import ArgumentError, ClosedError, ElizaSQLError, WrongLoopError
@@ -252,6 +252,7 @@ def open(*, agent_id: UUID | str, dsn: str | None = None, data_dir: Any = None, 
         opened = loop.run(_asynchronous.open(agent_id=agent_id, dsn=dsn, data_dir=data_dir, **settings))
         adapter = DatabaseAdapter(loop, opened)
         _opened.add(adapter)
+        _embedded.at_end_of_worker(_close_all, priority=1)  # before the server goes
     except BaseException:  # an interrupt, too: until the caller has the adapter nobody else could close it
         loop.stop()
         raise

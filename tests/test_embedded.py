@@ -452,6 +452,28 @@ async def test_forked_child_neither_holds_nor_stops_it(stopped: Path) -> None:
         client.process.communicate(timeout=10)
 
 
+# Leaves it open. As a worker of a pool ends, which nobody tells to close anything.
+WORKER = """
+import asyncio, multiprocessing, sys
+from elizasql import _embedded
+
+def work():
+    asyncio.run(_embedded.acquire(sys.argv[1]))
+
+worker = multiprocessing.get_context("fork").Process(target=work)
+worker.start()
+worker.join()
+print(worker.exitcode, flush=True)
+"""
+
+
+async def test_forked_worker_that_ends_lets_go_of_it(stopped: Path) -> None:
+    client = Client(stopped, code=WORKER)
+    assert await client.line() == "0"
+    assert not running(stopped)
+    await client.go()
+
+
 async def test_release_that_is_cut_short_while_it_waits_for_its_turn(
     stopped: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
