@@ -15,7 +15,7 @@ import asyncio
 import os
 import sys
 import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import fields
 from types import ModuleType
 from typing import Any
@@ -48,12 +48,13 @@ class Connections:
         interactive: What callers wait for.
         background: What nobody waits for: the indexer, loads, sweeps. It never takes a caller's connection.
         server: What the server is.
-        breaker: The server's circuit breaker.
+        breaker: The server's circuit breaker, shared with all other connections to it from this loop.
+        limits: The server's address and what its breaker is set to.
         loop: The event loop that they belong to.
         users: Adapters that have joined.
     """
 
-    def __init__(self, address: str, config: Config) -> None:
+    def __init__(self, address: str, config: Config, others: Iterable[Connections]) -> None:
         self._key = _key(address, config)
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
         self._pid = os.getpid()
@@ -63,7 +64,15 @@ class Connections:
         self.server: Server = None  # type: ignore[assignment] # set by join
         self.interactive: Lane = None  # type: ignore[assignment]
         self.background: Lane = None  # type: ignore[assignment]
-        self.breaker: CircuitBreaker = CircuitBreaker(
+        self.limits: tuple[Any, ...] = (
+            address,
+            config.failure_threshold,
+            config.reset_timeout,
+            config.half_open_max_attempts,
+        )
+        # What one of them has found out about the server holds for all.
+        known = (each.breaker for each in others if each.limits == self.limits)
+        self.breaker: CircuitBreaker = next(known, None) or CircuitBreaker(
             failure_threshold=config.failure_threshold,
             reset_timeout=config.reset_timeout,
             half_open_max_attempts=config.half_open_max_attempts,
@@ -190,7 +199,7 @@ async def join(address: str, config: Config, prepare: Callable[[], Awaitable[Ser
     key = _key(address, config)
     connections = entries.get(key)
     if connections is None:
-        connections = entries[key] = Connections(address, config)
+        connections = entries[key] = Connections(address, config, entries.values())
     connections.users += 1
     try:
         await connections.open(address, config, prepare)

@@ -86,6 +86,9 @@ async def test_other_settings_of_the_connections_are_other_connections(
 ) -> None:
     first, second = await make_db(), await make_db(**different)
     assert first._connections is not second._connections
+    # They know the same about the server, by the same rules.
+    same_rules = "failure_threshold" not in different
+    assert (first._connections.breaker is second._connections.breaker) is same_rules
 
 
 @pytest.mark.parametrize(
