@@ -1,11 +1,12 @@
-"""The end of the process: what is open is closed when it comes by SIGTERM, too.
+"""The end of the process: what is open is closed when it comes by SIGTERM or SIGHUP, too.
 
 SIGINT needs nothing here: it unwinds the program as KeyboardInterrupt or a cancellation, and what is left open after
-that is closed at interpreter exit. SIGTERM, where nobody handles it, ends a process on the spot: the embedded server
-would run on. So, from before the first adapter is opened: where the application has a handler of its own, the shutdown
-is its business, and nothing is done about it. Where it has none, the adapters are closed, with a bound on the wait for
-calls that are running, the embedded servers are released, those that are being started, too, and then the signal does
-what it would have done; the same where a handler that came later passes the signal on to what was there before.
+that is closed at interpreter exit. SIGTERM, and SIGHUP when its terminal is closed, end a process on the spot where
+nobody handles them: the embedded server would run on. So, from before the first adapter is opened: where the
+application has a handler of its own, the shutdown is its business, and nothing is done about it. Where it has none, the
+adapters are closed, with a bound on the wait for calls that are running, the embedded servers are released, those that
+are being started, too, and then the signal does what it would have done; the same where a handler that came later
+passes the signal on to what was there before.
 """
 
 from __future__ import annotations
@@ -34,11 +35,13 @@ _state: Literal["running", "closing", "closed"] = "running"
 
 
 def install() -> None:
-    """Handle SIGTERM from now on; in the main thread, and not over what the application has chosen."""
+    """Handle what ends the process from now on; in the main thread, and not over what the application has chosen."""
     if threading.current_thread() is not threading.main_thread():
         return
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _handle)
+    for name in ("SIGTERM", "SIGHUP"):  # the second not on Windows
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _handle)
 
 
 def _handle(number: int, _: FrameType | None) -> None:

@@ -134,7 +134,8 @@ class Config:
         slow_call: Seconds from which a call is logged as slow, but for those whose work takes long, such as
             `load_memories`. [ELIZASQL_SLOW_CALL]
         telemetry: Spans and durations through OpenTelemetry, where it is installed. [ELIZASQL_TELEMETRY]
-        handle_signals: Shut down in order at SIGTERM when the application does not handle it. [ELIZASQL_HANDLE_SIGNALS]
+        handle_signals: Shut down in order at SIGTERM and SIGHUP, where the application does not handle them.
+            [ELIZASQL_HANDLE_SIGNALS]
         indexing: Who moves new vectors into the HNSW index: "background": a task of the adapter; "manual": nobody but
             `index_memories`; "inline": each write itself. [ELIZASQL_INDEXING]
         index_batch_size: Most rows that the indexer moves in one transaction; it ends one after 50 ms in any case.

@@ -768,11 +768,14 @@ def test_handler_is_not_set_when_not_wanted(dsn: str) -> None:
             async with elizasql.connect(agent_id=uuid.uuid4(), dsn={dsn!r}, **settings):
                 return signal.getsignal(signal.SIGTERM)
 
-        assert asyncio.run(main(handle_signals=False)) is signal.SIG_DFL
+        assert asyncio.run(main(handle_signals=False)) is signal.SIG_DFL is signal.getsignal(signal.SIGHUP)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         assert asyncio.run(main()) is signal.SIG_IGN
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        assert callable(asyncio.run(main()))
+        assert callable(asyncio.run(main())) and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert asyncio.run(main()) is signal.getsignal(signal.SIGHUP)
         mine = lambda number, frame: None
         signal.signal(signal.SIGTERM, mine)
         assert asyncio.run(main()) is mine
