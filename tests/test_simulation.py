@@ -7,6 +7,7 @@ And against the real server: what is run again when the reply was lost must chan
 from __future__ import annotations
 
 import asyncio
+import inspect
 import itertools
 import random
 import re
@@ -15,6 +16,7 @@ import time
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID, uuid4
@@ -35,6 +37,7 @@ from elizasql import (
 )
 from elizasql._statements import SQL
 from tests.conftest import MakeAdapter
+from tests.shared import WITHOUT_A_LIMIT, share, shared_calls
 from tests.test_isolation import METHODS, Filled, filled, snapshot
 
 # What they tell is how the calls went; or they are many calls, each with tries of its own.
@@ -264,7 +267,10 @@ def recorded(dsn: str) -> Recorded:
             await db.ensure_agent_exists({"name": "recorded"})
             await db.ensure_embedding_dimension(384)
             own = await filled(db)
-            methods = {name: await record(db, name, given(name, own)) for name in METHODS if name not in ABOUT_ITSELF}
+            calls = {name: given(name, own) for name in METHODS} | shared_calls(await share(db))
+            public = (name for name, _ in inspect.getmembers(DatabaseAdapter, inspect.isfunction) if name[0] != "_")
+            assert set(public) == {*calls, "is_ready"} | WITHOUT_A_LIMIT
+            methods = {name: await record(db, name, calls[name]) for name in calls if name not in ABOUT_ITSELF}
             return Recorded(db.agent_id, methods)
 
     return asyncio.run(run())
@@ -320,10 +326,10 @@ async def test_every_method_under_every_failure(
     """It gives what it gives without failures, or raises an error of this library, within its time and its tries."""
     db, methods = recordings
     names = [name for name, (_, said, _) in methods.items() if said]
-    assert len(names) > 100
+    assert len(names) > 150
     real = db._executor.lane, db._background.lane
     plain = sum(not isinstance(result, Exception) for _, _, result in methods.values())
-    assert plain > 110
+    assert plain > 150
     ended: dict[str, int] = {}
     breaker = db._connections.breaker
     try:
@@ -456,6 +462,29 @@ def shape(result: Any) -> Any:
     return result if isinstance(result, (bool, int, str, type(None))) else type(result).__name__
 
 
+@contextmanager
+def first_reply_lost() -> Iterator[None]:
+    """Let the server do the first operation, and its connection break before anybody hears of it."""
+    operation = itertools.count()
+
+    def cut(method: str) -> Any:
+        original = getattr(asyncpg.Connection, method)
+
+        async def reply_lost(self: Any, *args: Any, **options: Any) -> Any:
+            result = await original(self, *args, **options)
+            if next(operation) == 0:
+                self.terminate()
+                raise asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation")
+            return result
+
+        return reply_lost
+
+    with pytest.MonkeyPatch.context() as patch:
+        for method in ("fetch", "fetchrow", "fetchval", "execute"):
+            patch.setattr(asyncpg.Connection, method, cut(method))
+        yield
+
+
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ABOUT_ITSELF])
 async def test_reply_that_is_lost(make_db: MakeAdapter, raw: asyncpg.Connection[Any], name: str) -> None:
     """The server did it, and nobody heard: run again, it leaves the same rows and gives the same result, or says so."""
@@ -468,29 +497,44 @@ async def test_reply_that_is_lost(make_db: MakeAdapter, raw: asyncpg.Connection[
             arguments_of = {**own.arguments(name), "task": claimed}
         else:
             arguments_of = given(name, own)
-        operation = itertools.count()
-
-        def cut(method: str, db: DatabaseAdapter = db, operation: Iterator[int] = operation) -> Any:
-            original = getattr(asyncpg.Connection, method)
-
-            async def reply_lost(self: Any, *args: Any, **options: Any) -> Any:
-                result = await original(self, *args, **options)
-                if db is again and next(operation) == 0:
-                    self.terminate()
-                    raise asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation")
-                return result
-
-            return reply_lost
-
-        with pytest.MonkeyPatch.context() as patch:
-            for method in ("fetch", "fetchrow", "fetchval", "execute"):
-                patch.setattr(asyncpg.Connection, method, cut(method))
+        with first_reply_lost() if db is again else nullcontext():
             try:
                 results.append(await getattr(db, name)(**arguments_of))
             except ElizaSQLError as error:
                 results.append(error)
     assert rows(await snapshot(raw, again.agent_id)) == rows(await snapshot(raw, once.agent_id))
-    first, second = results
+    agree(*results)
+
+
+async def test_reply_about_what_is_shared_that_is_lost(make_db: MakeAdapter) -> None:
+    once, again = await make_db(), await make_db(base_delay=0.0, jitter_max=0.0)
+    theirs, ours = await share(once), await share(again)
+    first, second = shared_calls(theirs), shared_calls(ours)
+    for name in first:
+        results: list[Any] = []
+        for db, calls in ((once, first), (again, second)):
+            with first_reply_lost() if db is again else nullcontext():
+                try:
+                    results.append(await getattr(db, name)(**calls[name]))
+                except ElizaSQLError as error:
+                    results.append(error)
+        agree(*results)
+        assert await sizes(once, theirs) == await sizes(again, ours), name
+
+
+async def sizes(db: DatabaseAdapter, ids: dict[str, Any]) -> list[int]:
+    """Count what a message server and its channel have."""
+    found = (
+        await db.get_agents_for_message_server(ids["server"]),
+        await db.get_channels_for_message_server(ids["server"]),
+        await db.get_channel_participants(ids["channel"]),
+        await db.get_messages_for_channel(ids["channel"], None),
+    )
+    return [len(each) for each in found]
+
+
+def agree(first: Any, second: Any) -> None:
+    """Compare what a call gave, and what it gave where its first reply was lost."""
     if isinstance(second, UnknownOutcomeError):
         assert not isinstance(first, ElizaSQLError)
         assert second.statement is not None and not SQL[second.statement].repeatable
