@@ -168,6 +168,8 @@ def arguments(name: str, scene: Scene, ids: dict[str, Any], pairing: dict[str, U
         known["entries"] = [one["entry"]]
     if name == "query_entities":
         known["limit"] = 10
+    if name == "get_memories_by_world_id":  # one or several
+        del known["world_ids"]
     if name.startswith("get_component"):
         del known["source_entity_id"]
     if name == "get_logs":

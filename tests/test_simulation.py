@@ -43,6 +43,9 @@ from tests.test_isolation import METHODS, Filled, filled, snapshot
 # What they tell is how the calls went; or they are many calls, each with tries of its own.
 ABOUT_ITSELF = {"stats", "health", "index_memories", "reembed", "abandon_reembedding"}
 
+# Their rows have two unique keys; where the one that no statement heeds was in the way, they are written anew.
+TWO_KEYS = ("create_channel", "create_pairing", "upsert_component")
+
 
 def lost() -> BaseException:
     error: BaseException = asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation")
@@ -350,7 +353,7 @@ async def test_every_method_under_every_failure(
                 result = error
             assert db._executor.in_flight == 0, context
             assert sum(clock.slept) <= limit, context
-            assert len(clock.slept) <= 3, context
+            assert len(clock.slept) <= (6 if name.startswith(TWO_KEYS) else 3), context
             assert lane.out == len(lane.kept), f"{context}: a connection is missing or too many"
             assert breaker.state in ("closed", "open"), context
             kind = type(result).__name__ if isinstance(result, BaseException) else "result"
