@@ -213,8 +213,8 @@ class DatabaseAdapter(
             UnknownOutcomeError: It broke at the very end, or the time limit passed there, and the server could not be
                 asked how that ended: all was kept or nothing.
 
-        Three round trips more than its calls: begin, the transaction's id, end. What is inside is never tried again by
-        itself. Source: transaction; differs: really is one.
+        Statement: sql/server.sql begin_transaction, get_transaction_id and commit_transaction: three round trips more
+        than its calls. What is inside is never tried again by itself. Source: transaction; differs: really is one.
         """
         async with self._executor.transaction() as executor:
             bound = copy.copy(self)
@@ -226,7 +226,7 @@ class DatabaseAdapter(
     async def with_entity_context(
         self, entity_id: UUID | str | None, callback: Callable[[DatabaseAdapter], Awaitable[T]]
     ) -> T:
-        """Run `callback(tx)` in a transaction on behalf of an entity, and give what it gives.
+        """Run `callback(tx)` in a `transaction` on behalf of an entity, and give what it gives.
 
         Source: withEntityContext.
         """
@@ -241,7 +241,7 @@ class DatabaseAdapter(
         Connections that other adapters of this process share stay open. Calls that arrive meanwhile get a ClosedError.
 
         Args:
-            timeout: Seconds to wait for calls that are running; after that their connections are cut.
+            timeout: Seconds to wait for calls that are running, default 10; after that their connections are cut.
 
         Raises:
             ArgumentError: `timeout` is no such number; nothing is closed.

@@ -236,7 +236,7 @@ class Entities(Store):
 
         Args:
             query: Plain text: `%` and `_` mean themselves. Blank: the first entities by id.
-            limit: At most so many; None: all.
+            limit: At most so many, default 10; None: all.
             agent_id: The adapter's agent; another one is refused.
 
         Statement: sql/entities.sql search_entities_by_name, get_first_entities where the query is blank. One round

@@ -247,7 +247,7 @@ class Logs(Store):
         chosen.
 
         Args:
-            limit: At most so many; taken as 1 below that and as 100 above.
+            limit: At most so many, default 20; taken as 1 below that and as 100 above.
             offset: Leave out so many.
             room_id, entity_id: Only runs with an event there, of this entity.
             status: Only runs of this status; "all" and None: of any.

@@ -228,7 +228,7 @@ class Memories(Store):
             memories: As in `create_memories`, also from an asynchronous iterator. `unique` left out is True: nothing
                 looks for near-duplicates.
             table_name: Their type; None: each memory's own.
-            batch_size: Memories in one transaction, 1 to 50,000.
+            batch_size: Memories in one transaction, 1 to 50,000; default 5,000.
             on_conflict: What becomes of an id that is there already, or comes twice: "error" or "skip". With "skip" and
                 ids that are given, a load may be repeated: it goes on where it ended.
             build_index: False: leave the vectors to the background indexer, or to a later `index_memories`.
@@ -514,7 +514,8 @@ class Memories(Store):
         Args:
             world_id: The world.
             world_ids: The worlds, instead of `world_id`; each memory comes once, none give no memories.
-            table_name, count, limit, include_embedding: As in `get_memories`.
+            table_name: The type; default "messages".
+            count, limit, include_embedding: As in `get_memories`.
 
         Raises:
             ArgumentError: Neither `world_id` nor `world_ids` is given, or both.
@@ -556,7 +557,7 @@ class Memories(Store):
         Args:
             room_id: Only of this room.
             unique: True: leave near-duplicates out.
-            table_name: The type.
+            table_name: The type; default "messages".
             room_ids: Only of these rooms, instead of `room_id`.
             entity_id, world_id, agent_id, start, end, metadata, text_contains: As in `get_memories`.
 
@@ -739,7 +740,7 @@ class Memories(Store):
             query_input: The text; of any length.
             query_field_name: "content" or "metadata".
             query_field_sub_name: The key in it; an index serves "text" of the content.
-            query_match_count: At most so many.
+            query_match_count: At most so many; default 10.
 
         Returns:
             `{"embedding": float32[dimension], "levenshtein_score": int}`, nearest first; equal ones ordered by id.

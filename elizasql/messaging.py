@@ -397,7 +397,7 @@ class Messaging(Store):
 
         Args:
             channel_id: The channel.
-            limit: At most so many; None: all.
+            limit: At most so many, default 50; None: all.
             before_timestamp: Only what is older, exclusive: an aware datetime or milliseconds since 1970. Leaves out
                 messages of the same time, so it is no cursor.
             cursor: Only what comes after this message in the order asked for, exclusive: the last one of the page
@@ -432,7 +432,7 @@ class Messaging(Store):
 
         Args:
             message_id: The message that they answer.
-            limit: At most so many; None: all.
+            limit: At most so many, default 50; None: all.
             cursor: As in `get_messages_for_channel`.
 
         Raises:

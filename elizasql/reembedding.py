@@ -106,7 +106,7 @@ class Reembedding(Store):
             to: 384, 512, 768, 1024, 1536 or 3072.
             embed: Takes a list of up to `batch_size` texts; gives array-like numbers of shape (len(texts), to).
                 May be a coroutine function; one that is none runs in a thread. Called again where texts change.
-            batch_size: Texts in one call of `embed`.
+            batch_size: Texts in one call of `embed`; default 64.
             skip_missing: Let memories without text lose their vectors; False: they are an error before the switch.
             progress: Called with the number of vectors that are there and the number that there have to be.
             timeout: Seconds for the whole of it; None: a day.

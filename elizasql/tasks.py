@@ -265,8 +265,8 @@ class Tasks(Store):
         Those that have been ready for longest come first. Tasks that another transaction has locked are stepped over.
 
         Args:
-            limit: At most so many, up to 10,000.
-            lease: Seconds that they are the caller's; `heartbeat_task` extends it.
+            limit: At most so many, up to 10,000; default 1.
+            lease: Seconds that they are the caller's, default 30; `heartbeat_task` extends it.
             worker: The caller's name, for people who look at the table.
             names: Only tasks of these names.
             tags: Only tasks that have all of these tags besides "queue".
@@ -298,7 +298,7 @@ class Tasks(Store):
     async def heartbeat_task(
         self, task: Task | Mapping[str, Any], lease: float | timedelta = 30.0, *, timeout: float | None = None
     ) -> bool:
-        """Extend the lease of a claim to so many seconds from now; False when the claim is lost.
+        """Extend the lease of a claim to so many seconds from now, default 30; False when the claim is lost.
 
         It is lost when another worker has taken the task after the lease ended, or the task is gone. That the lease
         ended does not lose it.
@@ -370,7 +370,7 @@ class Tasks(Store):
             task: As `claim_tasks` gave it.
             error: What to remember: text or an exception.
             retry: False: it is dead at once.
-            base_delay, max_delay: Seconds.
+            base_delay, max_delay: Seconds; default 1 and 3,600.
 
         Raises:
             ArgumentError: The task has no `claim_token`, or another value does not fit; nothing was sent.
@@ -404,7 +404,7 @@ class Tasks(Store):
 
         Args:
             lease, worker, names, tags: As in `claim_tasks`.
-            poll_interval: Seconds after which it looks in any case.
+            poll_interval: Seconds after which it looks in any case; default 10.
 
         Yields:
             Tasks as `claim_tasks` gives them.

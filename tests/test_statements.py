@@ -198,6 +198,25 @@ def test_docstring_names_statements_that_exist(name: str, method: Any) -> None:
             assert SQL[first].file == file, (name, first)
 
 
+def with_what_it_refers_to(method: Any) -> str:
+    """Give a method's docstring with those of the methods that it names, each on one line."""
+    doc = inspect.getdoc(method) or ""
+    named = [METHODS[word] for word in re.findall(r"`(\w+)`", doc) if word in METHODS]
+    return "\n".join(" ".join((inspect.getdoc(one) or "").split()) for one in (method, *named))
+
+
+@pytest.mark.parametrize(("name", "method"), METHODS.items(), ids=list(METHODS))
+def test_docstring_names_statement_and_defaults(name: str, method: Any) -> None:
+    doc = with_what_it_refers_to(method)
+    assert "Statement: sql/" in doc or name == "close"
+    for parameter in inspect.signature(method).parameters.values():
+        default = parameter.default
+        if isinstance(default, str):
+            assert f'"{default}"' in doc, parameter
+        elif type(default) in (int, float) and default:
+            assert re.search(rf"\bdefault\b[^.;:]*(?<![\d,]){default:,g}(?!,?\d)", doc), parameter
+
+
 def test_every_statement_is_used_and_every_name_exists() -> None:
     source = "\n".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
     used = set(re.findall(r"SQL(?:\.at\(|\[)\s*\"(\w+)\"", source))
