@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
-from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from typing import Any
@@ -657,26 +656,6 @@ async def test_another_agents_components_are_out_of_reach(make_db: MakeAdapter) 
 
 
 # --- round trips and plans -------------------------------------------------------------------------------------------
-
-CALLS: dict[str, Callable[[DatabaseAdapter, Scene], Awaitable[Any]]] = {
-    "create_component": lambda db, s: db.create_component(of_scene(s)),
-    "create_components": lambda db, s: db.create_components([of_scene(s), of_scene(s, type="u"), of_scene(s)]),
-    "upsert_components": lambda db, s: db.upsert_components([of_scene(s, data={}), of_scene(s, type="u", data={})]),
-    "update_component": lambda db, s: db.update_component({"id": uuid4(), "data": {}}),
-    "delete_component": lambda db, s: db.delete_component(uuid4()),
-    "delete_components": lambda db, s: db.delete_components([uuid4(), uuid4()]),
-    "get_component": lambda db, s: db.get_component(s.entity, "t"),
-    "get_components": lambda db, s: db.get_components(s.entity),
-    "get_components_for_entities": lambda db, s: db.get_components_for_entities([s.entity, s.other]),
-    "get_components_by_ids": lambda db, s: db.get_components_by_ids([uuid4(), uuid4()]),
-    "get_components_by_natural_keys": lambda db, s: db.get_components_by_natural_keys([of_scene(s)] * 3),
-}
-
-
-@pytest.mark.parametrize("name", CALLS)
-async def test_one_round_trip(db: DatabaseAdapter, agent_world: Scene, round_trips: list[str], name: str) -> None:
-    await CALLS[name](db, agent_world)
-    assert len(round_trips) == 1, round_trips
 
 
 async def test_one_round_trip_for_changes(db: DatabaseAdapter, agent_world: Scene, round_trips: list[str]) -> None:

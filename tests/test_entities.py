@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from datetime import datetime, timedelta, timezone
 from typing import Any
 from uuid import UUID, uuid4
@@ -628,32 +628,6 @@ async def test_another_agents_entities_are_out_of_reach(make_db: MakeAdapter) ->
 
 
 # --- round trips and plans -------------------------------------------------------------------------------------------
-
-CALLS: dict[str, Callable[[DatabaseAdapter, Scene], Awaitable[Any]]] = {
-    "create_entity": lambda db, s: db.create_entity({"id": uuid4()}),
-    "create_entities": lambda db, s: db.create_entities([{"id": uuid4()}] * 3),
-    "ensure_entity_exists": lambda db, s: db.ensure_entity_exists({"id": uuid4()}),
-    "upsert_entities": lambda db, s: db.upsert_entities([{"id": uuid4()}, {"id": s.entity}]),
-    "update_entity": lambda db, s: db.update_entity({"id": s.entity, "names": ["x"]}),
-    "update_entities": lambda db, s: db.update_entities([{"id": s.entity}, {"id": s.other}]),
-    "delete_entity": lambda db, s: db.delete_entity(s.entity),
-    "delete_entities": lambda db, s: db.delete_entities([s.entity, s.other]),
-    "get_entity": lambda db, s: db.get_entity(s.entity),
-    "get_entities_by_ids": lambda db, s: db.get_entities_by_ids([s.entity, s.other], include_components=True),
-    "get_entities_for_room": lambda db, s: db.get_entities_for_room(s.room, True),
-    "get_entities_for_rooms": lambda db, s: db.get_entities_for_rooms([s.room, uuid4()], True),
-    "get_entities_by_names": lambda db, s: db.get_entities_by_names(["Ann", "Bob"]),
-    "search_entities_by_name": lambda db, s: db.search_entities_by_name("a"),
-    "search for nothing": lambda db, s: db.search_entities_by_name(""),
-    "query_entities": lambda db, s: db.query_entities(component_type="t", world_id=s.world, limit=3),
-}
-
-
-@pytest.mark.parametrize("name", CALLS)
-async def test_one_round_trip(db: DatabaseAdapter, agent_world: Scene, round_trips: list[str], name: str) -> None:
-    await CALLS[name](db, agent_world)
-    assert len(round_trips) == 1, round_trips
-
 
 CROWD_LOAD = """
 UPDATE elizasql.entities SET names = ARRAY['Name ' || md5(id::text), 'user_' || substr(md5(id::text), 1, 4)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
-from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta, timezone
 from typing import Any
 from uuid import UUID, uuid4
@@ -301,25 +300,6 @@ async def test_another_agents_relationships_are_out_of_reach(make_db: MakeAdapte
 
 
 # --- round trips and plans -------------------------------------------------------------------------------------------
-
-CALLS: dict[str, Callable[[DatabaseAdapter, Scene], Awaitable[Any]]] = {
-    "create_relationship": lambda db, s: db.create_relationship(pair(s.entity, s.other)),
-    "create_relationships": lambda db, s: db.create_relationships([pair(s.entity, s.other), pair(s.other, s.entity)]),
-    "update_relationship": lambda db, s: db.update_relationship({"id": uuid4(), "tags": []}),
-    "delete_relationship": lambda db, s: db.delete_relationship(uuid4()),
-    "delete_relationships": lambda db, s: db.delete_relationships([uuid4(), uuid4()]),
-    "get_relationship": lambda db, s: db.get_relationship(s.entity, s.other),
-    "get_relationships": lambda db, s: db.get_relationships(s.entity, tags=["t"], limit=3),
-    "get_relationships of several": lambda db, s: db.get_relationships(entity_ids=[s.entity, s.other]),
-    "get_relationships_by_ids": lambda db, s: db.get_relationships_by_ids([uuid4(), uuid4()]),
-    "get_relationships_by_pairs": lambda db, s: db.get_relationships_by_pairs([(s.entity, s.other)] * 3),
-}
-
-
-@pytest.mark.parametrize("name", CALLS)
-async def test_one_round_trip(db: DatabaseAdapter, agent_world: Scene, round_trips: list[str], name: str) -> None:
-    await CALLS[name](db, agent_world)
-    assert len(round_trips) == 1, round_trips
 
 
 async def test_one_round_trip_for_many_updates(db: DatabaseAdapter, agent_world: Scene, round_trips: list[str]) -> None:

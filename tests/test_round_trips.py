@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -15,6 +16,8 @@ from elizasql import Agent, DatabaseAdapter, Entity, Log, Memory, Room, World, _
 from elizasql._statements import SQL
 
 from .conftest import MakeAdapter, Scene, make_scene
+from .test_isolation import AGENTS, METHODS, filled
+from .test_simulation import given
 
 V = np.random.default_rng(0).normal(size=(20, 384)).astype(np.float32)
 
@@ -93,6 +96,79 @@ async def test_one_round_trip(db: DatabaseAdapter, agent_world: Scene, round_tri
         async with db.transaction() as tx:
             await CALLS[name](tx, agent_world)
         assert not re.search("_p[0-9]{2}", " ".join(round_trips))
+
+
+# Those that take several by their nature; test_agents.py counts for agents.
+SEVERAL = {
+    "abandon_reembedding",
+    "close",
+    "index_memories",
+    "load_memories",
+    "reembed",
+    "transaction",
+    "wait_for_tasks",
+    "with_entity_context",
+}
+
+
+async def test_every_method_takes_one(db: DatabaseAdapter, round_trips: list[str]) -> None:
+    own = await filled(db)
+    scene = own.scene
+    server = (await db.create_message_server({"name": "s", "sourceType": "x"})).id
+    channel = (await db.create_channel({"messageServerId": server, "name": "c", "type": "GROUP"})).id
+    author = scene.entity
+    text = {"channelId": channel, "authorId": author, "content": "x"}
+    message = (await db.create_message(text)).id
+    await db.sweep_cache()  # opens the background's connection
+    calls: dict[str, Callable[[], Awaitable[Any]]] = {
+        "create_message_server": lambda: db.create_message_server({"name": "t", "sourceType": "x"}),
+        "create_message_servers": lambda: db.create_message_servers([{"name": "t", "sourceType": "x"}]),
+        "get_message_servers": lambda: db.get_message_servers(),
+        "get_message_server_by_id": lambda: db.get_message_server_by_id(server),
+        "add_agent_to_message_server": lambda: db.add_agent_to_message_server(server, db.agent_id),
+        "get_agents_for_message_server": lambda: db.get_agents_for_message_server(server),
+        "remove_agent_from_message_server": lambda: db.remove_agent_from_message_server(server, db.agent_id),
+        "create_channel": lambda: db.create_channel({"messageServerId": server, "name": "d", "type": "GROUP"}),
+        "get_channel_details": lambda: db.get_channel_details(channel),
+        "get_channels_for_message_server": lambda: db.get_channels_for_message_server(server),
+        "find_or_create_dm_channel": lambda: db.find_or_create_dm_channel(author, scene.other, server),
+        "update_channel": lambda: db.update_channel(channel, {"name": "e", "participantCentralUserIds": [author]}),
+        "add_channel_participants": lambda: db.add_channel_participants(channel, [author]),
+        "get_channel_participants": lambda: db.get_channel_participants(channel),
+        "is_channel_participant": lambda: db.is_channel_participant(channel, author),
+        "remove_channel_participants": lambda: db.remove_channel_participants(channel, [author]),
+        "create_message": lambda: db.create_message(text),
+        "create_messages": lambda: db.create_messages([text, text]),
+        "get_message_by_id": lambda: db.get_message_by_id(message),
+        "get_messages_for_channel": lambda: db.get_messages_for_channel(channel),
+        "get_replies": lambda: db.get_replies(message),
+        "update_message": lambda: db.update_message(message, {"content": "y"}),
+        "delete_message": lambda: db.delete_message(message),
+        "delete_messages": lambda: db.delete_messages([message]),
+        "delete_channel": lambda: db.delete_channel(channel),
+        "search_entities_by_name for nothing": lambda: db.search_entities_by_name(""),
+        "get_entities_by_ids with components": lambda: db.get_entities_by_ids([author], include_components=True),
+        "get_entities_for_room with components": lambda: db.get_entities_for_room(scene.room, True),
+        "get_relationships of several": lambda: db.get_relationships(entity_ids=[author, scene.other]),
+        "get_memories_by_world_id": lambda: db.get_memories_by_world_id(world_id=scene.world),
+        "create_pairing_request": lambda: db.create_pairing_request({"channel": "c", "senderId": "t", "code": "2"}),
+        "create_pairing_requests": lambda: db.create_pairing_requests([{"channel": "c", "senderId": "u", "code": "3"}]),
+        "ensure_agent_exists": db.ensure_agent_exists,
+        "ensure_embedding_dimension": lambda: db.ensure_embedding_dimension(384),
+        "get_embedding_dimension": db.get_embedding_dimension,
+        "is_ready": db.is_ready,
+    }
+    for name in METHODS:
+        if name not in calls and name not in SEVERAL:
+            calls[name] = functools.partial(getattr(db, name), **given(name, own))
+    every = {name for name in dir(DatabaseAdapter) if callable(getattr(DatabaseAdapter, name)) and name[0] != "_"}
+    assert every - AGENTS == ({name.split()[0] for name in calls} | SEVERAL) - AGENTS
+    found = {}
+    for name in sorted(calls, key=lambda name: name.startswith(("delete_", "prune_", "remove_"))):
+        round_trips.clear()
+        await calls[name]()
+        found[name] = len(round_trips)
+    assert set(found.values()) == {1}, {name: number for name, number in found.items() if number != 1}
 
 
 @pytest.mark.parametrize(
