@@ -380,16 +380,20 @@ async def test_loops_and_threads_share_it(stopped: Path) -> None:
     assert not running(stopped)
 
 
-async def test_speed_of_joining(stopped: Path) -> None:
+async def test_joining_a_server_that_runs_waits_for_nothing(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = await acquire(stopped)
-    times = []
-    for _ in range(5):
-        begun = time.perf_counter()
-        other = await acquire(stopped)
-        times.append(time.perf_counter() - begun)
-        await other.release()
+    pid = postmaster(stopped)
+    naps = []
+
+    async def nap(cluster: Any, deadline: float, reason: str, delay: float = 0.0) -> None:
+        naps.append(reason)
+
+    monkeypatch.setattr(_embedded._Cluster, "nap", nap)
+    other = await acquire(stopped)
+    assert not naps
+    assert postmaster(stopped) == pid
+    await other.release()
     await server.release()
-    assert min(times) < 0.03
 
 
 async def test_environment_of_the_caller_does_not_matter(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -853,10 +857,8 @@ async def test_server_that_hangs(stopped: Path) -> None:
     server = await acquire(stopped)
     pid = postmaster(stopped)
     os.kill(pid, signal.SIGSTOP)
-    begun = time.monotonic()
     with pytest.raises(EmbeddedServerError, match="not ready in time"):
         await acquire(stopped, start_timeout=0.5)
-    assert time.monotonic() - begun < 5
     os.kill(pid, signal.SIGCONT)
     await (await acquire(stopped)).release()
     await server.release()
@@ -1003,10 +1005,8 @@ async def test_initdb_fails(home: Path, monkeypatch: pytest.MonkeyPatch) -> None
 async def test_server_does_not_start(stopped: Path) -> None:
     with (stopped / "data" / "postgresql.conf").open("a") as file:
         file.write("no_such_setting = 1\n")
-    begun = time.monotonic()
     with pytest.raises(EmbeddedServerError, match=r"did not start(.|\n)*no_such_setting"):
         await acquire(stopped)
-    assert time.monotonic() - begun < 10
 
 
 async def test_server_started_by_hand(stopped: Path) -> None:
