@@ -13,7 +13,7 @@ import os
 import random
 import tarfile
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -937,10 +937,15 @@ async def test_damage_that_the_compression_notices_is_refused(
     await out(databases[0], tmp_path / "a.tar", agent_ids=[agent])
     path = tmp_path / "packed"
     whole = compress((tmp_path / "a.tar").read_bytes())
+    refused = 0
     for place in range(0, len(whole), len(whole) // 50):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
-        with suppress(ArchiveError), Archive(path) as archive:  # no other error; some bytes do not matter
-            list(archive.verify())
+        try:
+            with Archive(path) as archive:
+                list(archive.verify())
+        except ArchiveError:  # and no other error
+            refused += 1
+    assert refused >= 48  # some bytes do not matter
 
 
 def test_other_files_are_no_archives(tmp_path: Path) -> None:
