@@ -359,6 +359,7 @@ ALTER TABLE elizasql.embeddings ENABLE ALWAYS TRIGGER embeddings_stamp_changed;
 -- statements of a volatile function do: of concurrent near-duplicates exactly one stays unique. The locks, one for
 -- each type and room that is looked into, are held to the end of the transaction. A batch takes all of its own with its
 -- first chunk, lock_types and lock_rooms, and in one order, so that two batches cannot wait for each other.
+-- Before them comes what needs no lock: a connection's first look at the partitions takes as long as all else together.
 --
 -- A scope of up to 2,000 rows is compared exactly, through the index of the narrowest one that is given. For a larger one
 -- HNSW gives the ten nearest of that type that the agent has, whatever their room, world and entity: where none of them
@@ -418,6 +419,8 @@ DECLARE
     near boolean;
     seen boolean;
 BEGIN
+    enough := coalesce((SELECT least(20000, reltuples / 10) FROM pg_class WHERE reltuples > 0 AND oid = (
+        SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR lock_key IN
         SELECT DISTINCT hashtextextended(given_agent::text || ' ' || coalesce(room::text, '-') || ' ' || kind, 0) AS k
         FROM unnest(lock_types, lock_rooms) AS given (kind, room)
@@ -447,8 +450,6 @@ BEGIN
                 AND earlier.vec <=> later.vec <= 0.05
         ) ORDER BY later.position) INTO duplicates FROM given AS later;
     END IF;
-    enough := coalesce((SELECT least(20000, reltuples / 10) FROM pg_class WHERE reltuples > 0 AND oid = (
-        SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR i IN 1..cardinality(types) LOOP
         CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
         asked := format('%s %s %s %s', rooms[i], entities[i], worlds[i], types[i]);

@@ -477,6 +477,8 @@ DECLARE
     near boolean;
     seen boolean;
 BEGIN
+    enough := coalesce((SELECT least(20000, reltuples / 10) FROM pg_class WHERE reltuples > 0 AND oid = (
+        SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR lock_key IN
         SELECT DISTINCT hashtextextended(given_agent::text || ' ' || coalesce(room::text, '-') || ' ' || kind, 0) AS k
         FROM unnest(lock_types, lock_rooms) AS given (kind, room)
@@ -506,8 +508,6 @@ BEGIN
                 AND earlier.vec <=> later.vec <= 0.05
         ) ORDER BY later.position) INTO duplicates FROM given AS later;
     END IF;
-    enough := coalesce((SELECT least(20000, reltuples / 10) FROM pg_class WHERE reltuples > 0 AND oid = (
-        SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR i IN 1..cardinality(types) LOOP
         CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
         asked := format('%s %s %s %s', rooms[i], entities[i], worlds[i], types[i]);
@@ -645,6 +645,8 @@ DECLARE
     near boolean;
     seen boolean;
 BEGIN
+    enough := coalesce((SELECT least(20000, reltuples / 10) FROM pg_class WHERE reltuples > 0 AND oid = (
+        SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR lock_key IN
         SELECT DISTINCT hashtextextended(given_agent::text || ' ' || coalesce(room::text, '-') || ' ' || kind, 0) AS k
         FROM unnest(lock_types, lock_rooms) AS given (kind, room)
@@ -674,8 +676,6 @@ BEGIN
                 AND earlier.vec <=> later.vec <= 0.05
         ) ORDER BY later.position) INTO duplicates FROM given AS later;
     END IF;
-    enough := coalesce((SELECT least(20000, reltuples / 10) FROM pg_class WHERE reltuples > 0 AND oid = (
-        SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR i IN 1..cardinality(types) LOOP
         CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
         asked := format('%s %s %s %s', rooms[i], entities[i], worlds[i], types[i]);
@@ -813,6 +813,8 @@ DECLARE
     near boolean;
     seen boolean;
 BEGIN
+    enough := coalesce((SELECT least(20000, reltuples / 10) FROM pg_class WHERE reltuples > 0 AND oid = (
+        SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR lock_key IN
         SELECT DISTINCT hashtextextended(given_agent::text || ' ' || coalesce(room::text, '-') || ' ' || kind, 0) AS k
         FROM unnest(lock_types, lock_rooms) AS given (kind, room)
@@ -842,8 +844,6 @@ BEGIN
                 AND earlier.vec <=> later.vec <= 0.05
         ) ORDER BY later.position) INTO duplicates FROM given AS later;
     END IF;
-    enough := coalesce((SELECT least(20000, reltuples / 10) FROM pg_class WHERE reltuples > 0 AND oid = (
-        SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR i IN 1..cardinality(types) LOOP
         CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
         asked := format('%s %s %s %s', rooms[i], entities[i], worlds[i], types[i]);
@@ -981,6 +981,8 @@ DECLARE
     near boolean;
     seen boolean;
 BEGIN
+    enough := coalesce((SELECT least(20000, reltuples / 10) FROM pg_class WHERE reltuples > 0 AND oid = (
+        SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR lock_key IN
         SELECT DISTINCT hashtextextended(given_agent::text || ' ' || coalesce(room::text, '-') || ' ' || kind, 0) AS k
         FROM unnest(lock_types, lock_rooms) AS given (kind, room)
@@ -1010,8 +1012,6 @@ BEGIN
                 AND earlier.vec <=> later.vec <= 0.05
         ) ORDER BY later.position) INTO duplicates FROM given AS later;
     END IF;
-    enough := coalesce((SELECT least(20000, reltuples / 10) FROM pg_class WHERE reltuples > 0 AND oid = (
-        SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR i IN 1..cardinality(types) LOOP
         CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
         asked := format('%s %s %s %s', rooms[i], entities[i], worlds[i], types[i]);
@@ -1149,6 +1149,8 @@ DECLARE
     near boolean;
     seen boolean;
 BEGIN
+    enough := coalesce((SELECT least(20000, reltuples / 10) FROM pg_class WHERE reltuples > 0 AND oid = (
+        SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR lock_key IN
         SELECT DISTINCT hashtextextended(given_agent::text || ' ' || coalesce(room::text, '-') || ' ' || kind, 0) AS k
         FROM unnest(lock_types, lock_rooms) AS given (kind, room)
@@ -1178,8 +1180,6 @@ BEGIN
                 AND earlier.vec <=> later.vec <= 0.05
         ) ORDER BY later.position) INTO duplicates FROM given AS later;
     END IF;
-    enough := coalesce((SELECT least(20000, reltuples / 10) FROM pg_class WHERE reltuples > 0 AND oid = (
-        SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR i IN 1..cardinality(types) LOOP
         CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
         asked := format('%s %s %s %s', rooms[i], entities[i], worlds[i], types[i]);
@@ -1317,6 +1317,8 @@ DECLARE
     near boolean;
     seen boolean;
 BEGIN
+    enough := coalesce((SELECT least(20000, reltuples / 10) FROM pg_class WHERE reltuples > 0 AND oid = (
+        SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR lock_key IN
         SELECT DISTINCT hashtextextended(given_agent::text || ' ' || coalesce(room::text, '-') || ' ' || kind, 0) AS k
         FROM unnest(lock_types, lock_rooms) AS given (kind, room)
@@ -1346,8 +1348,6 @@ BEGIN
                 AND earlier.vec <=> later.vec <= 0.05
         ) ORDER BY later.position) INTO duplicates FROM given AS later;
     END IF;
-    enough := coalesce((SELECT least(20000, reltuples / 10) FROM pg_class WHERE reltuples > 0 AND oid = (
-        SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR i IN 1..cardinality(types) LOOP
         CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
         asked := format('%s %s %s %s', rooms[i], entities[i], worlds[i], types[i]);

@@ -376,6 +376,20 @@ async def test_of_concurrent_near_duplicates_exactly_one_is_unique(make_db: Make
         assert len(uniques) == 16 and uniques.count(True) == 1
 
 
+async def test_a_room_is_not_locked_before_the_first_look_at_the_partitions(
+    db: DatabaseAdapter, agent_world: Scene, raw: asyncpg.Connection[Any]
+) -> None:
+    """That look is what takes a new connection long: the room's other writers need not wait for it."""
+    async with raw.transaction():
+        part = await raw.fetchval("SELECT elizasql.partition_of($1)", db.agent_id)
+        await raw.execute(f"LOCK TABLE elizasql.{part} IN ACCESS EXCLUSIVE MODE")
+        call = asyncio.ensure_future(db.create_memory(memory(agent_world, embedding=vector(1)), "messages"))
+        await blocked_pid(raw, call)
+        key = f"{db.agent_id} {agent_world.room} messages"
+        assert await raw.fetchval("SELECT pg_try_advisory_xact_lock(hashtextextended($1, 0))", key)
+    assert await db.get_memory_by_id(await call) is not None
+
+
 @pytest.mark.parametrize("batch_size", [2, 1000])
 async def test_batches_over_rooms_in_opposite_order_do_not_block_each_other(
     make_db: MakeAdapter, batch_size: int
