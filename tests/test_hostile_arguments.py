@@ -149,6 +149,7 @@ PLURALS = {"entities": "entity", "memories": "memory", "entries": "entry"}
 
 # Good values of what else is needed, by the parameter's name, or the method's and its own.
 GOOD: dict[str, Any] = {
+    "get_memories_by_world_id world_id": ID,
     "key": "x",
     "keys": ["x"],
     "expected": 1,
