@@ -688,6 +688,7 @@ async def test_a_build_without_shared_memory_is_done_by_one_process(
     db: DatabaseAdapter, raw: asyncpg.Connection[Any]
 ) -> None:
     """A parallel build would take all of maintenance_work_mem from the shared memory at once."""
+    await raw.execute("SELECT elizasql.build_index($1)", db.agent_id)  # another test may have left it out
     await db.load_memories(some(600), "messages", build_index=False)
     await raw.execute("SELECT elizasql.drop_index($1, NULL)", db.agent_id)
     notices: list[Any] = []
