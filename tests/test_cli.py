@@ -31,7 +31,7 @@ from elizasql import DatabaseAdapter, Log, Task, _embedded
 from elizasql.__main__ import main
 from elizasql._indexer import Indexer
 from elizasql._statements import SQL
-from elizasql.cli import _keeper, _out, data, doctor, look, queries
+from elizasql.cli import _app, _keeper, _out, data, doctor, look, queries
 from elizasql.cli import server as cli_server
 from elizasql.cli._destructive import find_destructive, split_migration
 from elizasql.errors import ElizaSQLError
@@ -488,6 +488,31 @@ def heeded() -> Iterator[None]:
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
+
+
+def test_an_end_does_not_come_in_the_middle_of_a_callback() -> None:
+    """It could be the one that wakes a task, and the command would wait for it for ever."""
+    done = []
+
+    def callback() -> None:
+        signal.raise_signal(signal.SIGTERM)
+        done.append("whole")
+
+    async def work() -> None:
+        asyncio.get_running_loop().call_soon(callback)
+        await asyncio.Event().wait()
+
+    # In the background of a script SIGINT is ignored, and asyncio does not handle it.
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with _app._ended_in_order(), pytest.raises(KeyboardInterrupt):
+            asyncio.run(work())
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert done == ["whole"]
 
 
 @pytest.mark.usefixtures("heeded")
