@@ -9,7 +9,6 @@ import signal
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import elizasql
-from elizasql import Config, DatabaseAdapter, Entity, Room, World, _codecs, _embedded, _pool, adapter
+from elizasql import Config, DatabaseAdapter, Entity, Room, World, _codecs, _embedded, _pool
 
 from .skew import Skew, load
 
@@ -52,10 +51,8 @@ def dsn(server_dir: Path) -> Iterator[str]:
     loop = asyncio.new_event_loop()
     server = None if given else loop.run_until_complete(_embedded.acquire(server_dir))
     address = given or server.dsn  # type: ignore[union-attr]
-    known = loop.run_until_complete(_migrated(address))
-    with pytest.MonkeyPatch.context() as patch:
-        _look_once(patch, address, known)
-        yield address
+    loop.run_until_complete(_migrated(address))
+    yield address
     if server is not None:
         loop.run_until_complete(server.release())
     loop.close()
@@ -104,22 +101,9 @@ def own_database(dsn: str, migrated_template: str) -> Iterator[str]:
         yield made
 
 
-async def _migrated(address: str) -> _pool.Server:
-    async with elizasql.connect(agent_id=uuid4(), dsn=address, indexing="manual", pool_min_size=0) as db:
-        return db._connections.server
-
-
-_of_make_db = ContextVar("_of_make_db", default=False)
-
-
-def _look_once(patch: pytest.MonkeyPatch, address: str, known: _pool.Server) -> None:
-    """Spare the adapters of `make_db` the look at the migrated database: a quarter of what it takes to open one."""
-    prepare = adapter._prepare
-
-    async def prepared(dsn: str, config: Config) -> _pool.Server:
-        return known if dsn == address and _of_make_db.get() else await prepare(dsn, config)
-
-    patch.setattr(adapter, "_prepare", prepared)
+async def _migrated(address: str) -> None:
+    async with elizasql.connect(agent_id=uuid4(), dsn=address, indexing="manual", pool_min_size=0):
+        pass
 
 
 @pytest.fixture
@@ -136,11 +120,7 @@ async def make_db(dsn: str) -> AsyncIterator[MakeAdapter]:
                 "pool_min_size": 0,
                 **options,
             }
-            token = _of_make_db.set(True)
-            try:
-                db = await elizasql.open(agent_id=agent_id or uuid4(), **options)
-            finally:
-                _of_make_db.reset(token)
+            db = await elizasql.open(agent_id=agent_id or uuid4(), **options)
             stack.push_async_callback(db.close)
             await db.ensure_agent_exists({"name": "test"})
             if dimension is not None:
