@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import math
+import mmap
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterable
@@ -415,6 +417,60 @@ def test_the_footprint_is_about_the_estimate() -> None:
     for dimension, size in ((384, 3000), (1536, 500)):
         model = Model(1, dimension, size)
         assert 0.7 < model.matrix.footprint / Matrix.estimate(dimension, size) < 1.5
+
+
+def _stands_on_large_pages(address: int) -> bool:
+    """Tell whether the kernel was asked for large pages there; not every kernel says so."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= address < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return "hg" in line.split()
+    return False
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="the kernel has no large pages to ask for")
+def test_what_a_search_reads_stands_on_large_pages() -> None:
+    with mmap.mmap(-1, 4 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as asked:
+        try:
+            asked.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:
+            pytest.skip("the kernel has no large pages")
+        view = np.frombuffer(asked, np.uint8)
+        told = _stands_on_large_pages(view.ctypes.data + 4096)
+        del view
+    if not told:
+        pytest.skip("the kernel does not say where large pages are asked for")
+    matrix = Matrix(384, 10_000)
+    # All of the bytes: numpy would ask for them from 4 MB on alone, which these are not.
+    assert matrix._levels.nbytes < 4 << 20
+    assert _stands_on_large_pages(matrix._levels.ctypes.data + 4096)
+    assert _stands_on_large_pages(matrix._levels.ctypes.data + matrix._levels.nbytes - 4097)
+    assert not Matrix(384, 100)._levels.any()
+
+
+def test_without_large_pages_all_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    model = Model(3, 384, 6000)
+    assert model.matrix._levels.nbytes > _matrix._LARGE_PAGE
+    model.put(some_vectors(2000))
+    model.check(some_vectors(1, seed=9)[0], 10)
+
+
+def test_one_coarse_vector_does_not_make_all_be_read_in_full() -> None:
+    """Its bytes leave out much more than those of others: no more than its own score is in doubt for that."""
+    model, query = Model(4, 384, 2000), some_vectors(1, seed=9)[0]
+    [_, before, _] = model.matrix._contenders(query, None, 10, -math.inf)
+    coarse = np.full((2, 384), 0.49 / 127, np.float32)  # all but one are rounded to nothing
+    coarse[:, 0] = 1.0
+    model.put(coarse)
+    [_, after, _] = model.matrix._contenders(query, None, 10, -math.inf)
+    assert 10 <= len(before) <= len(after) <= len(before) + 2 < 200
+    model.check(query, 10)
 
 
 def test_the_footprint_of_contents_is_that_of_their_objects() -> None:
