@@ -1466,7 +1466,7 @@ def test_out_and_in_again(
     assert said.code == 0, said
     assert said.json["rows"] == {"agents": 1, "memories": 60, "embeddings": 60}
     assert (tmp_path / name).is_dir() == (name == "out")
-    on_server("export", name, "--agent", agent).fails(1, "there already")
+    on_server("export", name, "--agent", agent).fails(2, "there already")
 
     dry = on_server("import", name, "--dsn", empty_database, "--dry-run", "--json")
     assert dry.json["agents"][0]["id"] == str(agent)
@@ -1670,7 +1670,7 @@ def test_the_way_over_from_elizaos(on_server: Run, empty_database: str, tmp_path
     (line,) = (tmp_path / "report.jsonl").read_text().splitlines()
     assert json.loads(line)["row"]["memory_id"] == str(bad) and "zero vector" in json.loads(line)["problem"]
     text = on_server("import", "--from", admin, "--report", "report.jsonl").out
-    assert "1 rows could not be taken" in text and "see report.jsonl" in text
+    assert "1 row could not be taken" in text and "see report.jsonl" in text
     if Path("/dev/full").exists():
         on_server("import", "--from", admin, "--report", "/dev/full").fails(1, "/dev/full: No space left")
 

@@ -49,6 +49,11 @@ def clean(value: object) -> str:
     return _CONTROL.sub("\ufffd", str(value))
 
 
+def counted(count: int, noun: str) -> str:
+    """Write how many there are of something, whose plural ends in s."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def say(*words: object, style: str | None = None) -> None:
     """Print a line of text."""
     console().print(Text(" ".join(map(clean, words)), style=STYLES.get(style or "", "")))

@@ -76,7 +76,7 @@ def export(
         _out.emit({"path": str(path), **told})
     else:
         _out.table(["table", "rows"], list(told["rows"].items()))
-        _out.say(f"{len(told['agents'])} agents in {path}")
+        _out.say(f"{_out.counted(len(told['agents']), 'agent')} in {path}")
 
 
 def _read_agents(given: list[str] | None) -> list[UUID] | None:
@@ -146,7 +146,8 @@ def import_(
     for line in result.get("remarks", ()):
         _out.say(line)
     if told.count:
-        _out.say(f"{told.count:,} rows could not be taken, or not as they were: see {told.path}", style="warning")
+        rows = _out.counted(told.count, "row")
+        _out.say(f"{rows} could not be taken, or not as they were: see {told.path}", style="warning")
     _out.say("nothing was written" if dry_run else f"done in {result['seconds']:,.1f} s")
 
 

@@ -250,7 +250,8 @@ def _line(node: dict[str, Any]) -> str:
     if not node["Actual Loops"]:
         return f"{' '.join(words)} (never run)"
     total = node["Actual Total Time"] * node["Actual Loops"]
-    return f"{' '.join(words)} ({total:.2f} ms, {node['Actual Rows'] * node['Actual Loops']:,.0f} rows)"
+    rows = _out.counted(round(node["Actual Rows"] * node["Actual Loops"]), "row")
+    return f"{' '.join(words)} ({total:.2f} ms, {rows})"
 
 
 # --- recall-check ----------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from uuid import UUID
 import orjson
 
 from elizasql import _codecs, _migrate
-from elizasql.errors import ElizaSQLError, NotFoundError
+from elizasql.errors import ArgumentError, ElizaSQLError, NotFoundError
 
 from ._report import naming, open_private
 from ._rows import BY_NAME
@@ -194,12 +194,12 @@ def create(path: Path) -> Iterator[Writer]:
     where a disk is mounted. While it lacks the manifest, it is no archive. Only its owner may read what is made.
 
     Raises:
-        ArchiveError: There is something of this name already.
+        ArgumentError: There is something of this name already.
     """
     mode = tar_mode(path)
     fills = mode is None and path.is_dir() and not any(path.iterdir())
     if os.path.lexists(path) and not fills:
-        raise ArchiveError(f"{path} is there already: choose another name")
+        raise ArgumentError(f"{path} is there already: choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path if fills else path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     store: _Store = _Folder(unfinished) if mode is None else _Tar(unfinished, f"w:{mode}")

@@ -56,9 +56,9 @@ async def export_archive(
         The manifest without its parts: format, agents, rows of each table.
 
     Raises:
-        ArgumentError: An id is none.
+        ArgumentError: An id is none, or there is something of this name already.
         NotFoundError: There is no such agent.
-        ArchiveError: There is something of this name already, a row is too large, or parts are too many.
+        ArchiveError: A row is too large, or parts are too many.
         PermissionDeniedError: The role does not see all rows.
     """
     given = None if agent_ids is None else _codecs.as_ids(agent_ids, "agent_ids")
