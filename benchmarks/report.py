@@ -275,6 +275,7 @@ def machine() -> dict[str, Any]:
     return {
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
         "machine": f"{_cpu()}, {os.cpu_count()} CPUs, {platform.system()} {platform.release()}",
+        "huge pages": _huge_pages(),
         "load at the beginning": " ".join(f"{load:.2f}" for load in os.getloadavg()),
         "python": platform.python_version(),
         "packages": ", ".join(f"{name} {version}" for name in names if (version := _version(name))),
@@ -286,6 +287,15 @@ def _cpu() -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return named[0] if named else platform.processor() or platform.machine()
+
+
+def _huge_pages() -> str:
+    """Tell how many are set aside for servers, and who else gets them: both decide much in a virtual machine."""
+    info, transparent = Path("/proc/meminfo"), Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    aside = [line.split()[1] for line in lines if line.startswith("HugePages_Total")]
+    chosen = transparent.read_text(encoding="utf-8") if transparent.is_file() else "[unknown]"
+    return f"{(aside or ['unknown'])[0]} set aside, transparent: {chosen.partition('[')[2].partition(']')[0]}"
 
 
 def _version(name: str) -> str | None:

@@ -61,7 +61,8 @@ ORDER BY memories DESC, m.type ASC;
 
 -- name: check_server()^
 -- What the server is and how it is set, in plain numbers: sizes in bytes, times in seconds. Of sessions of other roles
--- an ordinary role learns little more than that there are any: not of which kind they are.
+-- an ordinary role learns little more than that there are any: not of which kind they are. Whether huge pages are in use
+-- nobody can tell before PostgreSQL 17.
 SELECT
     current_setting('server_version_num')::integer AS version,
     pg_is_in_recovery() AS in_recovery,
@@ -74,6 +75,8 @@ SELECT
     current_setting('autovacuum') AS autovacuum,
     current_setting('track_counts') AS track_counts,
     pg_size_bytes(current_setting('shared_buffers')) AS shared_buffers,
+    current_setting('huge_pages_status', TRUE) AS huge_pages,
+    current_setting('shared_memory_size_in_huge_pages')::integer AS huge_pages_needed,
     pg_size_bytes(current_setting('effective_cache_size')) AS effective_cache_size,
     pg_size_bytes(current_setting('maintenance_work_mem')) AS maintenance_work_mem,
     current_setting('max_connections')::integer

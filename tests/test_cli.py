@@ -1214,7 +1214,7 @@ def test_doctor_on_rows_that_cannot_be_made_here() -> None:
         "data_checksums": "off", "autovacuum": "off", "track_counts": "off", "collation_changed": True,
         "xid_age": 2_000_000_000, "idle_slots": 2, "is_above_policies": False, "may_migrate": False,
         "connections": 90, "free_for_all": 97, "shared_buffers": 1 << 27, "effective_cache_size": 1 << 28,
-        "maintenance_work_mem": 1 << 26, "hidden": 3,
+        "maintenance_work_mem": 1 << 26, "hidden": 3, "huge_pages": None, "huge_pages_needed": -1,
     }  # fmt: skip
     assert told(doctor.check_settings(server)) == [  # type: ignore[arg-type]
         ("writes", "error"),
@@ -1258,6 +1258,19 @@ def test_doctor_on_rows_that_cannot_be_made_here() -> None:
         said = memory([index(1 << 27 | 1, method="hnsw")])
         assert [finding.severity for finding in said] == ["note", "note"]
         assert said[0].remedy.startswith(remedy)
+        # Not of a small index, nor where they are in use, nobody can tell, or there are none to be had.
+        walked = [index(1 << 24, method="hnsw")]
+        for status, needed, indexes, noted in (
+            ("off", 260, walked, True),
+            ("on", 260, walked, False),
+            (None, 260, walked, False),
+            ("off", -1, walked, False),
+            ("off", 260, [index(1 << 22, method="hnsw")], False),
+        ):
+            other = {**server, "huge_pages": status, "huge_pages_needed": needed}
+            found = doctor.check_memory(other, indexes, embedded)  # type: ignore[arg-type]
+            remedies = [finding.remedy for finding in found if finding.check == "huge pages"]
+            assert len(remedies) == noted and all("vm.nr_hugepages=260 " in remedy for remedy in remedies)
 
     table = {"name": "elizasql.t", "live": 10_000, "dead": 20_000, "modified": 5_000, "analyzed_at": None, "bytes": 1}
     assert told(doctor.check_tables([table])) == [("statistics", "warning"), ("bloat", "warning")]  # type: ignore[list-item]

@@ -40,6 +40,8 @@ _GB = 1 << 30
 
 # From here on a tail costs a search more than the index does: 0.3 ms for 500 rows.
 _LONG_TAIL = 2000
+# From here on a processor does not remember where all pages of the HNSW indexes are.
+_LARGE_INDEX = 16 * _MB
 # Seconds between two clocks that nobody notices, and that make "newest first" wrong.
 _SKEW_NOTICED, _SKEW_WRONG = 2.0, 60.0
 _PINGS = 20
@@ -470,6 +472,13 @@ def check_memory(row: asyncpg.Record, indexes: Rows, embedded: bool) -> Iterator
         )
     else:
         yield Finding("memory", "ok", said)
+    if row["huge_pages"] == "off" and row["huge_pages_needed"] > 0 and total >= _LARGE_INDEX:
+        yield Finding(
+            "huge pages",
+            "note",
+            "the server's memory stands on small pages: in a virtual machine many a search waits for them to be found",
+            f"sysctl vm.nr_hugepages={row['huge_pages_needed']} on the server's machine, then start the server anew",
+        )
     if largest > maintenance:
         yield Finding(
             "memory",
