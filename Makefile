@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 FILE ?=
-WORKERS ?= 2
+# More than the two processors that most machines of checks have: tests wait for servers a third of their time.
+WORKERS ?= 3
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check lint types lint-sql format pytest test-slow test-faults bench bench-quick bench-peers bench-check docs generate clean
