@@ -557,7 +557,7 @@ async def test_an_export_that_fails_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "a.tar").write_text("mine")
     with pytest.raises(ArgumentError, match="there already"):
-        await out(databases[0], tmp_path / "a.tar", agent_ids=[agent])
+        await out("postgresql://nowhere.invalid/x", tmp_path / "a.tar", agent_ids=[agent])  # before the server is asked
     assert (tmp_path / "a.tar").read_text() == "mine"
 
 

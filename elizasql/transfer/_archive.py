@@ -186,6 +186,18 @@ def tar_mode(path: Path) -> str | None:
     return "" if path.name.endswith(".tar") else None
 
 
+def fills_folder(path: Path) -> bool:
+    """Tell whether an archive of this name would fill an empty folder that is there.
+
+    Raises:
+        ArgumentError: There is something else of this name.
+    """
+    fills = tar_mode(path) is None and path.is_dir() and not any(path.iterdir())
+    if os.path.lexists(path) and not fills:
+        raise ArgumentError(f"{path} is there already: choose another name")
+    return fills
+
+
 @contextmanager
 def create(path: Path) -> Iterator[Writer]:
     """Write a new archive; it gets its name when all of it is on disk, and nothing is left of one that failed.
@@ -196,10 +208,7 @@ def create(path: Path) -> Iterator[Writer]:
     Raises:
         ArgumentError: There is something of this name already.
     """
-    mode = tar_mode(path)
-    fills = mode is None and path.is_dir() and not any(path.iterdir())
-    if os.path.lexists(path) and not fills:
-        raise ArgumentError(f"{path} is there already: choose another name")
+    mode, fills = tar_mode(path), fills_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path if fills else path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     store: _Store = _Folder(unfinished) if mode is None else _Tar(unfinished, f"w:{mode}")

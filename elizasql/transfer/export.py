@@ -62,6 +62,7 @@ async def export_archive(
         PermissionDeniedError: The role does not see all rows.
     """
     given = None if agent_ids is None else _codecs.as_ids(agent_ids, "agent_ids")
+    _archive.fills_folder(Path(path))  # before anything is asked
     async with snapshot(address, config) as source:
         agents = await source.fetch(SQL["list_agents_for_export"], agent_ids=given)
         if missing := set(given or ()) - {UUID(bytes=agent["id"].bytes) for agent in agents}:
