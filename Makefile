@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 FILE ?=
-# More than the two processors that most machines of checks have: tests wait for servers a third of their time.
+# More than the two processors that most machines of checks have: tests wait for servers a part of their time.
 WORKERS ?= 3
 
 .DEFAULT_GOAL := help

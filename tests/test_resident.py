@@ -447,7 +447,7 @@ def test_what_a_search_reads_stands_on_large_pages() -> None:
     assert matrix._levels.nbytes < 4 << 20
     assert _stands_on_large_pages(matrix._levels.ctypes.data + 4096)
     assert _stands_on_large_pages(matrix._levels.ctypes.data + matrix._levels.nbytes - 4097)
-    assert not Matrix(384, 100)._levels.any()
+    assert not matrix._levels.any()
 
 
 def test_without_large_pages_all_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
