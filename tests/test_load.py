@@ -62,6 +62,12 @@ async def index_of(raw: asyncpg.Connection[Any], agent: UUID) -> int | None:
 
 
 @pytest.fixture
+async def indexed(db: DatabaseAdapter, raw: asyncpg.Connection[Any]) -> None:
+    """Let the agent's partition have its index: another test may have left it out."""
+    await raw.execute("SELECT elizasql.build_index($1)", db.agent_id)
+
+
+@pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a load of ten vectors count as large, whatever other tests have left in the partition."""
     real = Indexer.drop
@@ -460,7 +466,7 @@ async def test_memory_does_not_grow_with_the_load(db: DatabaseAdapter, count: in
 
 
 async def test_a_small_load_is_moved_into_the_index_that_is_there(
-    db: DatabaseAdapter, raw: asyncpg.Connection[Any]
+    db: DatabaseAdapter, raw: asyncpg.Connection[Any], indexed: None
 ) -> None:
     before = await index_of(raw, db.agent_id)
     summary = await db.load_memories(some(50), "messages", batch_size=20)
@@ -582,7 +588,7 @@ async def test_an_index_that_comes_back_in_the_middle_is_used(
 
 
 async def test_whoever_reads_the_partition_does_not_hold_up_a_load(
-    db: DatabaseAdapter, raw: asyncpg.Connection[Any], small: None
+    db: DatabaseAdapter, raw: asyncpg.Connection[Any], indexed: None, small: None
 ) -> None:
     before = await index_of(raw, db.agent_id)
     async with raw.transaction():
@@ -685,10 +691,9 @@ async def test_after_a_load_that_failed_index_memories_builds_the_index(
 
 
 async def test_a_build_without_shared_memory_is_done_by_one_process(
-    db: DatabaseAdapter, raw: asyncpg.Connection[Any]
+    db: DatabaseAdapter, raw: asyncpg.Connection[Any], indexed: None
 ) -> None:
     """A parallel build would take all of maintenance_work_mem from the shared memory at once."""
-    await raw.execute("SELECT elizasql.build_index($1)", db.agent_id)  # another test may have left it out
     await db.load_memories(some(600), "messages", build_index=False)
     await raw.execute("SELECT elizasql.drop_index($1, NULL)", db.agent_id)
     notices: list[Any] = []
