@@ -171,6 +171,12 @@ async def raw(dsn: str) -> AsyncIterator[asyncpg.Connection[Any]]:
 
 
 @pytest.fixture
+async def indexed(db: DatabaseAdapter, raw: asyncpg.Connection[Any]) -> None:
+    """Let the partition of `db`'s agent have its index: another test may have left it out."""
+    await raw.execute("SELECT elizasql.build_index($1)", db.agent_id)
+
+
+@pytest.fixture
 async def session(dsn: str) -> AsyncIterator[asyncpg.Connection[Any]]:
     """Give a connection that is set as the pooled ones are."""
     connection = await asyncpg.connect(dsn, server_settings=_pool.session_settings(Config.load(environ={})))

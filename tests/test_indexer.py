@@ -112,8 +112,9 @@ async def test_several_indexers_share_the_work(make_db: MakeAdapter, raw: asyncp
     assert await tail_of(raw, db.agent_id) == 0
 
 
-async def test_rows_that_are_locked_are_passed_over(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
-    db = await make_db()
+async def test_rows_that_are_locked_are_passed_over(
+    db: DatabaseAdapter, raw: asyncpg.Connection[Any], indexed: None
+) -> None:
     ids = await write(db, 10)
     async with raw.transaction():
         await raw.execute(

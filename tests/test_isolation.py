@@ -275,7 +275,7 @@ def theirs(dsn: str) -> Filled:
 
 @pytest.mark.parametrize("name", METHODS)
 async def test_method_leaves_the_other_agent_alone(
-    db: DatabaseAdapter, theirs: Filled, raw: asyncpg.Connection[Any], name: str
+    db: DatabaseAdapter, indexed: None, theirs: Filled, raw: asyncpg.Connection[Any], name: str
 ) -> None:
     before = await snapshot(raw, theirs.agent)
     assert sum(len(rows) for rows in before.values()) >= 15
