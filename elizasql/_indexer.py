@@ -188,6 +188,7 @@ class Indexer:
         if size is not None and (lost or (self._lost_size is not None and size <= self._lost_size * _LEFT_ALONE)):
             with within(BUILD_TIME):
                 await self.build()
+            size = None
         self._lost_size = size
 
     async def _give_way(self) -> None:

@@ -62,12 +62,6 @@ async def index_of(raw: asyncpg.Connection[Any], agent: UUID) -> int | None:
 
 
 @pytest.fixture
-async def indexed(db: DatabaseAdapter, raw: asyncpg.Connection[Any]) -> None:
-    """Let the agent's partition have its index: another test may have left it out."""
-    await raw.execute("SELECT elizasql.build_index($1)", db.agent_id)
-
-
-@pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a load of ten vectors count as large, whatever other tests have left in the partition."""
     real = Indexer.drop
@@ -476,7 +470,7 @@ async def test_a_small_load_is_moved_into_the_index_that_is_there(
 
 
 async def test_without_an_index_the_vectors_wait_in_the_tail(
-    db: DatabaseAdapter, raw: asyncpg.Connection[Any], small: None
+    db: DatabaseAdapter, raw: asyncpg.Connection[Any], indexed: None, small: None
 ) -> None:
     before = await index_of(raw, db.agent_id)
     summary = await db.load_memories(some(50), "messages", build_index=False)
@@ -650,11 +644,15 @@ async def test_a_partition_that_grows_fast_is_not_disturbed(make_db: MakeAdapter
     await raw.close()
 
 
+@pytest.mark.parametrize("ours", [False, True], ids=["built by somebody else", "built here"])
 async def test_an_index_that_was_lost_once_leaves_later_loads_alone(
-    db: DatabaseAdapter, raw: asyncpg.Connection[Any]
+    db: DatabaseAdapter, raw: asyncpg.Connection[Any], indexed: None, ours: bool
 ) -> None:
-    """A load was broken off, and somebody has built the index; the next load is another process's, and under way."""
+    """A load was broken off, and the index was built; the next load is another process's, and under way."""
     await db.load_memories(some(600), "messages", build_index=False)
+    await db.index_memories()  # not by the build: the partition would grow
+    if ours:
+        await raw.execute("SELECT elizasql.drop_index($1, NULL)", db.agent_id)
     db._indexer.restore()
     await db._indexer._restore_index()
     await raw.execute("SELECT elizasql.drop_index($1, NULL)", db.agent_id)
