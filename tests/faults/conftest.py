@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 SEED = int(os.environ.get("ELIZASQL_FAULT_SEED", "20261101"))
 
 # Waits of a test's length: the defaults are made for a server that is away for seconds.
-QUICK = {"base_delay": 0.05, "max_delay": 0.4, "jitter_max": 0.05, "reset_timeout": 0.3, "connection_timeout": 3.0}
+QUICK = {"base_delay": 0.05, "max_delay": 0.4, "jitter_max": 0.05, "reset_timeout": 0.3, "connection_timeout": 15.0}
 
 MakeAdapter = Callable[..., Awaitable[DatabaseAdapter]]
 
@@ -95,7 +95,7 @@ async def make_db(server: FaultServer) -> AsyncIterator[MakeAdapter]:
                 "indexing": "manual",
                 "pool_max_size": 5,
                 "pool_min_size": 0,
-                "timeout": 10.0,
+                "timeout": 30.0,
                 "failure_threshold": 1000,
                 **QUICK,
                 **settings,

@@ -252,16 +252,15 @@ class Proxy:
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.accepted += 1
-        task = asyncio.get_running_loop().create_task(self._serve(reader, writer), name="proxy-link")
+        task = asyncio.get_running_loop().create_task(self._serve(reader, writer, self.accepting), name="proxy-link")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, accepting: Accepting) -> None:
         link = _Link(writer)
         self._links.add(link)
         reset = True
         pumps: list[asyncio.Task[Any]] = []
-        accepting = self.accepting
         try:
             if accepting == "silent":
                 await self._healed.wait()

@@ -83,7 +83,7 @@ async def reads(db: DatabaseAdapter) -> elizasql.ElizaSQLError | None:
 
 
 async def test_callers_are_served_in_the_order_in_which_they_came(make_db: MakeAdapter) -> None:
-    db = await make_db(pool_max_size=1)
+    db = await make_db(pool_max_size=1, timeout=60.0, connection_timeout=60.0)
     release = asyncio.Event()
     holders = await take_all(db, 1, release)
     served: list[int] = []
