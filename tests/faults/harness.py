@@ -14,7 +14,6 @@ import asyncio
 import hashlib
 import json
 import random
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
@@ -27,13 +26,14 @@ import asyncpg
 import numpy as np
 
 from elizasql import DatabaseAdapter, ElizaSQLError, ForeignKeyError, Memory, _codecs
+from tests.faults.clock import running_time
 from tests.faults.server import WRITES, FaultServer, until
 
 WIDTH = 384
 TYPE = "messages"
 ABSENT = 0  # the version of what is not stored; others begin at 1
 
-# What a call may take beyond its time limit.
+# What a call may take beyond its time limit, by the clock that counts no stall of the machine.
 GRACE = 1.0
 
 # How long what was closed may take to be gone.
@@ -374,7 +374,7 @@ class Workload:
     def _timed(self, name: str) -> Iterator[None]:
         """Hold a call to its time limit, and its errors to the library's own."""
         self.figures.calls[name] += 1
-        began = time.monotonic()
+        began = running_time()
         try:
             yield
         except ElizaSQLError as error:
@@ -386,7 +386,7 @@ class Workload:
             self.figures.violations.append(f"{name} raised {error!r}, which is no error of the library")
             raise
         finally:
-            took = time.monotonic() - began
+            took = running_time() - began
             self.figures.longest = max(self.figures.longest, took)
             if took > self._timeout + GRACE:
                 self.figures.violations.append(f"{name} took {took:.2f} s with a time limit of {self._timeout:g} s")

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -333,3 +339,20 @@ async def test_pool_that_is_not_whole(make_db: MakeAdapter) -> None:
         with pytest.raises(AssertionError, match="nothing is in use"):
             await pool_is_whole(db, 0.1)
     await pool_is_whole(db)
+
+
+def test_clock_stands_still_with_the_process() -> None:
+    """A second in which it could run counts, also where it did nothing; one in which it was stopped does not."""
+    code = "from tests.faults.clock import running_time as t; t(); print(flush=True); input(); print(t())"
+    counted = []
+    for stopped in (False, True):
+        command = [sys.executable, "-c", code]
+        with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True, cwd=Path(__file__).parents[2]) as child:
+            assert child.stdout is not None
+            child.stdout.readline()
+            if stopped:
+                child.send_signal(signal.SIGSTOP)
+            time.sleep(1)  # how long it is stopped, or blocked
+            child.send_signal(signal.SIGCONT)
+            counted.append(float(child.communicate("\n")[0]))
+    assert counted[1] < 0.6 < counted[0]

@@ -21,6 +21,7 @@ import pytest
 
 import elizasql
 from elizasql import DatabaseAdapter, ElizaSQLError
+from tests.faults.clock import running_time
 from tests.faults.conftest import MakeAdapter
 from tests.faults.harness import (
     GRACE,
@@ -129,11 +130,11 @@ class Caller:
 @contextmanager
 def within(timeout: float, what: str) -> Iterator[None]:
     """Hold something to its time limit."""
-    began = time.monotonic()
+    began = running_time()
     try:
         yield
     finally:
-        took = time.monotonic() - began
+        took = running_time() - began
         assert took <= timeout + GRACE, f"{what} took {took:.2f} s with a time limit of {timeout:g} s"
 
 
@@ -217,14 +218,14 @@ MODES = {
 
 async def broken(caller: Caller, kind: str, timeout: float) -> tuple[str, float, ElizaSQLError | None]:
     """Make a call; give how long it took, and its error. Of a transaction each step has the time of a call."""
-    began = time.monotonic()
+    began = running_time()
     error = None
     try:
         with within(timeout * 4 if kind == "transact" else timeout, kind):
             await caller.call(kind, timeout)
     except ElizaSQLError as raised:
         error = raised
-    return kind, time.monotonic() - began, error
+    return kind, running_time() - began, error
 
 
 @pytest.mark.parametrize(
@@ -315,14 +316,14 @@ async def test_every_public_method_ends_in_time(
     took = {}
 
     async def one(method: str) -> None:
-        began = time.monotonic()
+        began = running_time()
         try:
             await getattr(db, method)(**{**calls[method], "timeout": SHORT})
         except ElizaSQLError:
             pass
         else:
             silent.append(method)
-        took[method] = time.monotonic() - began
+        took[method] = running_time() - began
 
     for start in range(0, len(methods), 40):
         await asyncio.gather(*map(one, methods[start : start + 40]))
@@ -376,11 +377,11 @@ async def test_cancelled_call_is_let_go_at_once_in_a_black_hole(
     rule = proxy.when("server", ANSWER, "hold", everywhere=True)
     task = asyncio.create_task(db.get_memory_by_id(uuid4()))
     await rule.fired.wait()
-    began = time.monotonic()
+    began = running_time()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert time.monotonic() - began < GRACE
+    assert running_time() - began < GRACE
     assert await broken_within(db, 0.5) is not None
     await proxy.heal()
     assert await db.get_memory_by_id(uuid4(), timeout=LONG) is None
@@ -400,7 +401,7 @@ async def test_transaction_ends_in_time_in_a_black_hole(
     tx = await context.__aenter__()
     await tx.create_memory(memory_of(id, 1), TYPE, timeout=LONG)
     proxy.hold()
-    began = time.monotonic()
+    began = running_time()
     if how == "kept":
         with pytest.raises(ElizaSQLError):
             await context.__aexit__(None, None, None)
@@ -409,7 +410,7 @@ async def test_transaction_ends_in_time_in_a_black_hole(
         error = ZeroDivisionError()
         assert not await context.__aexit__(ZeroDivisionError, error, None)
         operation.refuse()
-    assert time.monotonic() - began <= SHORT + GRACE
+    assert running_time() - began <= SHORT + GRACE
     await proxy.heal(cut=True)
     assert await db.is_ready(timeout=LONG)
     await server.no_idle_transactions(db.config.application_name)
@@ -424,10 +425,10 @@ async def test_closing_ends_in_time_in_a_black_hole(proxy: Proxy, make_db: MakeA
     proxy.hold()
     task = asyncio.create_task(db.get_memory_by_id(uuid4())) if busy else None
     await asyncio.sleep(0)
-    began = time.monotonic()
+    began = running_time()
     await db.close(timeout=0.5)
     # The connections that are idle have as long to be closed in order as others have to be made.
-    assert time.monotonic() - began <= 0.5 + 2.0 + GRACE
+    assert running_time() - began <= 0.5 + 2.0 + GRACE
     if task is not None:
         with pytest.raises(elizasql.ClosedError):
             await task
@@ -447,10 +448,10 @@ async def test_closing_waits_for_everything_at_once(proxy: Proxy, make_db: MakeA
     proxy.hold()
     tasks += [asyncio.create_task(db.get_memory_by_id(uuid4())), asyncio.create_task(db.index_memories())]
     await asyncio.sleep(0)
-    began = time.monotonic()
+    began = running_time()
     await db.close(timeout=1.0)
     # What listens, the calls, and the connections of both lanes, one after the other.
-    assert time.monotonic() - began <= 1.0 + 1.0 + 2.0 + GRACE
+    assert running_time() - began <= 1.0 + 1.0 + 2.0 + GRACE
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert [type(result) for result in results] == [elizasql.ClosedError] * 6
     await proxy.heal(cut=True)
@@ -480,7 +481,8 @@ async def test_closing_ends_calls_that_wait_for_a_connection(proxy: Proxy, make_
 async def test_sign_of_life_has_the_limit_of_its_call(proxy: Proxy, make_db: MakeAdapter, name: str) -> None:
     db = await make_db(dsn=proxy.dsn, connection_timeout=60.0, pool_max_size=1)
     proxy.hold()
-    answer = await asyncio.wait_for(getattr(db, name)(timeout=SHORT), SHORT + GRACE)
+    with within(SHORT, name):
+        answer = await getattr(db, name)(timeout=SHORT)
     assert answer is False or answer["error"].startswith("DeadlineError")
     await proxy.heal(cut=True)
     assert await db.is_ready(timeout=LONG)
@@ -508,10 +510,10 @@ async def test_opening_ends_in_time(proxy: Proxy, server: FaultServer) -> None:
         done = MODES[name].breaks(proxy)
         if inspect.isawaitable(done):
             await done
-        began = time.monotonic()
+        began = running_time()
         with pytest.raises(elizasql.UnavailableError):
             await elizasql.open(agent_id=uuid4(), dsn=proxy.dsn, connection_timeout=SHORT, timeout=SHORT)
-        assert time.monotonic() - began <= SHORT + GRACE, name
+        assert running_time() - began <= SHORT + GRACE, name
         await proxy.heal(cut=True)
         db = await elizasql.open(agent_id=uuid4(), dsn=proxy.dsn)
         await db.close()
@@ -658,13 +660,13 @@ async def test_one_silent_connection_speaks_for_the_others(proxy: Proxy, make_db
 
 async def broken_within(db: DatabaseAdapter, timeout: float) -> ElizaSQLError | None:
     """Make a call that must end in time; give its error."""
-    began = time.monotonic()
+    began = running_time()
     try:
         await db.get_memory_by_id(uuid4(), timeout=timeout)
     except ElizaSQLError as error:
         return error
     finally:
-        assert time.monotonic() - began <= timeout + GRACE
+        assert running_time() - began <= timeout + GRACE
     return None
 
 
