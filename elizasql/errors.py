@@ -333,6 +333,19 @@ _BY_SQLSTATE: dict[str, type[ElizaSQLError]] = {
     "58": ServerBusyError,
 }
 
+_ENTITY_MADE_BY = "An entity is made by create_entity(), also the one of the agent's own id, as which it speaks"
+# By the ending of the foreign key's name.
+_MADE_BY: dict[str, str] = {
+    "_agent_fkey": "An agent is made by ensure_agent_exists() or create_agent()",
+    "_channel_fkey": "A channel is made by create_channel()",
+    "_entity_fkey": _ENTITY_MADE_BY,
+    "_message_server_fkey": "A message server is made by create_message_server()",
+    "_room_fkey": "A room is made by create_room()",
+    "_source_fkey": _ENTITY_MADE_BY,
+    "_target_fkey": _ENTITY_MADE_BY,
+    "_world_fkey": "A world is made by create_world()",
+}
+
 
 def translate(error: BaseException, statement: str | None = None) -> ElizaSQLError:
     """Make this library's error out of the driver's.
@@ -358,8 +371,7 @@ def translate(error: BaseException, statement: str | None = None) -> ElizaSQLErr
         detail = ""
         if error.detail and isinstance(error, asyncpg.IntegrityConstraintViolationError):
             detail = f": {error.detail}"
-        if (error.constraint_name or "").endswith("_agent_fkey"):
-            detail += " An agent is made by ensure_agent_exists() or create_agent()."
+        detail += _explain_reference(error.constraint_name or "")
         made = kind(f"{prefix}{_first_line(error)}{detail}", statement=statement, sqlstate=sqlstate or None)
         if isinstance(made, IntegrityError):
             made.constraint = error.constraint_name
@@ -376,6 +388,12 @@ def translate(error: BaseException, statement: str | None = None) -> ElizaSQLErr
     if isinstance(error, (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)):
         return ConnectionLostError(f"{prefix}{_first_line(error)}", statement=statement)
     return InternalError(f"{prefix}{_first_line(error)}", statement=statement)
+
+
+def _explain_reference(constraint: str) -> str:
+    """Say how that is made at which a row points by this foreign key; "" where the key is another."""
+    said = (hint for ending, hint in _MADE_BY.items() if constraint.endswith(ending))
+    return next((f" {hint}." for hint in said), "")
 
 
 def _first_line(error: BaseException) -> str:

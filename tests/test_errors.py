@@ -201,6 +201,24 @@ async def test_missing_agent_says_how_one_is_made(dsn: str) -> None:
             await db.set_cache("key", 1)
 
 
+async def test_missing_reference_says_how_what_is_missing_is_made(
+    raw: asyncpg.Connection[Any], db: DatabaseAdapter
+) -> None:
+    with pytest.raises(errors.ForeignKeyError, match=r"create_entity\(\), also the one of the agent's own id"):
+        await db.create_memory(Memory(entity_id=db.agent_id, content={"text": "I speak."}), "messages")
+    keys = await raw.fetch(
+        "SELECT conname, confrelid::regclass::text AS refers_to FROM pg_constraint"
+        " WHERE contype = 'f' AND conparentid = 0 AND connamespace = 'elizasql'::regnamespace"
+    )
+    for name, refers_to in keys:
+        made = translate(asyncpg.ForeignKeyViolationError.new({"C": "23503", "M": "it is missing", "n": name}))
+        said = re.findall(r"\b(?:create|ensure)_(\w+?)(?:_exists)?\(\)", str(made))
+        # A memory, or a message to answer, is what the caller has just deleted, not what it forgot to make.
+        table = str(errors._parent_table(refers_to.removeprefix("elizasql.")))
+        one = re.sub("ies$", "y", table).removesuffix("s")
+        assert set(said) == {one} - {"memory", "central_message"}, name
+
+
 async def test_failed_transaction(raw: asyncpg.Connection[Any]) -> None:
     with pytest.raises(asyncpg.InFailedSQLTransactionError) as caught:
         async with raw.transaction():
