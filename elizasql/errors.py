@@ -147,7 +147,10 @@ class EmbeddingDimensionError(ArgumentError):
                 f"call ensure_embedding_dimension({given}) before writing {given}-dimensional embeddings"
             )
         else:
-            message = f"Cannot change embedding dimension for agent {agent_id}: locked at {locked}, given {given}"
+            message = (
+                f"Cannot change embedding dimension for agent {agent_id}: locked at {locked}, given {given}; "
+                f"embed with the model of {locked} dimensions, or take the agent to {given} with reembed()"
+            )
         super().__init__(message, statement=statement)
         self.agent_id = agent_id
         self.locked = locked

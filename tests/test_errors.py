@@ -127,8 +127,8 @@ def test_dimension_error_says_what_is_locked_and_given(locked: int | None) -> No
     assert str(agent) in str(error)
     assert "768" in str(error)
     assert isinstance(error, ValueError)
-    wanted = "ensure_embedding_dimension(768)" if locked is None else "Cannot change embedding dimension for agent"
-    assert wanted in str(error)
+    assert ("Cannot change embedding dimension for agent" in str(error)) == (locked is not None)
+    assert ("ensure_embedding_dimension(768)" if locked is None else "to 768 with reembed()") in str(error)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
