@@ -98,7 +98,10 @@ def _read_options(request: pytest.FixtureRequest) -> tuple[dict[str, Any], int |
     options: dict[str, Any] = {"agent_id": uuid4(), "indexing": "manual", "pool_min_size": 0, "pool_max_size": 5}
     options |= request.getfixturevalue("elizasql_options")
     marker = request.node.get_closest_marker("elizasql")
-    options |= {} if marker is None else marker.kwargs
+    if marker is not None:
+        if marker.args:
+            raise pytest.UsageError(f"pytest.mark.elizasql takes settings by name, as dimension=384, not {marker.args}")
+        options |= marker.kwargs
     return options, options.pop("dimension", None)
 
 

@@ -172,3 +172,22 @@ def test_the_marker_is_known(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("import pytest\n@pytest.mark.elizasql(dimension=384)\ndef test_it(): pass\n")
     result = run(pytester, "--strict-markers", "--markers")
     result.stdout.fnmatch_lines(["*elizasql(**options)*"])
+
+
+def test_a_setting_without_its_name_is_refused(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+        import pytest
+
+        @pytest.fixture(scope="session")
+        def elizasql_server():
+            "Nothing has to be started for this."
+
+        @pytest.mark.elizasql(384)
+        def test_it(elizasql_sync_db):
+            pass
+        """
+    )
+    result = run(pytester)
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*takes settings by name, as dimension=384, not (384,)*"])
