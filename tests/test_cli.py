@@ -1762,6 +1762,7 @@ def test_backup_and_restore(run: Run, folder: Path, tmp_path: Path, monkeypatch:
     assert said.code == 0 and said.json["bytes"] == (tmp_path / "b.dump").stat().st_size
     assert stat.S_IMODE((tmp_path / "b.dump").stat().st_mode) == 0o600
     run("backup", "b.dump", "--data-dir", folder).fails(2, "there already")
+    run("backup", "none/b.dump", "--data-dir", folder).fails(1, "none/b.dump: No such file")
     run("backup", "c.dump", "--data-dir", folder.parent / "none").fails(3, "no embedded server")
     with monkeypatch.context() as patch:
         patch.setenv("POSTGRES_URL", "postgres://h/d")

@@ -554,6 +554,10 @@ async def test_an_export_that_fails_leaves_nothing(
         with pytest.raises(OSError, match="No space left"):
             await out(databases[0], tmp_path / kind, agent_ids=[agent])
         monkeypatch.setattr(store, "add", real)
+    for name in ("a" * 254, "a" * 250 + ".tar"):  # too long while it is not finished
+        with pytest.raises(OSError, match="too long") as caught:
+            await out(databases[0], tmp_path / name, agent_ids=[agent])
+        assert caught.value.filename == str(tmp_path / name)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "a.tar").write_text("mine")
     with pytest.raises(ArgumentError, match="there already"):

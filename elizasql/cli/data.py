@@ -22,7 +22,7 @@ from elizasql._statements import SQL
 from elizasql.config import Config
 from elizasql.errors import ArgumentError, ConfigurationError, ElizaSQLError, NotFoundError
 from elizasql.transfer import Archive, Summary, export_archive, import_archive
-from elizasql.transfer._report import Report, open_private
+from elizasql.transfer._report import Report, naming, open_private
 
 from . import _out, _place, server
 from ._place import DataDir, Dsn, Json, Place
@@ -272,7 +272,8 @@ def backup(
             unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
             try:
                 # It holds all that the server's folder keeps from others, and hashes of passwords.
-                open_private(unfinished, "xb").close()
+                with naming(path):
+                    open_private(unfinished, "xb").close()
                 # As superuser: it also holds what others than elizasql keep in the database.
                 await _run(config, "pg_dump", "--format=custom", "--compress=1", f"--file={unfinished}")
                 roles = await _run(config, "pg_dumpall", "--roles-only")

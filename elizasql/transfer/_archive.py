@@ -211,7 +211,8 @@ def create(path: Path) -> Iterator[Writer]:
     mode, fills = tar_mode(path), fills_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path if fills else path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    store: _Store = _Folder(unfinished) if mode is None else _Tar(unfinished, f"w:{mode}")
+    with naming(path):
+        store: _Store = _Folder(unfinished) if mode is None else _Tar(unfinished, f"w:{mode}")
     try:
         try:
             yield Writer(store, path)

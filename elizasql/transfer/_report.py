@@ -18,12 +18,11 @@ def open_private(path: Path, mode: str) -> IO[bytes]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Say which file could not be written: where the disk is full, the system does not."""
+    """Say which file could not be written: the system names none where the disk is full, or the unfinished one."""
     try:
         yield
     except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
+        error.filename = str(path)
         raise
 
 
