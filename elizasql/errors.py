@@ -372,6 +372,8 @@ def translate(error: BaseException, statement: str | None = None) -> ElizaSQLErr
         sqlstate = error.sqlstate or ""
         kind = _BY_SQLSTATE.get(sqlstate) or _BY_SQLSTATE.get(sqlstate[:2], InternalError)
         detail = ""
+        if isinstance(error, asyncpg.InFailedSQLTransactionError):
+            detail = ": an error before has ended it; around what may fail, open a savepoint with tx.transaction()"
         if error.detail and isinstance(error, asyncpg.IntegrityConstraintViolationError):
             detail = f": {error.detail}"
         detail += _explain_reference(error.constraint_name or "")

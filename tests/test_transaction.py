@@ -395,7 +395,7 @@ async def test_error_ends_the_transaction(db: DatabaseAdapter) -> None:
         async with db.transaction() as tx:
             await add(tx, "a")
             await fail(tx)
-            with pytest.raises(elizasql.TransactionError):
+            with pytest.raises(elizasql.TransactionError, match=r"open a savepoint with tx.transaction\(\)"):
                 await add(tx, "b")
             assert not await tx.is_ready()
             await texts(tx)
