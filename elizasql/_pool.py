@@ -262,6 +262,13 @@ class _Connection(asyncpg.Connection):  # type: ignore[misc]
             await super().close(timeout=timeout)
 
 
+class _Pool(asyncpg.Pool):  # type: ignore[misc]
+    """asyncpg's, where a lost connection comes back with the call that needs it, not by itself."""
+
+    def _schedule_min_size_maintenance(self) -> None:
+        """Leave it: a server that is down would be asked past the breaker, with a traceback in the log each time."""
+
+
 class Lane:
     """Connections of one purpose: asyncpg's pool, and in front of it those that wait for the next call.
 
@@ -320,15 +327,18 @@ class Lane:
             """Stand in for asyncpg's reset, a round trip: 63 -> 36 us a lookup. No statement sets session state."""
 
         try:
-            self.pool = await asyncpg.create_pool(
+            self.pool = await _Pool(
                 self._dsn,
                 min_size=self._min_size,
                 max_size=self.max_size,
+                max_queries=50_000,
                 max_inactive_connection_lifetime=config.pool_idle_timeout,
                 init=prepare,
                 reset=keep,
                 connect=_hosts.connect,
                 connection_class=_Connection,
+                record_class=asyncpg.Record,
+                loop=None,
                 timeout=config.connection_timeout,
                 command_timeout=config.connection_timeout,  # for what asyncpg asks by itself: each call has its own
                 # Above the number of texts in use, 1,100 with agents in all 16 partitions: with a cache of 100 and 130

@@ -114,7 +114,8 @@ class Config:
         pool_max_size: Most connections for calls, of the adapters of one event loop with the same address and settings
             of the connection. Each adapter of `elizasql.sync` has a loop of its own; each `wait_for_tasks` takes one
             more. [POSTGRES_POOL_MAX]
-        pool_min_size: Connections kept open when idle. [POSTGRES_POOL_MIN]
+        pool_min_size: Connections made at open and kept when idle; those that are lost are made anew as calls need
+            them. [POSTGRES_POOL_MIN]
         pool_idle_timeout: Seconds after which an idle connection is closed. [ELIZASQL_POOL_IDLE_TIMEOUT]
         background_pool_size: Connections besides, for the indexer and other work that nobody waits for.
             [ELIZASQL_BACKGROUND_POOL_SIZE]

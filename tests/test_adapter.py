@@ -831,6 +831,32 @@ async def test_result_is_given_even_if_the_connection_breaks_on_its_way_back(
     assert db._executor.in_flight == 0
 
 
+async def test_idle_connections_that_are_lost_come_back_with_the_next_call(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    name = f"test-{uuid4().hex}"
+    db = await make_db(pool_min_size=3, application_name=name)
+    pool = db._executor.lane.pool
+    assert pool.get_size() == 3
+    asked = []
+
+    async def refuse(*address: Any, **options: Any) -> None:
+        asked.append(address)
+        raise ConnectionRefusedError(111, "refused")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "_connect", refuse)
+        await raw.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = $1", name)
+        while pool.get_size():
+            await asyncio.sleep(0)
+        for _ in range(10):
+            await asyncio.sleep(0)
+    assert asked == []  # while the server is down that would go on, whatever the breaker says
+    assert caplog.records == []
+    assert await db.get_tasks() == []
+    assert pool.get_size() == 1
+
+
 # --- close -----------------------------------------------------------------------------------------------------------
 
 
