@@ -356,6 +356,11 @@ class Executor:
             )
             made.__cause__ = error
             raise _Failed(made, Outcome.NOT_APPLIED, None, used=False) from error
+        except OSError as error:
+            # The system's word for a server that is not there does not name it, at a socket in a folder not at all.
+            made = ConnectionLostError(f"{name}: no connection to {self._config.where}: {error}", statement=name)
+            made.__cause__ = error
+            raise _Failed(made, Outcome.NOT_APPLIED, None, used=False) from error
         except ElizaSQLError as error:
             error.statement = name
             raise

@@ -835,14 +835,14 @@ async def test_idle_connections_that_are_lost_come_back_with_the_next_call(
     make_db: MakeAdapter, raw: asyncpg.Connection[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     name = f"test-{uuid4().hex}"
-    db = await make_db(pool_min_size=3, application_name=name)
+    db = await make_db(pool_min_size=3, application_name=name, max_retries=1)
     pool = db._executor.lane.pool
     assert pool.get_size() == 3
     asked = []
 
     async def refuse(*address: Any, **options: Any) -> None:
         asked.append(address)
-        raise ConnectionRefusedError(111, "refused")
+        raise FileNotFoundError(2, "No such file or directory")  # of the socket in the server's folder
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pool, "_connect", refuse)
@@ -851,7 +851,9 @@ async def test_idle_connections_that_are_lost_come_back_with_the_next_call(
             await asyncio.sleep(0)
         for _ in range(10):
             await asyncio.sleep(0)
-    assert asked == []  # while the server is down that would go on, whatever the breaker says
+        assert asked == []  # while the server is down that would go on, whatever the breaker says
+        with pytest.raises(elizasql.ConnectionLostError, match=r"tasks: no connection to postgresql://.*: .*No such"):
+            await db.get_tasks()
     assert caplog.records == []
     assert await db.get_tasks() == []
     assert pool.get_size() == 1
