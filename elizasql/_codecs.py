@@ -238,7 +238,8 @@ def as_optional_id(value: object, name: str) -> UUID | None:
 
 def as_ids(values: Iterable[object], name: str = "ids") -> list[UUID]:
     """Check a collection of ids; a single string is refused, since it would be read letter by letter."""
-    return [as_id(value, name) for value in as_collection(values, f"{name} must be a collection of UUIDs")]
+    one = name.removesuffix("s")  # what the methods call it that take a single one and go this way, too
+    return [as_id(value, one) for value in as_collection(values, f"{name} must be a collection of UUIDs")]
 
 
 def is_number(value: object) -> TypeGuard[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import functools
+import inspect
 import math
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -447,6 +448,20 @@ async def test_a_malformed_id_is_refused(db: DatabaseAdapter, round_trips: list[
         with refused(ArgumentError, round_trips, f"{method}: {value!r}"):
             await (OPTIONAL_IDS | NEEDED_IDS)[method](db, value)
     assert await db.count_memories(table_name="m") == 0
+
+
+async def test_the_error_of_a_malformed_id_names_the_argument(db: DatabaseAdapter, round_trips: list[str]) -> None:
+    swept = 0
+    for name, method in inspect.getmembers(DatabaseAdapter, inspect.iscoroutinefunction):
+        needed = [each for each in inspect.signature(method).parameters.values() if each.default is each.empty][1:]
+        if name.startswith("_") or {each.annotation for each in needed} != {"UUID | str"}:
+            continue
+        for bad in needed:
+            given = {each.name: "nope" if each is bad else ID for each in needed}
+            with refused(ArgumentError, round_trips, name, rf"^{bad.name} must be a UUID, not 'nope'"):
+                await getattr(db, name)(**given)
+            swept += 1
+    assert swept > 50
 
 
 COLLECTIONS: dict[str, Call] = {

@@ -610,7 +610,7 @@ async def test_an_agent_that_is_not_there(source: str, target: str) -> None:
         with pytest.raises(NotFoundError, match=f"there is no agent {GONE}"):
             await take(source, place, agent_ids=[ADA, GONE])
     assert not any((await rows_of(target)).values())
-    with pytest.raises(ArgumentError, match="agent_ids must be a UUID"):
+    with pytest.raises(ArgumentError, match="agent_id must be a UUID"):
         await take("postgresql://nowhere.invalid/x", None, agent_ids=["Ada"])
 
 

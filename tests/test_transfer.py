@@ -687,7 +687,7 @@ async def test_ids_and_paths_may_be_text(databases: list[str], tmp_path: Path) -
         with Archive(path) as archive:
             done = await import_archive(db, archive, agent_ids=[str(agent).upper()])  # type: ignore[list-item]
             assert done.created == {"agents": 1}
-            with pytest.raises(ArgumentError, match="agent_ids must be a UUID"):
+            with pytest.raises(ArgumentError, match="agent_id must be a UUID"):
                 await import_archive(db, archive, agent_ids=["Ada"])  # type: ignore[list-item]
     with pytest.raises(ArgumentError, match="agent_ids must be a collection"):
         await export_archive("postgresql://nowhere.invalid/x", path, Config(), agent_ids=str(agent))  # type: ignore[arg-type]
