@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import functools
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -281,7 +282,7 @@ class DatabaseAdapter(
 
 
 async def open(  # noqa: A001
-    *, agent_id: UUID | str, dsn: str | None = None, data_dir: Any = None, **settings: Any
+    *, agent_id: UUID | str, dsn: str | None = None, data_dir: str | os.PathLike[str] | None = None, **settings: Any
 ) -> DatabaseAdapter:
     """Open an agent's memory; `await adapter.close()` when done. `connect` does both.
 
@@ -329,7 +330,7 @@ async def open(  # noqa: A001
 
 @asynccontextmanager
 async def connect(
-    *, agent_id: UUID | str, dsn: str | None = None, data_dir: Any = None, **settings: Any
+    *, agent_id: UUID | str, dsn: str | None = None, data_dir: str | os.PathLike[str] | None = None, **settings: Any
 ) -> AsyncIterator[DatabaseAdapter]:
     """Open an agent's memory for the time of an `async with` block. Takes and raises what `open` does."""
     adapter = await open(agent_id=agent_id, dsn=dsn, data_dir=data_dir, **settings)

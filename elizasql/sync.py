@@ -243,7 +243,9 @@ for _name, _method in inspect.getmembers(_asynchronous.DatabaseAdapter, inspect.
         setattr(DatabaseAdapter, _name, _blocking(_name, _method))
 
 
-def open(*, agent_id: UUID | str, dsn: str | None = None, data_dir: Any = None, **settings: Any) -> DatabaseAdapter:  # noqa: A001
+def open(  # noqa: A001
+    *, agent_id: UUID | str, dsn: str | None = None, data_dir: str | os.PathLike[str] | None = None, **settings: Any
+) -> DatabaseAdapter:
     """Open an agent's memory for blocking code; `close()` when done. Takes and raises what `elizasql.open` does."""
     if Config.load(dsn=dsn, data_dir=data_dir, **settings).handle_signals:
         _shutdown.install()  # only the main thread can, and the adapter is opened in another one
@@ -262,7 +264,7 @@ def open(*, agent_id: UUID | str, dsn: str | None = None, data_dir: Any = None, 
 
 @contextmanager
 def connect(
-    *, agent_id: UUID | str, dsn: str | None = None, data_dir: Any = None, **settings: Any
+    *, agent_id: UUID | str, dsn: str | None = None, data_dir: str | os.PathLike[str] | None = None, **settings: Any
 ) -> Iterator[DatabaseAdapter]:
     """Open an agent's memory for the time of a `with` block."""
     adapter = open(agent_id=agent_id, dsn=dsn, data_dir=data_dir, **settings)

@@ -185,7 +185,7 @@ async def main(dsn: str | None) -> None:
 
 
 def blocking() -> int:
-    with elizasql.sync.connect(agent_id=AGENT) as db:
+    with elizasql.sync.connect(agent_id=AGENT, data_dir=Path("memory")) as db:
         assert_type(db, elizasql.sync.DatabaseAdapter)
         assert_type(db.agent_id, UUID)
         memory_id = assert_type(db.create_memory({"content": {"text": "x"}}, table_name="facts"), UUID)

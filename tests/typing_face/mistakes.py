@@ -29,10 +29,12 @@ async def mistakes(db: DatabaseAdapter) -> None:
     await db.get_memories(table_name="facts", timeout="5 s")  # mistake: seconds are a number
     with elizasql.connect(agent_id=uuid4()):  # mistake: asynchronous
         pass
+    await elizasql.open(agent_id=uuid4(), data_dir=5432)  # mistake: a number is no folder
     print(text, count)
 
 
 def blocking() -> None:
+    elizasql.sync.open(agent_id=uuid4(), data_dir=b"memory")  # mistake: bytes are no folder
     with elizasql.sync.connect(agent_id=uuid4()) as db:
         hits = db.search_memories(embedding=np.ones(384), table_name="facts")
         print(hits.similarity)  # mistake: a list
