@@ -12,6 +12,7 @@ passes the signal on to what was there before.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import os
 import signal
@@ -32,6 +33,7 @@ _DRAIN, _BOUND, _PATIENCE = 5.0, 15.0, 5.0
 opened: set[DatabaseAdapter] = set()
 
 _state: Literal["running", "closing", "closed"] = "running"
+_closing: threading.Thread | None = None
 
 
 def install() -> None:
@@ -42,14 +44,16 @@ def install() -> None:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _handle)
+    _embedded.at_end_of_worker(_end_as_told, priority=100)
 
 
 def _handle(number: int, _: FrameType | None) -> None:
-    global _state  # noqa: PLW0603 - a process ends once
+    global _state, _closing  # noqa: PLW0603 - a process ends once
     if _state == "running":
         _state = "closing"
         # In a thread: a handler must not wait, and the event loops must go on.
-        threading.Thread(target=_close_all, args=(number,), name="elizasql-shutdown", daemon=True).start()
+        _closing = threading.Thread(target=_close_all, args=(number,), name="elizasql-shutdown", daemon=True)
+        _closing.start()
     else:
         # All is closed, or whoever sends it twice does not want to wait. The parent sees how the process ended.
         signal.signal(number, signal.SIG_DFL)
@@ -65,9 +69,10 @@ def _close_all(number: int) -> None:
         if loop.is_running():
             with contextlib.suppress(RuntimeError):  # it was closed just now
                 closing.append(asyncio.run_coroutine_threadsafe(adapter.close(_DRAIN), loop))
+    until = time.monotonic() + _BOUND
     for future in closing:
         with contextlib.suppress(Exception):
-            future.result(_BOUND)
+            future.result(max(until - time.monotonic(), 0.0))
     with contextlib.suppress(Exception):
         asyncio.run(_embedded.end())
     _state = "closed"
@@ -81,9 +86,16 @@ def _close_all(number: int) -> None:
     os._exit(128 + number)
 
 
+@atexit.register
+def _end_as_told() -> None:
+    """Wait for the signal's end of a program that came to its own meanwhile, as by a `ClosedError`."""
+    if _closing is not None:
+        _closing.join()
+
+
 def _forget_in_child() -> None:
-    global _state  # noqa: PLW0603
-    _state = "running"
+    global _state, _closing
+    _state, _closing = "running", None
     opened.clear()
 
 

@@ -710,6 +710,18 @@ def test_handler_that_passes_the_signal_on_shuts_down(folder: Path) -> None:
 
 def test_calls_that_are_running_end_before_the_process(folder: Path) -> None:
     program = """
+    import atexit
+    import threading
+    from elizasql import _shutdown
+
+    async def end():
+        ended.wait()  # the program comes to its own end meanwhile, and ends by the signal all the same
+        await real()
+
+    real, _shutdown._embedded.end = _shutdown._embedded.end, end
+    ended = threading.Event()
+    atexit.register(ended.set)
+
     async def work(db):
         async def sleepy():
             connection, _ = await db._executor.lane.acquire(5)
@@ -728,13 +740,14 @@ def test_calls_that_are_running_end_before_the_process(folder: Path) -> None:
         except elizasql.ClosedError:
             print("refused", flush=True)
         await task
-        await asyncio.Event().wait()
 
     asyncio.run(main())
     """
     with process(program, folder) as child:
+        pid = postmaster(folder)
         out, err = rest(child)
         assert (child.returncode, out.split()) == (-signal.SIGTERM, ["refused", "slept"]), err
+        assert not is_running(pid)
 
 
 def test_handler_of_the_application_is_called_and_decides(folder: Path) -> None:
