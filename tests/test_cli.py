@@ -1376,6 +1376,36 @@ def test_explain_refuses_what_does_not_fit(
     on_server("explain", *arguments, "--agent", searched[0]).fails(2, pattern)
 
 
+async def test_explain_fails_as_the_method_does(own_database: str) -> None:
+    """And has the time that the call has left, however long: what is slow is what one asks about."""
+    failures: list[tuple[str, type[ElizaSQLError]]] = [
+        ("RAISE 'no room' USING ERRCODE = 'configuration_limit_exceeded'", elizasql.ServerBusyError),
+        ("PERFORM pg_sleep(60)", elizasql.DeadlineError),
+    ]
+    async with elizasql.connect(agent_id=uuid4(), dsn=own_database, indexing="manual") as db:
+        await db.ensure_agent_exists({"name": "a"})
+        await db.create_world({"name": "w"})
+        connection = await asyncpg.connect(own_database)
+        await connection.execute("CREATE SEQUENCE calls")
+        for second, error in failures:
+            await connection.execute(
+                f"""
+                CREATE OR REPLACE FUNCTION look() RETURNS boolean LANGUAGE plpgsql AS $$
+                BEGIN
+                    IF nextval('calls') > 1 THEN {second}; END IF;
+                    RETURN true;
+                END $$;
+                DROP POLICY IF EXISTS looked ON elizasql.worlds;
+                CREATE POLICY looked ON elizasql.worlds USING (look());
+                ALTER TABLE elizasql.worlds ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
+                SELECT setval('calls', 1, false);
+                """
+            )
+            with pytest.raises(error, match="get_all_worlds: "):
+                await queries.explain_call(db, "get_all_worlds", {"timeout": 0.5})
+        await connection.close()
+
+
 def test_recall_check_compares_with_exact_search(on_server: Run, searched: tuple[UUID, UUID]) -> None:
     said = on_server("recall-check", "--agent", searched[0], "--sample", 20, "-k", 5, "--json").json
     assert said["type"] == "facts" and said["vectors"] == said["indexed"] == 60 and said["sample"] == 20

@@ -26,6 +26,7 @@ from asyncpg.connect_utils import SSLMode
 import elizasql
 from elizasql import Config, _embedded, _migrate, sync
 from elizasql._statements import find_folder
+from elizasql.cli.queries import explain_call
 from elizasql.config import redact
 from elizasql.transfer import Archive, export_archive, import_archive
 from tests import schema_dump
@@ -710,15 +711,16 @@ def test_address_for_dbmate(mode: SSLMode, encrypted: bool, wanted: str) -> None
     )
 
 
-@pytest.mark.parametrize("place", ["public", "an extra one"])
+@pytest.mark.parametrize("place", ["public", 'an "extra" one'])
 async def test_the_extension_is_found_where_no_path_leads(
     make_database: MakeDatabase, make_db: MakeAdapter, tmp_path: Path, place: str
 ) -> None:
     """As where a provider has a schema for extensions, or the role's path is that of an application."""
     address = await make_database(extension=False)
     async with connected(_as(address, "postgres")) as admin:
-        await admin.execute(f'CREATE SCHEMA IF NOT EXISTS "{place}"; CREATE EXTENSION vector SCHEMA "{place}"')
-        await admin.execute(f'GRANT USAGE ON SCHEMA "{place}" TO elizasql')
+        schema = '"{}"'.format(place.replace('"', '""'))
+        await admin.execute(f"CREATE SCHEMA IF NOT EXISTS {schema}; CREATE EXTENSION vector SCHEMA {schema}")
+        await admin.execute(f"GRANT USAGE ON SCHEMA {schema} TO elizasql")
         name = urlsplit(address).path.lstrip("/")
         await admin.execute(f"ALTER DATABASE {name} SET search_path = nowhere")
     db = await make_db(dsn=address)
@@ -727,6 +729,8 @@ async def test_the_extension_is_found_where_no_path_leads(
     assert await db.index_memories(rebuild=True) == 1
     [hit] = await db.search_memories(embedding=vector, table_name="messages")
     assert hit.id == id
+    told = await explain_call(db, "search_memories", {"embedding": vector, "table_name": "messages"})
+    assert told["rows"] == 1 and told["index_used"]
 
     file = tmp_path / "agent.tar.gz"
     await export_archive(address, file, Config.load(dsn=address), agent_ids=[db.agent_id])

@@ -18,6 +18,7 @@ import orjson
 import typer
 
 from elizasql import DatabaseAdapter, Memory, _codecs
+from elizasql._retry import Outcome
 from elizasql._statements import SQL, Statement
 from elizasql.errors import ArgumentError
 
@@ -140,8 +141,12 @@ class _Explainer:
 
     async def _explain(self, statement: Statement, params: dict[str, Any]) -> None:
         sql, arguments = self._executor.text(statement, params), statement.order(params)
+
+        async def work(connection: Any, deadline: float) -> dict[str, Any]:
+            return await _find_plan(connection, sql, arguments, deadline)
+
         async with self._executor.transaction() as session:
-            plan = await _find_plan(session._connection, sql, arguments)
+            plan = await session._attempts(statement.name, work, Outcome.NOT_APPLIED)
         self.plans.append(
             {"statement": statement.name, "file": f"sql/{statement.file}", **summarize(plan), "plan": plan}
         )
@@ -168,27 +173,36 @@ class _Explainer:
         return rows
 
 
-async def _find_plan(connection: Any, sql: str, arguments: Sequence[Any]) -> dict[str, Any]:
+async def _find_plan(connection: Any, sql: str, arguments: Sequence[Any], deadline: float) -> dict[str, Any]:
     """Run a statement as sessions have it prepared, and give its plan.
 
     EXPLAIN before the statement itself would plan it for these very values, where the plan in force knows none.
     """
-    prepared = await connection.prepare(sql)
+
+    def left() -> float:
+        return max(deadline - time.monotonic(), 0.001)
+
+    prepared = await connection.prepare(sql, timeout=left())
     given = ""
     if arguments:
         # As literals: EXECUTE takes no parameters of its own.
         texts = ", ".join(
-            f'quote_nullable(${number}::"{kind.schema}".{kind.name}::text)'
+            f"quote_nullable(${number}::{_quote(kind.schema)}.{kind.name}::text)"
             for number, kind in enumerate(prepared.get_parameters(), 1)
         )
-        given = f"({', '.join(await connection.fetchrow(f'VALUES ({texts})', *arguments))})"
+        values = await connection.fetchrow(f"VALUES ({texts})", *arguments, timeout=left())
+        given = f"({', '.join(values)})"
     # Once more, under a name of SQL's: what the protocol prepares has another one behind a pooler, or none.
     name = f"explained_{uuid4().hex}"
-    await connection.execute(f"PREPARE {name} AS {sql}")
-    found = await connection.fetchval(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE {name}{given}")
-    await connection.execute(f"DEALLOCATE {name}")
+    await connection.execute(f"PREPARE {name} AS {sql}", timeout=left())
+    found = await connection.fetchval(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE {name}{given}", timeout=left())
+    await connection.execute(f"DEALLOCATE {name}", timeout=left())
     plan: dict[str, Any] = orjson.loads(found)[0]
     return plan
+
+
+def _quote(name: str) -> str:
+    return '"{}"'.format(name.replace('"', '""'))
 
 
 async def explain_call(db: DatabaseAdapter, method: str, given: dict[str, Any]) -> dict[str, Any]:
