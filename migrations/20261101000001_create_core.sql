@@ -2,7 +2,15 @@
 -- agent_id leads every key, so that one agent can neither read, move nor collide with another's rows.
 
 -- migrate:up
-CREATE SCHEMA IF NOT EXISTS elizasql;
+-- IF NOT EXISTS would ask for the right to create schemas all the same, which the owner of one that an administrator has
+-- made may not have.
+DO $$
+BEGIN
+    IF to_regnamespace('elizasql') IS NULL THEN
+        CREATE SCHEMA elizasql;
+    END IF;
+END
+$$;
 
 -- Does nothing where an administrator has installed it; otherwise the role needs the right to create extensions.
 CREATE EXTENSION IF NOT EXISTS vector;

@@ -100,7 +100,10 @@ SELECT
     ) AS collation_changed,
     (SELECT count(*) FROM pg_catalog.pg_replication_slots WHERE NOT active) AS idle_slots,
     (SELECT rolsuper OR rolbypassrls FROM pg_catalog.pg_roles WHERE rolname = current_user) AS is_above_policies,
-    has_database_privilege(current_database(), 'CREATE') AS may_migrate;
+    coalesce(
+        has_schema_privilege(to_regnamespace('elizasql')::oid, 'CREATE'),
+        has_database_privilege(current_database(), 'CREATE')
+    ) AS may_migrate;
 
 -- name: list_extensions(names)
 -- Of these extensions, the version that is created here and the one that could be.

@@ -25,7 +25,7 @@ from asyncpg.connect_utils import SSLMode
 
 import elizasql
 from elizasql import Config, _embedded, _migrate, sync
-from elizasql._statements import find_folder
+from elizasql._statements import SQL, find_folder
 from elizasql.cli.queries import explain_call
 from elizasql.config import redact
 from elizasql.transfer import Archive, export_archive, import_archive
@@ -774,6 +774,22 @@ async def test_the_extension_is_found_behind_other_things_of_the_same_names(
         assert hit.id == ids[1]
         assert hit.created_at is not None
         assert hit.created_at.year > 2000
+
+
+async def test_the_owner_of_the_schema_needs_no_rights_on_the_database(
+    make_database: MakeDatabase,
+) -> None:
+    address = await make_database(owner="postgres")
+    async with connected(_as(address, "postgres")) as admin:
+        await admin.execute("CREATE SCHEMA elizasql AUTHORIZATION elizasql")
+    await open_and_close(address)
+    assert await applied(address) == VERSIONS
+    async with connected(address) as owner:
+        row = await owner.fetchrow(SQL["check_server"].sql)
+    assert row is not None
+    assert row["may_migrate"]
+    await _migrate.run_dbmate("rollback", dsn=address, config=Config.load(environ={}, dsn=address))
+    assert await applied(address) == VERSIONS[:-1]
 
 
 async def test_no_path_is_asked_for_where_none_is_needed(

@@ -251,8 +251,8 @@ def check_role(row: asyncpg.Record) -> Iterator[Finding]:
         yield Finding(
             "role",
             "note",
-            "it may not create schemas here: migrations need another role",
-            "set ELIZASQL_MIGRATION_URL to one that may, or GRANT CREATE ON DATABASE",
+            "it may neither make the schema nor change it: migrations need another role",
+            "set ELIZASQL_MIGRATION_URL to one that may",
         )
 
 
