@@ -19,7 +19,7 @@ ORDER BY given.position;
 -- name: look_at_agent(agent_id)^
 -- What an adapter needs to know of its agent, there or not yet: the width that it is locked to, and what the names of the
 -- partitions with its rows end in. Null where these must not be named: rows are guarded by policies, which hold for the
--- partitioned tables alone, or the role may not use every partition.
+-- table that is named alone, or the role may not use every partition.
 SELECT
     (SELECT embedding_dimension FROM elizasql.agents WHERE id = :agent_id) AS dimension,
     (
@@ -28,7 +28,12 @@ SELECT
         WHERE
             NOT EXISTS (
                 SELECT FROM pg_class
-                WHERE oid IN ('elizasql.memories'::regclass, 'elizasql.embeddings'::regclass) AND relrowsecurity
+                WHERE
+                    oid IN (
+                        'elizasql.memories'::regclass, to_regclass(format('elizasql.memories%s', part.name)),
+                        'elizasql.embeddings'::regclass, to_regclass(format('elizasql.embeddings%s', part.name))
+                    )
+                    AND relrowsecurity
             )
             AND (
                 SELECT

@@ -382,6 +382,10 @@ async def test_partitions_are_named_where_that_changes_nothing(dsn: str, server_
             await admin.execute(f"REVOKE UPDATE ON elizasql.{table}{part} FROM tenant")
             await use(named=False)
             await admin.execute(f"GRANT UPDATE ON elizasql.{table}{part} TO tenant")
+            # Nor is it looked at there whether they are guarded, as where every table is, whatever it is for.
+            await admin.execute(f"ALTER TABLE elizasql.{table}{part} ENABLE ROW LEVEL SECURITY")
+            await use(named=False)
+            await admin.execute(f"ALTER TABLE elizasql.{table}{part} DISABLE ROW LEVEL SECURITY")
         # Policies hold for the table that a statement names: for the partitioned one, not for its partitions.
         await admin.execute("ALTER TABLE elizasql.memories ENABLE ROW LEVEL SECURITY")
         await admin.execute(f"CREATE POLICY own ON elizasql.memories TO tenant USING (agent_id = '{agent_id}')")
