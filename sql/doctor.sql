@@ -166,6 +166,26 @@ WHERE
 GROUP BY t.relname
 ORDER BY t.relname;
 
+-- name: list_hidden_tables()
+-- The tables of which the role sees no row: they are guarded by row level security, and no policy lets it read any. Not
+-- the partitions, which nobody asks then.
+SELECT 'elizasql.' || t.relname AS name
+FROM pg_catalog.pg_class AS t
+INNER JOIN pg_catalog.pg_namespace AS n ON t.relnamespace = n.oid
+WHERE
+    n.nspname = 'elizasql' AND t.relkind IN ('r', 'p') AND NOT t.relispartition AND row_security_active(t.oid)
+    AND NOT EXISTS (
+        SELECT FROM pg_catalog.pg_policy AS p
+        WHERE
+            p.polrelid = t.oid AND p.polpermissive AND p.polcmd IN ('*', 'r')
+            -- 0 stands for everybody.
+            AND (0 = ANY(p.polroles) OR EXISTS (
+                SELECT FROM unnest(p.polroles) AS named (oid)
+                WHERE named.oid <> 0 AND pg_has_role(named.oid, 'USAGE')
+            ))
+    )
+ORDER BY t.relname;
+
 -- name: list_tails()
 -- The vectors of each agent that are not in its HNSW index yet, the longest tail first.
 SELECT

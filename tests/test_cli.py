@@ -1164,6 +1164,23 @@ def test_doctor_for_a_role_with_few_rights(run: Run, empty_database: str, monkey
         assert said.code == 0, said
         assert re.match("3 sessions of other roles are hidden", findings(said, "role")[1]["finding"])
         assert int(findings(said, "connections")[0]["finding"].split()[0]) >= 4
+
+        # No row is an answer, too, and no migration that is there.
+        guarded = [f"ALTER TABLE elizasql.{name} ENABLE ROW LEVEL SECURITY" for name in ("logs", "schema_migrations")]
+        asyncio.run(as_admin(empty_database, *guarded, f"CREATE POLICY other ON elizasql.logs FOR INSERT TO {role}"))
+        said = run("doctor", "--json", "--dsn", app)
+        assert [each["check"] for each in said.json if each["severity"] == "error"] == ["policies", "migrations"]
+        hidden = "row level security hides every row of elizasql.logs, elizasql.schema_migrations from the role"
+        assert findings(said, "policies")[0]["finding"] == hidden
+        asyncio.run(
+            as_admin(
+                empty_database,
+                f"CREATE POLICY own ON elizasql.logs TO {role} USING (type = 'a')",
+                "CREATE POLICY seen ON elizasql.schema_migrations FOR SELECT USING (true)",
+            )
+        )
+        assert run("doctor", "--json", "--dsn", app).code == 0
+
         asyncio.run(
             as_admin(
                 empty_database,

@@ -134,6 +134,7 @@ async def examine(place: Place, connection: asyncpg.Connection[Any]) -> list[Fin
     await look("extensions", check_extensions, "list_extensions", ["vector", "pg_stat_statements"])
     # In front of what needs them: without any not even the migrations may be read.
     await look("privileges", check_privileges, "list_lacking_privileges")
+    await look("policies", check_policies, "list_hidden_tables")
     findings.append(migrations := await check_migrations(connection))
     if migrations.severity == "error":
         return findings
@@ -406,6 +407,19 @@ def check_privileges(rows: Rows) -> Iterator[Finding]:
         more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
         remedy = "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA elizasql TO the role"
         yield Finding("privileges", "error", f"the role lacks {', '.join(lacking[:3])}{more}", remedy)
+
+
+def check_policies(rows: Rows) -> Iterator[Finding]:
+    """Find tables that look empty to the role, without any error."""
+    if rows:
+        more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
+        tables = ", ".join(row["name"] for row in rows[:3])
+        yield Finding(
+            "policies",
+            "error",
+            f"row level security hides every row of {tables}{more} from the role",
+            "CREATE POLICY for what it may see, or ALTER TABLE ... DISABLE ROW LEVEL SECURITY",
+        )
 
 
 def check_triggers(rows: Rows) -> Iterator[Finding]:
