@@ -14,6 +14,7 @@ import errno
 import logging
 import os
 import re
+import ssl
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -235,7 +236,7 @@ def _explain(error: Exception, dsn: str, config: Config) -> ElizaSQLError:
         return ConfigurationError(f"{where}: {error}")
     if isinstance(error, _REFUSED_SETTINGS):
         return ConfigurationError(f"{where}: {made}; the address sets it, as all that the driver does not know")
-    if isinstance(made, UnavailableError):
+    if isinstance(made, UnavailableError) or isinstance(error, ssl.SSLCertVerificationError):
         # The system's word for an unknown host does not name it.
         made.args = (f"no connection to {where}: {made}",)
     return made

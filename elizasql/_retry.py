@@ -10,13 +10,15 @@ UNKNOWN      a connection that broke after the statement was sent: 08*, 57P01,  
              57P02, 57P05, 25P03, 25P04, 40003, OSError, the driver lost its     is repeatable
              place
 EXHAUSTED    53*, 58*: memory, disk                                              53200 once more, else raised
-PERMANENT    everything else that the server answers                             raised at once
+PERMANENT    everything else that the server answers; a certificate that is not  raised at once
+             trusted
 ===========  ==================================================================  =============================
 """
 
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -79,7 +81,10 @@ def classify(error: BaseException, *, sent: bool, lost: bool) -> Outcome:
     if isinstance(error, asyncpg.PostgresError):
         sqlstate = error.sqlstate or ""
         outcome = _BY_SQLSTATE.get(sqlstate) or _BY_SQLSTATE.get(sqlstate[:2], Outcome.PERMANENT)
-    elif isinstance(error, (asyncpg.ClientConfigurationError, asyncpg.UnsupportedClientFeatureError)):
+    elif isinstance(
+        error,
+        (asyncpg.ClientConfigurationError, asyncpg.UnsupportedClientFeatureError, ssl.SSLCertVerificationError),
+    ):
         outcome = Outcome.PERMANENT
     elif isinstance(
         error, (OSError, asyncio.TimeoutError, asyncpg.InternalClientError, asyncpg.OutdatedSchemaCacheError)

@@ -1,7 +1,8 @@
 """Every error that this library raises, and the one table that makes them out of the server's answers.
 
     ElizaSQLError
-    ├── ConfigurationError            3D*: a setting is missing or wrong; the server or pgvector is too old
+    ├── ConfigurationError            3D*: a setting is missing or wrong; the server or pgvector is too old, or its
+    │                                 certificate is not trusted
     ├── EmbeddedServerError           the embedded server could not be started, joined or stopped
     ├── MigrationError                a migration failed, or the database is newer than this library
     ├── ClosedError                   the adapter is closed or closing
@@ -41,6 +42,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import ssl
 from collections.abc import Sequence
 from typing import Any
 from uuid import UUID
@@ -386,7 +388,8 @@ def translate(error: BaseException, statement: str | None = None) -> ElizaSQLErr
     # asyncio's TimeoutError is an OSError from Python 3.11 on: it must be asked for first.
     if isinstance(error, (asyncio.TimeoutError, TimeoutError)):
         return DeadlineError(f"{prefix}no answer within the time limit", statement=statement)
-    if isinstance(error, asyncpg.ClientConfigurationError):
+    # A certificate that is not trusted is one, too, and no wait mends it.
+    if isinstance(error, (asyncpg.ClientConfigurationError, ssl.SSLCertVerificationError)):
         return ConfigurationError(f"{prefix}{_first_line(error)}", statement=statement)
     if isinstance(error, asyncpg.OutdatedSchemaCacheError):
         return SchemaError(f"{prefix}{_first_line(error)}", statement=statement)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import re
 import resource
+import ssl
 import traceback
 import weakref
 from collections import Counter
@@ -424,6 +426,13 @@ async def test_file_that_is_missing_is_no_server_that_is_down(
         error = await assert_hidden(elizasql.ConfigurationError, address)
         assert f"{name} {file} cannot be read" in str(error)
         assert not error.retryable
+
+
+def test_certificate_that_is_not_trusted_is_no_server_that_is_down() -> None:
+    error = ssl.SSLCertVerificationError(1, "certificate verify failed: Hostname mismatch")
+    made = _pool._explain(error, REFUSED, Config.load(environ={}))
+    assert isinstance(made, elizasql.ConfigurationError)
+    assert re.match("no connection to postgres.*Hostname mismatch", str(made))
 
 
 async def test_service_file_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

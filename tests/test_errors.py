@@ -9,6 +9,7 @@ import inspect
 import pickle
 import re
 import socket
+import ssl
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -242,6 +243,7 @@ async def test_failed_transaction(raw: asyncpg.Connection[Any]) -> None:
         (asyncpg.InterfaceError("connection is closed"), errors.ConnectionLostError),
         (asyncpg.ConnectionDoesNotExistError("closed"), errors.ConnectionLostError),
         (asyncpg.ClientConfigurationError("no user"), errors.ConfigurationError),
+        (ssl.SSLCertVerificationError(1, "certificate verify failed"), errors.ConfigurationError),
         (asyncpg.OutdatedSchemaCacheError("changed"), errors.SchemaError),
         (asyncpg.InternalClientError("lost"), errors.ConnectionLostError),
         (asyncpg.ProtocolError("lost"), errors.ConnectionLostError),

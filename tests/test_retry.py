@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
+import ssl
 
 import asyncpg
 import pytest
@@ -79,6 +80,7 @@ def test_what_the_driver_did_not_send_was_not_done() -> None:
 def test_what_the_driver_refuses_by_itself_is_permanent() -> None:
     assert classify(asyncpg.InterfaceError("the server expects 2 arguments"), sent=True, lost=False) is PERMANENT
     assert classify(asyncpg.ClientConfigurationError("sslmode"), sent=False, lost=True) is PERMANENT
+    assert classify(ssl.SSLCertVerificationError(1, "not trusted"), sent=False, lost=True) is PERMANENT
     assert classify(TypeError("expected str"), sent=True, lost=False) is PERMANENT
     assert classify(TypeError("expected str"), sent=False, lost=True) is PERMANENT
     assert classify(asyncpg.DataError("invalid input for query argument"), sent=True, lost=False) is PERMANENT
