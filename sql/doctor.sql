@@ -222,15 +222,26 @@ FROM elizasql.reembeddings AS r
 ORDER BY r.agent_id;
 
 -- name: list_long_transactions(seconds)
--- Transactions that have been open for long, with their state; vacuum removes nothing that they could still see.
+-- Transactions that have been open for long, with their state, and those that were prepared for a second phase that did
+-- not come, which no session has any more; vacuum removes nothing that they could still see.
 SELECT
     pid,
     application_name,
     state,
+    NULL AS prepared,
     extract(EPOCH FROM now() - xact_start)::double precision AS seconds
 FROM pg_catalog.pg_stat_activity
 WHERE datname = current_database() AND pid <> pg_backend_pid() AND now() - xact_start > make_interval(secs => :seconds)
-ORDER BY xact_start;
+UNION ALL
+SELECT
+    NULL AS pid,
+    NULL AS application_name,
+    NULL AS state,
+    quote_literal(gid) AS prepared,
+    extract(EPOCH FROM now() - prepared)::double precision AS seconds
+FROM pg_catalog.pg_prepared_xacts
+WHERE database = current_database() AND now() - prepared > make_interval(secs => :seconds)
+ORDER BY seconds DESC;
 
 -- name: list_weak_triggers()
 -- Tables with triggers that are off, or that do not fire any more, as they were made to, for what is replicated.

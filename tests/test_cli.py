@@ -1291,9 +1291,11 @@ def test_doctor_on_rows_that_cannot_be_made_here() -> None:
 
     table = {"name": "elizasql.t", "live": 10_000, "dead": 20_000, "modified": 5_000, "analyzed_at": None, "bytes": 1}
     assert told(doctor.check_tables([table])) == [("statistics", "warning"), ("bloat", "warning")]  # type: ignore[list-item]
-    waiting = {"pid": 7, "application_name": "", "state": "idle in transaction", "seconds": 600.0}
-    (long,) = doctor.check_transactions([waiting])  # type: ignore[list-item]
+    waiting = {"pid": 7, "application_name": "", "state": "idle in transaction", "prepared": None, "seconds": 600.0}
+    orphan = {"pid": None, "application_name": None, "state": None, "prepared": "'a b'", "seconds": 1200.0}
+    long, forgotten = doctor.check_transactions([waiting, orphan])  # type: ignore[list-item]
     assert "10 minutes" in long.finding and "pg_terminate_backend(7)" in long.remedy
+    assert "20 minutes" in forgotten.finding and "ROLLBACK PREPARED 'a b'" in forgotten.remedy
     old = {"name": "vector", "created": "0.8.4", "available": "0.8.5"}
     late = doctor.failed("tail", asyncio.TimeoutError())
     assert late.severity == "error" and "within the time limit" in late.finding and "ELIZASQL_TIMEOUT" in late.remedy

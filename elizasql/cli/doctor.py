@@ -535,10 +535,14 @@ def check_moves(rows: Rows) -> Iterator[Finding]:
 def check_transactions(rows: Rows) -> Iterator[Finding]:
     """Find transactions that keep dead rows from being removed."""
     for row in rows:
-        yield Finding(
-            "transactions",
-            "warning",
-            f"{row['application_name'] or 'somebody'} (pid {row['pid']}, {row['state']}) has been in a transaction for "
-            f"{row['seconds'] / 60:,.0f} minutes",
-            f"pg_terminate_backend({row['pid']}) ends it",
-        )
+        minutes = f"{row['seconds'] / 60:,.0f} minutes"
+        if row["prepared"] is not None:
+            said = f"a transaction was prepared {minutes} ago, and keeps its locks until somebody ends it"
+            remedy = f"ROLLBACK PREPARED {row['prepared']}, unless what prepared it is about to commit it"
+        else:
+            who = f"{row['application_name'] or 'somebody'} (pid {row['pid']}, {row['state']})"
+            said, remedy = (
+                f"{who} has been in a transaction for {minutes}",
+                f"pg_terminate_backend({row['pid']}) ends it",
+            )
+        yield Finding("transactions", "warning", said, remedy)
