@@ -1291,6 +1291,8 @@ def test_doctor_on_rows_that_cannot_be_made_here() -> None:
 
     table = {"name": "elizasql.t", "live": 10_000, "dead": 20_000, "modified": 5_000, "analyzed_at": None, "bytes": 1}
     assert told(doctor.check_tables([table])) == [("statistics", "warning"), ("bloat", "warning")]  # type: ignore[list-item]
+    *_, walked_over = doctor.check_tables([table | {"name": "elizasql.embeddings_p05"}])  # type: ignore[list-item]
+    assert re.match("REINDEX TABLE .* elizasql.embeddings_p05, .* VACUUM ANALYZE elizasql", walked_over.remedy)
     waiting = {"pid": 7, "application_name": "", "state": "idle in transaction", "prepared": None, "seconds": 600.0}
     orphan = {"pid": None, "application_name": None, "state": None, "prepared": "'a b'", "seconds": 1200.0}
     long, forgotten = doctor.check_transactions([waiting, orphan])  # type: ignore[list-item]
