@@ -151,8 +151,8 @@ WHERE n.nspname = 'elizasql' AND t.relkind = 'r'
 ORDER BY t.relname;
 
 -- name: list_lacking_privileges()
--- What the role may not do with the tables that it needs. Partitions are not among them: an adapter without rights on
--- its agent's goes through the partitioned tables. Of the migrations it reads which are applied.
+-- What the role may not do with the tables and functions that it needs. Partitions are not among them: an adapter without
+-- rights on its agent's goes through the partitioned tables. Of the migrations it reads which are applied.
 SELECT
     'elizasql.' || t.relname AS name,
     array_agg(p.privilege ORDER BY p.position) AS lacking
@@ -164,7 +164,16 @@ WHERE
     AND NOT has_table_privilege(t.oid, p.privilege)
     AND (t.relname <> 'schema_migrations' OR p.privilege = 'SELECT')
 GROUP BY t.relname
-ORDER BY t.relname;
+UNION ALL
+-- Those of triggers run for whoever writes.
+SELECT
+    'elizasql.' || f.proname AS name,
+    '{EXECUTE}' AS lacking
+FROM pg_catalog.pg_proc AS f
+INNER JOIN pg_catalog.pg_namespace AS n ON f.pronamespace = n.oid
+WHERE
+    n.nspname = 'elizasql' AND f.prorettype <> 'trigger'::regtype AND NOT has_function_privilege(f.oid, 'EXECUTE')
+ORDER BY name;
 
 -- name: list_hidden_tables()
 -- The tables of which the role sees no row: they are guarded by row level security, and no policy lets it read any. Not

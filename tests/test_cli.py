@@ -1200,6 +1200,12 @@ def test_doctor_for_a_role_with_few_rights(run: Run, empty_database: str, monkey
                 f"ALTER ROLE {role} RESET default_transaction_read_only",
             )
         )
+        # As on servers whose default privileges leave functions to their owner.
+        asyncio.run(as_admin(empty_database, "REVOKE EXECUTE ON FUNCTION elizasql.partition_of FROM PUBLIC"))
+        (lacking,) = findings(run("doctor", "--json", "--dsn", app), "privileges")
+        assert lacking["finding"] == "the role lacks EXECUTE on elizasql.partition_of"
+        assert lacking["remedy"].startswith("GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA elizasql")
+        asyncio.run(as_admin(empty_database, "GRANT EXECUTE ON FUNCTION elizasql.partition_of TO PUBLIC"))
         asyncio.run(as_admin(empty_database, f"REVOKE UPDATE, DELETE ON elizasql.memories FROM {role}"))
         (lacking,) = findings(run("doctor", "--json", "--dsn", app), "privileges")
         assert lacking["finding"] == "the role lacks UPDATE/DELETE on elizasql.memories"

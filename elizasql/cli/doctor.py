@@ -401,11 +401,14 @@ def check_indexes(rows: Rows) -> Iterator[Finding]:
 
 
 def check_privileges(rows: Rows) -> Iterator[Finding]:
-    """Find what the role may not do with the tables."""
+    """Find what the role may not do with the tables and functions."""
     lacking = [f"{'/'.join(row['lacking'])} on {row['name']}" for row in rows]
     if lacking:
         more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
-        remedy = "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA elizasql TO the role"
+        rights = "EXECUTE ON ALL FUNCTIONS"
+        if any("EXECUTE" not in row["lacking"] for row in rows):
+            rights = "SELECT, INSERT, UPDATE, DELETE ON ALL TABLES"
+        remedy = f"GRANT {rights} IN SCHEMA elizasql TO the role"
         yield Finding("privileges", "error", f"the role lacks {', '.join(lacking[:3])}{more}", remedy)
 
 
