@@ -645,7 +645,10 @@ BEGIN
             PERFORM set_config('max_parallel_maintenance_workers', workers, TRUE);
         END IF;
     END IF;
-    -- Of two that build at once, the second waits here and finds the first one's index.
+    -- Of two that build at once, the second waits here and finds the first one's index. For a vacuum, too, or an index
+    -- that is rebuilt beside everybody, which may take minutes: nobody who writes waits behind this lock, as behind the
+    -- next one.
+    EXECUTE format('LOCK TABLE elizasql.%s IN SHARE UPDATE EXCLUSIVE MODE', part);
     EXECUTE format('LOCK TABLE elizasql.%s IN SHARE ROW EXCLUSIVE MODE', part);
     IF to_regclass(format('elizasql.%s_dim_%s_hnsw', part, dim)) IS NOT NULL THEN
         RETURN 0;

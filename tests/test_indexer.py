@@ -26,6 +26,7 @@ from elizasql._statements import SQL
 from elizasql.types import DIMENSIONS
 
 from .conftest import MakeAdapter
+from .locking import blocked_pid
 
 V = np.random.default_rng(0).normal(size=(500, 384)).astype(np.float32)
 
@@ -177,6 +178,21 @@ async def test_a_rebuild_does_not_hold_up_searches_behind_who_reads_for_long(
             await db.index_memories(rebuild=True)
     assert await raw.fetchval("SELECT to_regclass($1)", f"elizasql.{part}_dim_384_hnsw") is not None
     await db.index_memories(rebuild=True)
+
+
+async def test_a_build_that_waits_for_vacuum_does_not_hold_up_writes(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any]
+) -> None:
+    db = await make_db()
+    await write(db, 30)
+    assert await db._indexer.drop()
+    part = await raw.fetchval("SELECT elizasql.partition_of($1)", db.agent_id)
+    async with raw.transaction():
+        await raw.execute(f"LOCK TABLE elizasql.{part} IN SHARE UPDATE EXCLUSIVE MODE")
+        building = asyncio.ensure_future(db._indexer.build())
+        await blocked_pid(raw, building)
+        await db.create_memory(Memory(content={}, embedding=V[30], unique=True), "messages", timeout=5)
+    assert await building == 31
 
 
 @pytest.mark.parametrize(
