@@ -74,9 +74,7 @@ class Cache(Store):
         hashes = {key: _hash(key) for key in _read_keys(keys)}
         if not hashes:
             return {}
-        rows = await self._executor.fetch(
-            SQL["get_caches"], agent_id=self.agent_id, key_hashes=sorted(set(hashes.values()))
-        )
+        rows = await self._executor.fetch(SQL["get_caches"], agent_id=self.agent_id, key_hashes=list(hashes.values()))
         found: dict[bytes, Any] = dict(rows)
         return {key: found[key_hash] for key, key_hash in hashes.items() if key_hash in found}
 

@@ -20,6 +20,7 @@ from elizasql import cache as cache_module
 from elizasql._statements import SQL, Statement
 
 from .conftest import MakeAdapter
+from .locking import blocked_pid
 from .skew import Skew
 from .test_plans import indexes, plan_of
 
@@ -202,7 +203,7 @@ async def test_entries_are_checked(db: DatabaseAdapter, round_trips: list[str]) 
             await db.set_caches([good, bad])
     wrong = ["key", b"key", 5, None]
     for bad in wrong:
-        with pytest.raises(ArgumentError, match="collection"):
+        with pytest.raises(ArgumentError, match="collection of entries"):
             await db.set_caches(bad)
         for many in (db.get_caches, db.delete_caches):
             with pytest.raises(ArgumentError, match="collection"):
@@ -527,6 +528,25 @@ async def test_sets_and_deletes_in_any_order_do_not_wait_for_each_other(make_db:
         )
     await first.set_caches(values)
     assert await second.get_caches(keys) == values
+
+
+@pytest.mark.parametrize("write", ["set", "delete"])
+async def test_a_batch_locks_entries_in_the_order_of_their_hashes(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any], write: str
+) -> None:
+    """Somebody has the first entry: then all behind it are still to be had, also those of other chunks."""
+    db = await make_db(batch_size=2)
+    keys = sorted((f"key {i}" for i in range(6)), key=lambda key: hashlib.sha256(key.encode()).digest(), reverse=True)
+    await db.set_caches(dict.fromkeys(keys, 0))
+    first = "SELECT FROM elizasql.cache WHERE agent_id = $1 ORDER BY key_hash LIMIT 1 FOR UPDATE"
+    free = "SELECT FROM elizasql.cache WHERE agent_id = $1 FOR UPDATE SKIP LOCKED"
+    async with raw.transaction():
+        await raw.execute(first, db.agent_id)
+        call = db.set_caches(dict.fromkeys(keys, 1)) if write == "set" else db.delete_caches(keys)
+        waiting = asyncio.ensure_future(call)
+        await blocked_pid(raw, waiting)
+        assert len(await raw.fetch(free, db.agent_id)) == len(keys)
+    assert await waiting
 
 
 # --- compare and set -------------------------------------------------------------------------------------------------
