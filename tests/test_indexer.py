@@ -55,7 +55,7 @@ class _no_bound:  # noqa: N801
 
 
 async def test_manual_indexing_leaves_the_tail_until_it_is_asked(
-    db: DatabaseAdapter, raw: asyncpg.Connection[Any]
+    db: DatabaseAdapter, raw: asyncpg.Connection[Any], round_trips: list[str]
 ) -> None:
     await write(db)
     assert await tail_of(raw, db.agent_id) == 100
@@ -65,7 +65,9 @@ async def test_manual_indexing_leaves_the_tail_until_it_is_asked(
     assert calls == sorted(calls) and {total for _, total in calls} == {100}
     assert len(calls) >= 4 and calls[-1] == (100, 100)
     assert await tail_of(raw, db.agent_id) == 0
+    assert sum("refresh_statistics" in sent for sent in round_trips) == 1
     assert await db.index_memories() == 0
+    assert sum("refresh_statistics" in sent for sent in round_trips) == 1, "nothing moved"
 
 
 async def test_background_indexing_empties_the_tail(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
@@ -332,6 +334,21 @@ async def test_stopping_leaves_a_cancellation_to_its_caller(make_db: MakeAdapter
         await stopping
 
 
+async def test_stopping_tells_what_has_ended_the_task(make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    indexer = (await make_db(indexing="background"))._indexer
+    task = indexer._task
+    assert task is not None
+
+    async def broken() -> int:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(indexer, "_move_batch", broken)
+    indexer.wake()
+    await asyncio.wait({task})
+    with pytest.raises(ZeroDivisionError):
+        await indexer.stop()
+
+
 async def test_trouble_is_logged_and_the_next_look_goes_on(
     make_db: MakeAdapter,
     raw: asyncpg.Connection[Any],
@@ -452,6 +469,22 @@ async def test_trouble_that_lasts_does_not_fill_the_log(
             await real_sleep(0)
     assert pauses == [1, 2, 4, 8, 16, 30, 30, 30, 1]
     assert caplog.text.count("indexing is interrupted") == 9
+
+
+async def test_statistics_are_made_anew_when_the_index_has_grown_by_a_share(
+    make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    indexer = (await make_db())._indexer
+    made: list[int] = []
+
+    async def refresh() -> None:
+        made.append(indexer._moved)
+
+    monkeypatch.setattr(indexer, "_refresh_statistics", refresh)
+    for moved in (499, 1, 499, 1, 4000, 999, 1):
+        indexer._moved += moved
+        await indexer._analyze_when_it_pays()
+    assert made == [500, 1000, 5000, 6000]
 
 
 @pytest.mark.parametrize(("lost_before", "during"), [(False, "find_lost_index"), (True, "build_index")])

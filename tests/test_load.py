@@ -537,6 +537,34 @@ async def test_an_index_that_holds_much_more_stays(
     assert (await stored(raw, db.agent_id))[2] == 0
 
 
+async def test_the_index_is_looked_at_when_what_comes_has_doubled(
+    db: DatabaseAdapter, indexed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For as many as will come for all that is known; each time, it was dropped, and is there again by another load."""
+    known: list[Any] = []
+
+    async def drop(self: Indexer, coming: int | None = None) -> bool:
+        known.append(coming)
+        return True
+
+    monkeypatch.setattr(_loader, "_LARGE", 10)
+    monkeypatch.setattr(Indexer, "drop", drop)
+    memories, mixed = some(40), some(40)
+    for number in (0, 10, 11, 12, 13, 14):
+        mixed[number].embedding = None
+    for load, options, expected in (
+        (some(40), {}, [40]),
+        (iter(some(40)), {}, [10, 20, 40]),
+        (mixed, {}, [14, 29]),
+        (memories, {"on_conflict": "skip"}, [40]),
+        (memories, {"on_conflict": "skip", "batch_size": 20}, []),
+        (some(40), {"build_index": False}, []),
+    ):
+        known.clear()
+        await db.load_memories(load, "messages", **{"batch_size": 5, **options})
+        assert known == expected
+
+
 async def test_a_role_that_may_not_build_the_index_does_without_it(
     make_db: MakeAdapter, db: DatabaseAdapter, raw: asyncpg.Connection[Any], dsn: str, small: None
 ) -> None:
@@ -660,20 +688,27 @@ async def test_an_index_that_was_lost_once_leaves_later_loads_alone(
     assert await index_of(raw, db.agent_id) is None
 
 
-async def test_after_a_rebuild_that_was_cut_while_it_dropped_the_index_the_background_builds_it(
-    make_db: MakeAdapter, raw: asyncpg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("during", ["drop", "build"])
+async def test_after_a_rebuild_that_was_cut_the_background_builds_the_index(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any], monkeypatch: pytest.MonkeyPatch, during: str
 ) -> None:
     db = await make_db(indexing="background")
-    real = db._indexer.drop
+    indexer = db._indexer
+    name = {"drop": "drop", "build": "_fetch_count"}[during]
+    real: Any = getattr(indexer, name)
 
-    async def drop() -> bool:
-        assert await real()
+    async def cut(*args: Any, **options: Any) -> Any:
+        if during == "drop":
+            assert await real()
+        elif args != ("build_index",):
+            return await real(*args, **options)
         raise asyncio.CancelledError
 
-    monkeypatch.setattr(db._indexer, "drop", drop)
-    with pytest.raises(asyncio.CancelledError):
-        await db.index_memories(rebuild=True)
-    assert db._indexer._lost
+    with monkeypatch.context() as patched:
+        patched.setattr(indexer, name, cut)
+        with pytest.raises(asyncio.CancelledError):
+            await db.index_memories(rebuild=True)
+    assert indexer._lost
     while await index_of(raw, db.agent_id) is None:
         await asyncio.sleep(0.01)
 
