@@ -339,7 +339,7 @@ def test_the_matrix_gives_all_candidates(dimension: int, size: int, monkeypatch:
             )
             assert model.matrix.search(query, 5, room_id=uuid4()) == _matrix.Found([], -math.inf)
         ids = list(model.rows)
-        model.drop([ids[i] for i in model.random.choice(len(ids), size // 8, replace=False)] + [uuid4()])
+        model.drop([uuid4()] + [ids[i] for i in model.random.choice(len(ids), size // 8, replace=False)])
         again = [id for id in ids if id in model.rows][: size // 10]
         model.put(some_vectors(len(again), seed=turn, dimension=dimension), again)
         model.put(some_vectors(size // 10, seed=50 + turn, dimension=dimension))
@@ -411,6 +411,32 @@ def test_the_matrix_grows_with_the_contents_that_it_holds() -> None:
         model.check(some_vectors(1, seed=9)[0], 10)
         model.learn(list(model.rows)[before // 2 :])
         model.check(some_vectors(1, seed=10)[0], 10)
+
+
+def test_what_was_put_after_a_list_was_asked_for_is_not_gone() -> None:
+    model = Model(6, 384, 40)
+    before, since = set(model.rows), model.matrix.hold_contents()
+    again, new = next(iter(before)), uuid4()
+    model.rows[new] = model.rows[again]
+    model.contents.pop(again, None)
+    model.matrix.put(as_sent((id, *model.rows[id]) for id in (again, new)))
+    assert set(model.matrix.find_gone(b"", since)) == before - {again}
+    model.matrix.put_contents(uuid4(), model.make_contents(new))
+    model.check_contents()
+
+
+def test_how_many_match_is_between_bounds_that_are_included() -> None:
+    model, query = Model(6, 384, 40), some_vectors(1, seed=9)[0]
+    here = {"room_id": model.rooms[1]}
+    for number, filters in ((40, {}), (sum(row[0] == model.rooms[1] for row in model.rows.values()), here)):
+        for least, most, suits in (
+            (0, number, True),
+            (number, 99, True),
+            (number + 1, 99, False),
+            (0, number - 1, False),
+        ):
+            assert model.matrix.suits(least, most, **filters) is suits
+            assert (model.matrix.search(query, 5, least=least, most=most, **filters) is not None) is suits
 
 
 def test_the_footprint_is_about_the_estimate() -> None:
