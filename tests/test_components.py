@@ -208,6 +208,10 @@ async def test_upsert_of_an_id_with_another_key_is_an_error(db: DatabaseAdapter,
     with pytest.raises(UniqueViolationError) as caught:
         await db.upsert_components([of_scene(agent_world, id=id, type="other", data={})])
     assert caught.value.constraint == "components_pkey"
+    async with db.transaction() as tx:
+        with pytest.raises(UniqueViolationError):
+            async with tx.transaction() as savepoint:
+                await savepoint.upsert_components([of_scene(agent_world, id=id, type="other", data={})])
 
 
 async def test_concurrent_upserts_make_one(db: DatabaseAdapter, agent_world: Scene) -> None:
