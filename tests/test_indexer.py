@@ -474,16 +474,24 @@ async def test_trouble_that_lasts_does_not_fill_the_log(
 async def test_statistics_are_made_anew_when_the_index_has_grown_by_a_share(
     make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    indexer = (await make_db())._indexer
-    made: list[int] = []
+    indexer = (await make_db(indexing="background"))._indexer
+    moves, made, done = [499, 1, 499, 1, 4000, 999, 1], [], asyncio.Event()
+
+    async def move() -> int:
+        if not moves:
+            done.set()
+            return 0
+        moved = moves.pop(0)
+        indexer._moved += moved
+        return moved
 
     async def refresh() -> None:
         made.append(indexer._moved)
 
+    monkeypatch.setattr(indexer, "_move_batch", move)
     monkeypatch.setattr(indexer, "_refresh_statistics", refresh)
-    for moved in (499, 1, 499, 1, 4000, 999, 1):
-        indexer._moved += moved
-        await indexer._analyze_when_it_pays()
+    indexer.wake()
+    await done.wait()
     assert made == [500, 1000, 5000, 6000]
 
 
