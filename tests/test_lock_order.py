@@ -15,7 +15,7 @@ import pytest
 from elizasql import DatabaseAdapter, NotFoundError
 
 from .conftest import MakeAdapter
-from .locking import blocked_pid
+from .locking import blocked_pid, overtaken
 
 # How rows are locked by those who change many of them.
 ORDERS = {
@@ -192,6 +192,56 @@ BATCHES: dict[str, tuple[str, Callable[[DatabaseAdapter, Family, list[UUID]], Aw
     "update_rooms": ("rooms", lambda db, f, ids: db.update_rooms([{"id": id, "name": "y"} for id in ids])),
     **{name: ("rooms", lambda db, f, ids, name=name: DELETIONS[name][0](db, f)) for name in DELETIONS},  # type: ignore[misc]
 }
+
+
+async def test_a_batch_locks_its_rows_in_one_order_over_all_its_chunks(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any]
+) -> None:
+    """They come the other way round, and somebody has the first one: then all behind it are still to be had."""
+    db = await make_db(batch_size=2)
+    family = Family(uuid4(), sorted(new_ids(3), reverse=True), sorted(new_ids(2), reverse=True))
+    await settle(db, family)
+    for batch, (table, change) in BATCHES.items():
+        if batch in DELETIONS or "all" in batch:
+            continue
+        theirs = f"SELECT id FROM elizasql.{table} WHERE agent_id = $1 ORDER BY {ORDERS[table]}"
+        ids = [id for (id,) in await raw.fetch(theirs, db.agent_id)]
+        async with raw.transaction():
+            await raw.execute(f"{theirs} LIMIT 1 FOR UPDATE", db.agent_id)
+            waiting = asyncio.ensure_future(change(db, family, ids[::-1]))
+            await blocked_pid(raw, waiting)
+            free = await raw.fetch(f"{theirs} FOR UPDATE SKIP LOCKED", db.agent_id)
+            assert len(free) == len(ids) > 2, batch
+        await waiting
+
+
+# What makes rows of these ids.
+CREATIONS: dict[str, Callable[[DatabaseAdapter, list[UUID]], Awaitable[Any]]] = {
+    "worlds": lambda db, ids: db.create_worlds([{"id": id} for id in ids]),
+    "rooms": lambda db, ids: db.create_rooms([{"id": id, "source": "x", "type": "GROUP"} for id in ids]),
+    "entities": lambda db, ids: db.create_entities([{"id": id, "names": ["x"]} for id in ids]),
+    "memories": lambda db, ids: db.create_memories(
+        [{"id": id, "content": {}, "unique": True} for id in ids], "messages"
+    ),
+    "goals": lambda db, ids: db.create_goals([{"id": id, "name": "x"} for id in ids]),
+    "tasks": lambda db, ids: db.create_tasks([{"id": id, "name": "x"} for id in ids]),
+}
+
+
+async def test_a_batch_creates_its_rows_in_one_order_over_all_its_chunks(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any]
+) -> None:
+    """They come the other way round, and somebody is about to create the first one: then the last one is not there."""
+    db = await make_db(batch_size=2)
+    for table, create in CREATIONS.items():
+        others, ids = new_ids(2), sorted(new_ids(5))
+        await create(db, others)
+        become = f"UPDATE elizasql.{table} SET id = $3 WHERE agent_id = $1 AND id = $2"
+        first, then = ((become, db.agent_id, other, id) for other, id in zip(others, (ids[0], ids[-1]), strict=True))
+        await overtaken(raw, create(db, ids[::-1]), first, then)  # type: ignore[arg-type]
+        left = f"SELECT id FROM elizasql.{table} WHERE agent_id = $1 ORDER BY id"
+        assert [id for (id,) in await raw.fetch(left, db.agent_id)] == ids, table
+        assert db._meter.retries == 0, table
 
 
 @pytest.mark.slow
