@@ -473,8 +473,10 @@ async def test_without_an_index_the_vectors_wait_in_the_tail(
     db: DatabaseAdapter, raw: asyncpg.Connection[Any], indexed: None, small: None
 ) -> None:
     before = await index_of(raw, db.agent_id)
+    db._indexer._wanted.clear()
     summary = await db.load_memories(some(50), "messages", build_index=False)
     assert summary.indexed == 0
+    assert db._indexer._wanted.is_set()
     assert await stored(raw, db.agent_id) == (50, 50, 50)
     assert await index_of(raw, db.agent_id) == before
     assert await db.index_memories() == 50
