@@ -402,6 +402,20 @@ def test_the_matrix_leaves_to_the_server_what_is_too_close_to_tell() -> None:
     assert model.matrix.rank(vector, 3) is None
 
 
+def test_the_matrix_asks_nobody_about_the_order_of_what_it_does_not_give() -> None:
+    model = Model(3, 384, 0)
+    vector = np.zeros(384, np.float32)
+    vector[0] = 1
+    near, nearer = vector.copy(), vector.copy()
+    near[1], nearer[1] = 0.01, np.nextafter(np.float32(0.01), np.float32(0))
+    model.put(np.array([vector, near, nearer]))
+    model.learn(list(model.rows))
+    found, ranked = model.matrix.search(vector, 1), model.matrix.rank(vector, 1)
+    assert found is not None and len(found.ids) == 3
+    assert ranked is not None and [row.id for row in ranked] == [next(iter(model.rows))]
+    assert model.matrix.rank(vector, 2) is None
+
+
 def test_the_matrix_grows_with_the_contents_that_it_holds() -> None:
     model = Model(5, 384, 100)
     for turn in range(3):
