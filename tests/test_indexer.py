@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
 from typing import Any, Literal
 from uuid import UUID
 
@@ -21,6 +22,7 @@ from elizasql import (
     Memory,
     PermissionDeniedError,
     UnavailableError,
+    _indexer,
 )
 from elizasql._statements import SQL
 from elizasql.types import DIMENSIONS
@@ -493,6 +495,30 @@ async def test_statistics_are_made_anew_when_the_index_has_grown_by_a_share(
     indexer.wake()
     await done.wait()
     assert made == [500, 1000, 5000, 6000]
+
+
+async def test_the_background_gives_way_before_each_batch_and_looks_once_in_a_while(
+    make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    indexer = (await make_db(indexing="background"))._indexer
+    await indexer.stop()
+    done: list[str] = []
+
+    async def note(what: str) -> int:
+        done.append(what)
+        return 0 if done.count("move") > 2 else 1
+
+    for name in ("give_way", "move_batch", "restore_index", "analyze_when_it_pays"):
+        monkeypatch.setattr(indexer, f"_{name}", partial(note, name.split("_")[0]))
+    monkeypatch.setattr(_indexer, "_LONGEST", 0)
+    indexer.start()
+    await asyncio.sleep(0)  # it has begun, and has a look at once
+    monkeypatch.setattr(_indexer, "_LONGEST", 10**6)
+    while done.count("move") < 5:
+        indexer.wake()
+        await asyncio.sleep(0)
+    batch = ["give", "move", "analyze"]
+    assert done == [*batch, *batch, "give", "move", "restore", "give", "move", "give", "move"]
 
 
 @pytest.mark.parametrize(("lost_before", "during"), [(False, "find_lost_index"), (True, "build_index")])
