@@ -288,6 +288,10 @@ class Model:
         assert set(self.matrix.find_gone(listed, self.matrix.hold_contents())) == unknown
         bytes_held = sum(_matrix.size_of(content, metadata) for _, _, content, metadata in self.contents.values())
         assert self.matrix.contents_size == _matrix._PLACE * self.matrix.capacity + bytes_held
+        held = self.matrix._held
+        assert held is not None
+        for column in (held.created, held.contents, held.metadata):
+            assert not any(column[held.versions <= 0]), "what is not counted is let go of"
 
     def check(self, query: Vectors, count: int, **filters: Any) -> None:
         """Whatever can be among the nearest is a candidate, and nothing else is above `reach`."""
@@ -511,6 +515,21 @@ def test_one_coarse_vector_does_not_make_all_be_read_in_full() -> None:
     [_, after, _] = model.matrix._contenders(query, None, 10, -math.inf)
     assert 10 <= len(before) <= len(after) <= len(before) + 2 < 200
     model.check(query, 10)
+
+
+def test_the_bytes_bound_the_scores_from_both_sides() -> None:
+    """Also where all that rounding leaves out of the one points to where the other does, or away from there."""
+    exact, rounded = np.full(384, 100, np.float32), np.full(384, 1.49, np.float32)
+    exact[0] = rounded[0] = 127
+    matrix = Matrix(384)
+    rows = np.array([exact, -exact, rounded, -rounded, *some_vectors(200)])
+    matrix.put(as_sent((uuid4(), None, None, None, False, row) for row in rows))
+    for query, furthest in ((exact, 2), (rounded, 0), (some_vectors(1, seed=9)[0], None)):
+        asked = query / np.linalg.norm(query)
+        middles, spreads = matrix._approximate(asked, None)
+        off = np.abs(matrix._vectors[: matrix.size].astype(float) @ asked.astype(float) - middles)
+        assert (off <= spreads).all()
+        assert furthest is None or off[furthest] > 0.9 * spreads[furthest]
 
 
 def test_the_footprint_of_contents_is_that_of_their_objects() -> None:
