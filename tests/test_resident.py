@@ -418,6 +418,30 @@ def test_the_matrix_asks_nobody_about_the_order_of_what_it_does_not_give() -> No
     assert found is not None and len(found.ids) == 3
     assert ranked is not None and [row.id for row in ranked] == [next(iter(model.rows))]
     assert model.matrix.rank(vector, 2) is None
+    assert model.matrix.rank(vector, 1, threshold=1 - 1e-6) is None, "the server may find less"
+
+
+@pytest.mark.parametrize("quantized_from", [2, 1000])
+def test_the_matrix_finds_what_the_server_may_find_as_near(
+    monkeypatch: pytest.MonkeyPatch, quantized_from: int
+) -> None:
+    """Rounding leaves nothing out of these, so that no more than the sums is in doubt."""
+    monkeypatch.setattr(_matrix, "_QUANTIZED_FROM", quantized_from)
+    model = Model(3, 384, 0)
+    exact = np.full((2, 384), 100, np.float32)
+    exact[:, 0] = 127
+    exact[1, 1] -= 28  # by this it is less similar by a little more than the slack
+    model.put(np.concatenate([exact, some_vectors(40)]))
+    [first, second, *_] = model.rows
+    slack = model.matrix._slack
+    assert slack < 1 - float(np.dot(*exact)) / math.prod(np.linalg.norm(exact, axis=1)) < 1.5 * slack
+    found = model.matrix.search(exact[0], 1)
+    assert found is not None and set(found.ids) == {first, second}
+    found = model.matrix.search(exact[0], 1, threshold=1 - slack / 2)
+    assert found is not None and first in found.ids
+    # No more than these are to be had, however many are asked for.
+    found = model.matrix.search(exact[0], 5, threshold=0.9)
+    assert found is not None and set(found.ids) == {first, second} and found.reach == -math.inf
 
 
 def test_the_matrix_grows_with_the_contents_that_it_holds() -> None:
@@ -440,7 +464,33 @@ def test_what_was_put_after_a_list_was_asked_for_is_not_gone() -> None:
     model.matrix.put(as_sent((id, *model.rows[id]) for id in (again, new)))
     assert set(model.matrix.find_gone(b"", since)) == before - {again}
     model.matrix.put_contents(uuid4(), model.make_contents(new))
+    assert model.matrix.find_outdated(uuid4().bytes + bytes(8)) == [], "listed, and not here yet"
     model.check_contents()
+
+
+def test_a_row_that_was_the_last_one_comes_back() -> None:
+    model = Model(6, 384, 40)
+    for id in (list(model.rows)[-1], next(iter(model.rows))):
+        model.drop([id])
+        model.put(some_vectors(1, seed=2), [id])
+        assert model.matrix.size == len(model.rows)
+        model.check(some_vectors(1, seed=9)[0], 10)
+
+
+def test_contents_that_another_thread_has_let_go_of_are_not_known() -> None:
+    model, query = Model(6, 384, 40), some_vectors(1, seed=9)[0]
+    model.learn(list(model.rows))
+    ranked = model.matrix.rank(query, 40)
+    assert ranked is not None
+    plain = [row.metadata for row in ranked if row.metadata == b"\x01{}"]
+    assert plain and all(metadata is _matrix._NO_METADATA for metadata in plain), "held once"
+    since = model.matrix.hold_contents()
+    model.matrix.release_contents()
+    assert model.matrix.contents_size == 0
+    assert model.matrix.find_outdated(uuid4().bytes + bytes(8)) == model.matrix.find_unknown() == []
+    assert model.matrix.find_gone(b"", since) == []
+    model.matrix.put_contents(ranked[0].id, model.make_contents(ranked[0].id))
+    assert model.matrix.rank(query, 10) is None
 
 
 def test_how_many_match_is_between_bounds_that_are_included() -> None:
