@@ -6,6 +6,7 @@ import asyncio
 import copy
 import hashlib
 import secrets
+from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -424,6 +425,20 @@ async def test_a_transaction_does_not_sweep(db: DatabaseAdapter, raw: asyncpg.Co
         await tx.set_caches({f"live {i}": i for i in range(20)}, ttl=HOUR)
     assert {"old 1", "old 2"} <= set(await stored(raw, db))
     assert await db.sweep_cache() == 2
+
+
+async def test_a_sweep_takes_no_callers_connection_and_stays_in_its_transaction(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any]
+) -> None:
+    db = await make_db(pool_max_size=1)
+    await db.set_caches({"a": 1, "b": 2})
+    await expire(raw, db, "a", "b")
+    with suppress(ZeroDivisionError):
+        async with db.transaction() as tx:
+            assert await tx.sweep_cache(1) == 1
+            assert await db.sweep_cache() == 1
+            raise ZeroDivisionError
+    assert await db.sweep_cache() == 1, "the one that came back"
 
 
 async def test_what_was_set_in_transactions_is_made_up_for_outside(

@@ -497,6 +497,27 @@ async def test_statistics_are_made_anew_when_the_index_has_grown_by_a_share(
     assert made == [500, 1000, 5000, 6000]
 
 
+async def test_giving_way_ends_with_the_calls_or_with_patience(
+    make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    indexer = (await make_db())._indexer
+    running = [2, 1, 1, 0]
+
+    class Callers:
+        @property
+        def in_flight(self) -> int:
+            return running.pop(0)
+
+    monkeypatch.setattr(indexer, "_callers", Callers())
+    monkeypatch.setattr(_indexer, "_PATIENCE", 3600.0)
+    await indexer._give_way()
+    assert running == []
+    monkeypatch.setattr(_indexer, "_PATIENCE", 0.0)
+    running += [1, 1]
+    await indexer._give_way()
+    assert running == [1]
+
+
 async def test_the_background_gives_way_before_each_batch_and_looks_once_in_a_while(
     make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -697,7 +697,7 @@ async def test_upsert_replaces_what_is_given_and_keeps_the_rest(db: DatabaseAdap
     )
     assert await db.upsert_memories(
         [
-            Memory(id=id, content={"text": "lost"}),
+            Memory(id=id, content={"text": "lost"}, embedding=vector(3)),
             Memory(
                 id=id,
                 content={"text": "b"},
