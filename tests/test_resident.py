@@ -511,6 +511,20 @@ def test_the_footprint_is_about_the_estimate() -> None:
     for dimension, size in ((384, 3000), (1536, 500)):
         model = Model(1, dimension, size)
         assert 0.7 < model.matrix.footprint / Matrix.estimate(dimension, size) < 1.5
+        assert model.matrix.footprint > sum(column.nbytes for column in model.matrix._columns())
+        before, of_contents = model.matrix.footprint, model.matrix.contents_size
+        model.matrix.release_contents()
+        assert before - model.matrix.footprint == of_contents > 0
+
+
+def test_the_footprint_grows_with_rooms() -> None:
+    [vector] = some_vectors(1)
+    sizes = []
+    for rooms in ([None] * 200, [uuid4() for _ in range(200)]):
+        matrix = Matrix(384)
+        matrix.put(as_sent((uuid4(), room, None, None, False, vector) for room in rooms))
+        sizes.append(matrix.footprint)
+    assert sizes[1] - sizes[0] > 100 * 200, "an id, an object, and their places in a list and a dictionary"
 
 
 def _stands_on_large_pages(address: int) -> bool:
