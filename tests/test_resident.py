@@ -390,6 +390,7 @@ def test_the_matrix_with_equal_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found is not None and len(found.ids) == 50 and found.reach < 1
     monkeypatch.setattr(_matrix, "_MOST_EQUAL", 20)
     assert model.matrix.search(vector, 10) is None
+    assert model.matrix.rank(vector, 10) is None
 
 
 def test_the_matrix_leaves_to_the_server_what_is_too_close_to_tell() -> None:
@@ -487,7 +488,7 @@ def test_contents_that_another_thread_has_let_go_of_are_not_known() -> None:
     since = model.matrix.hold_contents()
     model.matrix.release_contents()
     assert model.matrix.contents_size == 0
-    assert model.matrix.find_outdated(uuid4().bytes + bytes(8)) == model.matrix.find_unknown() == []
+    assert model.matrix.find_outdated(ranked[0].id.bytes + bytes(8)) == model.matrix.find_unknown() == []
     assert model.matrix.find_gone(b"", since) == []
     model.matrix.put_contents(ranked[0].id, model.make_contents(ranked[0].id))
     assert model.matrix.rank(query, 10) is None
