@@ -172,6 +172,11 @@ class Indexer:
                 pause = min(pause * 2, interval * _LONGEST)
                 if error.retryable and error.sqlstate != _READ_ONLY:
                     self._wanted.set()
+            except Exception as error:
+                # No trouble of the server's: the task ends, and `stop` raises it, which may be long after.
+                self.failures, self.error = self.failures + 1, f"{type(error).__name__}: {error}"
+                logger.exception("indexing has ended")
+                raise
 
     async def _restore_index(self) -> None:
         """Build the index that a load has dropped and not built: it failed, or its process was killed.

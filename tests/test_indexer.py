@@ -336,7 +336,9 @@ async def test_stopping_leaves_a_cancellation_to_its_caller(make_db: MakeAdapter
         await stopping
 
 
-async def test_stopping_tells_what_has_ended_the_task(make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_has_ended_the_task_is_told_at_once_and_when_it_is_stopped(
+    make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     indexer = (await make_db(indexing="background"))._indexer
     task = indexer._task
     assert task is not None
@@ -347,6 +349,8 @@ async def test_stopping_tells_what_has_ended_the_task(make_db: MakeAdapter, monk
     monkeypatch.setattr(indexer, "_move_batch", broken)
     indexer.wake()
     await asyncio.wait({task})
+    assert indexer.failures == 1 and indexer.error is not None and indexer.error.startswith("ZeroDivisionError")
+    assert [record.message for record in caplog.records] == ["indexing has ended"]
     with pytest.raises(ZeroDivisionError):
         await indexer.stop()
 
