@@ -101,6 +101,9 @@ class DatabaseAdapter(
         self._indexer.start()
         self._indexer.wake()
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of agent {self.agent_id}, {self.config.where}>"
+
     async def is_ready(self, *, timeout: float | None = None) -> bool:
         """Tell whether the server answers, by one try; False, too, in another event loop and after `close`.
 

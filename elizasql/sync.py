@@ -144,6 +144,9 @@ class DatabaseAdapter:
         self._loop = loop
         self._adapter = adapter
 
+    def __repr__(self) -> str:
+        return repr(self._adapter)
+
     @property
     def agent_id(self) -> UUID:
         """The agent whose rows are read and written."""

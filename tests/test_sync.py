@@ -144,6 +144,12 @@ def test_create_and_search(db: sync.DatabaseAdapter) -> None:
     assert isinstance(db.agent_id, UUID)
 
 
+def test_an_adapter_says_whose_and_where_it_is(db: sync.DatabaseAdapter) -> None:
+    assert repr(db) == f"<DatabaseAdapter of agent {db.agent_id}, {db.config.where}>"
+    with db.transaction() as tx:
+        assert repr(tx) == repr(db)
+
+
 def test_connect(dsn: str) -> None:
     before = threads()
     with sync.connect(agent_id=uuid4(), dsn=dsn) as db:
