@@ -215,6 +215,33 @@ async def test_a_batch_locks_its_rows_in_one_order_over_all_its_chunks(
         await waiting
 
 
+@pytest.mark.parametrize("batch", ["delete_memories", "delete_all_memories"])
+async def test_memories_are_deleted_in_one_order_whatever_the_plan(
+    make_db: MakeAdapter, own_database: str, batch: str
+) -> None:
+    """After vacuum, and before the first statistics, the index of entities looks as good as the key."""
+    db = await make_db(dsn=own_database)
+    family = Family(uuid4(), new_ids(3), sorted(new_ids(2)))
+    await settle(db, family)
+    first, *rest = sorted(new_ids(20))
+    scope = {"room_id": family.rooms[0], "content": {}, "unique": True}
+    last, others = family.entities[1], [{**scope, "id": id, "entity_id": family.entities[0]} for id in rest]
+    await db.create_memories([{**scope, "id": first, "entity_id": last}, *others], "others")
+    raw = await asyncpg.connect(own_database)
+    await raw.execute("VACUUM")
+    async with raw.transaction():
+        await raw.execute("SELECT FROM elizasql.memories WHERE id = $1 FOR UPDATE", first)
+        if batch == "delete_memories":
+            waiting = asyncio.ensure_future(db.delete_memories([*rest, first]))
+        else:
+            waiting = asyncio.ensure_future(db.delete_all_memories(family.rooms, "others"))
+        await blocked_pid(raw, waiting)
+        free = await raw.fetch("SELECT FROM elizasql.memories WHERE id = ANY($1) FOR UPDATE SKIP LOCKED", rest)
+        assert len(free) == 19
+    assert await waiting in (None, 20)
+    await raw.close()
+
+
 # What makes rows of these ids.
 CREATIONS: dict[str, Callable[[DatabaseAdapter, list[UUID]], Awaitable[Any]]] = {
     "worlds": lambda db, ids: db.create_worlds([{"id": id} for id in ids]),
