@@ -356,16 +356,16 @@ class Executor:
             )
             made.__cause__ = error
             raise _Failed(made, Outcome.NOT_APPLIED, None, used=False) from error
-        except OSError as error:
-            # The system's word for a server that is not there does not name it, at a socket in a folder not at all.
-            made = ConnectionLostError(f"{name}: no connection to {self._config.where}: {error}", statement=name)
-            made.__cause__ = error
-            raise _Failed(made, Outcome.NOT_APPLIED, None, used=False) from error
         except ElizaSQLError as error:
             error.statement = name
             raise
         except Exception as error:
-            raise _Failed(error, classify(error, sent=False, lost=True), None, used=False) from error
+            outcome, failure = classify(error, sent=False, lost=True), error
+            if isinstance(error, OSError) and outcome is Outcome.NOT_APPLIED:
+                # The system's word for a server that is not there does not name it, at a socket in a folder not at all.
+                failure = ConnectionLostError(f"{name}: no connection to {self._config.where}: {error}", statement=name)
+                failure.__cause__ = error
+            raise _Failed(failure, outcome, None, used=False) from error
         if self._cut:
             self.lane.keep(found[0])  # others share it
             raise ClosedError(f"{name}: the adapter was closed meanwhile", statement=name)

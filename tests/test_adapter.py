@@ -435,6 +435,22 @@ def test_certificate_that_is_not_trusted_is_no_server_that_is_down() -> None:
     assert re.match("no connection to postgres.*Hostname mismatch", str(made))
 
 
+async def test_nor_is_one_that_is_met_by_a_call(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    db = await make_db(pool_min_size=0)
+    await db._executor.lane.let_go()
+    await db._executor.lane.replace()
+
+    async def refuse(*address: Any, **options: Any) -> None:
+        raise ssl.SSLCertVerificationError(1, "certificate verify failed: certificate has expired")
+
+    monkeypatch.setattr(db._executor.lane.pool, "_connect", refuse)
+    with pytest.raises(elizasql.ConfigurationError, match="certificate has expired"):
+        await db.get_tasks()
+    assert db._meter.retries == 0
+
+
 async def test_service_file_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "services"
     file.write_text("host=127.0.0.1\n")
