@@ -12,6 +12,7 @@ from time import perf_counter
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
+import asyncpg
 import pytest
 from pgvector import Vector
 
@@ -19,7 +20,7 @@ import elizasql
 from benchmarks import data
 from benchmarks.conftest import TABLE, Database, Run, open_adapter, sent_by, sized
 from benchmarks.report import HEADER, Comparison, Report, interleave, played_back, record
-from elizasql import Memory
+from elizasql import Config, Memory, _codecs, _pool
 from elizasql.types import Embedding
 
 T = TypeVar("T")
@@ -126,6 +127,24 @@ def test_get_memory_by_id(benchmark: Any, ten: Database, report: Report, loop_ki
     record(benchmark, found, METHOD)
     report.table(f"{statement}, {loop_kind}", HEADER, found.rows())
     _hold(report, found, "get_memory_by_id", loop_kind)
+
+
+def test_new_connection(benchmark: Any, run: Run, ten: Database, report: Report) -> None:
+    """What makes a connection one of the library's, when the process has had another before."""
+
+    async def connected(*, ours: bool) -> None:
+        options = {"connection_class": _pool._Connection} if ours else {}
+        connection = await asyncpg.connect(ten.dsn, server_settings=_pool.session_settings(Config()), **options)
+        if ours:
+            await _codecs.register(connection, "public")
+        else:
+            await connection.execute("SELECT 1")
+        await connection.close()
+
+    variants = {RAW: lambda _: connected(ours=False), "ours": lambda _: connected(ours=True)}
+    found = run(interleave(variants, sized(200, 2), warmup=1))
+    record(benchmark, found, "ours")
+    report.table("A new connection", HEADER, found.rows())
 
 
 def test_open(benchmark: Any, run: Run, report: Report, vectors: data.Data) -> None:

@@ -12,7 +12,7 @@ import asyncpg
 import numpy as np
 import pytest
 
-from elizasql import Agent, DatabaseAdapter, Entity, Log, Memory, Room, World, _codecs, _store
+from elizasql import Agent, DatabaseAdapter, Entity, Log, Memory, Room, World, _codecs, _pool, _store
 from elizasql._statements import SQL
 
 from .conftest import MakeAdapter, Scene, make_scene
@@ -276,3 +276,43 @@ async def test_a_new_connection_knows_the_types_of_every_statement(dsn: str, rou
         await connection.prepare(statement.sql)
     await connection.close()
     assert not round_trips
+
+
+async def test_what_one_connection_learns_of_types_the_next_is_told(
+    dsn: str, round_trips: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_pool, "_INTROSPECTED", {})
+    for expected in (["'jit'", "typeinfo_tree"], [], []):
+        connection = await asyncpg.connect(dsn, connection_class=_pool._Connection)
+        round_trips.clear()
+        await _codecs.register(connection, "public")
+        lookup, *introspection = round_trips
+        assert "pg_catalog.pg_type" in lookup
+        assert all(part in sent for part, sent in zip(expected, introspection, strict=True)), introspection
+        round_trips.clear()
+        for statement in SQL.texts():
+            await connection.prepare(statement.sql)
+        assert not round_trips
+        await connection.close()
+
+
+@pytest.mark.parametrize("prepared", [True, False], ids=["prepared", "unprepared"])
+async def test_types_of_one_database_are_not_taken_for_those_of_another(
+    make_db: MakeAdapter, dsn: str, empty_database: str, prepared: bool
+) -> None:
+    """There the extension has other numbers, in another schema."""
+    admin = await asyncpg.connect(empty_database.replace("//elizasql@", "//postgres@"))
+    await admin.execute("DROP EXTENSION vector; CREATE SCHEMA far; GRANT USAGE ON SCHEMA far TO public")
+    await admin.execute("CREATE EXTENSION vector SCHEMA far")
+    await admin.close()
+    for address in (dsn, empty_database, dsn, empty_database):
+        db = await make_db(dsn=address, prepared_statements=prepared)
+        scene = await make_scene(db)
+        memories = [
+            Memory(entity_id=scene.entity, room_id=scene.room, content={"text": "x"}, embedding=V[number], unique=True)
+            for number in range(2)
+        ]
+        ids = await db.create_memories(memories, "messages")
+        found = {memory.id: memory.embedding for memory in await db.get_memories_by_ids(ids, include_embedding=True)}
+        for id, vector in zip(ids, V, strict=False):
+            np.testing.assert_array_equal(found[id], vector)
