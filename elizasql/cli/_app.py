@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import io
 import logging
 import os
@@ -54,6 +55,10 @@ for module in (server, look, data, reembed, doctor, queries):
 app.add_typer(migrate.app, name="migrate")
 
 
+# To put it together takes 40 ms.
+_command = functools.cache(functools.partial(typer.main.get_command, app))
+
+
 def run(argv: Sequence[str]) -> int:
     """Run a command and give the exit code; see elizasql.cli for what they mean."""
     # What the library logs about retries and slow calls would stand between our lines.
@@ -101,7 +106,7 @@ def _raise_interrupt() -> None:
 
 def _run(argv: Sequence[str]) -> int:
     try:
-        code = app(args=list(argv), prog_name="elizasql", standalone_mode=False)
+        code = _command()(args=list(argv), prog_name="elizasql", standalone_mode=False)
         sys.stdout.flush()
     except (BrokenPipeError, SystemExit) as error:
         # Whoever read our output has seen enough; typer exits for that by itself. No more may be written, not even by
