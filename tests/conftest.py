@@ -35,6 +35,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 MakeAdapter = Callable[..., Awaitable[DatabaseAdapter]]
 
+# How CREATE DATABASE copies its template: as files half the work of through the WAL, 0.25 s in place of 0.56.
+COPIED = "STRATEGY file_copy"
+
 
 @pytest.fixture(scope="session")
 def server_dir() -> Iterator[Path]:
@@ -72,7 +75,7 @@ def database(dsn: str, template: str | None = None) -> Iterator[str]:
         await connection.close()
 
     like = "" if template is None else f" TEMPLATE {urlsplit(template).path[1:]}"
-    asyncio.run(execute(dsn, f"CREATE DATABASE {name} OWNER elizasql{like}"))
+    asyncio.run(execute(dsn, f"CREATE DATABASE {name} OWNER elizasql{like} {COPIED}"))
     if template is None:
         asyncio.run(execute(made, "CREATE EXTENSION vector"))
     yield made

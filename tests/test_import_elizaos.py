@@ -30,6 +30,7 @@ from elizasql.transfer import Decisions, Summary, import_elizaos
 from elizasql.transfer import elizaos as module
 from elizasql.transfer._connection import snapshot
 from elizasql.transfer.node import serve_pglite
+from tests.conftest import COPIED
 from tests.elizaos_schema import AS_IN_1_6, TABLES
 
 pytestmark = pytest.mark.skipif("ELIZASQL_TEST_URL" in os.environ, reason="needs a server to make databases on")
@@ -56,7 +57,7 @@ async def source(dsn: str) -> AsyncIterator[str]:
     """Give the address of a database without anything but the extension."""
     name = f"test_{uuid4().hex}"
     async with connected(admin(dsn)) as connection:
-        await connection.execute(f"CREATE DATABASE {name} OWNER elizasql")
+        await connection.execute(f"CREATE DATABASE {name} OWNER elizasql {COPIED}")
         made = urlunsplit(urlsplit(dsn)._replace(path=f"/{name}"))
         async with connected(admin(made)) as inside:
             await inside.execute("CREATE EXTENSION vector; GRANT ALL ON SCHEMA public TO elizasql")

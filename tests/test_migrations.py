@@ -30,7 +30,7 @@ from elizasql.cli.queries import explain_call
 from elizasql.config import redact
 from elizasql.transfer import Archive, export_archive, import_archive
 from tests import schema_dump
-from tests.conftest import MakeAdapter
+from tests.conftest import COPIED, MakeAdapter
 from tests.faults.proxy import Proxy
 
 FOLDER = find_folder("migrations")
@@ -55,7 +55,7 @@ async def make_database(dsn: str) -> AsyncIterator[MakeDatabase]:
 
     async def make(*, extension: bool = True, owner: str = "elizasql", options: str = "") -> str:
         names.append(f"test_{uuid4().hex}")
-        await admin.execute(f"CREATE DATABASE {names[-1]} OWNER {owner} {options}")
+        await admin.execute(f"CREATE DATABASE {names[-1]} OWNER {owner} {COPIED} {options}")
         made = urlunsplit(urlsplit(dsn)._replace(path=f"/{names[-1]}"))
         if extension:
             connection = await asyncpg.connect(_as(made, "postgres"))

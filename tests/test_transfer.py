@@ -51,7 +51,7 @@ from elizasql.transfer import (
     import_archive,
 )
 from elizasql.transfer._report import Report
-from tests.conftest import MakeAdapter, make_scene
+from tests.conftest import COPIED, MakeAdapter, make_scene
 from tests.locking import blocked_pid
 
 pytestmark = pytest.mark.skipif("ELIZASQL_TEST_URL" in os.environ, reason="needs a server to make databases on")
@@ -80,12 +80,12 @@ def databases(dsn: str) -> Iterator[list[str]]:
         names = [f"test_{uuid4().hex}" for _ in range(2)]
         made = [urlunsplit(urlsplit(dsn)._replace(path=f"/{name}")) for name in names]
         async with connected(admin(dsn)) as connection:
-            await connection.execute(f"CREATE DATABASE {names[0]} OWNER elizasql")
+            await connection.execute(f"CREATE DATABASE {names[0]} OWNER elizasql {COPIED}")
             async with connected(admin(made[0])) as inside:
                 await inside.execute("CREATE EXTENSION vector")
             async with elizasql.connect(agent_id=uuid4(), dsn=made[0], indexing="manual", pool_min_size=0):
                 pass
-            await connection.execute(f"CREATE DATABASE {names[1]} OWNER elizasql TEMPLATE {names[0]}")
+            await connection.execute(f"CREATE DATABASE {names[1]} OWNER elizasql TEMPLATE {names[0]} {COPIED}")
         return made
 
     async def drop(made: list[str]) -> None:

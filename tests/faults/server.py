@@ -20,6 +20,7 @@ import asyncpg
 
 import elizasql
 from elizasql import _embedded
+from tests.conftest import COPIED
 
 # How long a condition may take to come true before the test fails; generous, since nothing is measured by it.
 PATIENCE = 60.0
@@ -229,7 +230,7 @@ class FaultServer:
         name = f"fault_{uuid4().hex[:12]}"
         place = "" if tablespace is None else f" TABLESPACE {tablespace}"
         async with self.admin() as admin:
-            await admin.execute(f"CREATE DATABASE {name} OWNER elizasql{place}")
+            await admin.execute(f"CREATE DATABASE {name} OWNER elizasql{place} {COPIED}")
         async with self.admin(name) as admin:
             await admin.execute("CREATE EXTENSION vector")
         try:
