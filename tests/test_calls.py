@@ -103,7 +103,7 @@ async def test_limit_bounds_the_wait_for_a_connection(make_db: MakeAdapter) -> N
 
 async def test_background_work_waits_for_other_background_work(make_db: MakeAdapter) -> None:
     """Who builds an index has a connection for longer than a caller would wait for one."""
-    db = await make_db(pool_max_size=1, background_pool_size=1, connection_timeout=0.1)
+    db = await make_db(pool_max_size=1, background_pool_size=1, connection_timeout=1.0)
     ours, theirs = (await db._background.lane.acquire(5))[0], (await db._executor.lane.acquire(5))[0]
     patient = asyncio.ensure_future(db.index_memories())
     with pytest.raises(elizasql.PoolTimeoutError):

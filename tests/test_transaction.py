@@ -674,7 +674,7 @@ async def test_transaction_on_a_closed_adapter(make_db: MakeAdapter) -> None:
 
 
 async def test_no_free_connection(make_db: MakeAdapter) -> None:
-    db = await make_db(pool_max_size=1, connection_timeout=0.2)
+    db = await make_db(pool_max_size=1, connection_timeout=1.0)
     async with db.transaction() as tx:
         with pytest.raises(elizasql.PoolTimeoutError) as caught:
             async with db.transaction():
