@@ -1133,6 +1133,7 @@ async def test_a_page_far_back_reads_nothing_newer(
 
     await count_blocks()
     near = await count_blocks(**behind(-20))
-    # How deep the indexes are, other tests decide, for both alike; all that is newer would be 20 blocks more.
-    assert await count_blocks(**behind(20)) <= near + 5
+    # How deep the indexes are, other tests decide, for both alike, and whether the ten rows fill gaps that these have
+    # left, each in a block of its own; all that is newer would be 20 blocks more.
+    assert await count_blocks(**behind(20)) <= near + 10
     await session.execute("DEALLOCATE planned")
