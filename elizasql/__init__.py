@@ -9,7 +9,7 @@ async with elizasql.connect(agent_id=AGENT) as db:
 """
 
 from .adapter import DatabaseAdapter, connect, open
-from .config import Config
+from .config import Config, Settings
 from .elizaos import create_database_adapter, plugin
 from .errors import *  # noqa: F403
 from .errors import __all__ as _errors
@@ -23,6 +23,7 @@ __all__ = [  # noqa: PLE0604
     "Config",
     "DatabaseAdapter",
     "Reembedded",
+    "Settings",
     "connect",
     "create_database_adapter",
     "open",

@@ -6,6 +6,7 @@ import asyncio
 import copy
 import functools
 import os
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -26,7 +27,7 @@ from ._statements import SQL
 from .agents import Agents
 from .cache import Cache, Unswept
 from .components import Components
-from .config import Config
+from .config import Config, Settings
 from .entities import Entities
 from .errors import ConfigurationError, ElizaSQLError, MigrationError, WrongLoopError, translate
 from .goals import Goals
@@ -42,6 +43,11 @@ from .tasks import Tasks
 from .worlds import Worlds
 
 __all__ = ["DatabaseAdapter", "connect", "open"]
+
+if sys.version_info >= (3, 11):
+    from typing import Unpack
+else:
+    from typing_extensions import Unpack
 
 T = TypeVar("T")
 
@@ -285,7 +291,11 @@ class DatabaseAdapter(
 
 
 async def open(  # noqa: A001
-    *, agent_id: UUID | str, dsn: str | None = None, data_dir: str | os.PathLike[str] | None = None, **settings: Any
+    *,
+    agent_id: UUID | str,
+    dsn: str | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    **settings: Unpack[Settings],
 ) -> DatabaseAdapter:
     """Open an agent's memory; `await adapter.close()` when done. `connect` does both.
 
@@ -293,7 +303,7 @@ async def open(  # noqa: A001
         agent_id: The agent.
         dsn: PostgreSQL to connect to; None: POSTGRES_URL, else the embedded server.
         data_dir: Folder of the embedded server; None: PGLITE_DATA_DIR, else ./pglite.
-        **settings: Any field of `elizasql.Config`.
+        **settings: Any other field of `elizasql.Config`.
 
     Raises:
         ArgumentError, ConfigurationError: A setting does not fit, or the server is too old.
@@ -333,7 +343,11 @@ async def open(  # noqa: A001
 
 @asynccontextmanager
 async def connect(
-    *, agent_id: UUID | str, dsn: str | None = None, data_dir: str | os.PathLike[str] | None = None, **settings: Any
+    *,
+    agent_id: UUID | str,
+    dsn: str | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    **settings: Unpack[Settings],
 ) -> AsyncIterator[DatabaseAdapter]:
     """Open an agent's memory for the time of an `async with` block. Takes and raises what `open` does."""
     adapter = await open(agent_id=agent_id, dsn=dsn, data_dir=data_dir, **settings)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Number
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from dotenv import dotenv_values, find_dotenv
 
 from .errors import ConfigurationError, show
 
-__all__ = ["Config"]
+__all__ = ["Config", "Settings"]
 
 
 def _number(kind: type[int] | type[float], least: float) -> Callable[[Any], Any]:
@@ -180,14 +180,20 @@ class Config:
     slow_call: float = _setting(2.0, "ELIZASQL_SLOW_CALL", _number(float, 0))
     telemetry: bool = _setting(True, "ELIZASQL_TELEMETRY", _boolean)
     handle_signals: bool = _setting(True, "ELIZASQL_HANDLE_SIGNALS", _boolean)
-    indexing: str = _setting("background", "ELIZASQL_INDEXING", _one_of("background", "manual", "inline"))
+    indexing: Literal["background", "manual", "inline"] = _setting(
+        "background", "ELIZASQL_INDEXING", _one_of("background", "manual", "inline")
+    )
     index_batch_size: int = _setting(200, "ELIZASQL_INDEX_BATCH_SIZE", _number(int, 1))
     index_interval: float = _setting(1.0, "ELIZASQL_INDEX_INTERVAL", _number(float, 0.001))
     ef_search: int = _setting(100, "ELIZASQL_EF_SEARCH", _number(int, 1))
     batch_size: int = _setting(1000, "ELIZASQL_BATCH_SIZE", _number(int, 1))
-    log_lane: str = _setting("interactive", "ELIZASQL_LOG_LANE", _one_of("interactive", "background"))
+    log_lane: Literal["interactive", "background"] = _setting(
+        "interactive", "ELIZASQL_LOG_LANE", _one_of("interactive", "background")
+    )
     memory_types: frozenset[str] | None = _setting(None, "ELIZASQL_MEMORY_TYPES", _names)
-    resident: str = _setting("auto", "ELIZASQL_RESIDENT", _one_of("auto", "off", "required"))
+    resident: Literal["auto", "off", "required"] = _setting(
+        "auto", "ELIZASQL_RESIDENT", _one_of("auto", "off", "required")
+    )
     resident_memory_mb: int = _setting(256, "ELIZASQL_RESIDENT_MEMORY_MB", _number(int, 0))
     resident_max_vectors: int | None = _setting(None, "ELIZASQL_RESIDENT_MAX_VECTORS", _number(int, 0))
     application_name: str = _setting("elizasql", "ELIZASQL_APPLICATION_NAME", _label)
@@ -259,6 +265,44 @@ class Config:
     def where(self) -> str:
         """Where the data is, without any secret: for messages and logs."""
         return f"embedded server in {self.data_dir}" if self.dsn is None else redact(self.dsn)
+
+
+class Settings(TypedDict, total=False):
+    """What `open` and `connect` take by name besides the address, for type checkers: `**settings: Unpack[Settings]`.
+
+    Fields of `Config`, which says what each means; None counts as not given.
+    """
+
+    migrate: bool | None
+    migration_dsn: str | None
+    pool_max_size: int | None
+    pool_min_size: int | None
+    pool_idle_timeout: float | None
+    background_pool_size: int | None
+    prepared_statements: bool | None
+    connection_timeout: float | None
+    timeout: float | None
+    max_retries: int | None
+    base_delay: float | None
+    max_delay: float | None
+    jitter_max: float | None
+    failure_threshold: int | None
+    reset_timeout: float | None
+    half_open_max_attempts: int | None
+    slow_call: float | None
+    telemetry: bool | None
+    handle_signals: bool | None
+    indexing: Literal["background", "manual", "inline"] | None
+    index_batch_size: int | None
+    index_interval: float | None
+    ef_search: int | None
+    batch_size: int | None
+    log_lane: Literal["interactive", "background"] | None
+    memory_types: str | Iterable[str] | None
+    resident: Literal["auto", "off", "required"] | None
+    resident_memory_mb: int | None
+    resident_max_vectors: int | None
+    application_name: str | None
 
 
 def _read_env_file() -> dict[str, str]:

@@ -11,6 +11,7 @@ import atexit
 import functools
 import inspect
 import os
+import sys
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import CancelledError, Future, wait
@@ -20,10 +21,15 @@ from uuid import UUID
 
 from . import _codecs, _embedded, _shutdown
 from . import adapter as _asynchronous
-from .config import Config
+from .config import Config, Settings
 from .errors import ArgumentError, ClosedError, ElizaSQLError, WrongLoopError
 
 __all__ = ["DatabaseAdapter", "connect", "open"]
+
+if sys.version_info >= (3, 11):
+    from typing import Unpack
+else:
+    from typing_extensions import Unpack
 
 T = TypeVar("T")
 
@@ -247,7 +253,11 @@ for _name, _method in inspect.getmembers(_asynchronous.DatabaseAdapter, inspect.
 
 
 def open(  # noqa: A001
-    *, agent_id: UUID | str, dsn: str | None = None, data_dir: str | os.PathLike[str] | None = None, **settings: Any
+    *,
+    agent_id: UUID | str,
+    dsn: str | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    **settings: Unpack[Settings],
 ) -> DatabaseAdapter:
     """Open an agent's memory for blocking code; `close()` when done. Takes and raises what `elizasql.open` does."""
     if Config.load(dsn=dsn, data_dir=data_dir, **settings).handle_signals:
@@ -267,7 +277,11 @@ def open(  # noqa: A001
 
 @contextmanager
 def connect(
-    *, agent_id: UUID | str, dsn: str | None = None, data_dir: str | os.PathLike[str] | None = None, **settings: Any
+    *,
+    agent_id: UUID | str,
+    dsn: str | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    **settings: Unpack[Settings],
 ) -> Iterator[DatabaseAdapter]:
     """Open an agent's memory for the time of a `with` block."""
     adapter = open(agent_id=agent_id, dsn=dsn, data_dir=data_dir, **settings)

@@ -7,6 +7,8 @@ from datetime import datetime, timedelta
 from typing import Any, Literal, TypeVar
 from uuid import UUID
 
+from typing_extensions import Unpack
+
 from . import cache as _cache
 from . import logs as _logs
 from . import messaging as _messaging
@@ -14,7 +16,7 @@ from . import pairing as _pairing
 from . import participants as _participants
 from . import reembedding as _reembedding
 from ._calls import lasting
-from .config import Config
+from .config import Config, Settings
 from .models import (
     Agent,
     AgentRunSummaryResult,
@@ -743,9 +745,17 @@ class DatabaseAdapter:
     ) -> int: ...
 
 def open(  # noqa: A001
-    *, agent_id: UUID | str, dsn: str | None = None, data_dir: str | os.PathLike[str] | None = None, **settings: Any
+    *,
+    agent_id: UUID | str,
+    dsn: str | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    **settings: Unpack[Settings],
 ) -> DatabaseAdapter: ...
 @contextmanager
 def connect(
-    *, agent_id: UUID | str, dsn: str | None = None, data_dir: str | os.PathLike[str] | None = None, **settings: Any
+    *,
+    agent_id: UUID | str,
+    dsn: str | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    **settings: Unpack[Settings],
 ) -> Iterator[DatabaseAdapter]: ...

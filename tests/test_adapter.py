@@ -176,7 +176,7 @@ async def test_an_address_without_a_user_where_the_system_has_none(
 
 async def test_unknown_setting_is_refused_before_anything() -> None:
     with nothing_left(), pytest.raises(elizasql.ConfigurationError, match="unknown setting pool_size"):
-        await elizasql.open(agent_id=uuid4(), dsn=REFUSED, pool_size=3)
+        await elizasql.open(agent_id=uuid4(), dsn=REFUSED, pool_size=3)  # type: ignore[call-arg]
 
 
 async def test_data_dir_of_the_call_beats_the_address_of_the_environment(

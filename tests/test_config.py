@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 import traceback
+import typing
 from decimal import Decimal
 from enum import Enum
 from fractions import Fraction
@@ -17,7 +18,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elizasql import Config, ConfigurationError
+import elizasql
+from elizasql import Config, ConfigurationError, Settings, sync
 from elizasql.config import redact
 
 SECRET = "hunter2-secret"
@@ -60,6 +62,20 @@ VALUES: dict[str, tuple[str, Any, Any]] = {
     "resident_max_vectors": ("100", 100, 101),
     "application_name": ("ada", "ada", "bob"),
 }
+
+
+def test_type_checkers_know_every_setting() -> None:
+    types = {name: str(field.type) for name, field in FIELDS.items()}
+    del types["dsn"], types["data_dir"]  # arguments of their own
+    types["memory_types"] = "str | Iterable[str]"
+    written = {name: kind.__forward_arg__ for name, kind in Settings.__annotations__.items()}
+    assert written == {name: kind.removesuffix(" | None") + " | None" for name, kind in types.items()}
+
+
+@pytest.mark.parametrize("function", [elizasql.open, elizasql.connect, sync.open, sync.connect])
+def test_types_can_be_asked_for_at_run_time(function: Any) -> None:
+    """As frameworks do that hand arguments in."""
+    assert typing.get_args(typing.get_type_hints(function)["settings"]) == (Settings,)
 
 
 @pytest.fixture(autouse=True)
@@ -244,8 +260,9 @@ def test_a_word_may_come_from_an_enumeration() -> None:
     class Mode(str, Enum):
         MANUAL = "manual"
 
-    assert type(Config.load(environ={}, indexing=Mode.MANUAL).indexing) is str
-    assert Config.load(environ={}, indexing=Mode.MANUAL).indexing == "manual"
+    found: str = Config.load(environ={}, indexing=Mode.MANUAL).indexing
+    assert type(found) is str
+    assert found == "manual"
 
 
 def test_sizes_that_contradict_each_other() -> None:

@@ -166,7 +166,7 @@ def test_failed_open_leaves_no_thread() -> None:
     with pytest.raises(elizasql.ConnectionLostError):
         sync.open(agent_id=uuid4(), dsn="postgresql://127.0.0.1:1/x")
     with pytest.raises(elizasql.ConfigurationError):
-        sync.open(agent_id=uuid4(), pool_size=1)
+        sync.open(agent_id=uuid4(), pool_size=1)  # type: ignore[call-arg]
     with pytest.raises(elizasql.ArgumentError), sync.connect(agent_id="no id"):
         pass
     assert threads() == before

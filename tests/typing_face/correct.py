@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractAsyncContextManager
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from uuid import UUID, uuid4
 import numpy as np
 from numpy.typing import NDArray
 from pgvector import HalfVector, Vector
-from typing_extensions import assert_type
+from typing_extensions import Unpack, assert_type
 
 import elizasql
 import elizasql.sync
@@ -39,6 +40,7 @@ from elizasql import (
     Participant,
     Relationship,
     Room,
+    Settings,
     Task,
     World,
 )
@@ -157,10 +159,18 @@ async def talk(db: DatabaseAdapter) -> None:
     print(message.created_at)
 
 
+def opened(**settings: Unpack[Settings]) -> AbstractAsyncContextManager[DatabaseAdapter]:
+    return elizasql.connect(agent_id=AGENT, **settings)
+
+
 async def main(dsn: str | None) -> None:
     config: Config = Config.load(ef_search=100)
     dimension: Dimension = 384
-    async with elizasql.connect(agent_id=AGENT, dsn=dsn, ef_search=config.ef_search) as db:
+    more: Settings = {"resident": config.resident, "memory_types": ["messages"], "timeout": None}
+    async with opened(ef_search=config.ef_search, pool_max_size=5), elizasql.connect(agent_id=AGENT, **more):
+        pass
+    anything: dict[str, Any] = {"indexing": "manual"}
+    async with elizasql.connect(agent_id=AGENT, dsn=dsn, ef_search=config.ef_search, **anything) as db:
         try:
             await remember(db, uuid4(), uuid4())
             async with db.transaction() as tx, tx.transaction() as savepoint:

@@ -30,11 +30,15 @@ async def mistakes(db: DatabaseAdapter) -> None:
     with elizasql.connect(agent_id=uuid4()):  # mistake: asynchronous
         pass
     await elizasql.open(agent_id=uuid4(), data_dir=5432)  # mistake: a number is no folder
+    await elizasql.open(agent_id=uuid4(), pool_size=5)  # mistake: no such setting
+    await elizasql.open(agent_id=uuid4(), timeout="5 s")  # mistake: seconds are a number
+    await elizasql.open(agent_id=uuid4(), resident="always")  # mistake: no such choice
     print(text, count)
 
 
 def blocking() -> None:
     elizasql.sync.open(agent_id=uuid4(), data_dir=b"memory")  # mistake: bytes are no folder
+    elizasql.sync.open(agent_id=uuid4(), index="manual")  # mistake: no such setting
     with elizasql.sync.connect(agent_id=uuid4()) as db:
         hits = db.search_memories(embedding=np.ones(384), table_name="facts")
         print(hits.similarity)  # mistake: a list
