@@ -91,8 +91,8 @@ class Reembedding(Store):
         none is missing the new width is switched on for everybody at once, and the old vectors are dropped in batches.
         Whatever breaks it off, the old width or the new is in force as a whole; call it again with the same `embed` to
         go on. One text is embedded first, to see that `embed` fits, and is the same: if not, nothing is begun. An agent
-        that has the width already is left as it is, with counts of 0: to another model of the same width there is no
-        way here.
+        that has the width already is left as it is, with counts of 0: another model of the same width is a move to
+        the next larger one, with vectors that are filled up with zeros.
 
         The switch is one transaction that keeps writers of this agent waiting, and no search: 0.05 s for 10,000
         vectors, 0.25 s for 50,000, up to three times as long when they have to come from the disk. Where so much is

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import os
 import random
@@ -132,6 +133,22 @@ async def test_a_move_gives_every_memory_a_vector_of_the_new_width(make_db: Make
     await db.update_memory({"id": (await remember_one(db, NEW)), "embedding": vector_of("x", NEW)})
     with pytest.raises(EmbeddingDimensionError):
         await db.create_memory(memory("old"), "messages")
+
+
+async def test_models_of_one_width_take_turns(db: DatabaseAdapter) -> None:
+    """The second one's vectors are filled up with zeros to the next width, the third one's are of the first again."""
+    ids = dict(zip(map("text {}".format, range(30)), await remember(db, 30), strict=True))
+
+    def by(model: str, texts: list[str], width: int) -> np.ndarray[Any, Any]:
+        made = np.array([vector_of(f"{model}: {text}", 384) for text in texts])
+        return np.pad(made / np.linalg.norm(made, axis=1, keepdims=True), ((0, 0), (0, width - 384)))
+
+    for model, width in (("second", 512), ("third", 384)):
+        await db.reembed(width, functools.partial(by, model, width=width))
+        (query,) = by(model, ["?"], width)
+        nearest = np.argsort(-(by(model, list(ids), 384) @ query[:384]))[:10]
+        hits = await db.search_memories(embedding=query, table_name="messages", count=10)
+        assert [hit.id for hit in hits] == [list(ids.values())[number] for number in nearest]
 
 
 async def remember_one(db: DatabaseAdapter, width: int = OLD) -> UUID:
