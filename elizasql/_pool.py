@@ -276,13 +276,12 @@ class _Connection(asyncpg.Connection):  # type: ignore[misc]
         if self._pool_holder is not None:
             raise asyncpg.InvalidCachedStatementError("the types that this connection knows have been made anew")
         key = (*self._looked_up, *sorted(typeoids))
-        types = _INTROSPECTED.get(key)
-        if types is None:
-            types, statement = await super()._introspect_types(typeoids, timeout)
-            if len(_INTROSPECTED) < 100:  # as many databases
-                _INTROSPECTED[key] = types
-            return types, statement
-        return types, _NOT_SENT
+        if (types := _INTROSPECTED.get(key)) is not None:
+            return types, _NOT_SENT
+        types, statement = await super()._introspect_types(typeoids, timeout)
+        if len(_INTROSPECTED) < 100:  # as many databases
+            _INTROSPECTED[key] = types
+        return types, statement
 
     async def close(self, *, timeout: float | None = None) -> None:
         """Close in good order, or cut what cannot be closed any more."""

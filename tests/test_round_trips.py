@@ -296,6 +296,27 @@ async def test_what_one_connection_learns_of_types_the_next_is_told(
         await connection.close()
 
 
+async def test_what_was_learnt_where_vector_has_another_number_is_not_told(
+    dsn: str, round_trips: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learnt: dict[tuple[Any, ...], Any] = {}
+    monkeypatch.setattr(_pool, "_INTROSPECTED", learnt)
+    connection = await asyncpg.connect(dsn, connection_class=_pool._Connection)
+    await _codecs.register(connection, "public")
+    number = await connection.fetchval("SELECT 'public.vector'::regtype::oid")
+    await connection.close()
+    ((key, types),) = learnt.items()
+    elsewhere = tuple(number + 1 if part == number else part for part in key)
+    learnt.clear()
+    learnt[elsewhere] = []
+    connection = await asyncpg.connect(dsn, connection_class=_pool._Connection)
+    round_trips.clear()
+    await _codecs.register(connection, "public")
+    await connection.close()
+    assert "typeinfo_tree" in round_trips[-1]
+    assert learnt == {elsewhere: [], key: types}
+
+
 @pytest.mark.parametrize("prepared", [True, False], ids=["prepared", "unprepared"])
 async def test_types_of_one_database_are_not_taken_for_those_of_another(
     make_db: MakeAdapter, dsn: str, empty_database: str, prepared: bool
