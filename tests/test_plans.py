@@ -377,7 +377,7 @@ async def test_candidates_are_set_before_the_index_is_opened(
                 for node in nodes
                 if "hnsw" in node.get("Index Name", "") and node["Actual Loops"]
             ]
-        assert read["400"] > 3 * read["10"], (name, read)
+        assert read["400"] > 1.5 * read["10"], (name, read)  # alike, if it came too late
 
 
 async def test_search_of_few_reads_no_table_whole(

@@ -98,9 +98,10 @@ async def check_search(db: DatabaseAdapter, raw: Raw, width: int = NEW, **scope:
 
         nearest = sorted(found, key=distance)[:5]
         for until in (0.0, float("inf")):
-            db._measured["messages", 100, (None, None, None)] = (True, "100", until)
+            # So many candidates that HNSW looks at all: what it leaves out of fewer is no matter of the move.
+            db._measured["messages", 100, (None, None, None)] = (True, "1000", until)
             hits = await db.search_memories(embedding=query, table_name="messages", count=5, include_embedding=True)
-            assert [hit.id for hit in hits] == nearest
+            assert [hit.id for hit in hits] == nearest, ("exact", "by HNSW")[until > 0]
             assert all(hit.embedding is not None and hit.embedding.shape == (width,) for hit in hits)
     db._measured.clear()
 
@@ -948,8 +949,10 @@ class World:
         self.done = dict.fromkeys(("create", "update", "rewrite", "delete", "search"), 0)
 
     async def begin(self) -> None:
-        ids = await remember(self.adapters[0], 20, "anchor")
-        self.anchors = {id: f"anchor {number}" for number, id in enumerate(ids)}
+        # Of this world alone: HNSW finds its way badly among the equal vectors of many agents.
+        word = str(uuid4())
+        ids = await remember(self.adapters[0], 20, word)
+        self.anchors = {id: f"{word} {number}" for number, id in enumerate(ids)}
 
     async def work(self) -> None:
         """Do something through some of the adapters at once; who knows the old width only, learns."""
