@@ -43,6 +43,7 @@ logger = logging.getLogger("elizasql")
 
 T = TypeVar("T")
 Work = Callable[[Any, float], Awaitable[Any]]
+Fetch = Callable[..., Awaitable[list[asyncpg.Record]]]
 
 # What speaks of the connection, where another one does better: it leads to a standby since a failover, or what it knows
 # of types and statements is no longer so.
@@ -144,21 +145,36 @@ class Executor:
         """
         if len(chunks) == 1 and not settle and not unlimited:
             return await self.fetch(statement, **chunks[0])
-        arguments = [statement.order(chunk) for chunk in chunks]
 
-        async def work(connection: Any, deadline: float) -> list[asyncpg.Record]:
+        async def work(fetch: Fetch) -> list[asyncpg.Record]:
             rows: list[asyncpg.Record] = []
             if unlimited:
-                await connection.fetch(SQL["lift_limits"].sql, timeout=_left(deadline))
-            for each in arguments:
-                rows += await connection.fetch(statement.sql, *each, timeout=_left(deadline))
+                await fetch(SQL["lift_limits"])
+            for chunk in chunks:
+                rows += await fetch(statement, **chunk)
             return rows
 
+        return await self.fetch_together(statement, work)
+
+    def fetch_together(self, statement: Statement, work: Callable[[Fetch], Awaitable[T]]) -> Coroutine[Any, Any, T]:
+        """Run several statements in one transaction.
+
+        Args:
+            statement: What the transaction is for: errors name it.
+            work: Takes what runs a statement and gives its rows. It is called once more for each new try.
+        """
+
+        async def on(connection: Any, deadline: float) -> T:
+            def fetch(each: Statement, **params: Any) -> Coroutine[Any, Any, list[asyncpg.Record]]:
+                rows: Coroutine[Any, Any, list[asyncpg.Record]] = connection.fetch(
+                    each.sql, *each.order(params), timeout=_left(deadline)
+                )
+                return rows
+
+            return await work(fetch)
+
         # What broke before the end of the transaction was not done; its end is settled by `_commit_on`.
-        rows: list[asyncpg.Record] = await self._attempts(
-            statement.name, self._in_transaction(work, settle=True), Outcome.NOT_APPLIED
-        )
-        return rows
+        return self._attempts(statement.name, self._in_transaction(on, settle=True), Outcome.NOT_APPLIED)
 
     async def probe(self) -> None:
         """Ask the server for a sign of life, once: no try is made again, and the breaker is not asked."""

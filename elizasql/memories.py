@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
@@ -15,7 +16,8 @@ from rapidfuzz.distance import Levenshtein
 
 from . import _codecs
 from ._calls import lasting
-from ._executor import Executor
+from ._duplicates import find_alike
+from ._executor import Fetch
 from ._indexer import Indexer
 from ._loader import Loader
 from ._resident import Resident
@@ -35,6 +37,9 @@ _Scope = tuple[Any, ...]
 
 # Candidates that HNSW gives to the exact ranking, for each row asked for: the index orders by half precision.
 _RERANK = 3
+
+# Memories of a batch that are compared with one another without leaving the event loop.
+_COMPARED_AT_ONCE = 256
 
 _CREATE_COLUMNS = ("id", "type", "created_at", "content", "entity_id", "room_id", "world_id", "unique", "metadata")
 
@@ -169,9 +174,7 @@ class Memories(Store):
 
         One statement for each `config.batch_size` memories, in one transaction. Ids that are there already keep their
         rows; of two memories with one id the first counts. `unique` is decided as in `create_memory`, also against
-        the memories before in the batch; give it where it is known, the check costs up to one search for each. With
-        thousands of one type for one room that grows with the square of their number, to half a minute and more for
-        10,000: give `unique`, or take `load_memories`.
+        the memories before in the batch; give it where it is known, the check costs up to one search for each.
 
         Args:
             memories: Models, mappings, or mappings `{"memory": ..., "tableName": ..., "unique": ...}`.
@@ -180,8 +183,9 @@ class Memories(Store):
         Raises:
             As `create_memory`; an ArgumentError names the position of the memory.
 
-        Statement: sql/memories.sql create_memories or create_memories_marking_duplicates. One round trip a chunk.
-        Source: createMemories.
+        Statement: sql/memories.sql create_memories or create_memories_marking_duplicates, one round trip a chunk; where
+        near-duplicates are looked for, and are in several chunks or in the batch itself, find_near_duplicates and
+        create_memories, two round trips a chunk in one transaction. Source: createMemories.
         """
         ids, rows = self._read_memories(memories, table_name, None)
         return await self._create(ids, rows, await self._width_of(rows)) if rows else []
@@ -190,13 +194,37 @@ class Memories(Store):
         undecided = {
             (row["type"], row["room_id"]) for row in rows if row["unique"] is None and row["embedding"] is not None
         }
-        name = "create_memories_marking_duplicates" if undecided else "create_memories"
+        in_order = tuple(rows)
         chunks = self._batch(rows, undecided=bool(undecided))
-        if undecided:
+        if not undecided:
+            await self._write(SQL.at("create_memories", given or 384), chunks, given)
+            return ids
+        for chunk in chunks:
+            chunk |= {"lock_types": [], "lock_rooms": []}
+        chunks[0]["lock_types"], chunks[0]["lock_rooms"] = map(list, zip(*undecided, strict=True))
+        width = given or 384
+        alike = await _find_alike(in_order)
+        if len(chunks) == 1 and not alike:
+            await self._write(SQL.at("create_memories_marking_duplicates", width), chunks, given)
+            return ids
+        look, create = SQL.at("find_near_duplicates", width), SQL.at("create_memories", width)
+
+        async def work(fetch: Fetch) -> list[Any]:
+            # All are looked up before any is stored: what the batch itself stores need not be compared again.
+            near: list[bool | None] = []
             for chunk in chunks:
-                chunk |= {"lock_types": [], "lock_rooms": []}
-            chunks[0]["lock_types"], chunks[0]["lock_rooms"] = map(list, zip(*undecided, strict=True))
-        await self._write(SQL.at(name, given or 384), chunks, given)
+                near += (await fetch(look, **chunk))[0]["near"]
+            there = {row["id"] for row, found in zip(rows, near, strict=True) if found is None}
+            like_others = await _find_alike(in_order, there) if there else alike
+            uniques = iter(
+                not (found or row["id"] in like_others) if row["unique"] is None else row["unique"]
+                for row, found in zip(rows, near, strict=True)
+            )
+            for chunk in chunks:
+                await fetch(create, **chunk | {"uniques": list(islice(uniques, len(chunk["ids"])))})
+            return []
+
+        await self._write_with(self._executor.fetch_together(create, work), given)
         return ids
 
     @lasting(86_400.0)
@@ -892,16 +920,17 @@ class Memories(Store):
         """Store a batch of a load, in one transaction of the background's."""
         given = await self._width_of(rows)
         chunks = [{**chunk, "skip": skip} for chunk in self._batch(rows)]
-        return await self._write_on(self._background, SQL.at("load_memories", given or 384), chunks, settle=True)
+        statement = SQL.at("load_memories", given or 384)
+        return await self._heed_move(self._background.fetch_chunks(statement, chunks, settle=True))
 
     def _batch(self, rows: list[dict[str, Any]], *, undecided: bool = False) -> list[dict[str, Any]]:
         """Give what a batch statement takes, chunk by chunk; the rows are ordered by id, over all chunks.
 
         Args:
             rows: What to store, every id once; they are put in this order.
-            undecided: Near-duplicates are looked for, also among those before in the batch: the order stays.
+            undecided: Near-duplicates are looked for: "unique" may stay open.
         """
-        positions = iter(range(len(rows)) if undecided else order_by_id(rows))
+        positions = iter(order_by_id(rows))
         chunks: list[dict[str, Any]] = []
         for chunk in self._chunks(rows, _weigh):
             columns = _columns(chunk)
@@ -914,17 +943,18 @@ class Memories(Store):
 
     async def _write(self, statement: Statement, chunks: list[dict[str, Any]], given: int | None) -> list[Any]:
         """Run a write, and tell the indexer."""
-        rows = await self._write_on(self._executor, statement, chunks)
+        return await self._write_with(self._executor.fetch_chunks(statement, chunks), given)
+
+    async def _write_with(self, write: Awaitable[list[Any]], given: int | None) -> list[Any]:
+        rows = await self._heed_move(write)
         if given is not None:
             self._indexer.wake()
         return rows
 
-    async def _write_on(
-        self, executor: Executor, statement: Statement, chunks: list[dict[str, Any]], *, settle: bool = False
-    ) -> list[Any]:
-        """Run a write; the server refuses it when the agent has moved to another width meanwhile."""
+    async def _heed_move(self, write: Awaitable[list[Any]]) -> list[Any]:
+        """Wait for a write; the server refuses it when the agent has moved to another width meanwhile."""
         try:
-            return await executor.fetch_chunks(statement, chunks, settle=settle)
+            return await write
         except EmbeddingDimensionError as error:
             self._learn(error.locked)
             raise
@@ -1060,6 +1090,13 @@ def _unwrap(memory: Any) -> dict[str, Any]:
     if memory.get("unique") is not None:
         fields["unique"] = _codecs.as_bool(memory["unique"], "unique")
     return fields
+
+
+async def _find_alike(rows: Sequence[Mapping[str, Any]], left_out: Container[UUID] = ()) -> set[UUID]:
+    """Run `find_alike`, of more than a millisecond in another thread."""
+    if len(rows) <= _COMPARED_AT_ONCE:
+        return find_alike(rows, left_out)
+    return await asyncio.to_thread(find_alike, rows, left_out)
 
 
 def _weigh(row: Mapping[str, Any]) -> int:

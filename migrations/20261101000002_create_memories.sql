@@ -351,9 +351,8 @@ ALTER TABLE elizasql.embeddings ENABLE ALWAYS TRIGGER embeddings_stamp_changed;
 
 -- near_duplicates_N(agent, ids, types, rooms, worlds, entities, embeddings, uniques, ...) -> boolean[]: for each memory
 -- of a batch that is about to be created, whether one of cosine similarity >= 0.95 is there already, in the same scope
--- (agent, type, and room, world and entity where given) or earlier in the batch. Memories without an embedding, or whose
--- "unique" is given, are not looked up. What is given for an id that is there already is not going to be stored, and
--- counts as if it had no embedding.
+-- (agent, type, and room, world and entity where given); NULL where its id is there already, and keeps its row. Memories
+-- without an embedding, or whose "unique" is given, are not looked up. Those of the batch itself the client compares.
 --
 -- A function, because a statement does not see rows that were committed while it waited for a lock, and the inner
 -- statements of a volatile function do: of concurrent near-duplicates exactly one stays unique. The locks, one for
@@ -364,8 +363,8 @@ ALTER TABLE elizasql.embeddings ENABLE ALWAYS TRIGGER embeddings_stamp_changed;
 -- A scope of up to 2,000 rows is compared exactly, through the index of the narrowest one that is given. For a larger one
 -- HNSW gives the ten nearest of that type that the agent has, whatever their room, world and entity: where none of them
 -- is that near, none is in the scope either, and the scan need not go on until the scope has answered. Only where all ten
--- are that near and elsewhere the scope itself is asked. An agent of less than a tenth of its graph HNSW could not answer
--- for: then up to 20,000 rows are compared exactly. In the server, for 6,000 rows of 10,000, real embeddings: 3 ms in
+-- are that near and elsewhere the scope itself is asked. A type that fills less than a tenth of the graph HNSW could not
+-- answer for, nor one that stands in the tail: then up to 20,000 rows are compared exactly. In the server, for 6,000 rows of 10,000, real embeddings: 3 ms in
 -- place of 6.7 row by row; for all 10,000 3 in place of 10; and each of 2,400 near-duplicates of similarity 0.951 and
 -- more was found. A batch measures a scope once: to count it took as long again as to compare it.
 DO $create$
@@ -405,7 +404,7 @@ CREATE FUNCTION elizasql.near_duplicates_384(
     uniques boolean[], lock_types text[], lock_rooms uuid[]
 ) RETURNS boolean[] LANGUAGE plpgsql VOLATILE AS $body$
 DECLARE
-    duplicates boolean[] := array_fill(FALSE, ARRAY[cardinality(types)]);
+    duplicates boolean[];
     lock_key bigint;
     enough int;
     dense_kind text;
@@ -428,30 +427,15 @@ BEGIN
     LOOP
         PERFORM pg_advisory_xact_lock(lock_key);
     END LOOP;
-    vectors := ARRAY(
-        SELECT CASE WHEN present.id IS NULL THEN given.vec END
-        FROM unnest(ids, vectors) WITH ORDINALITY AS given (id, vec, position)
+    duplicates := ARRAY(
+        SELECT CASE WHEN present.id IS NULL THEN FALSE END
+        FROM unnest(ids) WITH ORDINALITY AS given (id, position)
         LEFT JOIN LATERAL (
             SELECT m.id FROM elizasql.memories AS m WHERE m.agent_id = given_agent AND m.id = given.id LIMIT 1
         ) AS present ON TRUE
         ORDER BY given.position);
-    IF cardinality(types) > 1 THEN
-        WITH given AS MATERIALIZED (
-            SELECT * FROM unnest(types, rooms, worlds, entities, vectors, uniques)
-            WITH ORDINALITY AS g (kind, room, world, entity, vec, is_unique, position)
-        )
-        SELECT array_agg(later.is_unique IS NULL AND EXISTS (
-            SELECT FROM given AS earlier
-            WHERE earlier.position < later.position
-                AND earlier.kind = later.kind
-                AND (later.room IS NULL OR earlier.room = later.room)
-                AND (later.world IS NULL OR earlier.world = later.world)
-                AND (later.entity IS NULL OR earlier.entity = later.entity)
-                AND earlier.vec <=> later.vec <= 0.05
-        ) ORDER BY later.position) INTO duplicates FROM given AS later;
-    END IF;
     FOR i IN 1..cardinality(types) LOOP
-        CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
+        CONTINUE WHEN duplicates[i] IS NULL OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
         asked := format('%s %s %s %s', rooms[i], entities[i], worlds[i], types[i]);
         way := ways[array_position(measured, asked)];
         IF way IS NULL THEN
@@ -461,7 +445,7 @@ BEGIN
                     dense_kind := types[i];
                     dense := (SELECT count(*) = enough FROM (
                         SELECT FROM elizasql.embeddings
-                        WHERE agent_id = given_agent AND type = types[i] LIMIT enough) AS counted);
+                        WHERE agent_id = given_agent AND type = types[i] AND indexed LIMIT enough) AS counted);
                 END IF;
                 EXIT WHEN way IS NOT NULL OR dense;
             END LOOP;

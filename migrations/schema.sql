@@ -466,7 +466,7 @@ CREATE FUNCTION elizasql.near_duplicates_1024(given_agent uuid, ids uuid[], type
     LANGUAGE plpgsql
     AS $$
 DECLARE
-    duplicates boolean[] := array_fill(FALSE, ARRAY[cardinality(types)]);
+    duplicates boolean[];
     lock_key bigint;
     enough int;
     dense_kind text;
@@ -489,30 +489,15 @@ BEGIN
     LOOP
         PERFORM pg_advisory_xact_lock(lock_key);
     END LOOP;
-    vectors := ARRAY(
-        SELECT CASE WHEN present.id IS NULL THEN given.vec END
-        FROM unnest(ids, vectors) WITH ORDINALITY AS given (id, vec, position)
+    duplicates := ARRAY(
+        SELECT CASE WHEN present.id IS NULL THEN FALSE END
+        FROM unnest(ids) WITH ORDINALITY AS given (id, position)
         LEFT JOIN LATERAL (
             SELECT m.id FROM elizasql.memories AS m WHERE m.agent_id = given_agent AND m.id = given.id LIMIT 1
         ) AS present ON TRUE
         ORDER BY given.position);
-    IF cardinality(types) > 1 THEN
-        WITH given AS MATERIALIZED (
-            SELECT * FROM unnest(types, rooms, worlds, entities, vectors, uniques)
-            WITH ORDINALITY AS g (kind, room, world, entity, vec, is_unique, position)
-        )
-        SELECT array_agg(later.is_unique IS NULL AND EXISTS (
-            SELECT FROM given AS earlier
-            WHERE earlier.position < later.position
-                AND earlier.kind = later.kind
-                AND (later.room IS NULL OR earlier.room = later.room)
-                AND (later.world IS NULL OR earlier.world = later.world)
-                AND (later.entity IS NULL OR earlier.entity = later.entity)
-                AND earlier.vec <=> later.vec <= 0.05
-        ) ORDER BY later.position) INTO duplicates FROM given AS later;
-    END IF;
     FOR i IN 1..cardinality(types) LOOP
-        CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
+        CONTINUE WHEN duplicates[i] IS NULL OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
         asked := format('%s %s %s %s', rooms[i], entities[i], worlds[i], types[i]);
         way := ways[array_position(measured, asked)];
         IF way IS NULL THEN
@@ -554,7 +539,7 @@ BEGIN
                     dense_kind := types[i];
                     dense := (SELECT count(*) = enough FROM (
                         SELECT FROM elizasql.embeddings
-                        WHERE agent_id = given_agent AND type = types[i] LIMIT enough) AS counted);
+                        WHERE agent_id = given_agent AND type = types[i] AND indexed LIMIT enough) AS counted);
                 END IF;
                 EXIT WHEN way IS NOT NULL OR dense;
             END LOOP;
@@ -634,7 +619,7 @@ CREATE FUNCTION elizasql.near_duplicates_1536(given_agent uuid, ids uuid[], type
     LANGUAGE plpgsql
     AS $$
 DECLARE
-    duplicates boolean[] := array_fill(FALSE, ARRAY[cardinality(types)]);
+    duplicates boolean[];
     lock_key bigint;
     enough int;
     dense_kind text;
@@ -657,30 +642,15 @@ BEGIN
     LOOP
         PERFORM pg_advisory_xact_lock(lock_key);
     END LOOP;
-    vectors := ARRAY(
-        SELECT CASE WHEN present.id IS NULL THEN given.vec END
-        FROM unnest(ids, vectors) WITH ORDINALITY AS given (id, vec, position)
+    duplicates := ARRAY(
+        SELECT CASE WHEN present.id IS NULL THEN FALSE END
+        FROM unnest(ids) WITH ORDINALITY AS given (id, position)
         LEFT JOIN LATERAL (
             SELECT m.id FROM elizasql.memories AS m WHERE m.agent_id = given_agent AND m.id = given.id LIMIT 1
         ) AS present ON TRUE
         ORDER BY given.position);
-    IF cardinality(types) > 1 THEN
-        WITH given AS MATERIALIZED (
-            SELECT * FROM unnest(types, rooms, worlds, entities, vectors, uniques)
-            WITH ORDINALITY AS g (kind, room, world, entity, vec, is_unique, position)
-        )
-        SELECT array_agg(later.is_unique IS NULL AND EXISTS (
-            SELECT FROM given AS earlier
-            WHERE earlier.position < later.position
-                AND earlier.kind = later.kind
-                AND (later.room IS NULL OR earlier.room = later.room)
-                AND (later.world IS NULL OR earlier.world = later.world)
-                AND (later.entity IS NULL OR earlier.entity = later.entity)
-                AND earlier.vec <=> later.vec <= 0.05
-        ) ORDER BY later.position) INTO duplicates FROM given AS later;
-    END IF;
     FOR i IN 1..cardinality(types) LOOP
-        CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
+        CONTINUE WHEN duplicates[i] IS NULL OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
         asked := format('%s %s %s %s', rooms[i], entities[i], worlds[i], types[i]);
         way := ways[array_position(measured, asked)];
         IF way IS NULL THEN
@@ -722,7 +692,7 @@ BEGIN
                     dense_kind := types[i];
                     dense := (SELECT count(*) = enough FROM (
                         SELECT FROM elizasql.embeddings
-                        WHERE agent_id = given_agent AND type = types[i] LIMIT enough) AS counted);
+                        WHERE agent_id = given_agent AND type = types[i] AND indexed LIMIT enough) AS counted);
                 END IF;
                 EXIT WHEN way IS NOT NULL OR dense;
             END LOOP;
@@ -802,7 +772,7 @@ CREATE FUNCTION elizasql.near_duplicates_3072(given_agent uuid, ids uuid[], type
     LANGUAGE plpgsql
     AS $$
 DECLARE
-    duplicates boolean[] := array_fill(FALSE, ARRAY[cardinality(types)]);
+    duplicates boolean[];
     lock_key bigint;
     enough int;
     dense_kind text;
@@ -825,30 +795,15 @@ BEGIN
     LOOP
         PERFORM pg_advisory_xact_lock(lock_key);
     END LOOP;
-    vectors := ARRAY(
-        SELECT CASE WHEN present.id IS NULL THEN given.vec END
-        FROM unnest(ids, vectors) WITH ORDINALITY AS given (id, vec, position)
+    duplicates := ARRAY(
+        SELECT CASE WHEN present.id IS NULL THEN FALSE END
+        FROM unnest(ids) WITH ORDINALITY AS given (id, position)
         LEFT JOIN LATERAL (
             SELECT m.id FROM elizasql.memories AS m WHERE m.agent_id = given_agent AND m.id = given.id LIMIT 1
         ) AS present ON TRUE
         ORDER BY given.position);
-    IF cardinality(types) > 1 THEN
-        WITH given AS MATERIALIZED (
-            SELECT * FROM unnest(types, rooms, worlds, entities, vectors, uniques)
-            WITH ORDINALITY AS g (kind, room, world, entity, vec, is_unique, position)
-        )
-        SELECT array_agg(later.is_unique IS NULL AND EXISTS (
-            SELECT FROM given AS earlier
-            WHERE earlier.position < later.position
-                AND earlier.kind = later.kind
-                AND (later.room IS NULL OR earlier.room = later.room)
-                AND (later.world IS NULL OR earlier.world = later.world)
-                AND (later.entity IS NULL OR earlier.entity = later.entity)
-                AND earlier.vec <=> later.vec <= 0.05
-        ) ORDER BY later.position) INTO duplicates FROM given AS later;
-    END IF;
     FOR i IN 1..cardinality(types) LOOP
-        CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
+        CONTINUE WHEN duplicates[i] IS NULL OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
         asked := format('%s %s %s %s', rooms[i], entities[i], worlds[i], types[i]);
         way := ways[array_position(measured, asked)];
         IF way IS NULL THEN
@@ -890,7 +845,7 @@ BEGIN
                     dense_kind := types[i];
                     dense := (SELECT count(*) = enough FROM (
                         SELECT FROM elizasql.embeddings
-                        WHERE agent_id = given_agent AND type = types[i] LIMIT enough) AS counted);
+                        WHERE agent_id = given_agent AND type = types[i] AND indexed LIMIT enough) AS counted);
                 END IF;
                 EXIT WHEN way IS NOT NULL OR dense;
             END LOOP;
@@ -970,7 +925,7 @@ CREATE FUNCTION elizasql.near_duplicates_384(given_agent uuid, ids uuid[], types
     LANGUAGE plpgsql
     AS $$
 DECLARE
-    duplicates boolean[] := array_fill(FALSE, ARRAY[cardinality(types)]);
+    duplicates boolean[];
     lock_key bigint;
     enough int;
     dense_kind text;
@@ -993,30 +948,15 @@ BEGIN
     LOOP
         PERFORM pg_advisory_xact_lock(lock_key);
     END LOOP;
-    vectors := ARRAY(
-        SELECT CASE WHEN present.id IS NULL THEN given.vec END
-        FROM unnest(ids, vectors) WITH ORDINALITY AS given (id, vec, position)
+    duplicates := ARRAY(
+        SELECT CASE WHEN present.id IS NULL THEN FALSE END
+        FROM unnest(ids) WITH ORDINALITY AS given (id, position)
         LEFT JOIN LATERAL (
             SELECT m.id FROM elizasql.memories AS m WHERE m.agent_id = given_agent AND m.id = given.id LIMIT 1
         ) AS present ON TRUE
         ORDER BY given.position);
-    IF cardinality(types) > 1 THEN
-        WITH given AS MATERIALIZED (
-            SELECT * FROM unnest(types, rooms, worlds, entities, vectors, uniques)
-            WITH ORDINALITY AS g (kind, room, world, entity, vec, is_unique, position)
-        )
-        SELECT array_agg(later.is_unique IS NULL AND EXISTS (
-            SELECT FROM given AS earlier
-            WHERE earlier.position < later.position
-                AND earlier.kind = later.kind
-                AND (later.room IS NULL OR earlier.room = later.room)
-                AND (later.world IS NULL OR earlier.world = later.world)
-                AND (later.entity IS NULL OR earlier.entity = later.entity)
-                AND earlier.vec <=> later.vec <= 0.05
-        ) ORDER BY later.position) INTO duplicates FROM given AS later;
-    END IF;
     FOR i IN 1..cardinality(types) LOOP
-        CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
+        CONTINUE WHEN duplicates[i] IS NULL OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
         asked := format('%s %s %s %s', rooms[i], entities[i], worlds[i], types[i]);
         way := ways[array_position(measured, asked)];
         IF way IS NULL THEN
@@ -1058,7 +998,7 @@ BEGIN
                     dense_kind := types[i];
                     dense := (SELECT count(*) = enough FROM (
                         SELECT FROM elizasql.embeddings
-                        WHERE agent_id = given_agent AND type = types[i] LIMIT enough) AS counted);
+                        WHERE agent_id = given_agent AND type = types[i] AND indexed LIMIT enough) AS counted);
                 END IF;
                 EXIT WHEN way IS NOT NULL OR dense;
             END LOOP;
@@ -1138,7 +1078,7 @@ CREATE FUNCTION elizasql.near_duplicates_512(given_agent uuid, ids uuid[], types
     LANGUAGE plpgsql
     AS $$
 DECLARE
-    duplicates boolean[] := array_fill(FALSE, ARRAY[cardinality(types)]);
+    duplicates boolean[];
     lock_key bigint;
     enough int;
     dense_kind text;
@@ -1161,30 +1101,15 @@ BEGIN
     LOOP
         PERFORM pg_advisory_xact_lock(lock_key);
     END LOOP;
-    vectors := ARRAY(
-        SELECT CASE WHEN present.id IS NULL THEN given.vec END
-        FROM unnest(ids, vectors) WITH ORDINALITY AS given (id, vec, position)
+    duplicates := ARRAY(
+        SELECT CASE WHEN present.id IS NULL THEN FALSE END
+        FROM unnest(ids) WITH ORDINALITY AS given (id, position)
         LEFT JOIN LATERAL (
             SELECT m.id FROM elizasql.memories AS m WHERE m.agent_id = given_agent AND m.id = given.id LIMIT 1
         ) AS present ON TRUE
         ORDER BY given.position);
-    IF cardinality(types) > 1 THEN
-        WITH given AS MATERIALIZED (
-            SELECT * FROM unnest(types, rooms, worlds, entities, vectors, uniques)
-            WITH ORDINALITY AS g (kind, room, world, entity, vec, is_unique, position)
-        )
-        SELECT array_agg(later.is_unique IS NULL AND EXISTS (
-            SELECT FROM given AS earlier
-            WHERE earlier.position < later.position
-                AND earlier.kind = later.kind
-                AND (later.room IS NULL OR earlier.room = later.room)
-                AND (later.world IS NULL OR earlier.world = later.world)
-                AND (later.entity IS NULL OR earlier.entity = later.entity)
-                AND earlier.vec <=> later.vec <= 0.05
-        ) ORDER BY later.position) INTO duplicates FROM given AS later;
-    END IF;
     FOR i IN 1..cardinality(types) LOOP
-        CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
+        CONTINUE WHEN duplicates[i] IS NULL OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
         asked := format('%s %s %s %s', rooms[i], entities[i], worlds[i], types[i]);
         way := ways[array_position(measured, asked)];
         IF way IS NULL THEN
@@ -1226,7 +1151,7 @@ BEGIN
                     dense_kind := types[i];
                     dense := (SELECT count(*) = enough FROM (
                         SELECT FROM elizasql.embeddings
-                        WHERE agent_id = given_agent AND type = types[i] LIMIT enough) AS counted);
+                        WHERE agent_id = given_agent AND type = types[i] AND indexed LIMIT enough) AS counted);
                 END IF;
                 EXIT WHEN way IS NOT NULL OR dense;
             END LOOP;
@@ -1306,7 +1231,7 @@ CREATE FUNCTION elizasql.near_duplicates_768(given_agent uuid, ids uuid[], types
     LANGUAGE plpgsql
     AS $$
 DECLARE
-    duplicates boolean[] := array_fill(FALSE, ARRAY[cardinality(types)]);
+    duplicates boolean[];
     lock_key bigint;
     enough int;
     dense_kind text;
@@ -1329,30 +1254,15 @@ BEGIN
     LOOP
         PERFORM pg_advisory_xact_lock(lock_key);
     END LOOP;
-    vectors := ARRAY(
-        SELECT CASE WHEN present.id IS NULL THEN given.vec END
-        FROM unnest(ids, vectors) WITH ORDINALITY AS given (id, vec, position)
+    duplicates := ARRAY(
+        SELECT CASE WHEN present.id IS NULL THEN FALSE END
+        FROM unnest(ids) WITH ORDINALITY AS given (id, position)
         LEFT JOIN LATERAL (
             SELECT m.id FROM elizasql.memories AS m WHERE m.agent_id = given_agent AND m.id = given.id LIMIT 1
         ) AS present ON TRUE
         ORDER BY given.position);
-    IF cardinality(types) > 1 THEN
-        WITH given AS MATERIALIZED (
-            SELECT * FROM unnest(types, rooms, worlds, entities, vectors, uniques)
-            WITH ORDINALITY AS g (kind, room, world, entity, vec, is_unique, position)
-        )
-        SELECT array_agg(later.is_unique IS NULL AND EXISTS (
-            SELECT FROM given AS earlier
-            WHERE earlier.position < later.position
-                AND earlier.kind = later.kind
-                AND (later.room IS NULL OR earlier.room = later.room)
-                AND (later.world IS NULL OR earlier.world = later.world)
-                AND (later.entity IS NULL OR earlier.entity = later.entity)
-                AND earlier.vec <=> later.vec <= 0.05
-        ) ORDER BY later.position) INTO duplicates FROM given AS later;
-    END IF;
     FOR i IN 1..cardinality(types) LOOP
-        CONTINUE WHEN duplicates[i] OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
+        CONTINUE WHEN duplicates[i] IS NULL OR vectors[i] IS NULL OR uniques[i] IS NOT NULL;
         asked := format('%s %s %s %s', rooms[i], entities[i], worlds[i], types[i]);
         way := ways[array_position(measured, asked)];
         IF way IS NULL THEN
@@ -1394,7 +1304,7 @@ BEGIN
                     dense_kind := types[i];
                     dense := (SELECT count(*) = enough FROM (
                         SELECT FROM elizasql.embeddings
-                        WHERE agent_id = given_agent AND type = types[i] LIMIT enough) AS counted);
+                        WHERE agent_id = given_agent AND type = types[i] AND indexed LIMIT enough) AS counted);
                 END IF;
                 EXIT WHEN way IS NOT NULL OR dense;
             END LOOP;

@@ -79,8 +79,18 @@ FROM given AS g
 INNER JOIN created ON g.id = created.id
 WHERE g.embedding IS NOT NULL;
 
+-- name: find_near_duplicates(agent_id, ids, types, entity_ids, room_ids, world_ids, uniques, embeddings, lock_types, lock_rooms)
+-- Which of a batch are near-duplicates of what is there already, in its order; NULL for one whose id is there. Only where
+-- uniques has NULL they are looked for. In the transaction that creates them: it holds the locks to its end.
+SELECT
+    elizasql.near_duplicates_384(
+        :agent_id, :ids::uuid[], :types::text[], :room_ids::uuid[], :world_ids::uuid[], :entity_ids::uuid[],
+        :embeddings::vector[], :uniques::boolean[], :lock_types::text[], :lock_rooms::uuid[]
+    ) AS near;
+
 -- name: create_memories_marking_duplicates(agent_id, ids, types, created_ats, contents, entity_ids, room_ids, world_ids, uniques, metadatas, embeddings, positions, begins, indexed, lock_types, lock_rooms)!
--- As create_memories, and a NULL in uniques is decided here: false for a near-duplicate of what is there already.
+-- As create_memories, and a NULL in uniques is decided here: false for a near-duplicate of what is there already. For a
+-- batch of one chunk in which no two are alike.
 -- The function takes locks and looks anew after it has them, which one statement alone cannot do.
 -- lock_types, lock_rooms: with the first chunk of a batch, each pair that the batch looks into.
 WITH verdict AS MATERIALIZED (
@@ -116,7 +126,7 @@ created AS (
         elizasql.made_time(created_at, made_at),
         content,
         entity_id,
-        room_id, world_id, coalesce(is_unique, NOT is_duplicate), metadata
+        room_id, world_id, coalesce(is_unique, NOT is_duplicate, TRUE), metadata
     FROM given
     ORDER BY id
     ON CONFLICT (agent_id, id) DO NOTHING

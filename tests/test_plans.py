@@ -303,6 +303,28 @@ async def counted(session: asyncpg.Connection[Any], part: str, size: float) -> A
         await transaction.rollback()
 
 
+async def test_near_duplicates_of_a_tail_are_not_looked_for_in_the_graph(
+    make_db: MakeAdapter, session: asyncpg.Connection[Any]
+) -> None:
+    """It holds none of them, and the scan would walk all of another type before it gave up."""
+    db = await make_db(indexing="manual", resident="off")
+    vectors = np.random.default_rng(1).normal(size=(2002, 384)).astype(np.float32)
+    memories = [Memory(content={}, embedding=vector, unique=True) for vector in vectors[1:]]
+    await db.create_memories(memories, "facts")
+    part = await session.fetchval("SELECT elizasql.partition_of($1)", db.agent_id)
+    scans = f"SELECT pg_stat_get_xact_numscans('elizasql.{part}_dim_384_hnsw'::regclass)"
+    async with counted(session, part, 1000):
+        before = await session.fetchval(scans)
+        near = await session.fetchval(
+            "SELECT elizasql.near_duplicates_384($1, $2, '{facts}', none, none, none, $3, '{NULL}', '{facts}', none)"
+            " FROM (VALUES ('{NULL}'::uuid[])) AS given (none)",
+            db.agent_id,
+            [uuid4()],
+            [_codecs.encode_vector(vectors[0])],
+        )
+        assert near == [False] and await session.fetchval(scans) == before
+
+
 @pytest.mark.parametrize(
     ("name", "scope"),
     [*LARGE, *LARGE_TOGETHER],

@@ -1,0 +1,171 @@
+"""Near-duplicates within a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from itertools import product
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elizasql import DatabaseAdapter, Entity, Memory, Room, World, _codecs, _duplicates
+from elizasql._duplicates import find_alike
+
+from .conftest import MakeAdapter
+
+Row = dict[str, Any]
+
+# Four directions, each with vectors near it, of other lengths; the last two are near the first two, not each other.
+_RANDOM = np.random.default_rng(5)
+_AXES = np.linalg.qr(_RANDOM.normal(size=(384, 40)))[0].T.astype(np.float32)
+_TURNED = [(1, 9, 1), (0.9999, 10, 300), (0.951, 11, 1), (0.951, 12, 1e-4)]
+VECTORS = [
+    scale * (similarity * _AXES[axis] + (1 - similarity**2) ** 0.5 * _AXES[other])
+    for axis, (similarity, other, scale) in product(range(4), _TURNED)
+]
+
+
+def is_near(later: Row, earlier: Row) -> bool:
+    a, b = (np.asarray(row["vector"], np.float64) for row in (later, earlier))
+    return bool(a @ b / np.linalg.norm(a) / np.linalg.norm(b) >= 0.95) and all(
+        later[name] == earlier[name] or (later[name] is None and name != "type")
+        for name in ("type", "room_id", "world_id", "entity_id")
+    )
+
+
+def expected(rows: Sequence[Row], left_out: Container[UUID] = ()) -> set[UUID]:
+    """Give what `find_alike` gives, one pair after the other."""
+    compared = [row for row in rows if row["vector"] is not None and row["id"] not in left_out]
+    return {
+        later["id"]
+        for position, later in enumerate(compared)
+        if later["unique"] is None and any(is_near(later, earlier) for earlier in compared[:position])
+    }
+
+
+@st.composite
+def batches(draw: st.DrawFn, *, scopes: Sequence[Sequence[UUID | None]], most: int) -> list[Row]:
+    """Draw the memories of a batch; `scopes` are the rooms, worlds and entities."""
+    rows = []
+    for position in range(draw(st.integers(0, most))):
+        vector = draw(st.none() | st.sampled_from(VECTORS))
+        rows.append(
+            {
+                "id": UUID(int=draw(st.integers(0, 9)) * 1000 + position),
+                "type": draw(st.sampled_from(["messages", "facts"])),
+                "unique": draw(st.sampled_from([None, None, None, True, False])),
+                "vector": vector,
+                **{
+                    name: draw(st.sampled_from(ids))
+                    for name, ids in zip(("room_id", "world_id", "entity_id"), scopes, strict=True)
+                },
+            }
+        )
+    return rows
+
+
+@settings(max_examples=100)
+@given(batches(scopes=[[None, UUID(int=1), UUID(int=2)]] * 3, most=12), st.sets(st.integers(0, 11)), st.integers(1, 5))
+def test_what_is_alike_in_a_batch(rows: list[Row], without: set[int], block: int) -> None:
+    for row in rows:
+        row["embedding"] = None if row["vector"] is None else _codecs.encode_vector(row["vector"])
+        row["width"] = 384
+    left_out = {row["id"] for position, row in enumerate(rows) if position in without}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_duplicates, "_BLOCK", block)
+        assert find_alike(rows, left_out) == expected(rows, left_out)
+
+
+@pytest.mark.parametrize("batch_size", [3, 1000])
+async def test_a_batch_against_itself_and_what_is_there(make_db: MakeAdapter, batch_size: int) -> None:
+    """However it is cut into chunks, each memory is judged by those before it, and by what is stored."""
+    db = await make_db(batch_size=batch_size, indexing="manual", resident="off")
+    entities = await db.create_entities([Entity(id=uuid4(), names=[name]) for name in "ab"])
+    worlds = await db.create_worlds([World(name=name) for name in "ab"])
+    rooms = await db.create_rooms([Room(source="t", type="DM") for _ in "ab"])
+    scopes: list[list[UUID | None]] = [[None, *rooms], [None, *worlds], [None, *entities]]
+    stored: dict[UUID, bool] = {}
+    kept: list[Row] = []  # as a batch that was decided before
+    random = np.random.default_rng(7)
+
+    def some(count: int) -> list[Row]:
+        return [
+            {
+                "id": uuid4(),
+                "type": ["messages", "facts"][random.integers(2)],
+                "unique": [None, None, None, True][random.integers(4)],
+                "vector": None if random.random() < 0.1 else VECTORS[random.integers(len(VECTORS))],
+                **{
+                    name: ids[random.integers(3) if random.random() < 0.5 else 1]
+                    for name, ids in zip(("room_id", "world_id", "entity_id"), scopes, strict=True)
+                },
+            }
+            for _ in range(count)
+        ]
+
+    for count in (2, 10, 40, 60):
+        # Some ids are there already, with other vectors: these are not stored.
+        batch = some(count) + [row | {"id": old["id"]} for row, old in zip(some(2), kept[:2], strict=False)]
+        batch = [batch[position] for position in random.permutation(len(batch))]
+        there = set(stored)
+        alike = expected(kept + [row for row in batch if row["id"] not in there])
+        fields = [name for name in batch[0] if name != "vector"]
+        await db.create_memories(
+            [Memory(content={}, embedding=row["vector"], **{name: row[name] for name in fields}) for row in batch]
+        )
+        for row in batch:
+            if row["id"] not in there:
+                stored[row["id"]] = row["id"] not in alike if row["unique"] is None else row["unique"]
+                kept.append(row | {"unique": stored[row["id"]]})
+        found = await db.get_memories_by_ids(list(stored))
+        assert {memory.id: memory.unique for memory in found} == stored
+    assert 20 < list(stored.values()).count(False) < 90
+
+
+async def test_round_trips_of_a_batch_that_is_undecided(make_db: MakeAdapter, round_trips: list[str]) -> None:
+    """All chunks are looked up before any is stored, so that the server compares none with what the batch stores."""
+    db = await make_db(batch_size=4)
+
+    async def kinds(axes: Sequence[int]) -> list[str]:
+        round_trips.clear()
+        await db.create_memories([Memory(content={}, embedding=_AXES[axis]) for axis in axes], "messages")
+        return [
+            next(word for word in ("near_duplicates", "INSERT", "BEGIN", "COMMIT", "xact_id") if word in text)
+            for text in round_trips
+        ]
+
+    def together(chunks: int) -> list[str]:
+        return ["BEGIN", *["near_duplicates"] * chunks, *["INSERT"] * chunks, "xact_id", "COMMIT"]
+
+    assert await kinds([0, 1, 2, 3]) == ["near_duplicates"]
+    assert await kinds([4, 5, 4]) == together(1)
+    assert await kinds(range(6, 16)) == together(3)
+    stored = await db.get_memories(table_name="messages")
+    assert sorted(memory.unique is True for memory in stored) == [False] + [True] * 16
+
+
+async def test_a_batch_that_is_tried_again_is_decided_anew(
+    make_db: MakeAdapter, db: DatabaseAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two tries somebody may have stored what is alike."""
+    others = await make_db(db.agent_id)
+    batch = [Memory(content={}, embedding=_AXES[axis]) for axis in (0, 1, 1)]
+    real, refused = asyncpg.Connection.fetch, False
+
+    async def fetch(self: Any, query: str, *args: Any, **kwargs: Any) -> Any:
+        nonlocal refused
+        if "INSERT" in query and not refused:
+            refused = True
+            await others.create_memory(Memory(content={}, embedding=_AXES[0], unique=True), "messages")
+            raise asyncpg.DeadlockDetectedError("injected")
+        return await real(self, query, *args, **kwargs)
+
+    monkeypatch.setattr(asyncpg.Connection, "fetch", fetch)
+    ids = await db.create_memories(batch, "messages")
+    stored = {memory.id: memory.unique for memory in await db.get_memories_by_ids(ids)}
+    assert refused and [stored[id] for id in ids] == [False, True, False]
