@@ -480,6 +480,7 @@ DECLARE
     near boolean;
     seen boolean;
 BEGIN
+    PERFORM set_config('hnsw.ef_search', '40', TRUE);
     enough := coalesce((SELECT least(20000, reltuples / 10) FROM pg_class WHERE reltuples > 0 AND oid = (
         SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR lock_key IN
@@ -633,6 +634,7 @@ DECLARE
     near boolean;
     seen boolean;
 BEGIN
+    PERFORM set_config('hnsw.ef_search', '40', TRUE);
     enough := coalesce((SELECT least(20000, reltuples / 10) FROM pg_class WHERE reltuples > 0 AND oid = (
         SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR lock_key IN
@@ -786,6 +788,7 @@ DECLARE
     near boolean;
     seen boolean;
 BEGIN
+    PERFORM set_config('hnsw.ef_search', '40', TRUE);
     enough := coalesce((SELECT least(20000, reltuples / 10) FROM pg_class WHERE reltuples > 0 AND oid = (
         SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR lock_key IN
@@ -939,6 +942,7 @@ DECLARE
     near boolean;
     seen boolean;
 BEGIN
+    PERFORM set_config('hnsw.ef_search', '40', TRUE);
     enough := coalesce((SELECT least(20000, reltuples / 10) FROM pg_class WHERE reltuples > 0 AND oid = (
         SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR lock_key IN
@@ -1092,6 +1096,7 @@ DECLARE
     near boolean;
     seen boolean;
 BEGIN
+    PERFORM set_config('hnsw.ef_search', '40', TRUE);
     enough := coalesce((SELECT least(20000, reltuples / 10) FROM pg_class WHERE reltuples > 0 AND oid = (
         SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR lock_key IN
@@ -1245,6 +1250,7 @@ DECLARE
     near boolean;
     seen boolean;
 BEGIN
+    PERFORM set_config('hnsw.ef_search', '40', TRUE);
     enough := coalesce((SELECT least(20000, reltuples / 10) FROM pg_class WHERE reltuples > 0 AND oid = (
         SELECT tableoid FROM elizasql.embeddings WHERE agent_id = given_agent ORDER BY type, xid LIMIT 1)), 20000);
     FOR lock_key IN

@@ -303,6 +303,27 @@ async def counted(session: asyncpg.Connection[Any], part: str, size: float) -> A
         await transaction.rollback()
 
 
+async def test_near_duplicates_are_looked_for_with_candidates_of_their_own(
+    session: asyncpg.Connection[Any], agents: dict[str, UUID], vectors: np.ndarray[Any, Any]
+) -> None:
+    """They stand apart from all else: fewer do than a search needs, and what a search is set to is of no account."""
+    read = []
+    for ef in (40, 10, 400):
+        await session.execute(f"SET hnsw.ef_search = {ef}")
+        row = await session.fetchval(
+            "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) SELECT elizasql.near_duplicates_384("
+            "$1, $2, '{messages}', none, none, none, $3, '{NULL}', '{messages}', none)"
+            " FROM (VALUES ('{NULL}'::uuid[])) AS given (none)",
+            agents["many"],
+            [uuid4()],
+            [_codecs.encode_vector(vectors[-1])],
+        )
+        plan = json.loads(row)[0]["Plan"]
+        read.append(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
+    assert await session.fetchval("SHOW hnsw.ef_search") == "400"
+    assert abs(read[1] - read[2]) < 100 < 500 < read[2], read
+
+
 async def test_near_duplicates_of_a_tail_are_not_looked_for_in_the_graph(
     make_db: MakeAdapter, session: asyncpg.Connection[Any]
 ) -> None:
