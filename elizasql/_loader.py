@@ -12,6 +12,7 @@ from uuid import UUID
 
 from . import _codecs
 from ._calls import end, within
+from ._store import READ_AT_ONCE
 from .errors import ArgumentError, ElizaSQLError, IntegrityError
 from .models import LoadSummary
 
@@ -22,9 +23,6 @@ Row = dict[str, Any]
 
 # Below so many vectors the index stays: to build even a small one locks out writers, and the tail is soon moved.
 _LARGE = 10_000
-
-# Reading a memory takes 30 us and must not keep the other calls of the process waiting for a whole batch.
-_BREATH = 64
 
 _UUID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -123,7 +121,7 @@ class Loader:
                 raise ArgumentError(f"Memory at position {position}: id {row['id']} was given before")
             self._taken += 1
             count += 1
-            if count % _BREATH == 0:
+            if count % READ_AT_ONCE == 0:
                 await asyncio.sleep(0)
             if storing is not None and storing.done():
                 storing.result()

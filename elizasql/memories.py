@@ -8,7 +8,7 @@ from collections.abc import AsyncIterable, Awaitable, Callable, Container, Itera
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 from uuid import UUID
 
 from rapidfuzz import process
@@ -145,7 +145,7 @@ class Memories(Store):
         Statement: sql/memories.sql create_memory, create_memory_with_embedding, or
         create_memories_marking_duplicates. One round trip. Source: createMemory.
         """
-        ids, rows = self._read_memories([memory], table_name, unique)
+        ids, rows = self._read_all(Memory, [memory], read=self._memory_reader(table_name, unique))
         row = rows[0]
         given = await self._width_of(rows)
         if given is not None and row["unique"] is None:
@@ -187,7 +187,7 @@ class Memories(Store):
         near-duplicates are looked for, and are in several chunks or in the batch itself, find_near_duplicates and
         create_memories, two round trips a chunk in one transaction. Source: createMemories.
         """
-        ids, rows = self._read_memories(memories, table_name, None)
+        ids, rows = await self._read_all_in_turns(Memory, memories, read=self._memory_reader(table_name, None))
         return await self._create(ids, rows, await self._width_of(rows)) if rows else []
 
     async def _create(self, ids: list[UUID], rows: list[dict[str, Any]], given: int | None) -> list[UUID]:
@@ -307,7 +307,8 @@ class Memories(Store):
 
         Statement: sql/memories.sql upsert_memories. One round trip a chunk. Source: upsertMemories.
         """
-        ids, rows = self._read_memories(memories, table_name, None, twice="last")
+        read = self._memory_reader(table_name, None)
+        ids, rows = await self._read_all_in_turns(Memory, memories, twice="last", read=read)
         if not rows:
             return []
         given = await self._width_of(rows)
@@ -348,7 +349,8 @@ class Memories(Store):
         await self._update(memories, required=True)
 
     async def _update(self, memories: Iterable[Memory | Mapping[str, Any]], *, required: bool) -> list[Any]:
-        _, rows = self._read_all(Memory, memories, new_ids=False, twice="together", read=self._reader(Memory.read))
+        read = self._reader(Memory.read)
+        _, rows = await self._read_all_in_turns(Memory, memories, new_ids=False, twice="together", read=read)
         if not rows:
             return []
         rows.sort(key=lambda row: row["id"].int)
@@ -825,16 +827,6 @@ class Memories(Store):
 
     def _type(self, table_name: object) -> str:
         return _as_type(table_name, self.config)
-
-    def _read_memories(
-        self,
-        memories: Iterable[Memory | Mapping[str, Any]],
-        table_name: str | None,
-        unique: bool | None,
-        *,
-        twice: Literal["first", "last"] = "first",
-    ) -> tuple[list[UUID], list[dict[str, Any]]]:
-        return self._read_all(Memory, memories, twice=twice, read=self._memory_reader(table_name, unique))
 
     def _memory_reader(self, table_name: str | None, unique: bool | None) -> Callable[[Any], dict[str, Any]]:
         """Give what reads one memory that is to be created."""

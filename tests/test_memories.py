@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from typing import Any
 from uuid import UUID, uuid4
@@ -388,6 +389,51 @@ async def test_a_room_is_not_locked_before_the_first_look_at_the_partitions(
         key = f"{db.agent_id} {agent_world.room} messages"
         assert await raw.fetchval("SELECT pg_try_advisory_xact_lock(hashtextextended($1, 0))", key)
     assert await db.get_memory_by_id(await call) is not None
+
+
+@pytest.mark.parametrize("method", ["create_memories", "upsert_memories", "update_memories"])
+async def test_others_have_their_turn_while_a_batch_is_read(db: DatabaseAdapter, method: str) -> None:
+    """And each memory is read before the next one is asked for: it may be made in the same array."""
+    ids = await db.create_memories([Memory(content={}) for _ in range(200)], "messages")
+    turns, seen = 0, []
+    buffer = np.zeros(384, np.float32)
+
+    async def take_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    def produce() -> Iterator[Memory]:
+        for number, id in enumerate(ids):
+            seen.append(turns)
+            buffer[:] = number + 1
+            buffer[0] = 0
+            id = uuid4() if method == "create_memories" else id
+            yield Memory(id=id, type="messages", content={"n": number}, embedding=buffer, unique=True)
+
+    others = asyncio.ensure_future(take_turns())
+    await getattr(db, method)(produce())
+    others.cancel()
+    assert len(set(seen)) == 4
+    stored = await db.get_memories(table_name="messages", include_embedding=True)
+    read = {memory.content["n"]: memory.embedding for memory in stored if memory.embedding is not None}
+    assert [read[number][1] for number in range(200)] == [number + 1 for number in range(200)]  # type: ignore[index]
+
+
+async def test_a_batch_is_what_was_given_when_it_was_begun(db: DatabaseAdapter) -> None:
+    """Others have their turn while it is read, and may write to the collection."""
+    waiting = {number: Memory(content={"n": number}) for number in range(200)}
+
+    async def write() -> None:
+        waiting.clear()
+
+    writing = asyncio.ensure_future(write())
+    assert len(await db.create_memories(waiting.values(), "messages")) == 200
+    assert writing.done() and not waiting
+    broken = [Memory(content={"n": number}) if number != 130 else {"content": None} for number in range(200)]
+    with pytest.raises(ArgumentError, match="Memory at position 130: content is missing"):
+        await db.create_memories(broken, "messages")
 
 
 @pytest.mark.parametrize("batch_size", [2, 1000])
