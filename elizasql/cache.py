@@ -23,9 +23,10 @@ Ttl: TypeAlias = "float | timedelta | None"
 # Key, encoded value, and how long it is there.
 _Entry: TypeAlias = "tuple[str, bytes, timedelta | None]"
 
-# Expired entries are swept along with every 16th entry that can expire, two for each that came: what has expired does
-# not pile up. Within every write it would cost 50 us of the server, more than the write itself. Not in a transaction,
-# which would hold the locks to its end: what came there is made up for outside, 500 entries with a call.
+# Expired entries are swept along with an adapter's first entry that can expire and every 16th after it, two for each
+# that came: what has expired does not pile up, nor where adapters are open for a few calls only. Within every write it
+# would cost 50 us of the server, more than the write itself. Not in a transaction, which would hold the locks to its
+# end: what came there is made up for outside, 500 entries with a call.
 _SWEEP_EVERY = 16
 _SWEEP_EACH = 2
 _MOST_MADE_UP = 500
@@ -39,10 +40,10 @@ class Unswept:
     """What an adapter and its transactions have written since the last sweep.
 
     Attributes:
-        entries: Those that can expire.
+        entries: Those that can expire; as if there were some from the start, left by adapters that wrote fewer.
     """
 
-    entries: int = 0
+    entries: int = _SWEEP_EVERY - 1
 
 
 class Cache(Store):

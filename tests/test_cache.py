@@ -403,17 +403,27 @@ async def test_setting_entries_that_expire_sweeps_in_small_bits(
     for i in range(30):
         await db.set_cache("for ever", i)
     assert len(await stored(raw, db)) == 101, "entries that cannot expire leave nothing to sweep"
-    for i in range(15):
+    for i in range(16):
         await db.set_cache("live", i, HOUR)
-    assert len(await stored(raw, db)) == 102
-    await db.set_cache("live", 15, HOUR)
-    assert len(await stored(raw, db)) == 102 - 32
-    assert await db.get_cache("live") == 15
-    await db.set_caches({f"live {i}": i for i in range(20)}, ttl=HOUR)
-    assert len(await stored(raw, db)) == 102 - 32 + 20 - 40
+    assert len(await stored(raw, db)) == 102 - 32, "with the first of them"
+    await db.set_cache("live", 16, HOUR)
+    assert len(await stored(raw, db)) == 102 - 64
+    assert await db.get_cache("live") == 16
+    await db.set_caches({f"live {i}": i for i in range(18)}, ttl=HOUR)
+    assert len(await stored(raw, db)) == 102 - 64 + 18 - 36
     for i in range(100):
         await db.set_cache(f"live {i % 20}", i, HOUR)
     assert set(await stored(raw, db)) == {"for ever", "live", *(f"live {i}" for i in range(20))}
+
+
+async def test_adapters_that_set_few_entries_sweep_too(
+    db: DatabaseAdapter, make_db: MakeAdapter, raw: asyncpg.Connection[Any]
+) -> None:
+    for i in range(5):
+        again = await make_db(db.agent_id, dimension=None)
+        await again.set_cache(f"seen {i}", i, HOUR)
+        await expire(raw, db, f"seen {i}")
+    assert set(await stored(raw, db)) == {"seen 4"}
 
 
 async def test_a_transaction_does_not_sweep(db: DatabaseAdapter, raw: asyncpg.Connection[Any]) -> None:
@@ -462,15 +472,15 @@ async def test_compare_and_set_sweeps_too(
     old = [f"old {i}" for i in range(100)]
     await db.set_caches(dict.fromkeys(old, 1))
     await expire(raw, db, *old)
-    for i in range(15):
+    for i in range(16):
         assert await db.compare_and_set_cache(f"seen {i}", MISSING, i, HOUR) is True
-    assert len(await stored(raw, db)) == 115
+    assert len(await stored(raw, db)) == 116 - 32
     round_trips.clear()
-    assert await db.compare_and_set_cache("seen 14", 14, 15, HOUR) is True
+    assert await db.compare_and_set_cache("seen 15", 15, 16, HOUR) is True
     assert len(round_trips) == 2
-    assert len(await stored(raw, db)) == 115 - 32
+    assert len(await stored(raw, db)) == 116 - 64
     for i in range(100):
-        assert await db.compare_and_set_cache(f"seen {15 + i}", MISSING, i, HOUR) is True
+        assert await db.compare_and_set_cache(f"seen {16 + i}", MISSING, i, HOUR) is True
     assert not set(old) & set(await stored(raw, db))
 
 
