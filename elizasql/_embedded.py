@@ -551,6 +551,8 @@ class _Cluster:
         for parent in (tempfile.gettempdir(), "/tmp"):  # noqa: S108  # a folder of our own is made in it
             if _can_bind(path / _SOCKET):
                 return path
+            if path.parent != self.home:
+                shutil.rmtree(path, ignore_errors=True)  # ours, and nobody would find it again
             path = Path(tempfile.mkdtemp(prefix=self._socket_prefix(), dir=parent))
             self._private_dir(path)
             self._write(self.home / "socket", str(path))

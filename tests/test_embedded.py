@@ -1116,6 +1116,22 @@ async def test_long_path(template: Path, tmp_path: Path) -> None:
         assert not (home / "socket").exists()
 
 
+async def test_a_folder_that_cannot_hold_the_socket_is_not_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The temporary folder's path may be too long, too."""
+    home, temporary = tmp_path / ("x" * 120), tmp_path / ("y" * 120)
+    home.mkdir()
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    run = _embedded._Cluster(home)._make_socket_dir()
+    try:
+        assert run.parent == Path("/tmp")
+        assert not list(temporary.iterdir())
+    finally:
+        run.rmdir()
+
+
 async def test_squatted_socket_folder_is_not_used(template: Path, tmp_path: Path) -> None:
     with cleaned(tmp_path / ("x" * 120)) as home:
         subprocess.run(["cp", "-a", str(template), str(home)], check=True)
