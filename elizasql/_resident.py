@@ -224,9 +224,23 @@ def _shelf() -> _Shelf:
         return _shelves.setdefault(asyncio.get_running_loop(), _Shelf())
 
 
+def _open_shelves() -> list[_Shelf]:
+    """Give the shelves whose loops can still run, and let go of what the others hold; under `_lock`.
+
+    The garbage collector comes late for a loop that was closed, and never where a load was cut, which holds the loop:
+    one after the other, such as those of blocking adapters, would use up the budget.
+    """
+    for reference in _shelves.keyrefs():
+        loop = reference()
+        if loop is not None and loop.is_closed():
+            for tier in _shelves.pop(loop).filled:
+                tier.matrix, tier.granted = None, 0
+    return list(_shelves.values())
+
+
 def _held() -> int:
     """Give the bytes that all tiers of the process have; under `_lock`."""
-    return sum(tier.granted for shelf in _shelves.values() for tier in shelf.filled)
+    return sum(tier.granted for shelf in _open_shelves() for tier in shelf.filled)
 
 
 def _make_room(tier: Tier, needed: int, limit: int) -> int | None:
@@ -236,7 +250,7 @@ def _make_room(tier: Tier, needed: int, limit: int) -> int | None:
     """
     now = time.monotonic()
     with _lock:
-        others = [(shelf, each) for shelf in _shelves.values() for each in shelf.filled if each is not tier]
+        others = [(shelf, each) for shelf in _open_shelves() for each in shelf.filled if each is not tier]
         excess = needed + sum(each.granted for _, each in others) - limit
         out: list[tuple[_Shelf, Tier]] = []
         others = sorted((pair for pair in others if pair[1].loading is None), key=lambda pair: pair[1].used)
