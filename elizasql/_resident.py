@@ -105,6 +105,9 @@ _FAILED = 30.0
 # Seconds for which nothing is loaded after more was written than can be merged: an import is likely still going on.
 _CALM = 5.0
 
+# Types of which an adapter keeps in mind how often they were asked; names may be made up as they are needed.
+_MOST_KNOWN = 1000
+
 # What counts the memories of a part, the narrowest first.
 _COUNTS = {
     "room_id": "count_memories_of_rooms",
@@ -625,6 +628,8 @@ class Resident:
             tier = shelf.tiers.get(key)
             if tier is None:
                 tier = shelf.tiers[key] = Tier()
+            if len(self._tiers) >= _MOST_KNOWN:
+                self._tiers = {key: each for key, each in self._tiers.items() if each.granted or each.loading}
             self._tiers[kind, dimension] = tier
         return tier
 

@@ -17,7 +17,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -1372,6 +1372,17 @@ def test_a_load_that_is_cut_with_its_loop_keeps_nothing() -> None:
     del loop
     gc.collect()
     assert gone() is None
+
+
+async def test_types_whose_names_are_made_up_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_resident, "_MOST_KNOWN", 5)
+    resident = Resident(cast("Any", None), uuid4(), Config(), "postgresql://nowhere")
+    held = resident._find_tier("held", 384)
+    held.granted = 1
+    for number in range(20):
+        resident._find_tier(f"t{number}", 384)
+        assert len(resident._tiers) <= 5
+    assert resident._find_tier("held", 384) is held
 
 
 async def test_closing_ends_a_load(mind: Mind, make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
