@@ -20,7 +20,7 @@ from uuid import UUID
 
 import asyncpg
 
-from ._calls import Meter, current_deadline, wait_for
+from ._calls import Meter, current_deadline, spawn, wait_for
 from ._pool import Lane, is_open
 from ._registry import Connections, retry_policy
 from ._retry import OUT_OF_MEMORY, Outcome, classify, is_answer
@@ -460,6 +460,10 @@ class Executor:
             try:
                 yield inner
                 await inner.end(self._commit_on)
+            except GeneratorExit:
+                # Perhaps of a task that nobody held and the garbage collector has ended: nothing more can be awaited.
+                inner.refuse()  # the connection goes back, and takes the rest with it
+                raise
             except BaseException:
                 await inner.undo(self._undo_on)
                 raise
@@ -628,6 +632,7 @@ class _TransactionExecutor(Executor):
         self._check("transaction")
         deadline = current_deadline(self._config.timeout, self.meter)
         await self._turn.take("transaction", deadline)
+        undoing: asyncio.Task[None] | None = None
         try:
             self._check("transaction")
             try:
@@ -639,13 +644,19 @@ class _TransactionExecutor(Executor):
             try:
                 yield inner
                 await inner.end(self._commit_on)
+            except GeneratorExit:  # as above
+                undoing = spawn(inner.undo(self._undo_on), "elizasql-undo")
+                raise
             except BaseException:
                 await inner.undo(self._undo_on)
                 raise
             finally:
                 self._nested = False
         finally:
-            self._turn.pass_on()
+            if undoing is None:
+                self._turn.pass_on()
+            else:
+                undoing.add_done_callback(lambda _: self._turn.pass_on())
 
     _BEGIN, _COMMIT = SQL["begin_savepoint"], SQL["release_savepoint"]
     _UNDO = (SQL["roll_back_savepoint"], SQL["release_savepoint"])

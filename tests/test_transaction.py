@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import re
+import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import suppress
+from contextlib import aclosing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -785,6 +787,48 @@ async def test_savepoint_whose_end_was_not_waited_for(db: DatabaseAdapter, raw: 
     with pytest.raises(elizasql.ConnectionLostError):
         await task
     assert await texts(db) == ["old"]
+    await assert_sound(db)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+async def test_a_task_that_nobody_held(make_db: MakeAdapter, nested: bool) -> None:
+    """The garbage collector ends it where it waits, and it can await nothing more."""
+    db = await make_db(pool_max_size=1)
+    reached: list[bool] = []
+
+    async def work() -> None:
+        async with db.transaction() as tx:
+            await add(tx)
+            async with tx.transaction() if nested else nullcontext(tx) as inner:
+                await add(inner)
+                reached.append(True)
+                await asyncio.get_running_loop().create_future()
+
+    task = asyncio.create_task(work())
+    while not reached:
+        await asyncio.sleep(0)
+    ended = weakref.ref(task)
+    del task
+    gc.collect()
+    assert ended() is None
+    assert await texts(db) == []
+    await assert_sound(db)
+    assert not db._executor._held
+
+
+async def test_savepoint_in_an_iteration_that_is_left(db: DatabaseAdapter) -> None:
+    """Calls that come after it in the transaction find it undone."""
+
+    async def rows(tx: DatabaseAdapter) -> AsyncGenerator[UUID, None]:
+        async with tx.transaction() as inner:
+            yield await add(inner, "lost")
+
+    async with db.transaction() as tx:
+        await add(tx, "kept")
+        async with aclosing(rows(tx)) as each:
+            await anext(each)
+        assert await texts(tx) == ["kept"]
+    assert await texts(db) == ["kept"]
     await assert_sound(db)
 
 
