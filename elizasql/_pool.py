@@ -356,7 +356,7 @@ class Lane:
         try:
             self.pool = await _Pool(
                 self._dsn,
-                min_size=self._min_size,
+                min_size=0,
                 max_size=self.max_size,
                 max_queries=50_000,
                 max_inactive_connection_lifetime=config.pool_idle_timeout,
@@ -376,9 +376,27 @@ class Lane:
                 max_cached_statement_lifetime=0,
                 server_settings=session_settings(config, self._server.vector_path),
             )
+            try:
+                await self._connect_first()
+            except BaseException:
+                self.terminate()
+                if self._connecting:
+                    await asyncio.wait(self._connecting)
+                raise
         except Exception as error:
             raise _explain(error, self._dsn, config) from error
         return self
+
+    async def _connect_first(self) -> None:
+        """Make the least connections, the first one alone: it learns what the others are told, and what is wrong.
+
+        asyncpg would leave behind those that come after another one has failed.
+        """
+        until = time.monotonic() + self._config.connection_timeout
+        made = [await self._take(until, None)] if self._min_size else []
+        made += await asyncio.gather(*(self._take(until, None) for _ in range(1, self._min_size)))
+        for connection, _ in made:
+            self.keep(connection)
 
     @property
     def in_use(self) -> int:

@@ -13,6 +13,7 @@ import weakref
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
@@ -23,7 +24,7 @@ import numpy as np
 import pytest
 
 import elizasql
-from elizasql import Config, DatabaseAdapter, Entity, Memory, _embedded, _pool, _registry, _store
+from elizasql import Config, DatabaseAdapter, Entity, Memory, _embedded, _hosts, _pool, _registry, _store
 from elizasql._pool import Server
 from elizasql._statements import SQL
 from tests.conftest import MakeAdapter
@@ -246,6 +247,35 @@ async def test_open_that_is_cancelled_leaves_nothing_behind(dsn: str, raw: async
         else:
             assert isinstance(result, asyncio.CancelledError)
     await assert_gone(raw, name)
+
+
+async def test_open_that_is_refused_a_connection_leaves_none_behind(
+    dsn: str, raw: asyncpg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the server has no more: those that are on their way then come to nobody."""
+    name = f"test {uuid4()}"
+    connect, number = _hosts.connect, count()
+    refused = asyncio.Event()
+
+    async def refuse_one(dsn: str, **options: Any) -> Any:
+        match next(number):
+            case 0 | 1:  # of the look at the server, and the first that stays
+                pass
+            case 2:
+                refused.set()
+                raise asyncpg.TooManyConnectionsError("no more")
+            case _:
+                await refused.wait()
+        return await connect(dsn, **options)
+
+    monkeypatch.setattr(_hosts, "connect", refuse_one)
+    gc.disable()  # it comes when it comes
+    try:
+        with nothing_left(), pytest.raises(elizasql.ServerBusyError):
+            await elizasql.open(agent_id=uuid4(), dsn=dsn, application_name=name, pool_min_size=6, indexing="manual")
+        await assert_gone(raw, name)
+    finally:
+        gc.enable()
 
 
 # --- addresses that do not work --------------------------------------------------------------------------------------
