@@ -189,12 +189,15 @@ class DatabaseAdapter:
         except ArgumentError:
             raise  # in a transaction, or on the loop's own thread: nothing was closed
         except ClosedError:
-            self._loop.stop()
+            self._stop()
         except BaseException:
-            self._loop.stop()
+            self._stop()
             raise
         else:
-            self._loop.stop()
+            self._stop()
+
+    def _stop(self) -> None:
+        self._loop.stop()
         _opened.discard(self)
 
 

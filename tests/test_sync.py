@@ -632,6 +632,21 @@ def test_closing_under_calls(make: Callable[..., sync.DatabaseAdapter]) -> None:
         assert make(agent).count_memories() == sum(results)
 
 
+def test_close_that_fails_keeps_nothing(make: Callable[..., sync.DatabaseAdapter]) -> None:
+    """As where the embedded server does not stop."""
+    db: Any = make()
+
+    async def fail() -> None:
+        raise elizasql.EmbeddedServerError("it does not stop")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(db._adapter._resident, "close", fail)
+        with pytest.raises(elizasql.EmbeddedServerError):
+            db.close()
+    assert db not in vars(sync)["_opened"]
+    assert db._loop._loop.is_closed()
+
+
 def test_close_in_a_transaction_of_another_thread(make: Callable[..., sync.DatabaseAdapter], dsn: str) -> None:
     db = make()
     id = db.create_memory(memory("old"), "messages")
