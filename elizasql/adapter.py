@@ -29,7 +29,14 @@ from .cache import Cache, Unswept
 from .components import Components
 from .config import Config, Settings
 from .entities import Entities
-from .errors import ConfigurationError, ElizaSQLError, MigrationError, WrongLoopError, translate
+from .errors import (
+    ConfigurationError,
+    ElizaSQLError,
+    EmbeddedServerError,
+    MigrationError,
+    WrongLoopError,
+    translate,
+)
 from .goals import Goals
 from .logs import Logs
 from .memories import Memories, check_search
@@ -326,6 +333,7 @@ async def open(  # noqa: A001
             _pool.check_settings(await executor.fetch(SQL["get_settings"], names=list(wanted)), wanted)
             agent = await executor.fetch_row(SQL["look_at_agent"], agent_id=id)
             assert agent is not None
+            await _let_go_of_closed_loops()
         except BaseException:
             connections.abandon()
             raise
@@ -335,8 +343,6 @@ async def open(  # noqa: A001
         raise
     home = None if agent["partition"] is None else Home(id, agent["partition"])
     adapter = DatabaseAdapter(id, config, address, connections, embedded, agent["dimension"], home)
-    # Whose loop is gone cannot be closed any more, and would never be let go of.
-    _opened.difference_update([each for each in tuple(_opened) if each._connections.loop.is_closed()])
     _opened.add(adapter)
     return adapter
 
@@ -356,6 +362,15 @@ async def connect(
     finally:
         with suppress(WrongLoopError):  # a forked child that leaves the block leaves its parent's alone
             await asyncio.shield(adapter.close())
+
+
+async def _let_go_of_closed_loops() -> None:
+    """Let go of adapters whose loop is gone, and of their servers: nobody can close them any more."""
+    for each in [each for each in tuple(_opened) if each._connections.loop.is_closed()]:
+        if each._embedded is not None:
+            with suppress(EmbeddedServerError):
+                await each._embedded.release()
+        _opened.discard(each)
 
 
 async def _prepare(dsn: str, config: Config) -> Server:

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 import elizasql
-from elizasql import DatabaseAdapter, Memory, _registry
+from elizasql import DatabaseAdapter, Memory, _embedded, _registry
 from tests.conftest import MakeAdapter, make_scene
 from tests.locking import blocked_pid, locked
 
@@ -180,6 +180,25 @@ def test_loops_that_were_closed_before_their_adapters_are_let_go_of(dsn: str) ->
     loops = [asyncio.run(forgetful()) for _ in range(3)]
     asyncio.run(tidy())
     assert [loop() for loop in loops] == [None] * 3
+
+
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+def test_loops_that_were_closed_let_go_of_the_embedded_server(dsn: str, server_dir: Path) -> None:
+    if str(server_dir) not in dsn:
+        pytest.skip("the embedded server is not used")
+
+    async def forgetful() -> None:
+        await elizasql.open(agent_id=uuid4(), data_dir=server_dir, indexing="manual", pool_min_size=0)
+
+    async def tidy() -> None:
+        async with elizasql.connect(agent_id=uuid4(), dsn=dsn, indexing="manual"):
+            gc.collect()
+
+    servers, locks = len(_embedded._servers), len(_embedded._locks)
+    for _ in range(3):
+        asyncio.run(forgetful())
+    asyncio.run(tidy())
+    assert (len(_embedded._servers), len(_embedded._locks)) == (servers, locks)
 
 
 def test_loops_in_threads_do_not_meet(dsn: str) -> None:
