@@ -935,10 +935,15 @@ def at_end_of_worker(function: Callable[[], None], priority: int = 0) -> None:
         priority: Those with a higher one come first.
     """
     promise = os.getpid(), function
-    multiprocessing = sys.modules.get("multiprocessing")
-    if promise not in _promised and multiprocessing is not None and multiprocessing.parent_process() is not None:
+    if promise not in _promised and is_worker():
         _promised.add(promise)
-        multiprocessing.util.Finalize(None, function, exitpriority=priority)
+        sys.modules["multiprocessing"].util.Finalize(None, function, exitpriority=priority)
+
+
+def is_worker() -> bool:
+    """Whether this process is a worker of multiprocessing."""
+    multiprocessing = sys.modules.get("multiprocessing")
+    return multiprocessing is not None and multiprocessing.parent_process() is not None
 
 
 async def end() -> None:

@@ -34,22 +34,56 @@ opened: set[DatabaseAdapter] = set()
 
 _state: Literal["running", "closing", "closed"] = "running"
 _closing: threading.Thread | None = None
+_pipe: tuple[int, int] | None = None  # where Python writes the numbers of signals, in a worker of multiprocessing
+_sent_again = False  # by ourselves, see _wake
+
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 def install() -> None:
     """Handle what ends the process from now on; in the main thread, and not over what the application has chosen."""
     if threading.current_thread() is not threading.main_thread():
         return
-    for name in ("SIGTERM", "SIGHUP"):  # the second not on Windows
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+    for number in _SIGNALS:
+        if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _handle)
     _embedded.at_end_of_worker(_end_as_told, priority=100)
+    if _embedded.is_worker():
+        _watch()
+
+
+def _watch() -> None:
+    """See to it that the handler runs in a worker of multiprocessing, which a pool ends by SIGTERM as a rule.
+
+    There all workers wait for one semaphore. A signal that comes as another one has taken what woke this one finds it
+    going to sleep again, without the handler: it would sleep on, and the pool wait for it for ever.
+    """
+    global _pipe  # noqa: PLW0603
+    if _pipe is not None:
+        return
+    _pipe = told, written = os.pipe()
+    os.set_blocking(written, False)
+    if (others := signal.set_wakeup_fd(written, warn_on_full_buffer=False)) != -1:
+        signal.set_wakeup_fd(others)  # an event loop's, which it wakes
+    threading.Thread(target=_wake, args=(told,), name="elizasql-signals", daemon=True).start()
+
+
+def _wake(told: int) -> None:
+    """Send a signal again that the main thread has slept through."""
+    global _sent_again  # noqa: PLW0603
+    while number := os.read(told, 1):
+        if number[0] in _SIGNALS:
+            time.sleep(0.1)
+            if _state == "running" and signal.getsignal(number[0]) is _handle:
+                _sent_again = True
+                os.kill(os.getpid(), number[0])
 
 
 def _handle(number: int, _: FrameType | None) -> None:
-    global _state, _closing  # noqa: PLW0603 - a process ends once
-    if _state == "running":
+    global _state, _closing, _sent_again  # noqa: PLW0603 - a process ends once
+    if _state == "closing" and _sent_again:
+        _sent_again = False  # it was awake after all
+    elif _state == "running":
         _state = "closing"
         # In a thread: a handler must not wait, and the event loops must go on.
         _closing = threading.Thread(target=_close_all, args=(number,), name="elizasql-shutdown", daemon=True)
@@ -94,9 +128,19 @@ def _end_as_told() -> None:
 
 
 def _forget_in_child() -> None:
-    global _state, _closing
-    _state, _closing = "running", None
+    global _state, _closing, _sent_again, _pipe  # noqa: PLW0603
+    _state, _closing, _sent_again = "running", None, False
     opened.clear()
+    # It has nothing open: until it has, a signal ends it on the spot.
+    for number in _SIGNALS:
+        if signal.getsignal(number) is _handle:
+            signal.signal(number, signal.SIG_DFL)
+    if _pipe is not None:
+        if (others := signal.set_wakeup_fd(-1)) != _pipe[1]:  # else its signals would be told to the parent
+            signal.set_wakeup_fd(others)
+        for end in _pipe:
+            os.close(end)
+        _pipe = None
 
 
 if hasattr(os, "register_at_fork"):

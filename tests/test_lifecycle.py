@@ -816,6 +816,47 @@ def test_handler_is_not_set_when_not_wanted(dsn: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_worker_of_multiprocessing_ends_by_a_signal_that_comes_as_it_goes_to_sleep() -> None:
+    program = """
+        import ctypes, functools, multiprocessing, operator, signal
+        from elizasql import _shutdown
+
+        def work(lock):
+            _shutdown.install()
+            # No Python in between, where the handler could run; as where another worker has taken what woke this one.
+            come = functools.partial(ctypes.CDLL(None)["raise"], signal.SIGTERM)
+            list(map(operator.methodcaller("__call__"), (come, lock.acquire)))
+
+        context = multiprocessing.get_context("fork")
+        lock = context.Lock()
+        lock.acquire()
+        worker = context.Process(target=work, args=(lock,), daemon=True)
+        worker.start()
+        worker.join(20)
+        assert worker.exitcode == -signal.SIGTERM, worker.exitcode
+    """
+    done = run(program)
+    assert done.returncode == 0, done.stderr
+
+
+def test_signal_ends_a_forked_child_that_has_nothing_open(dsn: str) -> None:
+    program = f"""
+        import os, signal, uuid
+        from elizasql import sync
+
+        with sync.connect(agent_id=uuid.uuid4(), dsn={dsn!r}):
+            if (child := os.fork()) == 0:
+                assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL is signal.getsignal(signal.SIGHUP)
+                with sync.connect(agent_id=uuid.uuid4(), dsn={dsn!r}):
+                    assert callable(signal.getsignal(signal.SIGTERM))
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+            assert callable(signal.getsignal(signal.SIGTERM))
+    """
+    done = run(program)
+    assert done.returncode == 0, done.stderr
+
+
 def test_exit_without_close_stops_the_embedded_server(folder: Path) -> None:
     program = """
     async def work(db):
