@@ -907,7 +907,10 @@ def _withdraw(process: subprocess.Popen[bytes]) -> None:
 async def _in_thread(function: Callable[[], _T]) -> _T:
     """Run blocking work; when cancelled, wait for it all the same: it works under a lock that we are about to drop."""
     # No task: those are cancelled, and so over, when Ctrl-C is raised in the event loop.
-    future = asyncio.get_running_loop().run_in_executor(None, function)
+    try:
+        future = asyncio.get_running_loop().run_in_executor(None, function)
+    except RuntimeError as error:  # as in a function of `atexit`
+        raise EmbeddedServerError("The interpreter ends and begins no threads: open the adapter before that") from error
     try:
         return await asyncio.shield(future)
     except BaseException:

@@ -857,6 +857,23 @@ def test_signal_ends_a_forked_child_that_has_nothing_open(dsn: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_opening_when_the_interpreter_ends_is_an_error_of_the_library(tmp_path: Path) -> None:
+    program = f"""
+        import asyncio, atexit, uuid
+        import elizasql
+
+        @atexit.register
+        def late():
+            try:
+                asyncio.run(elizasql.open(agent_id=uuid.uuid4(), data_dir={str(tmp_path / "pg")!r}))
+            except elizasql.EmbeddedServerError as error:
+                print(error)
+    """
+    done = run(program)
+    told = "The interpreter ends and begins no threads: open the adapter before that\n"
+    assert (done.stdout, done.stderr) == (told, "")
+
+
 def test_exit_without_close_stops_the_embedded_server(folder: Path) -> None:
     program = """
     async def work(db):
