@@ -48,7 +48,7 @@ def install() -> None:
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _handle)
     _embedded.at_end_of_worker(_end_as_told, priority=100)
-    if _embedded.is_worker():
+    if _embedded.is_worker() and os.name == "posix":
         _watch()
 
 
