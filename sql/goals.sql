@@ -172,7 +172,8 @@ deleted AS (
 SELECT count(*) FROM deleted;
 
 -- name: delete_all_goals(agent_id, room_id)$
--- Rows are locked in the order of the ids, as by update_goals.
+-- Rows are locked in the order of the ids, as by update_goals. The room is no condition that an index could serve: without
+-- statistics the index of rooms would, and each goal be looked for among all of the room.
 -- Not repeatable: a second run finds nothing left to delete.
 WITH given AS MATERIALIZED (
     SELECT of_room.id
@@ -192,7 +193,7 @@ locked AS MATERIALIZED (
         LATERAL (
             SELECT agent_id, id
             FROM elizasql.goals
-            WHERE agent_id = :agent_id AND id = given.id AND room_id = :room_id
+            WHERE agent_id = :agent_id AND id = given.id AND room_id IS NOT DISTINCT FROM :room_id
             FOR UPDATE
         ) AS of_id
 ),

@@ -548,7 +548,7 @@ async def test_without_statistics_rows_are_looked_up_one_by_one(
     transaction = session.transaction()
     await transaction.start()
     try:
-        await session.execute(CLEAR_STATISTICS, [f"memories{mine}", f"embeddings{mine}"])
+        await session.execute(CLEAR_STATISTICS, [f"memories{mine}", f"embeddings{mine}", "goals"])
         for name in ("get_cached_embeddings", "get_cached_embeddings_by_content", "get_cached_embeddings_by_metadata"):
             nodes = await plan_of(session, SQL[name], params)
             conditions = [node["Index Cond"] for node in nodes if node.get("Relation Name") == f"embeddings{mine}"]
@@ -558,6 +558,9 @@ async def test_without_statistics_rows_are_looked_up_one_by_one(
         conditions = [node["Index Cond"] for node in nodes if node.get("Relation Name") == f"memories{mine}"]
         assert any("room_id" in condition for condition in conditions), conditions
         assert any("documentId" in condition for condition in conditions), conditions
+        nodes = await plan_of(session, SQL["delete_all_goals"], params)
+        [found] = [node["Index Name"] for node in nodes if "given.id" in node.get("Index Cond", "")]
+        assert found == "goals_pkey", found
     finally:
         await transaction.rollback()
 
