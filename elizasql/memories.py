@@ -602,7 +602,7 @@ class Memories(Store):
         path = _path(scope)
         scope["room_ids"] = [scope.pop("room_id")] if room_id is not None else None
         if room_ids is not None:
-            scope["room_ids"] = _codecs.as_ids(room_ids, "room_ids")
+            scope["room_ids"] = list(dict.fromkeys(_codecs.as_ids(room_ids, "room_ids")))
             path = "room_id"
         counted: int = await self._executor.fetch_value(
             SQL[_BY_SCOPE["count_memories"][path]], agent_id=self.agent_id, **params, **scope

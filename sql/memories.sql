@@ -606,17 +606,25 @@ WHERE
     AND (:text_contains::text IS NULL OR strpos(lower(content ->> 'text'), lower(:text_contains)) > 0);
 
 -- name: count_memories_of_rooms(agent_id, room_ids, entity_id, world_id, type, only_unique, start_time, end_time, metadata, text_contains)$
+-- Each room is given once. OFFSET 0 keeps it a lookup for each room: without statistics all memories of the type were read for
+-- one of = ANY(...).
 SELECT count(*)
-FROM elizasql.memories
-WHERE
-    agent_id = :agent_id AND room_id = ANY(:room_ids::uuid[]) AND type = :type
-    AND (:entity_id::uuid IS NULL OR entity_id = :entity_id)
-    AND (:world_id::uuid IS NULL OR world_id = :world_id)
-    AND created_at >= coalesce(:start_time::timestamptz, '-infinity')
-    AND created_at <= coalesce(:end_time::timestamptz, 'infinity')
-    AND ("unique" OR NOT :only_unique)
-    AND (:metadata::jsonb IS NULL OR metadata @> :metadata)
-    AND (:text_contains::text IS NULL OR strpos(lower(content ->> 'text'), lower(:text_contains)) > 0);
+FROM unnest(:room_ids::uuid[]) AS given (id)
+CROSS JOIN
+    LATERAL (
+        SELECT
+        FROM elizasql.memories
+        WHERE
+            agent_id = :agent_id AND room_id = given.id AND type = :type
+            AND (:entity_id::uuid IS NULL OR entity_id = :entity_id)
+            AND (:world_id::uuid IS NULL OR world_id = :world_id)
+            AND created_at >= coalesce(:start_time::timestamptz, '-infinity')
+            AND created_at <= coalesce(:end_time::timestamptz, 'infinity')
+            AND ("unique" OR NOT :only_unique)
+            AND (:metadata::jsonb IS NULL OR metadata @> :metadata)
+            AND (:text_contains::text IS NULL OR strpos(lower(content ->> 'text'), lower(:text_contains)) > 0)
+        OFFSET 0
+    ) AS of_room;
 
 -- name: count_memories_of_entity(agent_id, entity_id, world_id, type, only_unique, start_time, end_time, metadata, text_contains)$
 SELECT count(*)

@@ -558,6 +558,9 @@ async def test_without_statistics_rows_are_looked_up_one_by_one(
         conditions = [node["Index Cond"] for node in nodes if node.get("Relation Name") == f"memories{mine}"]
         assert any("room_id" in condition for condition in conditions), conditions
         assert any("documentId" in condition for condition in conditions), conditions
+        nodes = await plan_of(session, SQL["count_memories_of_rooms"], params)
+        [condition] = [node["Index Cond"] for node in nodes if node.get("Relation Name") == f"memories{mine}"]
+        assert "room_id" in condition, condition
         nodes = await plan_of(session, SQL["delete_all_goals"], params)
         [found] = [node["Index Name"] for node in nodes if "given.id" in node.get("Index Cond", "")]
         assert found == "goals_pkey", found
