@@ -15,6 +15,8 @@
 -- 0.3 of the graph, are scanned exactly through the b-tree. The size of the graph is its partition's, found by the
 -- type's oldest row: without an order the generic plan made a bitmap of all the agent's rows for it, 5 ms for 100,000.
 -- One that was never counted, -1, is taken for 100,000: as a small one it would be asked for any scope of 2,001.
+-- Of what has hardly any in the graph, as a type whose rows wait in the tail, HNSW would walk all the others for nothing:
+-- up to 2,000 rows that are indexed do not count as large either.
 -- Whatever was chosen, when HNSW yields fewer rows than asked for, the same statement scans the scope exactly: never
 -- fewer than min(count, matches) rows. Those of the tail do not count for that: they may make up the number, and be
 -- further than what HNSW has not reached. Who measured a moment ago says what was chosen then, by_hnsw: 1.4 ms instead of
@@ -50,12 +52,24 @@ graph AS MATERIALIZED (
     )
 ),
 
+placed AS MATERIALIZED (
+    SELECT count(*) AS size
+    FROM (
+        SELECT FROM elizasql.embeddings
+        WHERE agent_id = :agent_id AND type = :type AND indexed
+        LIMIT 2001
+    ) AS counted
+),
+
 choice AS MATERIALIZED (
     SELECT
         coalesce(:by_hnsw::boolean, (
             SELECT
-                scope.size > 20000
-                OR (scope.size > 2000 AND scope.size >= 0.3 * (SELECT graph.size FROM graph))
+                (
+                    scope.size > 20000
+                    OR (scope.size > 2000 AND scope.size >= 0.3 * (SELECT graph.size FROM graph))
+                )
+                AND (SELECT placed.size > 2000 FROM placed)
             FROM scope
         )) AS by_hnsw,
         CASE
@@ -266,12 +280,24 @@ graph AS MATERIALIZED (
     )
 ),
 
+placed AS MATERIALIZED (
+    SELECT count(*) AS size
+    FROM (
+        SELECT FROM elizasql.embeddings
+        WHERE agent_id = :agent_id AND room_id = :room_id AND type = :type AND indexed
+        LIMIT 2001
+    ) AS counted
+),
+
 choice AS MATERIALIZED (
     SELECT
         coalesce(:by_hnsw::boolean, (
             SELECT
-                scope.size > 20000
-                OR (scope.size > 2000 AND scope.size >= 0.3 * (SELECT graph.size FROM graph))
+                (
+                    scope.size > 20000
+                    OR (scope.size > 2000 AND scope.size >= 0.3 * (SELECT graph.size FROM graph))
+                )
+                AND (SELECT placed.size > 2000 FROM placed)
             FROM scope
         )) AS by_hnsw,
         CASE
@@ -417,23 +443,6 @@ graph AS MATERIALIZED (
     )
 ),
 
-choice AS MATERIALIZED (
-    SELECT
-        coalesce(:by_hnsw::boolean, (
-            SELECT
-                scope.size > 20000
-                OR (scope.size > 2000 AND scope.size >= 0.3 * (SELECT graph.size FROM graph))
-            FROM scope
-        )) AS by_hnsw,
-        CASE
-            WHEN :by_hnsw IS NOT NULL THEN :known_ef::text
-            WHEN (SELECT scope.size FROM scope) > 2000 THEN (
-                SELECT least(1000, round(:ef_search::int * power(greatest(graph.size / 100000, 1), 0.25)))::text
-                FROM graph
-            )
-        END AS ef
-),
-
 narrowest AS MATERIALIZED (
     SELECT
         CASE scope.size
@@ -443,6 +452,59 @@ narrowest AS MATERIALIZED (
         END AS name
     FROM scope
     CROSS JOIN sizes
+),
+
+placed AS MATERIALIZED (
+    SELECT
+        CASE narrowest.name
+            WHEN 'room'
+                THEN (
+                    SELECT count(*)
+                    FROM (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = :agent_id AND room_id = :room_id AND type = :type AND indexed
+                        LIMIT 2001
+                    ) AS counted
+                )
+            WHEN 'entity'
+                THEN (
+                    SELECT count(*)
+                    FROM (
+                        SELECT FROM elizasql.embeddings
+                        WHERE agent_id = :agent_id AND entity_id = :entity_id AND type = :type AND indexed
+                        LIMIT 2001
+                    ) AS counted
+                )
+            WHEN 'world' THEN (
+                SELECT count(*)
+                FROM (
+                    SELECT FROM elizasql.embeddings
+                    WHERE agent_id = :agent_id AND world_id = :world_id AND type = :type AND indexed
+                    LIMIT 2001
+                ) AS counted
+            )
+        END AS size
+    FROM narrowest
+),
+
+choice AS MATERIALIZED (
+    SELECT
+        coalesce(:by_hnsw::boolean, (
+            SELECT
+                (
+                    scope.size > 20000
+                    OR (scope.size > 2000 AND scope.size >= 0.3 * (SELECT graph.size FROM graph))
+                )
+                AND (SELECT placed.size > 2000 FROM placed)
+            FROM scope
+        )) AS by_hnsw,
+        CASE
+            WHEN :by_hnsw IS NOT NULL THEN :known_ef::text
+            WHEN (SELECT scope.size FROM scope) > 2000 THEN (
+                SELECT least(1000, round(:ef_search::int * power(greatest(graph.size / 100000, 1), 0.25)))::text
+                FROM graph
+            )
+        END AS ef
 ),
 
 nearest AS MATERIALIZED (

@@ -606,7 +606,7 @@ WHERE
     AND (:text_contains::text IS NULL OR strpos(lower(content ->> 'text'), lower(:text_contains)) > 0);
 
 -- name: count_memories_of_rooms(agent_id, room_ids, entity_id, world_id, type, only_unique, start_time, end_time, metadata, text_contains)$
--- Each room is given once. OFFSET 0 keeps it a lookup for each room: without statistics all memories of the type were read for
+-- Each room is given once. OFFSET 0 keeps it a lookup for each: without statistics all memories of the type were read for
 -- one of = ANY(...).
 SELECT count(*)
 FROM unnest(:room_ids::uuid[]) AS given (id)

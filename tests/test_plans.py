@@ -223,6 +223,27 @@ async def test_search_of_a_large_dense_scope_goes_through_hnsw(
     assert any("hnsw" in used for used in indexes(nodes)), indexes(nodes)
 
 
+async def test_what_waits_in_the_tail_is_not_looked_for_in_the_graph(
+    session: asyncpg.Connection[Any], agents: dict[str, UUID], vectors: np.ndarray[Any, Any]
+) -> None:
+    """HNSW would go on through all that others have there, to find that it is too little."""
+    agent = agents["many"]
+    transaction = session.transaction()
+    await transaction.start()
+    try:
+        await session.execute(
+            "UPDATE elizasql.embeddings SET indexed = FALSE WHERE agent_id = $1 AND memory_id <> ALL(ARRAY("
+            "SELECT memory_id FROM elizasql.embeddings WHERE agent_id = $1 ORDER BY memory_id LIMIT 1000))",
+            agent,
+        )
+        for name, scope in (*LARGE, *LARGE_TOGETHER):
+            nodes = await plan_of(session, SQL[name], search_params(agent, vectors[-1], **scope), execute=True)
+            assert not any("hnsw" in used for used in indexes(nodes)), (name, scope)
+            assert not scans_a_table(nodes)
+    finally:
+        await transaction.rollback()
+
+
 @pytest.mark.parametrize("by_hnsw", [False, True])
 @pytest.mark.parametrize(
     ("name", "scope"),
