@@ -14,6 +14,7 @@ import asyncpg
 from . import _codecs
 from ._calls import Meter, bound_methods
 from ._executor import Executor
+from ._indexer import Indexer
 from ._statements import SQL
 from .config import Config
 from .errors import ArgumentError, UniqueViolationError
@@ -43,11 +44,16 @@ class Store:
     _address: str
     _executor: Executor
     _background: Executor
+    _indexer: Indexer
     _meter: Meter
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         bound_methods(cls)
+
+    @property
+    def _inline(self) -> bool:
+        return self.config.indexing == "inline"
 
     @property
     def _aside(self) -> Executor:
@@ -177,12 +183,12 @@ class Store:
             return []
         return [kind(*row) for row in await self._executor.fetch(SQL[name], agent_id=self.agent_id, ids=wanted)]
 
-    async def _delete_by_ids(self, name: str, ids: Iterable[object], what: str) -> int:
+    async def _delete_by_ids(self, name: str, ids: Iterable[object], what: str, **params: Any) -> int:
         """Delete some rows, all or none, and give how many there were; `name`, `ids` and `what` as in `_get_by_ids`."""
         doomed = sorted(set(_codecs.as_ids(ids, what)))  # so that two batches cannot wait for each other
         if not doomed:
             return 0
-        chunks = [{"agent_id": self.agent_id, "ids": chunk} for chunk in self._chunks(doomed)]
+        chunks = [{"agent_id": self.agent_id, "ids": chunk, **params} for chunk in self._chunks(doomed)]
         return sum(row[0] for row in await self._executor.fetch_chunks(SQL[name], chunks))
 
     def _refuse_in_transaction(self, name: str) -> None:

@@ -18,7 +18,6 @@ from . import _codecs
 from ._calls import lasting
 from ._duplicates import find_alike
 from ._executor import Fetch
-from ._indexer import Indexer
 from ._loader import Loader
 from ._resident import Resident
 from ._statements import SQL, Statement
@@ -70,7 +69,6 @@ class Memories(Store):
     """
 
     _dimension: int | None
-    _indexer: Indexer
     _resident: Resident
     # By type, candidates asked for and filters: whether HNSW was the way when the scope was measured, how many
     # candidates it keeps, and until when that holds.
@@ -371,7 +369,10 @@ class Memories(Store):
             }
             for chunk in self._chunks(rows, _weigh)
         ]
-        return await self._write(SQL.at("update_memories", given or 384), chunks, given)
+        changed = await self._write(SQL.at("update_memories", given or 384), chunks, given)
+        if any(not _SCOPE.isdisjoint(row) for row in rows):
+            self._indexer.wake()
+        return changed
 
     async def delete_memory(self, memory_id: UUID | str, *, timeout: float | None = None) -> bool:
         """Delete a memory and, when it is a document, its fragments; False when there was nothing.
@@ -821,10 +822,6 @@ class Memories(Store):
 
     # --- what the methods share --------------------------------------------------------------------------------------
 
-    @property
-    def _inline(self) -> bool:
-        return self.config.indexing == "inline"
-
     def _type(self, table_name: object) -> str:
         return _as_type(table_name, self.config)
 
@@ -983,6 +980,8 @@ _BY_SCOPE: dict[str, dict[str | None, str]] = {
     for name, rooms in (("get_memories", "room"), ("count_memories", "rooms"), ("search_memories", "room"))
 }
 _FILTERS = ("room_id", "entity_id", "world_id")
+# What is copied to the vector, and puts it into the tail when it changes.
+_SCOPE = {*_FILTERS, "unique"}
 # The share of `config.ef_search` that HNSW keeps; None: it is not asked.
 _SHARES: dict[str, float | None] = {"fast": 0.5, "balanced": 1.0, "exact": None}
 _CACHED_BY_FIELD = {"content": "get_cached_embeddings_by_content", "metadata": "get_cached_embeddings_by_metadata"}

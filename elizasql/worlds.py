@@ -120,4 +120,6 @@ class Worlds(Store):
 
         Statement: sql/worlds.sql delete_worlds. One round trip a chunk. Source: deleteWorlds.
         """
-        return await self._delete_by_ids("delete_worlds", world_ids, "world_ids")
+        deleted = await self._delete_by_ids("delete_worlds", world_ids, "world_ids", indexed=self._inline)
+        self._indexer.wake()
+        return deleted

@@ -107,7 +107,8 @@ CREATE FUNCTION elizasql.copy_scope_to_embedding() RETURNS trigger
 BEGIN
     UPDATE elizasql.embeddings
     SET type = NEW.type, room_id = NEW.room_id, world_id = NEW.world_id, entity_id = NEW.entity_id,
-        "unique" = NEW."unique", xid = pg_current_xact_id()
+        "unique" = NEW."unique", xid = pg_current_xact_id(),
+        indexed = indexed AND coalesce(current_setting('elizasql.inline', TRUE), '') = 'on'
     WHERE agent_id = NEW.agent_id AND memory_id = NEW.id;
     RETURN NULL;
 END

@@ -262,13 +262,16 @@ ON CONFLICT (agent_id, memory_id, dimension) DO UPDATE
 
 -- name: update_memories(agent_id, ids, contents, metadatas, uniques, entity_ids, room_ids, world_ids, embeddings, indexed, required)
 -- Changes the fields that are given, a NULL leaves a field as it is; gives the ids that were there.
--- required: one that is not there undoes the whole statement. A change of scope reaches the embedding by a trigger.
+-- required: one that is not there undoes the whole statement. A change of scope reaches the embedding by a trigger, which
+-- puts it into the tail unless elizasql.inline is on.
 WITH given AS (
     SELECT *
-    FROM unnest(
-        :ids::uuid[], :contents::jsonb[], :metadatas::jsonb[], :uniques::boolean[], :entity_ids::uuid[],
-        :room_ids::uuid[], :world_ids::uuid[], :embeddings::vector[]
-    ) AS g (id, content, metadata, is_unique, entity_id, room_id, world_id, embedding)
+    FROM
+        unnest(
+            :ids::uuid[], :contents::jsonb[], :metadatas::jsonb[], :uniques::boolean[], :entity_ids::uuid[],
+            :room_ids::uuid[], :world_ids::uuid[], :embeddings::vector[]
+        ) AS g (id, content, metadata, is_unique, entity_id, room_id, world_id, embedding)
+    WHERE NOT :indexed::boolean OR (SELECT set_config('elizasql.inline', 'on', TRUE) <> '')
 ),
 
 updated AS (

@@ -94,8 +94,9 @@ FROM given AS g
 WHERE :required AND NOT EXISTS (SELECT FROM updated WHERE updated.id = g.id)
 HAVING count(*) > 0;
 
--- name: delete_worlds(agent_id, ids)$
+-- name: delete_worlds(agent_id, ids, indexed)$
 -- Deletes worlds and their components; rooms and memories stay and no longer point at the world; gives how many went.
+-- indexed: the vectors of these memories stay in the index, and do not go to the tail.
 -- All that changes is locked first, in the order in which others lock it.
 -- Not repeatable: a second run finds nothing left to delete.
 WITH locked AS MATERIALIZED (
@@ -108,6 +109,7 @@ WITH locked AS MATERIALIZED (
             WHERE agent_id = :agent_id AND id = given.id
             FOR UPDATE
         ) AS of_id
+    WHERE NOT :indexed::boolean OR (SELECT set_config('elizasql.inline', 'on', TRUE) <> '')
 ),
 
 deleted AS (

@@ -21,7 +21,9 @@ from elizasql import (
     LockTimeoutError,
     Memory,
     PermissionDeniedError,
+    Room,
     UnavailableError,
+    World,
     _indexer,
 )
 from elizasql._statements import SQL
@@ -84,6 +86,8 @@ async def test_background_indexing_empties_the_tail(make_db: MakeAdapter, raw: a
         assert (await db.search_memories(embedding=v, table_name="messages", count=1))[0].id == id
     await db.update_memory({"id": ids[0], "embedding": V[200]})
     await until(empty)
+    await db.update_memory({"id": ids[0], "unique": False})
+    await until(empty)
 
 
 async def test_inline_indexing_leaves_no_tail(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
@@ -95,6 +99,32 @@ async def test_inline_indexing_leaves_no_tail(make_db: MakeAdapter, raw: asyncpg
     await db.upsert_memories([Memory(id=ids[1], content={}, embedding=V[33])], "messages")
     assert await tail_of(raw, db.agent_id) == 0
     assert len(await db.search_memories(embedding=V[0], table_name="messages", count=50)) == 22
+
+
+@pytest.mark.parametrize("indexing", ["manual", "inline"])
+async def test_what_changes_its_scope_does_not_wait_for_the_index(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any], indexed: None, indexing: Literal["manual", "inline"]
+) -> None:
+    """A new entry in HNSW takes milliseconds: to remove a world of some ten thousand memories took minutes."""
+    db = await make_db(indexing=indexing)
+    world, room = await db.create_world(World()), await db.create_room(Room(source="test", type="GROUP"))
+    memories = [Memory(content={}, embedding=v, world_id=world, unique=True) for v in V[:20]]
+    ids = await db.create_memories(memories, "messages")
+    await db.index_memories()
+    expected = 0
+    for change in (
+        lambda: db.update_memory({"id": ids[0], "room_id": room}),
+        lambda: db.update_memories([{"id": id, "unique": False} for id in ids[:5]]),
+        lambda: db.remove_world(world),
+    ):
+        await change()
+        expected = {0: 1, 1: 5, 5: 20}[expected] if indexing == "manual" else 0
+        assert await tail_of(raw, db.agent_id) == expected
+    await db.update_memories([{"id": id, "content": {"text": "new"}} for id in ids])
+    for id, v in zip(ids, V, strict=False):
+        [found] = await db.search_memories(embedding=v, table_name="messages", count=1)
+        assert (found.id, found.world_id) == (id, None)
+    assert await db.index_memories() == expected
 
 
 async def test_an_adapter_takes_over_what_another_left(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:

@@ -333,7 +333,7 @@ async def test_a_large_agent_among_small_ones_is_read_by_the_index(skew: Skew) -
         "create_worlds": {"worlds": change},
         "upsert_worlds": {"worlds": json.dumps({str(skew.world): row})},
         "update_worlds": {"worlds": change, "required": True},
-        "delete_worlds": {"ids": [skew.world]},
+        "delete_worlds": {"ids": [skew.world], "indexed": False},
     }
     for name, params in statements.items():
         await skew.check(SQL[name], **params)

@@ -594,9 +594,9 @@ async def test_statement_that_is_not_repeatable_is_sent_once(proxy: Proxy, make_
     db = await make_db(dsn=proxy.dsn, pool_max_size=1)
     assert not SQL[name].repeatable
     ids = [uuid4()]
-    assert await db._executor.fetch_value(SQL[name], agent_id=db.agent_id, ids=ids) == 0
+    assert await db._executor.fetch_value(SQL[name], agent_id=db.agent_id, ids=ids, indexed=False) == 0
     sent = proxy.when("client", b"B", "note", holding=ids[0].bytes, times=None)
     proxy.when("server", ANSWER, "reset")
     with pytest.raises(elizasql.UnknownOutcomeError):
-        await db._executor.fetch_value(SQL[name], agent_id=db.agent_id, ids=ids)
+        await db._executor.fetch_value(SQL[name], agent_id=db.agent_id, ids=ids, indexed=False)
     assert sent.count == 1
