@@ -316,6 +316,8 @@ class Memories(Store):
             for chunk in chunks:
                 chunk[f"keep_{name}"] = [id for id in chunk["ids"] if id in kept]
         await self._write(SQL.at("upsert_memories", given or 384), chunks, given)
+        if any("unique" in row["given"] for row in rows):
+            self._indexer.wake()
         return ids
 
     async def update_memory(self, memory: Memory | Mapping[str, Any], *, timeout: float | None = None) -> bool:
@@ -980,7 +982,7 @@ _BY_SCOPE: dict[str, dict[str | None, str]] = {
     for name, rooms in (("get_memories", "room"), ("count_memories", "rooms"), ("search_memories", "room"))
 }
 _FILTERS = ("room_id", "entity_id", "world_id")
-# What is copied to the vector, and puts it into the tail when it changes.
+# What is copied to the vector, and sends it to the tail when it changes.
 _SCOPE = {*_FILTERS, "unique"}
 # The share of `config.ef_search` that HNSW keeps; None: it is not asked.
 _SHARES: dict[str, float | None] = {"fast": 0.5, "balanced": 1.0, "exact": None}

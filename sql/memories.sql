@@ -214,11 +214,13 @@ WITH given AS (
     SELECT
         *,
         (SELECT elizasql.batch_time(:begins)) + position * interval '1 microsecond' AS made_at
-    FROM unnest(
-        :ids::uuid[], :types::text[], :created_ats::timestamptz[], :contents::jsonb[], :entity_ids::uuid[],
-        :room_ids::uuid[], :world_ids::uuid[], :uniques::boolean[], :metadatas::jsonb[], :embeddings::vector[],
-        :positions::bigint[]
-    ) AS g (id, type, created_at, content, entity_id, room_id, world_id, is_unique, metadata, embedding, position)
+    FROM
+        unnest(
+            :ids::uuid[], :types::text[], :created_ats::timestamptz[], :contents::jsonb[], :entity_ids::uuid[],
+            :room_ids::uuid[], :world_ids::uuid[], :uniques::boolean[], :metadatas::jsonb[], :embeddings::vector[],
+            :positions::bigint[]
+        ) AS g (id, type, created_at, content, entity_id, room_id, world_id, is_unique, metadata, embedding, position)
+    WHERE NOT :indexed::boolean OR (SELECT set_config('elizasql.inline', 'on', TRUE) <> '')
 ),
 
 stored AS (

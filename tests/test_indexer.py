@@ -88,6 +88,8 @@ async def test_background_indexing_empties_the_tail(make_db: MakeAdapter, raw: a
     await until(empty)
     await db.update_memory({"id": ids[0], "unique": False})
     await until(empty)
+    await db.upsert_memories([{"id": ids[0], "content": {}, "unique": True}], "messages")
+    await until(empty)
 
 
 async def test_inline_indexing_leaves_no_tail(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
@@ -113,12 +115,14 @@ async def test_what_changes_its_scope_does_not_wait_for_the_index(
     await db.index_memories()
     expected = 0
     for change in (
+        lambda: db.upsert_memories([{"id": ids[7], "content": {}, "unique": False}], "messages"),
+        lambda: db.upsert_memories([{"id": ids[8], "content": {}, "unique": False, "embedding": V[8]}], "messages"),
         lambda: db.update_memory({"id": ids[0], "room_id": room}),
         lambda: db.update_memories([{"id": id, "unique": False} for id in ids[:5]]),
         lambda: db.remove_world(world),
     ):
         await change()
-        expected = {0: 1, 1: 5, 5: 20}[expected] if indexing == "manual" else 0
+        expected = {0: 1, 1: 2, 2: 3, 3: 7, 7: 20}[expected] if indexing == "manual" else 0
         assert await tail_of(raw, db.agent_id) == expected
     await db.update_memories([{"id": id, "content": {"text": "new"}} for id in ids])
     for id, v in zip(ids, V, strict=False):
