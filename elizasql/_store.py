@@ -21,6 +21,7 @@ from .errors import ArgumentError, UniqueViolationError
 from .models import Model
 
 T = TypeVar("T")
+_Twice = Literal["first", "last", "together"]
 
 
 # The server takes no message of 1 GB, and ends the connection: 60 documents of 20 MB could not be stored together.
@@ -67,7 +68,6 @@ class Store:
         *,
         needed: Sequence[str] = (),
         new_ids: bool = True,
-        twice: Literal["first", "last", "together"] = "first",
         read: Callable[[Any], dict[str, Any]] | None = None,
     ) -> tuple[list[UUID], list[dict[str, Any]]]:
         """Check a batch before any I/O.
@@ -77,29 +77,32 @@ class Store:
             values: Models or mappings.
             needed: Fields that must be given.
             new_ids: Make an id for whatever has none; otherwise that is an error.
-            twice: Of two rows with one id, which one counts; "together": what the later one sets, over the earlier.
             read: How a value is read; None: as the model does.
 
         Returns:
-            The id of every value in the order given; and the fields of each row, every id once.
+            The id of every value in the order given; and the fields of each row, every id once, the first one.
 
         Raises:
             ArgumentError: Names the position of the row that is wrong.
         """
-        return _take_each_once(self._read_each(kind, values, needed=needed, new_ids=new_ids, read=read), twice)
+        return _take_each_once(self._read_each(kind, values, needed=needed, new_ids=new_ids, read=read))
 
     async def _read_all_in_turns(
         self,
         kind: type[Model],
         values: Iterable[object],
+        read: Callable[[Any], dict[str, Any]],
         *,
         new_ids: bool = True,
-        twice: Literal["first", "last", "together"] = "first",
-        read: Callable[[Any], dict[str, Any]] | None = None,
+        twice: _Twice = "first",
     ) -> tuple[list[UUID], list[dict[str, Any]]]:
         """Check a batch as `_read_all` does, but leave the event loop to others now and then.
 
         What an iterator gives is read before it is asked for the next, which may stand in the same array.
+
+        Args:
+            kind, values, read, new_ids: As of `_read_all`.
+            twice: Of two rows with one id, which one counts; "together": what the later one sets, over the earlier.
         """
         rest = _codecs.as_collection(values, f"expected a collection of {kind.__name__}")
         if isinstance(values, Collection):
@@ -308,10 +311,8 @@ def read_each(
     return found
 
 
-def _take_each_once(
-    given: list[dict[str, Any]], twice: Literal["first", "last", "together"]
-) -> tuple[list[UUID], list[dict[str, Any]]]:
-    """Give the id of each row, and the rows, every id once, as `Store._read_all` says."""
+def _take_each_once(given: list[dict[str, Any]], twice: _Twice = "first") -> tuple[list[UUID], list[dict[str, Any]]]:
+    """Give the id of each row, and the rows, every id once, as `Store._read_all_in_turns` says."""
     rows: dict[UUID, dict[str, Any]] = {}
     for row in given:
         if twice == "first":

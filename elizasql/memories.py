@@ -185,7 +185,7 @@ class Memories(Store):
         near-duplicates are looked for, and are in several chunks or in the batch itself, find_near_duplicates and
         create_memories, two round trips a chunk in one transaction. Source: createMemories.
         """
-        ids, rows = await self._read_all_in_turns(Memory, memories, read=self._memory_reader(table_name, None))
+        ids, rows = await self._read_all_in_turns(Memory, memories, self._memory_reader(table_name, None))
         return await self._create(ids, rows, await self._width_of(rows)) if rows else []
 
     async def _create(self, ids: list[UUID], rows: list[dict[str, Any]], given: int | None) -> list[UUID]:
@@ -305,8 +305,8 @@ class Memories(Store):
 
         Statement: sql/memories.sql upsert_memories. One round trip a chunk. Source: upsertMemories.
         """
-        read = self._memory_reader(table_name, None)
-        ids, rows = await self._read_all_in_turns(Memory, memories, twice="last", read=read)
+        reader = self._memory_reader(table_name, None)
+        ids, rows = await self._read_all_in_turns(Memory, memories, reader, twice="last")
         if not rows:
             return []
         given = await self._width_of(rows)
@@ -349,8 +349,8 @@ class Memories(Store):
         await self._update(memories, required=True)
 
     async def _update(self, memories: Iterable[Memory | Mapping[str, Any]], *, required: bool) -> list[Any]:
-        read = self._reader(Memory.read)
-        _, rows = await self._read_all_in_turns(Memory, memories, new_ids=False, twice="together", read=read)
+        reader = self._reader(Memory.read)
+        _, rows = await self._read_all_in_turns(Memory, memories, reader, new_ids=False, twice="together")
         if not rows:
             return []
         rows.sort(key=lambda row: row["id"].int)

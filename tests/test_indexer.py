@@ -121,7 +121,9 @@ async def test_what_changes_its_scope_does_not_wait_for_the_index(
         lambda: db.update_memories([{"id": id, "unique": False} for id in ids[:5]]),
         lambda: db.remove_world(world),
     ):
+        db._indexer._wanted.clear()
         await change()
+        assert db._indexer._wanted.is_set(), "the indexer is told"
         expected = {0: 1, 1: 2, 2: 3, 3: 7, 7: 20}[expected] if indexing == "manual" else 0
         assert await tail_of(raw, db.agent_id) == expected
     await db.update_memories([{"id": id, "content": {"text": "new"}} for id in ids])

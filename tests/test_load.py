@@ -438,26 +438,6 @@ async def test_callers_keep_their_connections(make_db: MakeAdapter) -> None:
     assert counts[0] == 0 and counts[-1] >= 10
 
 
-async def test_others_have_their_turn_while_a_batch_is_read(db: DatabaseAdapter) -> None:
-    turns, seen = 0, []
-
-    async def take_turns() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await asyncio.sleep(0)
-
-    def produce() -> Iterator[Memory]:
-        for memory in some(200):
-            seen.append(turns)
-            yield memory
-
-    others = asyncio.ensure_future(take_turns())
-    await db.load_memories(produce(), "messages", batch_size=200, build_index=False)
-    others.cancel()
-    assert len(set(seen)) == 4
-
-
 def generated(count: int) -> Iterator[Memory]:
     generator = np.random.default_rng(1)
     for number in range(count):

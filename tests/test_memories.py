@@ -391,7 +391,7 @@ async def test_a_room_is_not_locked_before_the_first_look_at_the_partitions(
     assert await db.get_memory_by_id(await call) is not None
 
 
-@pytest.mark.parametrize("method", ["create_memories", "upsert_memories", "update_memories"])
+@pytest.mark.parametrize("method", ["create_memories", "load_memories", "upsert_memories", "update_memories"])
 async def test_others_have_their_turn_while_a_batch_is_read(db: DatabaseAdapter, method: str) -> None:
     """And each memory is read before the next one is asked for: it may be made in the same array."""
     ids = await db.create_memories([Memory(content={}) for _ in range(200)], "messages")
@@ -409,7 +409,7 @@ async def test_others_have_their_turn_while_a_batch_is_read(db: DatabaseAdapter,
             seen.append(turns)
             buffer[:] = number + 1
             buffer[0] = 0
-            id = uuid4() if method == "create_memories" else id
+            id = uuid4() if method in ("create_memories", "load_memories") else id
             yield Memory(id=id, type="messages", content={"n": number}, embedding=buffer, unique=True)
 
     others = asyncio.ensure_future(take_turns())
