@@ -162,9 +162,11 @@ class Store:
         def read_row(value: object) -> dict[str, Any]:
             row = (read or kind.read)(value)
             self._check_agent(row)
-            if new_ids and row.get("id") is None:
+            if row.get("id") is None:
+                if not new_ids:
+                    raise ArgumentError("id is missing")
                 row["id"] = _codecs.new_id()
-            need(row, "id", *needed)
+            need(row, *needed)
             for name in fixed:
                 if name in row and row[name] is None:
                     raise ArgumentError(f"{name} cannot be None")

@@ -20,7 +20,7 @@ from ._duplicates import find_alike
 from ._executor import Fetch
 from ._loader import Loader
 from ._resident import Resident
-from ._statements import SQL, Statement
+from ._statements import SQL
 from ._store import Store, as_limit, order_by_id, read_cursor
 from .config import Config
 from .errors import ArgumentError, EmbeddingDimensionError, NotFoundError, show
@@ -40,7 +40,11 @@ _RERANK = 3
 # Memories of a batch that are compared with one another without leaving the event loop.
 _COMPARED_AT_ONCE = 256
 
-_CREATE_COLUMNS = ("id", "type", "created_at", "content", "entity_id", "room_id", "world_id", "unique", "metadata")
+# A memory to create of which nothing is given, and the metadata that it gets.
+_NOTHING = dict.fromkeys(
+    ("id", "type", "created_at", "content", "entity_id", "room_id", "world_id", "unique", "metadata", "embedding")
+)
+_NO_METADATA = _codecs.encode_json({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,20 +149,15 @@ class Memories(Store):
         """
         ids, rows = self._read_all(Memory, [memory], read=self._memory_reader(table_name, unique))
         row = rows[0]
-        given = await self._width_of(rows)
+        given: int | None = row.get("width")
+        if given is not None:
+            await self._require_width(given)
         if given is not None and row["unique"] is None:
             return (await self._create(ids, rows, given))[0]
-        params = {
-            "agent_id": self.agent_id,
-            **{name: row[name] for name in _CREATE_COLUMNS if name != "unique"},
-            "is_unique": row["unique"] is not False,
-        }
-        if given is None:
-            await self._executor.execute(SQL["create_memory"], **params)
-        else:
-            statement = SQL.at("create_memory_with_embedding", given)
-            params |= {"embedding": row["embedding"], "indexed": self._inline}
-            await self._write(statement, [params], given)
+        statement = SQL["create_memory"] if given is None else SQL.at("create_memory_with_embedding", given)
+        row["metadata"] = row["metadata"] or _NO_METADATA
+        about = {"agent_id": self.agent_id, "is_unique": row["unique"] is not False, "indexed": self._inline}
+        await self._write(self._executor.fetch(statement, **row, **about), given)
         return ids[0]
 
     async def create_memories(
@@ -195,7 +194,7 @@ class Memories(Store):
         in_order = tuple(rows)
         chunks = self._batch(rows, undecided=bool(undecided))
         if not undecided:
-            await self._write(SQL.at("create_memories", given or 384), chunks, given)
+            await self._write(self._executor.fetch_chunks(SQL.at("create_memories", given or 384), chunks), given)
             return ids
         for chunk in chunks:
             chunk |= {"lock_types": [], "lock_rooms": []}
@@ -203,7 +202,8 @@ class Memories(Store):
         width = given or 384
         alike = await _find_alike(in_order)
         if len(chunks) == 1 and not alike:
-            await self._write(SQL.at("create_memories_marking_duplicates", width), chunks, given)
+            statement = SQL.at("create_memories_marking_duplicates", width)
+            await self._write(self._executor.fetch(statement, **chunks[0]), given)
             return ids
         look, create = SQL.at("find_near_duplicates", width), SQL.at("create_memories", width)
 
@@ -222,7 +222,7 @@ class Memories(Store):
                 await fetch(create, **chunk | {"uniques": list(islice(uniques, len(chunk["ids"])))})
             return []
 
-        await self._write_with(self._executor.fetch_together(create, work), given)
+        await self._write(self._executor.fetch_together(create, work), given)
         return ids
 
     @lasting(86_400.0)
@@ -312,11 +312,11 @@ class Memories(Store):
         given = await self._width_of(rows)
         chunks = self._batch(rows)
         for name in ("unique", "metadata"):
-            kept = {row["id"] for row in rows if name not in row["given"]}
+            kept = {row["id"] for row in rows if row[name] is None}
             for chunk in chunks:
                 chunk[f"keep_{name}"] = [id for id in chunk["ids"] if id in kept]
-        await self._write(SQL.at("upsert_memories", given or 384), chunks, given)
-        if any("unique" in row["given"] for row in rows):
+        await self._write(self._executor.fetch_chunks(SQL.at("upsert_memories", given or 384), chunks), given)
+        if any(row["unique"] is not None for row in rows):
             self._indexer.wake()
         return ids
 
@@ -371,7 +371,8 @@ class Memories(Store):
             }
             for chunk in self._chunks(rows, _weigh)
         ]
-        changed = await self._write(SQL.at("update_memories", given or 384), chunks, given)
+        write = self._executor.fetch_chunks(SQL.at("update_memories", given or 384), chunks)
+        changed = await self._write(write, given)
         if any(not _SCOPE.isdisjoint(row) for row in rows):
             self._indexer.wake()
         return changed
@@ -833,25 +834,18 @@ class Memories(Store):
         decided = None if unique is None else _codecs.as_bool(unique, "unique")
 
         def prepare(value: object) -> dict[str, Any]:
-            row = _unwrap(value)
-            if row.get("content") is None:
+            row = {**_NOTHING, **_unwrap(value)}
+            if row["content"] is None:
                 raise ArgumentError("content is missing")
-            if kind is None and row.get("type") is None:
+            if kind is not None:
+                row["type"] = kind
+            elif row["type"] is None:
                 raise ArgumentError("table_name is missing, and so is the memory's type")
-            return {
-                "id": row.get("id"),
-                "agent_id": row.get("agent_id"),
-                "type": kind or self._type(row["type"]),
-                "created_at": row.get("created_at"),
-                "content": row["content"],
-                "entity_id": row.get("entity_id"),
-                "room_id": row.get("room_id"),
-                "world_id": row.get("world_id"),
-                "unique": row.get("unique") if decided is None else decided,
-                "metadata": row.get("metadata") or {},
-                "embedding": row.get("embedding"),
-                "given": {name for name in ("unique", "metadata") if row.get(name) is not None},
-            }
+            else:
+                row["type"] = self._type(row["type"])
+            if decided is not None:
+                row["unique"] = decided
+            return row
 
         return self._reader(prepare)
 
@@ -912,7 +906,7 @@ class Memories(Store):
         given = await self._width_of(rows)
         chunks = [{**chunk, "skip": skip} for chunk in self._batch(rows)]
         statement = SQL.at("load_memories", given or 384)
-        return await self._heed_move(self._background.fetch_chunks(statement, chunks, settle=True))
+        return await self._write(self._background.fetch_chunks(statement, chunks, settle=True), None)
 
     def _batch(self, rows: list[dict[str, Any]], *, undecided: bool = False) -> list[dict[str, Any]]:
         """Give what a batch statement takes, chunk by chunk; the rows are ordered by id, over all chunks.
@@ -932,23 +926,19 @@ class Memories(Store):
             chunks.append(about | columns)
         return chunks
 
-    async def _write(self, statement: Statement, chunks: list[dict[str, Any]], given: int | None) -> list[Any]:
-        """Run a write, and tell the indexer."""
-        return await self._write_with(self._executor.fetch_chunks(statement, chunks), given)
+    async def _write(self, write: Awaitable[list[Any]], given: int | None) -> list[Any]:
+        """Wait for a write, and tell the indexer; `given`: the width of the vectors in it that go to the tail.
 
-    async def _write_with(self, write: Awaitable[list[Any]], given: int | None) -> list[Any]:
-        rows = await self._heed_move(write)
-        if given is not None:
-            self._indexer.wake()
-        return rows
-
-    async def _heed_move(self, write: Awaitable[list[Any]]) -> list[Any]:
-        """Wait for a write; the server refuses it when the agent has moved to another width meanwhile."""
+        The server refuses it when the agent has moved to another width meanwhile.
+        """
         try:
-            return await write
+            rows = await write
         except EmbeddingDimensionError as error:
             self._learn(error.locked)
             raise
+        if given is not None:
+            self._indexer.wake()
+        return rows
 
     def _filters(
         self,
@@ -1071,7 +1061,7 @@ def _threshold(value: float | None) -> float | None:
 
 def _unwrap(memory: Any) -> dict[str, Any]:
     """Read a memory; the batch contract's form of it, {memory, tableName, unique}, is one with these fields."""
-    if not (isinstance(memory, Mapping) and "memory" in memory):
+    if isinstance(memory, Memory) or not (isinstance(memory, Mapping) and "memory" in memory):
         return Memory.read(memory)
     unknown = set(memory) - {"memory", "tableName", "table_name", "unique"}
     if unknown:
@@ -1107,6 +1097,6 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
         "room_ids": [row["room_id"] for row in rows],
         "world_ids": [row["world_id"] for row in rows],
         "uniques": [row["unique"] for row in rows],
-        "metadatas": [row["metadata"] for row in rows],
+        "metadatas": [row["metadata"] or _NO_METADATA for row in rows],
         "embeddings": [row["embedding"] for row in rows],
     }
