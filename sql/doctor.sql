@@ -135,6 +135,47 @@ LEFT JOIN pg_catalog.pg_stat_user_indexes AS s ON i.oid = s.indexrelid
 WHERE n.nspname = 'elizasql'
 ORDER BY i.relname;
 
+-- name: list_objects()
+-- What there is in the schema, by kind and name; the names of what belongs to a table begin with it.
+SELECT
+    'table' AS kind,
+    relname::text AS name
+FROM pg_catalog.pg_class
+WHERE relnamespace = 'elizasql'::regnamespace AND relkind IN ('r', 'p')
+UNION ALL
+SELECT
+    'index' AS kind,
+    relname::text AS name
+FROM pg_catalog.pg_class
+WHERE relnamespace = 'elizasql'::regnamespace AND relkind IN ('i', 'I')
+UNION ALL
+SELECT
+    'function' AS kind,
+    proname::text AS name
+FROM pg_catalog.pg_proc
+WHERE pronamespace = 'elizasql'::regnamespace
+UNION ALL
+SELECT
+    'column' AS kind,
+    c.relname || '.' || a.attname AS name
+FROM pg_catalog.pg_attribute AS a
+INNER JOIN pg_catalog.pg_class AS c ON a.attrelid = c.oid
+WHERE c.relnamespace = 'elizasql'::regnamespace AND c.relkind IN ('r', 'p') AND a.attnum > 0 AND NOT a.attisdropped
+UNION ALL
+SELECT
+    'constraint' AS kind,
+    c.relname || '.' || o.conname AS name
+FROM pg_catalog.pg_constraint AS o
+INNER JOIN pg_catalog.pg_class AS c ON o.conrelid = c.oid
+WHERE c.relnamespace = 'elizasql'::regnamespace AND o.convalidated
+UNION ALL
+SELECT
+    'trigger' AS kind,
+    c.relname || '.' || t.tgname AS name
+FROM pg_catalog.pg_trigger AS t
+INNER JOIN pg_catalog.pg_class AS c ON t.tgrelid = c.oid
+WHERE c.relnamespace = 'elizasql'::regnamespace AND NOT t.tgisinternal;
+
 -- name: list_tables()
 -- Every table of the schema that holds rows, with what the statistics say of it.
 SELECT

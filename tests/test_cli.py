@@ -1069,7 +1069,7 @@ def test_doctor_on_a_healthy_database(run: Run, empty_database: str, monkeypatch
     assert said.code == 0, said
     assert {finding["severity"] for finding in said.json} <= {"ok", "note"}, said.out
     checks = {"server", "role", "clock", "distance", "pooler", "connections", "disk", "extensions", "migrations"}
-    checks |= {"session", "indexes", "triggers", "tables", "memory", "tail", "reembed"}
+    checks |= {"session", "schema", "indexes", "triggers", "tables", "memory", "tail", "reembed"}
     assert {finding["check"] for finding in said.json} == checks
     assert all(finding["remedy"] for finding in said.json if finding["severity"] in ("warning", "error"))
     assert "one process of elizasql takes up to 22" in findings(said, "connections")[0]["finding"]
@@ -1128,6 +1128,36 @@ def test_doctor_finds_what_is_broken(run: Run, empty_database: str, monkeypatch:
     (extension,) = (each for each in findings(said, "extensions") if each["severity"] == "error")
     assert "every vector with it" in extension["finding"] and "restore a backup" in extension["remedy"]
     assert not findings(said, "indexes"), "nothing that `elizasql index` could make again"
+
+
+def test_doctor_finds_what_was_dropped(run: Run, empty_database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTGRES_URL", empty_database)
+    assert run("migrate", "up").code == 0
+    assert [each["severity"] for each in findings(run("doctor", "--json"), "schema")] == ["ok"]
+    asyncio.run(
+        as_admin(
+            empty_database,
+            "DROP INDEX elizasql.memories_room_idx, elizasql.goals_status_idx",
+            "DROP TABLE elizasql.pairing_allowlist",
+            "ALTER TABLE elizasql.goals DROP CONSTRAINT goals_status_check",
+            "ALTER TABLE elizasql.logs DROP CONSTRAINT logs_room_fkey",
+            "ALTER TABLE elizasql.logs ADD CONSTRAINT logs_room_fkey FOREIGN KEY (agent_id, room_id)"
+            " REFERENCES elizasql.rooms (agent_id, id) ON DELETE CASCADE NOT VALID",
+            "ALTER TABLE elizasql.embeddings_p03 DROP CONSTRAINT embeddings_memory_fkey",
+            "ALTER TABLE elizasql.worlds DROP COLUMN metadata",
+            "DROP TRIGGER memories_copy_scope ON elizasql.memories",
+            "DROP FUNCTION elizasql.near_duplicates_384",
+        )
+    )
+    said = findings(run("doctor", "--json"), "schema")
+    assert {(each["severity"], each["finding"].partition(": ")[2].partition(":")[0]) for each in said} == {
+        ("warning", "goals_status_idx, memories_room_idx"),
+        ("error", "pairing_allowlist"),
+        ("error", "embeddings_p03.embeddings_memory_fkey, goals.goals_status_check, logs.logs_room_fkey"),
+        ("error", "worlds.metadata"),
+        ("error", "memories.memories_copy_scope"),
+        ("error", "near_duplicates_384"),
+    }
 
 
 def test_doctor_for_a_role_with_few_rights(run: Run, empty_database: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import asyncpg
 import typer
 
 from elizasql import _migrate, _pool
-from elizasql._statements import SQL
+from elizasql._statements import SQL, find_folder
 from elizasql.errors import (
     ConfigurationError,
     DeadlineError,
@@ -144,6 +144,7 @@ async def examine(place: Place, connection: asyncpg.Connection[Any]) -> list[Fin
         lost = "pgvector was taken out of this database, and every vector with it"
         return [*findings, Finding("extensions", "error", lost, remedy)]
     findings.append(await check_session(place))
+    await look("schema", check_schema, "list_objects")
     await look(
         "indexes",
         lambda indexes: (*check_indexes(indexes), *check_memory(row, indexes, place.embedded)),
@@ -369,6 +370,54 @@ async def check_session(place: Place) -> Finding:
         return Finding("session", "error", str(error), "set them with ALTER ROLE ... SET, or connect directly")
     except ElizaSQLError as error:
         return failed("session", error)
+
+
+def check_schema(rows: Rows) -> Iterator[Finding]:
+    """Find what somebody has dropped, or a restore could not make; what is there besides is nobody's concern here."""
+    found = {(row["kind"], row["name"]) for row in rows}
+    lost: dict[str, list[str]] = {}
+    for kind, name in sorted(_list_made() - found):
+        if kind in ("column", "constraint", "trigger") and ("table", name.partition(".")[0]) not in found:
+            continue  # it went with its table
+        lost.setdefault(kind, []).append(name)
+    for kind, names in lost.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        what, price = {
+            "index": ("missing index", ": calls that it serves read whole tables"),
+            "constraint": ("missing constraint, or one that was not validated", ": rows may break its rule"),
+        }.get(kind, (f"missing {kind}", ""))
+        yield Finding(
+            "schema",
+            "warning" if kind == "index" else "error",
+            f"{what}: {', '.join(names[:3])}{more}{price}",
+            "make it again as migrations/schema.sql has it; where much is missing, restore a backup",
+        )
+    if not lost:
+        yield Finding("schema", "ok", "all that the migrations make is there")
+
+
+def _list_made() -> set[tuple[str, str]]:
+    """Give kind and name of what the migrations make, as `list_objects` does, but for what has a check of its own.
+
+    The indexes of partitions come and go with those of the partitioned table, and servers name them as they like.
+    """
+    text = (find_folder("migrations") / "schema.sql").read_text(encoding="utf-8")
+    attached = set(re.findall(r"^ALTER INDEX .* ATTACH PARTITION elizasql\.(\w+)", text, re.MULTILINE))
+    indexes = re.findall(r"^CREATE (?:UNIQUE )?INDEX (\w+) ON (?:ONLY )?elizasql\.\w+ USING (\w+)", text, re.MULTILINE)
+    made = {("index", name) for name, method in indexes if method != "hnsw" and name not in attached}
+    made |= {("function", name) for name in re.findall(r"^CREATE FUNCTION elizasql\.(\w+)", text, re.MULTILINE)}
+    for table, body in re.findall(r"^CREATE TABLE elizasql\.(\w+) \((.*?)^\)", text, re.MULTILINE | re.DOTALL):
+        made.add(("table", table))
+        for constraint, column in re.findall(r'^    (?:CONSTRAINT (\w+)|"?([a-z]\w*)"?) ', body, re.MULTILINE):
+            made.add(("constraint", f"{table}.{constraint}") if constraint else ("column", f"{table}.{column}"))
+    added = r"^ALTER TABLE (?:ONLY )?elizasql\.(\w+)\n    ADD CONSTRAINT (\w+)"
+    made |= {
+        ("constraint", f"{table}.{name}")
+        for table, name in re.findall(added, text, re.MULTILINE)
+        if name not in attached
+    }
+    triggers = re.findall(r"^CREATE TRIGGER (\w+) .*? ON elizasql\.(\w+) ", text, re.MULTILINE)
+    return made | {("trigger", f"{table}.{name}") for name, table in triggers}
 
 
 def check_indexes(rows: Rows) -> Iterator[Finding]:
