@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
-from itertools import islice
 from typing import Any, Literal, TypeVar
 from uuid import UUID
 
@@ -61,7 +60,7 @@ class Store:
         """What runs work that nobody waits for: it takes no caller's connection, but stays in a transaction."""
         return self._executor if self._executor.in_transaction else self._background
 
-    def _read_all(
+    async def _read_all(
         self,
         kind: type[Model],
         values: Iterable[object],
@@ -69,6 +68,7 @@ class Store:
         needed: Sequence[str] = (),
         new_ids: bool = True,
         read: Callable[[Any], dict[str, Any]] | None = None,
+        twice: _Twice = "first",
     ) -> tuple[list[UUID], list[dict[str, Any]]]:
         """Check a batch before any I/O.
 
@@ -78,44 +78,26 @@ class Store:
             needed: Fields that must be given.
             new_ids: Make an id for whatever has none; otherwise that is an error.
             read: How a value is read; None: as the model does.
+            twice: Of two rows with one id, which one counts; "together": what the later one sets, over the earlier.
 
         Returns:
-            The id of every value in the order given; and the fields of each row, every id once, the first one.
+            The id of every value in the order given; and the fields of each row, every id once.
 
         Raises:
             ArgumentError: Names the position of the row that is wrong.
         """
-        return _take_each_once(self._read_each(kind, values, needed=needed, new_ids=new_ids, read=read))
+        given = await self._read_each(kind, values, needed=needed, new_ids=new_ids, read=read)
+        rows: dict[UUID, dict[str, Any]] = {}
+        for row in given:
+            if twice == "first":
+                rows.setdefault(row["id"], row)
+            elif twice == "together" and row["id"] in rows:
+                rows[row["id"]] |= {name: field for name, field in row.items() if field is not None}
+            else:
+                rows[row["id"]] = row
+        return [row["id"] for row in given], list(rows.values())
 
-    async def _read_all_in_turns(
-        self,
-        kind: type[Model],
-        values: Iterable[object],
-        read: Callable[[Any], dict[str, Any]],
-        *,
-        new_ids: bool = True,
-        twice: _Twice = "first",
-    ) -> tuple[list[UUID], list[dict[str, Any]]]:
-        """Check a batch as `_read_all` does, but leave the event loop to others now and then.
-
-        What an iterator gives is read before it is asked for the next, which may stand in the same array.
-
-        Args:
-            kind, values, read, new_ids: As of `_read_all`.
-            twice: Of two rows with one id, which one counts; "together": what the later one sets, over the earlier.
-        """
-        rest = _codecs.as_collection(values, f"expected a collection of {kind.__name__}")
-        if isinstance(values, Collection):
-            rest = iter(tuple(values))  # others may change it meanwhile
-        given: list[dict[str, Any]] = []
-        while True:
-            begins = len(given)
-            given += self._read_each(kind, islice(rest, READ_AT_ONCE), new_ids=new_ids, read=read, begins=begins)
-            if len(given) - begins < READ_AT_ONCE:
-                return _take_each_once(given, twice)
-            await asyncio.sleep(0)
-
-    def _read_partial(
+    async def _read_partial(
         self,
         kind: type[Model],
         values: Iterable[object],
@@ -140,13 +122,13 @@ class Store:
         Raises:
             ArgumentError: Names the position of the row that is wrong.
         """
-        given = self._read_each(kind, values, needed=needed, fixed=fixed, new_ids=new_ids)
+        given = await self._read_each(kind, values, needed=needed, fixed=fixed, new_ids=new_ids)
         rows: dict[UUID, dict[str, Any]] = {}
         for row in given:
             rows[row["id"]] = rows.get(row["id"], {}) | row
         return [row["id"] for row in given], sorted(rows.values(), key=lambda row: row["id"].int)
 
-    def _read_each(
+    async def _read_each(
         self,
         kind: type[Model],
         values: Iterable[object],
@@ -155,7 +137,6 @@ class Store:
         fixed: Sequence[str] = (),
         new_ids: bool = True,
         read: Callable[[Any], dict[str, Any]] | None = None,
-        begins: int = 0,
     ) -> list[dict[str, Any]]:
         """Check a batch row by row, as `_read_all` and `_read_partial` say; ids that come twice stand there twice."""
 
@@ -172,7 +153,7 @@ class Store:
                     raise ArgumentError(f"{name} cannot be None")
             return row
 
-        return read_each(values, kind.__name__, read_row, begins=begins)
+        return await read_each(values, kind.__name__, read_row)
 
     async def _get_by_ids(self, name: str, kind: Callable[..., T], ids: Iterable[object], what: str) -> list[T]:
         """Get those of some rows that exist, in the order of their ids, each once.
@@ -286,44 +267,32 @@ class Store:
             raise
 
 
-def read_each(
-    values: Any, name: str, read: Callable[[Any], T], *, names: str | None = None, begins: int = 0
-) -> list[T]:
-    """Read a batch, a value at a time.
+async def read_each(values: Any, name: str, read: Callable[[Any], T], *, names: str | None = None) -> list[T]:
+    """Read a batch, a value at a time, and leave the event loop to others now and then.
+
+    What an iterator gives is read before it is asked for the next, which may stand in the same array. A collection is
+    taken as it is now: others may change it meanwhile.
 
     Args:
         values: What the caller gave.
         name: What errors call a value.
         read: Checks one.
         names: What errors call several; None: as one.
-        begins: The position of the first.
 
     Raises:
         ArgumentError: `values` is no collection of several, or as `read`, naming the position of what is wrong.
     """
-    found = []
-    for position, value in enumerate(
-        _codecs.as_collection(values, f"expected a collection of {names or name}"), begins
-    ):
+    rest = _codecs.as_collection(values, f"expected a collection of {names or name}")
+    found: list[T] = []
+    for value in tuple(values) if isinstance(values, Collection) else rest:
         try:
             found.append(read(value))
-        except ArgumentError as error:  # noqa: PERF203 - what the collection itself raises is about no position
-            error.args = (f"{name} at position {position}: {error}",)
+        except ArgumentError as error:
+            error.args = (f"{name} at position {len(found)}: {error}",)
             raise
+        if len(found) % READ_AT_ONCE == 0:
+            await asyncio.sleep(0)
     return found
-
-
-def _take_each_once(given: list[dict[str, Any]], twice: _Twice = "first") -> tuple[list[UUID], list[dict[str, Any]]]:
-    """Give the id of each row, and the rows, every id once, as `Store._read_all_in_turns` says."""
-    rows: dict[UUID, dict[str, Any]] = {}
-    for row in given:
-        if twice == "first":
-            rows.setdefault(row["id"], row)
-        elif twice == "together" and row["id"] in rows:
-            rows[row["id"]] |= {name: field for name, field in row.items() if field is not None}
-        else:
-            rows[row["id"]] = row
-    return [row["id"] for row in given], list(rows.values())
 
 
 def need(row: Mapping[str, Any], *names: str) -> None:
@@ -349,7 +318,7 @@ def order_by_id(rows: list[dict[str, Any]]) -> list[int]:
     return positions
 
 
-def unwrap(kind: type[Model], values: Any, key: str) -> list[Any]:
+async def unwrap(kind: type[Model], values: Any, key: str) -> list[Any]:
     """Take the batch contract's form of updates, {id, key: fields}, for mappings of these fields and the id.
 
     Raises:
@@ -367,7 +336,7 @@ def unwrap(kind: type[Model], values: Any, key: str) -> list[Any]:
             raise ArgumentError(f"id is {id} outside and {fields['id']} inside")
         return fields | {"id": id}
 
-    return read_each(values, kind.__name__, read)
+    return await read_each(values, kind.__name__, read)
 
 
 def as_limit(count: int | None, limit: int | None) -> int | None:

@@ -91,7 +91,7 @@ class Agents(Store):
 
     async def _create_agents(self, agents: Iterable[Agent | Mapping[str, Any]]) -> tuple[list[UUID], list[Any]]:
         """Give the id of each agent, and the rows of those that are new."""
-        ids, rows = self._read_all(Agent, agents, needed=("name",))
+        ids, rows = await self._read_all(Agent, agents, needed=("name",))
         order_by_id(rows)
         return ids, await self._write_rows("create_agents", "agents", Agent, rows, ids)
 
@@ -129,7 +129,7 @@ class Agents(Store):
         Statement: sql/agents.sql upsert_agents. One round trip a chunk. Source: upsertAgents; differs: one upsert, no
         race, and ids come back.
         """
-        ids, rows = self._read_partial(Agent, agents, needed=("name",), fixed=_FIXED, new_ids=True)
+        ids, rows = await self._read_partial(Agent, agents, needed=("name",), fixed=_FIXED, new_ids=True)
         _refuse_twice(ids)
         await self._write_rows("upsert_agents", "agents", Agent, rows, ids, form=by_id)
         return ids
@@ -168,10 +168,10 @@ class Agents(Store):
         Statement: sql/agents.sql update_agents. One round trip a chunk. Source: updateAgents; differs: one statement,
         and an agent that is not there is an error.
         """
-        await self._update_agents(read_each(agents, "Agent", _split), required=True)
+        await self._update_agents(await read_each(agents, "Agent", _split), required=True)
 
     async def _update_agents(self, agents: list[tuple[Any, Any]], *, required: bool) -> list[Any]:
-        ids, rows = self._read_partial(Agent, read_each(agents, "Agent", _read_change), fixed=_FIXED)
+        ids, rows = await self._read_partial(Agent, await read_each(agents, "Agent", _read_change), fixed=_FIXED)
         _refuse_twice(ids)
         return await self._write_rows("update_agents", "agents", Agent, rows, ids, required=required)
 

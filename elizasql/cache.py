@@ -120,7 +120,7 @@ class Cache(Store):
 
         Statement: sql/cache.sql set_caches. One round trip a chunk. Source: setCaches.
         """
-        rows = _read_entries(entries, ttl)
+        rows = await _read_entries(entries, ttl)
         if rows:
             await self._set_caches(rows, swept=self._count_to_sweep([life for _, _, life in rows]))
         return True
@@ -259,12 +259,12 @@ def _as_ttl(ttl: object) -> timedelta | None:
     return life
 
 
-def _read_entries(entries: Any, ttl: Ttl) -> list[_Entry]:
+async def _read_entries(entries: Any, ttl: Ttl) -> list[_Entry]:
     """Read the entries, every key once, the last one's."""
     if isinstance(entries, Mapping):
         entries = [{"key": key, "value": value} for key, value in entries.items()]
     default = _as_ttl(ttl)
-    read = read_each(entries, "entry", lambda entry: _read_entry(entry, default), names="entries")
+    read = await read_each(entries, "entry", lambda entry: _read_entry(entry, default), names="entries")
     return list({entry[0]: entry for entry in read}.values())
 
 

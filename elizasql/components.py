@@ -63,7 +63,7 @@ class Components(Store):
 
     async def _create_components(self, components: Iterable[Component | Mapping[str, Any]]) -> list[tuple[UUID, bool]]:
         """Give for each component the id that is stored, and whether it is new."""
-        asked, rows = self._read_all(Component, components, needed=_NEEDED)
+        asked, rows = await self._read_all(Component, components, needed=_NEEDED)
         rows.sort(key=_lock_order)
         if not rows:
             return []
@@ -93,7 +93,7 @@ class Components(Store):
         upsert, no race, and ids come back.
         """
         # By natural key, not by id: two with one id and different keys are an error that the server finds.
-        given = self._read_each(Component, components, needed=(*_NEEDED, "data"))
+        given = await self._read_each(Component, components, needed=(*_NEEDED, "data"))
         if not given:
             return []
         ids, keys = [row["id"] for row in given], [_natural_key(row) for row in given]
@@ -139,7 +139,7 @@ class Components(Store):
     async def _update_components(
         self, components: Iterable[Component | Mapping[str, Any]], *, required: bool
     ) -> list[Any]:
-        ids, rows = self._read_partial(Component, components, fixed=_NEEDED)
+        ids, rows = await self._read_partial(Component, components, fixed=_NEEDED)
         return await self._write_rows("update_components", "components", Component, rows, ids, required=required)
 
     async def patch_component(
@@ -177,7 +177,7 @@ class Components(Store):
         what it says.
         """
         ops: dict[UUID, list[dict[str, Any]]] = {}
-        for id, given in read_each(patches, "patch", _read_patch, names="patches"):
+        for id, given in await read_each(patches, "patch", _read_patch, names="patches"):
             ops.setdefault(id, []).extend(given)
         if not ops:
             return
@@ -293,7 +293,7 @@ class Components(Store):
         Statement: sql/components.sql get_components_by_natural_keys. One round trip. Source:
         getComponentsByNaturalKeys; differs: None is a value.
         """
-        wanted = read_each(keys, "key", _read_natural_key, names="keys")
+        wanted = await read_each(keys, "key", _read_natural_key, names="keys")
         if not wanted:
             return []
         entity_ids, types, world_ids, source_entity_ids = map(list, zip(*wanted, strict=True))

@@ -47,7 +47,7 @@ class Entities(Store):
         Statement: sql/entities.sql create_entities. One round trip a chunk. Source: createEntities; differs: gives
         ids, as its successor does, and does not give up a batch because of one that is there.
         """
-        ids, rows = self._read_all(Entity, entities, new_ids=False)
+        ids, rows = await self._read_all(Entity, entities, new_ids=False)
         order_by_id(rows)
         await self._write_rows("create_entities", "entities", Entity, _own(rows), ids)
         return ids
@@ -76,7 +76,7 @@ class Entities(Store):
         Statement: sql/entities.sql upsert_entities. One round trip a chunk. Source: upsertEntities; differs: one
         upsert, no race; what is not given stays, and ids come back.
         """
-        ids, rows = self._read_partial(Entity, entities)
+        ids, rows = await self._read_partial(Entity, entities)
         await self._write_rows("upsert_entities", "entities", Entity, _own(rows), ids, form=by_id)
         return ids
 
@@ -110,7 +110,7 @@ class Entities(Store):
         await self._update_entities(entities, required=True)
 
     async def _update_entities(self, entities: Iterable[Entity | Mapping[str, Any]], *, required: bool) -> list[Any]:
-        ids, rows = self._read_partial(Entity, entities, fixed=("created_at",))
+        ids, rows = await self._read_partial(Entity, entities, fixed=("created_at",))
         return await self._write_rows("update_entities", "entities", Entity, _own(rows), ids, required=required)
 
     async def delete_entity(self, entity_id: UUID | str, *, timeout: float | None = None) -> bool:

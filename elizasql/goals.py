@@ -42,7 +42,7 @@ class Goals(Store):
 
         Statement: sql/goals.sql create_goals. One round trip a chunk.
         """
-        ids, rows = self._read_all(Goal, goals, needed=("name",))
+        ids, rows = await self._read_all(Goal, goals, needed=("name",))
         positions = order_by_id(rows)
         if rows:
             encoded = zip(self._encode_chunks(Goal, rows, ids), self._chunks(positions), strict=True)
@@ -150,7 +150,7 @@ class Goals(Store):
         return bool(await self._update_goals([{"id": goal_id, "status": status}], required=False))
 
     async def _update_goals(self, goals: Iterable[Goal | Mapping[str, Any]], *, required: bool) -> list[Any]:
-        ids, rows = self._read_partial(Goal, goals, fixed=("name", "status"))
+        ids, rows = await self._read_partial(Goal, goals, fixed=("name", "status"))
         rows = [{key: value for key, value in row.items() if key in _CHANGEABLE} for row in rows]
         return await self._write_rows("update_goals", "goals", Goal, rows, ids, required=required)
 

@@ -56,7 +56,7 @@ class Logs(Store):
 
         Statement: sql/logs.sql create_logs. One round trip a chunk. Source: createLogs; differs: gives the ids.
         """
-        ids, rows = self._read_all(Log, logs, needed=("entity_id", "room_id", "type", "body"))
+        ids, rows = await self._read_all(Log, logs, needed=("entity_id", "room_id", "type", "body"))
         if not rows:
             return []
         bodies = _encode_bodies(rows, ids)
@@ -92,7 +92,7 @@ class Logs(Store):
 
         Statement: sql/logs.sql update_logs. One round trip a chunk. Source: updateLogs.
         """
-        ids, rows = self._read_partial(Log, unwrap(Log, logs, "updates"), fixed=("type", "body"))
+        ids, rows = await self._read_partial(Log, await unwrap(Log, logs, "updates"), fixed=("type", "body"))
         if not rows:
             return
         bodies = _encode_bodies(rows, ids)

@@ -147,7 +147,7 @@ class Memories(Store):
         Statement: sql/memories.sql create_memory, create_memory_with_embedding, or
         create_memories_marking_duplicates. One round trip. Source: createMemory.
         """
-        ids, rows = self._read_all(Memory, [memory], read=self._memory_reader(table_name, unique))
+        ids, rows = await self._read_all(Memory, [memory], read=self._memory_reader(table_name, unique))
         row = rows[0]
         given: int | None = row.get("width")
         if given is not None:
@@ -184,7 +184,7 @@ class Memories(Store):
         near-duplicates are looked for, and are in several chunks or in the batch itself, find_near_duplicates and
         create_memories, two round trips a chunk in one transaction. Source: createMemories.
         """
-        ids, rows = await self._read_all_in_turns(Memory, memories, self._memory_reader(table_name, None))
+        ids, rows = await self._read_all(Memory, memories, read=self._memory_reader(table_name, None))
         return await self._create(ids, rows, await self._width_of(rows)) if rows else []
 
     async def _create(self, ids: list[UUID], rows: list[dict[str, Any]], given: int | None) -> list[UUID]:
@@ -306,7 +306,7 @@ class Memories(Store):
         Statement: sql/memories.sql upsert_memories. One round trip a chunk. Source: upsertMemories.
         """
         reader = self._memory_reader(table_name, None)
-        ids, rows = await self._read_all_in_turns(Memory, memories, reader, twice="last")
+        ids, rows = await self._read_all(Memory, memories, read=reader, twice="last")
         if not rows:
             return []
         given = await self._width_of(rows)
@@ -350,7 +350,7 @@ class Memories(Store):
 
     async def _update(self, memories: Iterable[Memory | Mapping[str, Any]], *, required: bool) -> list[Any]:
         reader = self._reader(Memory.read)
-        _, rows = await self._read_all_in_turns(Memory, memories, reader, new_ids=False, twice="together")
+        _, rows = await self._read_all(Memory, memories, read=reader, new_ids=False, twice="together")
         if not rows:
             return []
         rows.sort(key=lambda row: row["id"].int)

@@ -65,7 +65,7 @@ class Messaging(Store):
 
         Statement: sql/messaging.sql create_message_servers. One round trip a chunk.
         """
-        ids, rows = self._read_all(MessageServer, servers, needed=("name", "source_type"))
+        ids, rows = await self._read_all(MessageServer, servers, needed=("name", "source_type"))
         stored = await self._write_rows("create_message_servers", "servers", MessageServer, rows, ids)
         found = {row["id"]: MessageServer(*row) for row in stored}
         return [found[id] for id in ids]
@@ -149,7 +149,7 @@ class Messaging(Store):
         of an id that is there the stored values come back.
         """
         participants = _codecs.as_ids(participant_ids, "participant_ids")
-        _, rows = self._read_all(Channel, [channel], needed=("message_server_id", "name", "type"))
+        _, rows = await self._read_all(Channel, [channel], needed=("message_server_id", "name", "type"))
         chunk = {"channel": _codecs.encode_json(rows[0], "channel"), "participant_ids": participants}
         [row] = await self._write_under_two_keys("create_channel", [chunk])
         return Channel(*row)
@@ -335,7 +335,7 @@ class Messaging(Store):
 
         Statement: sql/messaging.sql create_messages. One round trip a chunk.
         """
-        ids, rows = self._read_all(ChannelMessage, messages, needed=("channel_id", "author_id", "content"))
+        ids, rows = await self._read_all(ChannelMessage, messages, needed=("channel_id", "author_id", "content"))
         if not rows:
             return []
         chunks = [

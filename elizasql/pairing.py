@@ -35,7 +35,7 @@ class Pairing(Store):
         Statement: sql/pairing.sql get_pairing_requests. One round trip. Source: getPairingRequests; differs: lists of
         requests instead of objects around them.
         """
-        channels = self._read_pairing_channels(queries)
+        channels = await self._read_pairing_channels(queries)
         found: list[list[PairingRequest]] = [[] for _ in channels]
         if channels:
             rows = await self._executor.fetch(SQL["get_pairing_requests"], agent_id=self.agent_id, channels=channels)
@@ -67,7 +67,7 @@ class Pairing(Store):
 
         Statement: sql/pairing.sql create_pairing_requests. One round trip a chunk. Source: createPairingRequests.
         """
-        ids, rows = self._read_all(PairingRequest, requests, needed=("channel", "sender_id", "code"))
+        ids, rows = await self._read_all(PairingRequest, requests, needed=("channel", "sender_id", "code"))
         order_by_id(rows)
         if rows:
             chunks = [
@@ -111,7 +111,7 @@ class Pairing(Store):
     async def _update_pairing_requests(
         self, requests: Iterable[PairingRequest | Mapping[str, Any]], *, required: bool
     ) -> list[Any]:
-        ids, rows = self._read_partial(PairingRequest, requests, fixed=("last_seen_at",))
+        ids, rows = await self._read_partial(PairingRequest, requests, fixed=("last_seen_at",))
         return await self._write_rows(
             "update_pairing_requests", "requests", PairingRequest, rows, ids, required=required
         )
@@ -152,7 +152,7 @@ class Pairing(Store):
         Statement: sql/pairing.sql get_pairing_allowlists. One round trip. Source: getPairingAllowlists; differs: lists
         of entries instead of objects around them.
         """
-        channels = self._read_pairing_channels(queries)
+        channels = await self._read_pairing_channels(queries)
         found: list[list[PairingAllowlistEntry]] = [[] for _ in channels]
         if channels:
             rows = await self._executor.fetch(SQL["get_pairing_allowlists"], agent_id=self.agent_id, channels=channels)
@@ -187,7 +187,7 @@ class Pairing(Store):
         Statement: sql/pairing.sql create_pairing_allowlist_entries. One round trip a chunk. Source:
         createPairingAllowlistEntries.
         """
-        ids, rows = self._read_all(PairingAllowlistEntry, entries, needed=("channel", "sender_id"))
+        ids, rows = await self._read_all(PairingAllowlistEntry, entries, needed=("channel", "sender_id"))
         if not rows:
             return []
         chunks = [
@@ -231,7 +231,7 @@ class Pairing(Store):
     async def _update_pairing_allowlist_entries(
         self, entries: Iterable[PairingAllowlistEntry | Mapping[str, Any]], *, required: bool
     ) -> list[Any]:
-        ids, rows = self._read_partial(PairingAllowlistEntry, entries)
+        ids, rows = await self._read_partial(PairingAllowlistEntry, entries)
         return await self._write_rows(
             "update_pairing_allowlist_entries", "entries", PairingAllowlistEntry, rows, ids, required=required
         )
@@ -253,8 +253,8 @@ class Pairing(Store):
         """
         return await self._delete_by_ids("delete_pairing_allowlist_entries", entry_ids, "entry_ids")
 
-    def _read_pairing_channels(self, queries: Iterable[Query]) -> list[str]:
-        return read_each(queries, "query", self._read_pairing_channel, names="queries")
+    async def _read_pairing_channels(self, queries: Iterable[Query]) -> list[str]:
+        return await read_each(queries, "query", self._read_pairing_channel, names="queries")
 
     def _read_pairing_channel(self, query: Query) -> str:
         row = PairingRequest.read(query if isinstance(query, Mapping) else {"channel": query})

@@ -106,7 +106,7 @@ class Participants(Store):
         not stop at the first pair that was no membership.
         """
         # In the order of the key, so that two batches cannot wait for each other.
-        pairs = sorted(set(self._read_memberships(participants)), key=lambda pair: (pair[1], pair[0]))
+        pairs = sorted(set(await self._read_memberships(participants)), key=lambda pair: (pair[1], pair[0]))
         if not pairs:
             return True
         deleted = await self._executor.fetch_value(
@@ -216,7 +216,7 @@ class Participants(Store):
 
         Statement: sql/participants.sql are_room_participants. One round trip. Source: areRoomParticipants.
         """
-        given = self._read_memberships(pairs)
+        given = await self._read_memberships(pairs)
         if not given:
             return []
         rows = await self._executor.fetch(SQL["are_room_participants"], agent_id=self.agent_id, **_columns_of(given))
@@ -249,7 +249,7 @@ class Participants(Store):
 
         Statement: sql/participants.sql get_participant_user_states. One round trip. Source: getParticipantUserStates.
         """
-        given = self._read_memberships(pairs)
+        given = await self._read_memberships(pairs)
         if not given:
             return []
         rows = await self._executor.fetch(
@@ -290,7 +290,7 @@ class Participants(Store):
         Statement: sql/participants.sql update_participants. One round trip a chunk. Source:
         updateParticipantUserStates.
         """
-        await self._update_participants(self._read_membership_changes(updates, _as_state_change))
+        await self._update_participants(await self._read_membership_changes(updates, _as_state_change))
 
     async def update_participants(
         self, participants: Iterable[Mapping[str, Any]], *, timeout: float | None = None
@@ -308,7 +308,7 @@ class Participants(Store):
         Statement: sql/participants.sql update_participants. One round trip a chunk. Source: updateParticipants;
         differs: metadata count, too.
         """
-        await self._update_participants(self._read_membership_changes(participants, _as_change))
+        await self._update_participants(await self._read_membership_changes(participants, _as_change))
 
     async def _update_participants(self, changes: list[dict[str, Any]]) -> None:
         rows: dict[tuple[UUID, UUID], dict[str, Any]] = {}
@@ -330,11 +330,11 @@ class Participants(Store):
 
     # --- how arguments are read --------------------------------------------------------------------------------------
 
-    def _read_memberships(self, pairs: Iterable[Pair]) -> list[tuple[UUID, UUID]]:
+    async def _read_memberships(self, pairs: Iterable[Pair]) -> list[tuple[UUID, UUID]]:
         """Give the pairs as (entity_id, room_id), checked, in their order."""
-        return [(row["entity_id"], row["room_id"]) for row in self._read_membership_changes(pairs, _as_pair)]
+        return [(row["entity_id"], row["room_id"]) for row in await self._read_membership_changes(pairs, _as_pair)]
 
-    def _read_membership_changes(
+    async def _read_membership_changes(
         self, values: Iterable[Any], read: Callable[[Any], dict[str, Any]]
     ) -> list[dict[str, Any]]:
         """Read each value, check whose it is, and name the position of one that is wrong."""
@@ -347,7 +347,7 @@ class Participants(Store):
                 _codecs.as_choice(row["room_state"], _STATES, "the state")
             return row
 
-        return read_each(values, "pair", read_row, names="pairs")
+        return await read_each(values, "pair", read_row, names="pairs")
 
 
 def _as_pair(value: Any) -> dict[str, Any]:

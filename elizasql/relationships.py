@@ -60,7 +60,7 @@ class Relationships(Store):
         self, relationships: Iterable[Relationship | Mapping[str, Any]]
     ) -> list[tuple[UUID, bool]]:
         """Give for each relationship the id that is stored, and whether it is new."""
-        asked, rows = self._read_all(Relationship, relationships, needed=_NEEDED)
+        asked, rows = await self._read_all(Relationship, relationships, needed=_NEEDED)
         # By pair, as the statement orders each chunk, over all of them: so two batches cannot wait for each other.
         rows.sort(key=lambda row: tuple(row[name].int for name in _NEEDED))
         if not rows:
@@ -108,7 +108,7 @@ class Relationships(Store):
     async def _update_relationships(
         self, relationships: Iterable[Relationship | Mapping[str, Any]], *, required: bool
     ) -> list[Any]:
-        ids, rows = self._read_partial(Relationship, relationships)
+        ids, rows = await self._read_partial(Relationship, relationships)
         return await self._write_rows(
             "update_relationships", "relationships", Relationship, rows, ids, required=required
         )
@@ -215,7 +215,7 @@ class Relationships(Store):
 
         Statement: sql/relationships.sql get_relationships_by_pairs. One round trip. Source: getRelationshipsByPairs.
         """
-        wanted = read_each(pairs, "pair", _read_pair, names="pairs")
+        wanted = await read_each(pairs, "pair", _read_pair, names="pairs")
         if not wanted:
             return []
         rows = await self._executor.fetch(

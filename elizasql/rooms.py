@@ -37,7 +37,7 @@ class Rooms(Store):
         Statement: sql/rooms.sql create_rooms. One round trip a chunk. Source: createRooms; differs: `serverId` is an
         alias of `messageServerId`, and an id that another agent has is no obstacle.
         """
-        ids, rows = self._read_all(Room, rooms, needed=("source", "type"))
+        ids, rows = await self._read_all(Room, rooms, needed=("source", "type"))
         order_by_id(rows)
         await self._write_rows("create_rooms", "rooms", Room, rows, ids)
         return ids
@@ -56,7 +56,7 @@ class Rooms(Store):
         Statement: sql/rooms.sql upsert_rooms. One round trip a chunk. Source: upsertRooms; differs: what is not given
         stays, and ids come back.
         """
-        ids, rows = self._read_partial(Room, rooms, needed=("source", "type"), new_ids=True)
+        ids, rows = await self._read_partial(Room, rooms, needed=("source", "type"), new_ids=True)
         await self._write_rows("upsert_rooms", "rooms", Room, rows, ids, form=by_id)
         return ids
 
@@ -145,7 +145,7 @@ class Rooms(Store):
         await self._update_rooms(rooms, required=True)
 
     async def _update_rooms(self, rooms: Iterable[Room | Mapping[str, Any]], *, required: bool) -> list[Any]:
-        ids, rows = self._read_partial(Room, rooms, fixed=("source", "type", "created_at"))
+        ids, rows = await self._read_partial(Room, rooms, fixed=("source", "type", "created_at"))
         return await self._write_rows("update_rooms", "rooms", Room, rows, ids, required=required)
 
     async def delete_room(self, room_id: UUID | str, *, timeout: float | None = None) -> bool:

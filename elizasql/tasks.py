@@ -74,7 +74,7 @@ class Tasks(Store):
 
         Statement: sql/tasks.sql create_tasks. One round trip a chunk. Source: createTasks.
         """
-        ids, rows = self._read_all(Task, tasks, needed=("name",))
+        ids, rows = await self._read_all(Task, tasks, needed=("name",))
         positions = order_by_id(rows)
         if rows:
             encoded = zip(self._encode_chunks(Task, rows, ids), self._chunks(positions), strict=True)
@@ -188,7 +188,7 @@ class Tasks(Store):
         Statement: sql/tasks.sql update_tasks. One round trip. Source: updateTask; differs: the entity can be changed,
         the answer tells whether there was one.
         """
-        rows = self._read_patches([_with_id(_codecs.as_id(task_id, "task_id"), task)])
+        rows = await self._read_patches([_with_id(_codecs.as_id(task_id, "task_id"), task)])
         return bool(await self._update_tasks(rows, required=False))
 
     async def update_tasks(self, tasks: Iterable[Task | Mapping[str, Any]], *, timeout: float | None = None) -> None:
@@ -203,10 +203,10 @@ class Tasks(Store):
 
         Statement: sql/tasks.sql update_tasks. One round trip a chunk. Source: updateTasks.
         """
-        await self._update_tasks(self._read_patches(unwrap(Task, tasks, "task")), required=True)
+        await self._update_tasks(await self._read_patches(await unwrap(Task, tasks, "task")), required=True)
 
-    def _read_patches(self, tasks: Iterable[Task | Mapping[str, Any]]) -> tuple[list[UUID], list[dict[str, Any]]]:
-        ids, rows = self._read_partial(Task, tasks, fixed=("name", "max_attempts"))
+    async def _read_patches(self, tasks: Iterable[Task | Mapping[str, Any]]) -> tuple[list[UUID], list[dict[str, Any]]]:
+        ids, rows = await self._read_partial(Task, tasks, fixed=("name", "max_attempts"))
         return ids, [{key: value for key, value in row.items() if key in _CHANGEABLE} for row in rows]
 
     async def _update_tasks(self, read: tuple[list[UUID], list[dict[str, Any]]], *, required: bool) -> list[Any]:
@@ -228,7 +228,7 @@ class Tasks(Store):
         Statement: sql/tasks.sql update_pending_task. One round trip. Source: updatePendingTask.
         """
         id = _codecs.as_id(task_id, "task_id")
-        _, rows = self._read_patches([_with_id(id, task)])
+        _, rows = await self._read_patches([_with_id(id, task)])
         encoded = _codecs.encode_json(rows[0], "task")
         return bool(
             await self._executor.fetch_value(SQL["update_pending_task"], agent_id=self.agent_id, id=id, task=encoded)

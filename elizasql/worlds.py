@@ -35,7 +35,7 @@ class Worlds(Store):
 
         Statement: sql/worlds.sql create_worlds. One round trip a chunk. Source: createWorlds.
         """
-        ids, rows = self._read_all(World, worlds)
+        ids, rows = await self._read_all(World, worlds)
         order_by_id(rows)
         await self._write_rows("create_worlds", "worlds", World, rows, ids)
         return ids
@@ -53,7 +53,7 @@ class Worlds(Store):
         Statement: sql/worlds.sql upsert_worlds. One round trip a chunk. Source: upsertWorlds; differs: what is not
         given stays, and ids come back.
         """
-        ids, rows = self._read_partial(World, worlds, new_ids=True)
+        ids, rows = await self._read_partial(World, worlds, new_ids=True)
         await self._write_rows("upsert_worlds", "worlds", World, rows, ids, form=by_id)
         return ids
 
@@ -105,7 +105,7 @@ class Worlds(Store):
         await self._update_worlds(worlds, required=True)
 
     async def _update_worlds(self, worlds: Iterable[World | Mapping[str, Any]], *, required: bool) -> list[Any]:
-        ids, rows = self._read_partial(World, worlds, fixed=("created_at",))
+        ids, rows = await self._read_partial(World, worlds, fixed=("created_at",))
         return await self._write_rows("update_worlds", "worlds", World, rows, ids, required=required)
 
     async def remove_world(self, world_id: UUID | str, *, timeout: float | None = None) -> bool:

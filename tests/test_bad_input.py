@@ -1169,6 +1169,46 @@ async def test_the_error_of_a_batch_names_the_position_of_the_wrong_row(
             await method([*twice, bad])
 
 
+# A value of what other methods take many of.
+OTHERS: dict[str, Any] = {
+    "are_room_participants": (ID, ID),
+    "get_components_by_natural_keys": {"entityId": ID, "type": "t"},
+    "get_pairing_allowlists": "c",
+    "get_relationships_by_pairs": (ID, ID),
+    "patch_components": {"componentId": ID, "ops": []},
+    "set_caches": {"key": "k", "value": 1},
+    "update_logs": {"id": ID, "updates": {"body": {}}},
+    "update_participants": {**PLACE, "updates": {"metadata": {}}},
+    "update_tasks": {"id": ID, "task": {"name": "x"}},
+}
+
+
+async def test_others_have_their_turn_while_a_large_batch_is_checked(
+    db: DatabaseAdapter, round_trips: list[str]
+) -> None:
+    turns = 0
+
+    async def take_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    def produce(value: Any, seen: list[int]) -> Iterator[Any]:
+        for _ in range(200):
+            seen.append(turns)
+            yield value
+        yield object()
+
+    others = asyncio.ensure_future(take_turns())
+    for name, value in ({name: {**row, "id": ID} for name, (row, _) in BATCHES.items()} | OTHERS).items():
+        seen: list[int] = []
+        with refused(ArgumentError, round_trips, name, "at position 200"):
+            await getattr(db, name)(produce(value, seen))
+        assert len(set(seen)) == 4, name
+    others.cancel()
+
+
 class CountedId(UUID):
     """Counts how often one is compared."""
 
