@@ -11,7 +11,6 @@ from itertools import islice
 from typing import Any
 from uuid import UUID
 
-from rapidfuzz import process
 from rapidfuzz.distance import Levenshtein
 
 from . import _codecs
@@ -39,6 +38,11 @@ _RERANK = 3
 
 # Memories of a batch that are compared with one another without leaving the event loop.
 _COMPARED_AT_ONCE = 256
+
+# Pairs of characters of two texts that are compared without leaving the event loop, some 10 ms; and those that any two
+# texts count for beside their own.
+_CHARACTERS_AT_ONCE = 1 << 28
+_CHARACTERS_LEAST = 1 << 16
 
 # A memory to create of which nothing is given, and the metadata that it gets.
 _NOTHING = dict.fromkeys(
@@ -803,24 +807,24 @@ class Memories(Store):
             lengths_to=min(len(text) + threshold, 2**31 - 1),
             most=256,
         )
-        best = process.extract(
-            text,
-            {row["id"]: row["text"] for row in rows},
-            scorer=Levenshtein.distance,
-            processor=None,
-            score_cutoff=threshold,
-            limit=None,
-        )
-        ranked = sorted(((score, id) for _, score, id in best))[:count]
+        near: list[tuple[int, UUID]] = []
+        compared = 0
+        for row in rows:
+            score = Levenshtein.distance(text, row["text"], score_cutoff=threshold)
+            if score <= threshold:
+                near.append((score, row["id"]))
+            compared += max(len(text) * len(row["text"]), _CHARACTERS_LEAST)
+            if compared >= _CHARACTERS_AT_ONCE:
+                compared = 0
+                await asyncio.sleep(0)
+        ranked = sorted(near)[:count]
         vectors = {row["id"]: row["embedding"] for row in rows}
         missing = [id for _, id in ranked if vectors[id] is None]
         if missing:
             found = await self.get_memories_by_ids(missing, include_embedding=True)
             vectors |= {memory.id: memory.embedding for memory in found}
         return [
-            {"embedding": vectors[id], "levenshtein_score": int(score)}
-            for score, id in ranked
-            if vectors[id] is not None
+            {"embedding": vectors[id], "levenshtein_score": score} for score, id in ranked if vectors[id] is not None
         ]
 
     # --- what the methods share --------------------------------------------------------------------------------------

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID, uuid4
 
 import asyncpg
 import numpy as np
 import pytest
+from rapidfuzz.distance import Levenshtein
 
 import elizasql
 from elizasql import (
@@ -891,6 +893,33 @@ async def test_cached_embeddings_by_edit_distance(db: DatabaseAdapter, agent_wor
     assert await ask("", 0) == [(5, 0)]
     assert await ask("kitten", 0, 0) == []
     assert await ask("", 0, query_field_name="metadata") == []
+
+
+async def test_others_have_their_turn_while_long_texts_are_compared(
+    db: DatabaseAdapter, agent_world: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [letter * 20_000 for letter in "abc"]
+    await db.create_memories(
+        [memory(agent_world, text, embedding=vector(i), unique=True) for i, text in enumerate(texts)], "messages"
+    )
+    turns, seen = 0, []
+
+    async def take_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    def distance(*texts: str, score_cutoff: int) -> int:
+        seen.append(turns)
+        return Levenshtein.distance(*texts, score_cutoff=score_cutoff)
+
+    monkeypatch.setattr("elizasql.memories.Levenshtein", SimpleNamespace(distance=distance))
+    others = asyncio.ensure_future(take_turns())
+    found = await db.get_cached_embeddings(query_table_name="messages", query_threshold=2**63 - 1, query_input=texts[0])
+    others.cancel()
+    assert [hit["levenshtein_score"] for hit in found] == [0, 20_000, 20_000]
+    assert len(set(seen)) == 3
 
 
 async def test_cached_embeddings_of_other_fields(db: DatabaseAdapter) -> None:
