@@ -904,6 +904,20 @@ async def test_a_damaged_archive_is_refused_and_nothing_written(
     assert await contents(databases[1]) == before
 
 
+async def test_a_check_hears_an_interrupt_after_each_part(databases: list[str], made: Path) -> None:
+    """And others have the event loop meanwhile: to check a large archive takes minutes."""
+    told: list[tuple[str, int]] = []
+
+    def stop(name: str, done: int, _: int | None) -> None:
+        told.append((name, done))
+        importing.cancel()
+
+    importing = asyncio.ensure_future(into(databases[1], made, advance=stop))
+    with pytest.raises(asyncio.CancelledError):
+        await importing
+    assert told == [("check", 1)]
+
+
 async def test_vectors_are_checked_even_under_a_right_checksum(databases: list[str], made: Path) -> None:
     def put(pattern: str, data: bytes) -> None:
         replace_part(made, pattern, lambda _: data)

@@ -23,6 +23,7 @@ from elizasql.config import Config
 from elizasql.errors import ArgumentError, ConfigurationError, ElizaSQLError, NotFoundError
 from elizasql.transfer import Archive, Summary, export_archive, import_archive
 from elizasql.transfer._report import Report, naming, open_private
+from elizasql.transfer.importer import check_parts
 
 from . import _out, _place, server
 from ._place import DataDir, Dsn, Json, Place
@@ -169,9 +170,9 @@ async def _import_archive(
         agents = archive.find_agents(chosen)
         if dry_run:
             parts = archive.parts_of(agents)
+            await check_parts(archive, parts, advance)
             rows: dict[str, int] = {}
-            for number, part in enumerate(archive.verify(parts), 1):
-                advance("check", number, len(parts))
+            for part in parts:
                 if not part.name.endswith(".npy"):
                     rows[part.table] = rows.get(part.table, 0) + part.rows
             return {"agents": agents, "tables": [{"table": name, "rows": count} for name, count in rows.items()]}

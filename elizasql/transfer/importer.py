@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 from collections.abc import Collection
 from typing import Any
@@ -47,8 +48,7 @@ async def import_archive(
     """
     agents = archive.find_agents(agent_ids)
     parts = archive.parts_of(agents)
-    for number, _ in enumerate(archive.verify(parts), 1):
-        advance("check", number, len(parts))
+    await check_parts(archive, parts, advance)
     await _check_dimensions(db, agents)
     summary = Summary()
     totals: dict[str, int] = {}
@@ -71,6 +71,17 @@ async def import_archive(
     for part in replies:
         await put_replies(db, archive.read(part).splitlines(), summary, refuse)
     return summary
+
+
+async def check_parts(archive: Archive, parts: list[Part], advance: Advance) -> None:
+    """Check parts one after the other; in between others have the event loop, and an interrupt is heard.
+
+    Raises:
+        ArchiveError: As `Archive.verify`.
+    """
+    for number, _ in enumerate(archive.verify(parts), 1):
+        advance("check", number, len(parts))
+        await asyncio.sleep(0)
 
 
 def _is_matrix(part: Part) -> bool:
