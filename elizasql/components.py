@@ -181,7 +181,7 @@ class Components(Store):
             ops.setdefault(id, []).extend(given)
         if not ops:
             return
-        rows = [{"id": id, "ops": ops[id]} for id in sorted(ops)]
+        rows = [{"id": id, "ops": ops[id]} for id in sorted(ops, key=lambda id: id.int)]
         chunks = [
             {"agent_id": self.agent_id, "patches": _codecs.encode_json(chunk, "patches")}
             for chunk in self._chunks(rows)

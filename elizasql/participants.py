@@ -106,7 +106,7 @@ class Participants(Store):
         not stop at the first pair that was no membership.
         """
         # In the order of the key, so that two batches cannot wait for each other.
-        pairs = sorted(set(await self._read_memberships(participants)), key=lambda pair: (pair[1], pair[0]))
+        pairs = sorted(set(await self._read_memberships(participants)), key=lambda pair: (pair[1].int, pair[0].int))
         if not pairs:
             return True
         deleted = await self._executor.fetch_value(
@@ -318,7 +318,7 @@ class Participants(Store):
         if not rows:
             return
         # In the order of the key, so that two batches cannot wait for each other.
-        in_order = [rows[pair] for pair in sorted(rows)]
+        in_order = [rows[pair] for pair in sorted(rows, key=lambda pair: (pair[0].int, pair[1].int))]
         try:
             encoded = [_codecs.encode_json(chunk, "participants") for chunk in self._chunks(in_order)]
         except ArgumentError:

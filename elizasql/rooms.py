@@ -174,7 +174,7 @@ class Rooms(Store):
 
         Statement: sql/rooms.sql delete_rooms_by_world_ids. One round trip. Source: deleteRoomsByWorldIds.
         """
-        worlds = sorted(set(_codecs.as_ids(world_ids, "world_ids")))
+        worlds = sorted(set(_codecs.as_ids(world_ids, "world_ids")), key=lambda id: id.int)
         if not worlds:
             return 0
         deleted: int = await self._executor.fetch_value(
