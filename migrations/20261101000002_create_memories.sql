@@ -30,7 +30,8 @@ CREATE TABLE elizasql.memories (
 ) PARTITION BY HASH (agent_id);
 -- On an expression that only the agent-wide statements order by: a generic plan takes a range of times for half a
 -- percent of the rows, under which the index of a type looks as good as that of a room, and would be walked in its place.
-CREATE INDEX memories_type_idx ON elizasql.memories (agent_id, type, (created_at AT TIME ZONE 'UTC') DESC, id DESC);
+-- greatest() of one value is that value, and leakproof, so that policies do not keep a bound from the index.
+CREATE INDEX memories_type_idx ON elizasql.memories (agent_id, type, (greatest(created_at)) DESC, id DESC);
 CREATE INDEX memories_room_idx ON elizasql.memories (agent_id, room_id, type, created_at DESC, id DESC);
 CREATE INDEX memories_entity_idx ON elizasql.memories (agent_id, entity_id, type, created_at DESC, id DESC);
 CREATE INDEX memories_world_idx ON elizasql.memories (agent_id, world_id, type, created_at DESC, id DESC)

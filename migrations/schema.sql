@@ -3448,13 +3448,13 @@ CREATE INDEX memories_room_idx ON ONLY elizasql.memories USING btree (agent_id, 
 
 CREATE INDEX memories_p00_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p00 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
+CREATE INDEX memories_type_idx ON ONLY elizasql.memories USING btree (agent_id, type, GREATEST(created_at) DESC, id DESC);
+
+CREATE INDEX memories_p00_agent_id_type_greatest_id_idx ON elizasql.memories_p00 USING btree (agent_id, type, GREATEST(created_at) DESC, id DESC);
+
 CREATE INDEX memories_text_length_idx ON ONLY elizasql.memories USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
 
 CREATE INDEX memories_p00_agent_id_type_length_idx ON elizasql.memories_p00 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
-
-CREATE INDEX memories_type_idx ON ONLY elizasql.memories USING btree (agent_id, type, (created_at AT TIME ZONE 'UTC'::text) DESC, id DESC);
-
-CREATE INDEX memories_p00_agent_id_type_timezone_id_idx ON elizasql.memories_p00 USING btree (agent_id, type, (created_at AT TIME ZONE 'UTC'::text) DESC, id DESC);
 
 CREATE INDEX memories_world_idx ON ONLY elizasql.memories USING btree (agent_id, world_id, type, created_at DESC, id DESC) WHERE (world_id IS NOT NULL);
 
@@ -3466,9 +3466,9 @@ CREATE INDEX memories_p01_agent_id_left_idx ON elizasql.memories_p01 USING btree
 
 CREATE INDEX memories_p01_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p01 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p01_agent_id_type_length_idx ON elizasql.memories_p01 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
+CREATE INDEX memories_p01_agent_id_type_greatest_id_idx ON elizasql.memories_p01 USING btree (agent_id, type, GREATEST(created_at) DESC, id DESC);
 
-CREATE INDEX memories_p01_agent_id_type_timezone_id_idx ON elizasql.memories_p01 USING btree (agent_id, type, (created_at AT TIME ZONE 'UTC'::text) DESC, id DESC);
+CREATE INDEX memories_p01_agent_id_type_length_idx ON elizasql.memories_p01 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
 
 CREATE INDEX memories_p01_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p01 USING btree (agent_id, world_id, type, created_at DESC, id DESC) WHERE (world_id IS NOT NULL);
 
@@ -3478,9 +3478,9 @@ CREATE INDEX memories_p02_agent_id_left_idx ON elizasql.memories_p02 USING btree
 
 CREATE INDEX memories_p02_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p02 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p02_agent_id_type_length_idx ON elizasql.memories_p02 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
+CREATE INDEX memories_p02_agent_id_type_greatest_id_idx ON elizasql.memories_p02 USING btree (agent_id, type, GREATEST(created_at) DESC, id DESC);
 
-CREATE INDEX memories_p02_agent_id_type_timezone_id_idx ON elizasql.memories_p02 USING btree (agent_id, type, (created_at AT TIME ZONE 'UTC'::text) DESC, id DESC);
+CREATE INDEX memories_p02_agent_id_type_length_idx ON elizasql.memories_p02 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
 
 CREATE INDEX memories_p02_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p02 USING btree (agent_id, world_id, type, created_at DESC, id DESC) WHERE (world_id IS NOT NULL);
 
@@ -3490,9 +3490,9 @@ CREATE INDEX memories_p03_agent_id_left_idx ON elizasql.memories_p03 USING btree
 
 CREATE INDEX memories_p03_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p03 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p03_agent_id_type_length_idx ON elizasql.memories_p03 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
+CREATE INDEX memories_p03_agent_id_type_greatest_id_idx ON elizasql.memories_p03 USING btree (agent_id, type, GREATEST(created_at) DESC, id DESC);
 
-CREATE INDEX memories_p03_agent_id_type_timezone_id_idx ON elizasql.memories_p03 USING btree (agent_id, type, (created_at AT TIME ZONE 'UTC'::text) DESC, id DESC);
+CREATE INDEX memories_p03_agent_id_type_length_idx ON elizasql.memories_p03 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
 
 CREATE INDEX memories_p03_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p03 USING btree (agent_id, world_id, type, created_at DESC, id DESC) WHERE (world_id IS NOT NULL);
 
@@ -3502,9 +3502,9 @@ CREATE INDEX memories_p04_agent_id_left_idx ON elizasql.memories_p04 USING btree
 
 CREATE INDEX memories_p04_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p04 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p04_agent_id_type_length_idx ON elizasql.memories_p04 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
+CREATE INDEX memories_p04_agent_id_type_greatest_id_idx ON elizasql.memories_p04 USING btree (agent_id, type, GREATEST(created_at) DESC, id DESC);
 
-CREATE INDEX memories_p04_agent_id_type_timezone_id_idx ON elizasql.memories_p04 USING btree (agent_id, type, (created_at AT TIME ZONE 'UTC'::text) DESC, id DESC);
+CREATE INDEX memories_p04_agent_id_type_length_idx ON elizasql.memories_p04 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
 
 CREATE INDEX memories_p04_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p04 USING btree (agent_id, world_id, type, created_at DESC, id DESC) WHERE (world_id IS NOT NULL);
 
@@ -3514,9 +3514,9 @@ CREATE INDEX memories_p05_agent_id_left_idx ON elizasql.memories_p05 USING btree
 
 CREATE INDEX memories_p05_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p05 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p05_agent_id_type_length_idx ON elizasql.memories_p05 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
+CREATE INDEX memories_p05_agent_id_type_greatest_id_idx ON elizasql.memories_p05 USING btree (agent_id, type, GREATEST(created_at) DESC, id DESC);
 
-CREATE INDEX memories_p05_agent_id_type_timezone_id_idx ON elizasql.memories_p05 USING btree (agent_id, type, (created_at AT TIME ZONE 'UTC'::text) DESC, id DESC);
+CREATE INDEX memories_p05_agent_id_type_length_idx ON elizasql.memories_p05 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
 
 CREATE INDEX memories_p05_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p05 USING btree (agent_id, world_id, type, created_at DESC, id DESC) WHERE (world_id IS NOT NULL);
 
@@ -3526,9 +3526,9 @@ CREATE INDEX memories_p06_agent_id_left_idx ON elizasql.memories_p06 USING btree
 
 CREATE INDEX memories_p06_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p06 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p06_agent_id_type_length_idx ON elizasql.memories_p06 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
+CREATE INDEX memories_p06_agent_id_type_greatest_id_idx ON elizasql.memories_p06 USING btree (agent_id, type, GREATEST(created_at) DESC, id DESC);
 
-CREATE INDEX memories_p06_agent_id_type_timezone_id_idx ON elizasql.memories_p06 USING btree (agent_id, type, (created_at AT TIME ZONE 'UTC'::text) DESC, id DESC);
+CREATE INDEX memories_p06_agent_id_type_length_idx ON elizasql.memories_p06 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
 
 CREATE INDEX memories_p06_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p06 USING btree (agent_id, world_id, type, created_at DESC, id DESC) WHERE (world_id IS NOT NULL);
 
@@ -3538,9 +3538,9 @@ CREATE INDEX memories_p07_agent_id_left_idx ON elizasql.memories_p07 USING btree
 
 CREATE INDEX memories_p07_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p07 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p07_agent_id_type_length_idx ON elizasql.memories_p07 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
+CREATE INDEX memories_p07_agent_id_type_greatest_id_idx ON elizasql.memories_p07 USING btree (agent_id, type, GREATEST(created_at) DESC, id DESC);
 
-CREATE INDEX memories_p07_agent_id_type_timezone_id_idx ON elizasql.memories_p07 USING btree (agent_id, type, (created_at AT TIME ZONE 'UTC'::text) DESC, id DESC);
+CREATE INDEX memories_p07_agent_id_type_length_idx ON elizasql.memories_p07 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
 
 CREATE INDEX memories_p07_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p07 USING btree (agent_id, world_id, type, created_at DESC, id DESC) WHERE (world_id IS NOT NULL);
 
@@ -3550,9 +3550,9 @@ CREATE INDEX memories_p08_agent_id_left_idx ON elizasql.memories_p08 USING btree
 
 CREATE INDEX memories_p08_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p08 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p08_agent_id_type_length_idx ON elizasql.memories_p08 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
+CREATE INDEX memories_p08_agent_id_type_greatest_id_idx ON elizasql.memories_p08 USING btree (agent_id, type, GREATEST(created_at) DESC, id DESC);
 
-CREATE INDEX memories_p08_agent_id_type_timezone_id_idx ON elizasql.memories_p08 USING btree (agent_id, type, (created_at AT TIME ZONE 'UTC'::text) DESC, id DESC);
+CREATE INDEX memories_p08_agent_id_type_length_idx ON elizasql.memories_p08 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
 
 CREATE INDEX memories_p08_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p08 USING btree (agent_id, world_id, type, created_at DESC, id DESC) WHERE (world_id IS NOT NULL);
 
@@ -3562,9 +3562,9 @@ CREATE INDEX memories_p09_agent_id_left_idx ON elizasql.memories_p09 USING btree
 
 CREATE INDEX memories_p09_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p09 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p09_agent_id_type_length_idx ON elizasql.memories_p09 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
+CREATE INDEX memories_p09_agent_id_type_greatest_id_idx ON elizasql.memories_p09 USING btree (agent_id, type, GREATEST(created_at) DESC, id DESC);
 
-CREATE INDEX memories_p09_agent_id_type_timezone_id_idx ON elizasql.memories_p09 USING btree (agent_id, type, (created_at AT TIME ZONE 'UTC'::text) DESC, id DESC);
+CREATE INDEX memories_p09_agent_id_type_length_idx ON elizasql.memories_p09 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
 
 CREATE INDEX memories_p09_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p09 USING btree (agent_id, world_id, type, created_at DESC, id DESC) WHERE (world_id IS NOT NULL);
 
@@ -3574,9 +3574,9 @@ CREATE INDEX memories_p10_agent_id_left_idx ON elizasql.memories_p10 USING btree
 
 CREATE INDEX memories_p10_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p10 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p10_agent_id_type_length_idx ON elizasql.memories_p10 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
+CREATE INDEX memories_p10_agent_id_type_greatest_id_idx ON elizasql.memories_p10 USING btree (agent_id, type, GREATEST(created_at) DESC, id DESC);
 
-CREATE INDEX memories_p10_agent_id_type_timezone_id_idx ON elizasql.memories_p10 USING btree (agent_id, type, (created_at AT TIME ZONE 'UTC'::text) DESC, id DESC);
+CREATE INDEX memories_p10_agent_id_type_length_idx ON elizasql.memories_p10 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
 
 CREATE INDEX memories_p10_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p10 USING btree (agent_id, world_id, type, created_at DESC, id DESC) WHERE (world_id IS NOT NULL);
 
@@ -3586,9 +3586,9 @@ CREATE INDEX memories_p11_agent_id_left_idx ON elizasql.memories_p11 USING btree
 
 CREATE INDEX memories_p11_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p11 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p11_agent_id_type_length_idx ON elizasql.memories_p11 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
+CREATE INDEX memories_p11_agent_id_type_greatest_id_idx ON elizasql.memories_p11 USING btree (agent_id, type, GREATEST(created_at) DESC, id DESC);
 
-CREATE INDEX memories_p11_agent_id_type_timezone_id_idx ON elizasql.memories_p11 USING btree (agent_id, type, (created_at AT TIME ZONE 'UTC'::text) DESC, id DESC);
+CREATE INDEX memories_p11_agent_id_type_length_idx ON elizasql.memories_p11 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
 
 CREATE INDEX memories_p11_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p11 USING btree (agent_id, world_id, type, created_at DESC, id DESC) WHERE (world_id IS NOT NULL);
 
@@ -3598,9 +3598,9 @@ CREATE INDEX memories_p12_agent_id_left_idx ON elizasql.memories_p12 USING btree
 
 CREATE INDEX memories_p12_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p12 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p12_agent_id_type_length_idx ON elizasql.memories_p12 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
+CREATE INDEX memories_p12_agent_id_type_greatest_id_idx ON elizasql.memories_p12 USING btree (agent_id, type, GREATEST(created_at) DESC, id DESC);
 
-CREATE INDEX memories_p12_agent_id_type_timezone_id_idx ON elizasql.memories_p12 USING btree (agent_id, type, (created_at AT TIME ZONE 'UTC'::text) DESC, id DESC);
+CREATE INDEX memories_p12_agent_id_type_length_idx ON elizasql.memories_p12 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
 
 CREATE INDEX memories_p12_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p12 USING btree (agent_id, world_id, type, created_at DESC, id DESC) WHERE (world_id IS NOT NULL);
 
@@ -3610,9 +3610,9 @@ CREATE INDEX memories_p13_agent_id_left_idx ON elizasql.memories_p13 USING btree
 
 CREATE INDEX memories_p13_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p13 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p13_agent_id_type_length_idx ON elizasql.memories_p13 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
+CREATE INDEX memories_p13_agent_id_type_greatest_id_idx ON elizasql.memories_p13 USING btree (agent_id, type, GREATEST(created_at) DESC, id DESC);
 
-CREATE INDEX memories_p13_agent_id_type_timezone_id_idx ON elizasql.memories_p13 USING btree (agent_id, type, (created_at AT TIME ZONE 'UTC'::text) DESC, id DESC);
+CREATE INDEX memories_p13_agent_id_type_length_idx ON elizasql.memories_p13 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
 
 CREATE INDEX memories_p13_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p13 USING btree (agent_id, world_id, type, created_at DESC, id DESC) WHERE (world_id IS NOT NULL);
 
@@ -3622,9 +3622,9 @@ CREATE INDEX memories_p14_agent_id_left_idx ON elizasql.memories_p14 USING btree
 
 CREATE INDEX memories_p14_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p14 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p14_agent_id_type_length_idx ON elizasql.memories_p14 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
+CREATE INDEX memories_p14_agent_id_type_greatest_id_idx ON elizasql.memories_p14 USING btree (agent_id, type, GREATEST(created_at) DESC, id DESC);
 
-CREATE INDEX memories_p14_agent_id_type_timezone_id_idx ON elizasql.memories_p14 USING btree (agent_id, type, (created_at AT TIME ZONE 'UTC'::text) DESC, id DESC);
+CREATE INDEX memories_p14_agent_id_type_length_idx ON elizasql.memories_p14 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
 
 CREATE INDEX memories_p14_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p14 USING btree (agent_id, world_id, type, created_at DESC, id DESC) WHERE (world_id IS NOT NULL);
 
@@ -3634,9 +3634,9 @@ CREATE INDEX memories_p15_agent_id_left_idx ON elizasql.memories_p15 USING btree
 
 CREATE INDEX memories_p15_agent_id_room_id_type_created_at_id_idx ON elizasql.memories_p15 USING btree (agent_id, room_id, type, created_at DESC, id DESC);
 
-CREATE INDEX memories_p15_agent_id_type_length_idx ON elizasql.memories_p15 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
+CREATE INDEX memories_p15_agent_id_type_greatest_id_idx ON elizasql.memories_p15 USING btree (agent_id, type, GREATEST(created_at) DESC, id DESC);
 
-CREATE INDEX memories_p15_agent_id_type_timezone_id_idx ON elizasql.memories_p15 USING btree (agent_id, type, (created_at AT TIME ZONE 'UTC'::text) DESC, id DESC);
+CREATE INDEX memories_p15_agent_id_type_length_idx ON elizasql.memories_p15 USING btree (agent_id, type, length((content ->> 'text'::text))) WHERE (content ? 'text'::text);
 
 CREATE INDEX memories_p15_agent_id_world_id_type_created_at_id_idx ON elizasql.memories_p15 USING btree (agent_id, world_id, type, created_at DESC, id DESC) WHERE (world_id IS NOT NULL);
 
@@ -3874,9 +3874,9 @@ ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p0
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p00_agent_id_room_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p00_agent_id_type_length_idx;
+ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p00_agent_id_type_greatest_id_idx;
 
-ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p00_agent_id_type_timezone_id_idx;
+ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p00_agent_id_type_length_idx;
 
 ALTER INDEX elizasql.memories_world_idx ATTACH PARTITION elizasql.memories_p00_agent_id_world_id_type_created_at_id_idx;
 
@@ -3888,9 +3888,9 @@ ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p0
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p01_agent_id_room_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p01_agent_id_type_length_idx;
+ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p01_agent_id_type_greatest_id_idx;
 
-ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p01_agent_id_type_timezone_id_idx;
+ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p01_agent_id_type_length_idx;
 
 ALTER INDEX elizasql.memories_world_idx ATTACH PARTITION elizasql.memories_p01_agent_id_world_id_type_created_at_id_idx;
 
@@ -3902,9 +3902,9 @@ ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p0
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p02_agent_id_room_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p02_agent_id_type_length_idx;
+ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p02_agent_id_type_greatest_id_idx;
 
-ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p02_agent_id_type_timezone_id_idx;
+ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p02_agent_id_type_length_idx;
 
 ALTER INDEX elizasql.memories_world_idx ATTACH PARTITION elizasql.memories_p02_agent_id_world_id_type_created_at_id_idx;
 
@@ -3916,9 +3916,9 @@ ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p0
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p03_agent_id_room_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p03_agent_id_type_length_idx;
+ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p03_agent_id_type_greatest_id_idx;
 
-ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p03_agent_id_type_timezone_id_idx;
+ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p03_agent_id_type_length_idx;
 
 ALTER INDEX elizasql.memories_world_idx ATTACH PARTITION elizasql.memories_p03_agent_id_world_id_type_created_at_id_idx;
 
@@ -3930,9 +3930,9 @@ ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p0
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p04_agent_id_room_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p04_agent_id_type_length_idx;
+ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p04_agent_id_type_greatest_id_idx;
 
-ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p04_agent_id_type_timezone_id_idx;
+ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p04_agent_id_type_length_idx;
 
 ALTER INDEX elizasql.memories_world_idx ATTACH PARTITION elizasql.memories_p04_agent_id_world_id_type_created_at_id_idx;
 
@@ -3944,9 +3944,9 @@ ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p0
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p05_agent_id_room_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p05_agent_id_type_length_idx;
+ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p05_agent_id_type_greatest_id_idx;
 
-ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p05_agent_id_type_timezone_id_idx;
+ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p05_agent_id_type_length_idx;
 
 ALTER INDEX elizasql.memories_world_idx ATTACH PARTITION elizasql.memories_p05_agent_id_world_id_type_created_at_id_idx;
 
@@ -3958,9 +3958,9 @@ ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p0
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p06_agent_id_room_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p06_agent_id_type_length_idx;
+ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p06_agent_id_type_greatest_id_idx;
 
-ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p06_agent_id_type_timezone_id_idx;
+ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p06_agent_id_type_length_idx;
 
 ALTER INDEX elizasql.memories_world_idx ATTACH PARTITION elizasql.memories_p06_agent_id_world_id_type_created_at_id_idx;
 
@@ -3972,9 +3972,9 @@ ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p0
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p07_agent_id_room_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p07_agent_id_type_length_idx;
+ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p07_agent_id_type_greatest_id_idx;
 
-ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p07_agent_id_type_timezone_id_idx;
+ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p07_agent_id_type_length_idx;
 
 ALTER INDEX elizasql.memories_world_idx ATTACH PARTITION elizasql.memories_p07_agent_id_world_id_type_created_at_id_idx;
 
@@ -3986,9 +3986,9 @@ ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p0
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p08_agent_id_room_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p08_agent_id_type_length_idx;
+ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p08_agent_id_type_greatest_id_idx;
 
-ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p08_agent_id_type_timezone_id_idx;
+ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p08_agent_id_type_length_idx;
 
 ALTER INDEX elizasql.memories_world_idx ATTACH PARTITION elizasql.memories_p08_agent_id_world_id_type_created_at_id_idx;
 
@@ -4000,9 +4000,9 @@ ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p0
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p09_agent_id_room_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p09_agent_id_type_length_idx;
+ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p09_agent_id_type_greatest_id_idx;
 
-ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p09_agent_id_type_timezone_id_idx;
+ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p09_agent_id_type_length_idx;
 
 ALTER INDEX elizasql.memories_world_idx ATTACH PARTITION elizasql.memories_p09_agent_id_world_id_type_created_at_id_idx;
 
@@ -4014,9 +4014,9 @@ ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p1
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p10_agent_id_room_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p10_agent_id_type_length_idx;
+ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p10_agent_id_type_greatest_id_idx;
 
-ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p10_agent_id_type_timezone_id_idx;
+ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p10_agent_id_type_length_idx;
 
 ALTER INDEX elizasql.memories_world_idx ATTACH PARTITION elizasql.memories_p10_agent_id_world_id_type_created_at_id_idx;
 
@@ -4028,9 +4028,9 @@ ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p1
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p11_agent_id_room_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p11_agent_id_type_length_idx;
+ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p11_agent_id_type_greatest_id_idx;
 
-ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p11_agent_id_type_timezone_id_idx;
+ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p11_agent_id_type_length_idx;
 
 ALTER INDEX elizasql.memories_world_idx ATTACH PARTITION elizasql.memories_p11_agent_id_world_id_type_created_at_id_idx;
 
@@ -4042,9 +4042,9 @@ ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p1
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p12_agent_id_room_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p12_agent_id_type_length_idx;
+ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p12_agent_id_type_greatest_id_idx;
 
-ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p12_agent_id_type_timezone_id_idx;
+ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p12_agent_id_type_length_idx;
 
 ALTER INDEX elizasql.memories_world_idx ATTACH PARTITION elizasql.memories_p12_agent_id_world_id_type_created_at_id_idx;
 
@@ -4056,9 +4056,9 @@ ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p1
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p13_agent_id_room_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p13_agent_id_type_length_idx;
+ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p13_agent_id_type_greatest_id_idx;
 
-ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p13_agent_id_type_timezone_id_idx;
+ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p13_agent_id_type_length_idx;
 
 ALTER INDEX elizasql.memories_world_idx ATTACH PARTITION elizasql.memories_p13_agent_id_world_id_type_created_at_id_idx;
 
@@ -4070,9 +4070,9 @@ ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p1
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p14_agent_id_room_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p14_agent_id_type_length_idx;
+ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p14_agent_id_type_greatest_id_idx;
 
-ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p14_agent_id_type_timezone_id_idx;
+ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p14_agent_id_type_length_idx;
 
 ALTER INDEX elizasql.memories_world_idx ATTACH PARTITION elizasql.memories_p14_agent_id_world_id_type_created_at_id_idx;
 
@@ -4084,9 +4084,9 @@ ALTER INDEX elizasql.memories_document_idx ATTACH PARTITION elizasql.memories_p1
 
 ALTER INDEX elizasql.memories_room_idx ATTACH PARTITION elizasql.memories_p15_agent_id_room_id_type_created_at_id_idx;
 
-ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p15_agent_id_type_length_idx;
+ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p15_agent_id_type_greatest_id_idx;
 
-ALTER INDEX elizasql.memories_type_idx ATTACH PARTITION elizasql.memories_p15_agent_id_type_timezone_id_idx;
+ALTER INDEX elizasql.memories_text_length_idx ATTACH PARTITION elizasql.memories_p15_agent_id_type_length_idx;
 
 ALTER INDEX elizasql.memories_world_idx ATTACH PARTITION elizasql.memories_p15_agent_id_world_id_type_created_at_id_idx;
 

@@ -72,17 +72,25 @@ ORDER BY given.position, e.created_at, e.id;
 
 -- name: get_entities_by_names(agent_id, names)
 -- Those with one of the names, oldest first. The trigrams of a whole name find it, and those of its other spellings.
+-- Policies keep a scan from the index of trigrams: under them all entities are read once, and no trigrams are made. 100
+-- names among 50,000 entities, in processor time: 0.14 s in place of 44.
 WITH found AS MATERIALIZED (
-    SELECT DISTINCT e.id
+    SELECT e.id
     FROM unnest(:names::text[]) AS given (name)
     CROSS JOIN
         LATERAL (
             SELECT agent_id, id, names
             FROM elizasql.entities
-            WHERE elizasql.name_grams(agent_id, names) @> elizasql.query_grams(:agent_id, given.name, 0)
+            WHERE
+                NOT row_security_active('elizasql.entities'::regclass)
+                AND elizasql.name_grams(agent_id, names) @> elizasql.query_grams(:agent_id, given.name, 0)
             OFFSET 0
         ) AS e
     WHERE e.agent_id = :agent_id AND given.name = ANY(e.names)
+    UNION
+    SELECT id
+    FROM elizasql.entities
+    WHERE row_security_active('elizasql.entities'::regclass) AND agent_id = :agent_id AND names && :names::text[]
 )
 
 SELECT e.*
@@ -109,6 +117,9 @@ LIMIT :count::bigint;
 -- its trigrams. Only the walk gives what is common in order, and it never ends for what is rare; so each step runs only
 -- where those before it have not found enough. The trigrams' own reads must not see agent_id as a filter: an index of
 -- it would serve, and the trigrams of all entities of the agent would be made anew.
+-- Policies keep a scan from the index of trigrams: under them one read of all entities finds what the first hundred leave
+-- to be found, 0.04 s in place of 0.4-3 for 50,000. It looks into the names of one as into one text, and ranks those that
+-- have the query there.
 WITH walk AS MATERIALIZED (
     SELECT
         id,
@@ -118,11 +129,22 @@ WITH walk AS MATERIALIZED (
 
 seen AS MATERIALIZED (
     SELECT
-        count(*) = 100 AS has_more,
+        count(*) = 100 AND NOT row_security_active('elizasql.entities'::regclass) AS has_more,
+        count(*) = 100 AND row_security_active('elizasql.entities'::regclass) AS has_more_by_policy,
         count(*) FILTER (WHERE rank = 0) AS equal,
         count(*) FILTER (WHERE rank = 1) AS beginning,
         count(*) FILTER (WHERE rank = 2) AS containing
     FROM walk
+),
+
+by_policy AS MATERIALIZED (
+    SELECT
+        id,
+        elizasql.name_rank(names, :query) AS rank
+    FROM elizasql.entities
+    WHERE
+        (SELECT has_more_by_policy AND equal < :count::bigint FROM seen)
+        AND agent_id = :agent_id AND strpos(lower(array_to_string(names, chr(1))), lower(:query)) > 0
 ),
 
 by_content AS MATERIALIZED (
@@ -228,6 +250,8 @@ containing AS MATERIALIZED (
 found AS MATERIALIZED (
     SELECT id, rank FROM (
         SELECT id, rank FROM walk
+        UNION
+        SELECT id, rank FROM by_policy
         UNION
         SELECT id, elizasql.name_rank(names, :query) FROM by_content
         WHERE (SELECT is_rare FROM rare) AND agent_id = :agent_id

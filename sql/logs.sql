@@ -215,6 +215,7 @@ LIMIT
 -- Deletes the oldest logs that are before the time, or of the age, and before the oldest one to keep; gives how many.
 -- Locked rows are stepped over: two that prune take different ones, and fewer than a batch means that nothing is left.
 -- made_time: the time of the one to keep may be the last of the calendar, and must not become infinite on its way.
+-- Bounds are sub-selects for the sake of policies, see memories.sql.
 -- Not repeatable: a second run finds nothing left to delete.
 WITH doomed AS MATERIALIZED (
     SELECT
@@ -223,10 +224,11 @@ WITH doomed AS MATERIALIZED (
     FROM elizasql.logs
     WHERE
         agent_id = :agent_id
-        AND created_at < coalesce(:before::timestamptz, statement_timestamp() - :age::interval, 'infinity')
+        AND created_at < (SELECT coalesce(:before::timestamptz, statement_timestamp() - :age::interval, 'infinity'))
         AND (created_at, id) < (
-            CASE WHEN :kept_id::uuid IS NULL THEN 'infinity' ELSE elizasql.made_time(:kept_time, 'infinity') END,
-            coalesce(:kept_id, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
+            SELECT
+                CASE WHEN :kept_id::uuid IS NULL THEN 'infinity' ELSE elizasql.made_time(:kept_time, 'infinity') END,
+                coalesce(:kept_id, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
         )
     ORDER BY created_at, id
     LIMIT :batch_size::bigint
@@ -247,13 +249,14 @@ SELECT count(*) FROM deleted;
 -- One of the two branches of "runs" is run: all run events in one pass of an index, or the chosen runs one by one.
 -- The latest terminal event decides the status. A promptCount that is no whole number up to 999,999,999 counts nothing.
 -- There is always one row: it carries the total when the page is empty.
+-- Bounds of time are sub-selects for the sake of policies, see memories.sql.
 WITH chosen AS MATERIALIZED (
     SELECT DISTINCT run_id
     FROM elizasql.logs
     WHERE
         :narrowed AND agent_id = :agent_id AND type = 'run_event' AND run_id IS NOT NULL
-        AND created_at >= coalesce(:from_time::timestamptz, '-infinity')
-        AND created_at <= coalesce(:to_time::timestamptz, 'infinity')
+        AND created_at >= (SELECT coalesce(:from_time::timestamptz, '-infinity'))
+        AND created_at <= (SELECT coalesce(:to_time::timestamptz, 'infinity'))
         AND (:room_id::uuid IS NULL OR room_id = :room_id)
         AND (:entity_id::uuid IS NULL OR entity_id = :entity_id)
 ),

@@ -70,6 +70,8 @@ LIMIT
 -- Those that have all the tags. Where the oldest tasks fill the page with them, they are common, and the page is theirs.
 -- Otherwise they are found by the keys of the tags, which are the agent's own, and by nothing else: an index that begins
 -- with agent_id, or is in order, would be walked to the end for a rare tag; all that have a common one are read to sort.
+-- Policies keep a scan from the index of keys: under them all tasks are read, and no keys are made: 0.04 s in place of 0.46
+-- for 50,000.
 WITH walk AS MATERIALIZED (
     SELECT
         id, agent_id, name, description, room_id, world_id, entity_id, tags, metadata, created_at, updated_at, due_at,
@@ -93,8 +95,18 @@ found AS MATERIALIZED (
         ready_at, attempts, max_attempts, claim_token, claimed_by, error
     FROM elizasql.tasks
     WHERE
-        (SELECT count(*) FROM walk) IS DISTINCT FROM :count::bigint
+        NOT row_security_active('elizasql.tasks'::regclass)
+        AND (SELECT count(*) FROM walk) IS DISTINCT FROM :count::bigint
         AND elizasql.tag_keys(agent_id, tags) @> elizasql.tag_keys(:agent_id, :tags::text[])
+    UNION ALL
+    SELECT
+        id, agent_id, name, description, room_id, world_id, entity_id, tags, metadata, created_at, updated_at, due_at,
+        ready_at, attempts, max_attempts, claim_token, claimed_by, error
+    FROM elizasql.tasks
+    WHERE
+        row_security_active('elizasql.tasks'::regclass)
+        AND (SELECT count(*) FROM walk) IS DISTINCT FROM :count::bigint
+        AND agent_id = :agent_id AND tags @> :tags
 )
 
 (

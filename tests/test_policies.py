@@ -1,0 +1,104 @@
+"""Row level security: PostgreSQL lets leakproof comparisons alone bound a scan. The same answers, few rows read."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta, timezone
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+
+from elizasql import DatabaseAdapter, Entity, Log, Memory, Room, Task, _pool
+from elizasql._statements import SQL
+from elizasql.config import Config
+
+from .conftest import MakeAdapter
+from .test_plans import plan_of
+
+MANY = 150
+T0 = datetime(2026, 1, 1, tzinfo=timezone.utc)
+LATE = T0 + timedelta(minutes=MANY - 5)
+ROOM, ENTITY = uuid4(), uuid4()
+
+
+async def fill(db: DatabaseAdapter) -> None:
+    """Store many of each, one a minute, a fragment for each fifth memory; names and tags of the last are rare."""
+    await db.create_room(Room(id=ROOM, source="test", type="GROUP"))
+    names = [["Common", f"Name {i}"] for i in range(MANY - 1)] + [["Rare Zoë", "x"]]
+    await db.create_entities([Entity(id=UUID(int=i + 1), names=each) for i, each in enumerate(names)])
+    await db.create_entity(Entity(id=ENTITY, names=["of the logs"]))
+    times = [T0 + timedelta(minutes=i) for i in range(MANY)]
+    memories = [Memory(id=uuid4(), room_id=ROOM, content={"text": "x"}, created_at=time) for time in times]
+    await db.create_memories(memories, "messages")
+    fragments = [{"type": "fragment", "documentId": str(memory.id), "position": 0} for memory in memories[::5]]
+    await db.create_memories([Memory(content={}, metadata=each) for each in fragments], "fragments")
+    tags = [["common"]] * (MANY - 1) + [["common", "rare"]]
+    await db.create_tasks([Task(name="t", tags=each, created_at=time) for each, time in zip(tags, times, strict=True)])
+    bodies = [{"runId": str(time), "status": "started"} for time in times]
+    await db.create_logs(
+        [
+            Log(entity_id=ENTITY, room_id=ROOM, type="run_event", body=body, created_at=time)
+            for body, time in zip(bodies, times, strict=True)
+        ]
+    )
+
+
+async def answers(db: DatabaseAdapter) -> list[Any]:
+    queries = ("common", "rare", "zoë", "z", "x", "14", "no")
+    found: list[Any] = [await db.search_entities_by_name(query, 7) for query in queries]
+    found += [await db.get_entities_by_names(names) for names in (["Rare Zoë", "Name 3", "name 4"], ["Common"], ["no"])]
+    found += [await db.get_tasks(tags=tags, count=3) for tags in (["rare"], ["common"], ["rare", "common"], ["no"])]
+    for scope in ({}, {"room_id": ROOM}):
+        found.append(await db.get_memories(table_name="messages", start=LATE, count=20, **scope))
+        found.append(await db.get_memories(table_name="messages", end=T0 + timedelta(minutes=3), count=20, **scope))
+        found.append(await db.count_memories(table_name="messages", start=LATE, **scope))
+    found.append(await db.get_agent_run_summaries(from_time=LATE))
+    return found
+
+
+async def test_policies_change_no_answer_and_let_no_scan_read_in_vain(make_db: MakeAdapter, own_database: str) -> None:
+    db = await make_db(dsn=own_database)
+    await fill(db)
+    expected = await answers(db)
+    session = await asyncpg.connect(own_database, server_settings=_pool.session_settings(Config.load(environ={})))
+    for table in ("memories", "embeddings", "entities", "tasks", "logs"):
+        await session.execute(f"""
+            ALTER TABLE elizasql.{table} ENABLE ROW LEVEL SECURITY;
+            ALTER TABLE elizasql.{table} FORCE ROW LEVEL SECURITY;
+            CREATE POLICY guard ON elizasql.{table} USING (agent_id = '{db.agent_id}');
+            ANALYZE elizasql.{table}
+        """)
+    guarded = await make_db(db.agent_id, dsn=own_database)
+    assert guarded._executor.home is None
+    assert await answers(guarded) == expected
+
+    agent = {"agent_id": db.agent_id}
+    listed = {**agent, "type": "messages", "only_unique": False, "start_time": LATE, "skip": 0, "count": 20}
+    page = {**listed, "start_time": None, "end_time": T0 + timedelta(minutes=3), "count": 3}
+    names = [f"Nobody{i}" for i in range(20)]
+    cases: list[tuple[str, dict[str, Any], int]] = [
+        ("get_memories", listed, 5),
+        ("get_memories", page, 3),
+        ("get_memories_of_room", {**listed, "room_id": ROOM}, 5),
+        ("count_memories", listed, 5),
+        ("count_memories_of_rooms", {**listed, "room_ids": [ROOM]}, 5),
+        ("get_agent_run_summaries", {**agent, "narrowed": True, "from_time": LATE, "skip": 0, "count": 0}, 10),
+        ("prune_logs", {**agent, "before": T0 + timedelta(minutes=3), "batch_size": 50}, 6),
+        ("get_entities_by_names", {**agent, "names": names}, MANY + 1),
+        ("search_entities_by_name", {**agent, "query": "nobody", "count": 7}, 100 + MANY + 1),
+        ("get_tasks_by_tags", {**agent, "tags": ["rare"], "skip": 0, "count": 3}, 30 + MANY),
+        ("delete_all_memories", {**agent, "room_ids": [ROOM], "type": "messages"}, 10 * MANY),
+    ]
+    for name, params, most in cases:
+        transaction = session.transaction()
+        await transaction.start()
+        nodes = await plan_of(session, SQL[name], params, execute=True, named=False)
+        await transaction.rollback()
+        scans = [node for node in nodes if "Relation Name" in node and node["Node Type"].endswith("Scan")]
+        read = sum(
+            node["Actual Loops"] * (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) for node in scans
+        )
+        assert 0 < read <= most, (name, read)
+        filters = [node.get("Filter", "") for node in scans if node["Actual Loops"]]
+        assert not [each for each in filters if "_grams" in each or "_keys" in each], name
+    await session.close()
