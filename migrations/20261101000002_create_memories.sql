@@ -136,6 +136,9 @@ $$;
 --
 -- Every index has a new entry for a row that changes its scope, HNSW too. So the row goes to the tail, as what is written
 -- does: a world of 33,000 memories was removed in minutes. elizasql.inline: a transaction whose writes feed the index.
+--
+-- From PostgreSQL 18 on the triggers of a cascade run as the owner of the tables. Where policies that are forced on it hide
+-- the rows from it, nothing would be copied, without a word.
 CREATE FUNCTION elizasql.copy_scope_to_embedding() RETURNS trigger LANGUAGE plpgsql
 SET plan_cache_mode = force_custom_plan AS $$
 BEGIN
@@ -144,6 +147,11 @@ BEGIN
         "unique" = NEW."unique", xid = pg_current_xact_id(),
         indexed = indexed AND coalesce(current_setting('elizasql.inline', TRUE), '') = 'on'
     WHERE agent_id = NEW.agent_id AND memory_id = NEW.id;
+    IF NOT FOUND AND row_security_active('elizasql.embeddings'::regclass)
+        AND NOT EXISTS (SELECT FROM elizasql.memories WHERE agent_id = NEW.agent_id AND id = NEW.id) THEN
+        RAISE EXCEPTION 'the policies of memories and embeddings hide the rows from %, who runs this trigger', current_user
+            USING ERRCODE = 'insufficient_privilege';
+    END IF;
     RETURN NULL;
 END
 $$;

@@ -110,6 +110,11 @@ BEGIN
         "unique" = NEW."unique", xid = pg_current_xact_id(),
         indexed = indexed AND coalesce(current_setting('elizasql.inline', TRUE), '') = 'on'
     WHERE agent_id = NEW.agent_id AND memory_id = NEW.id;
+    IF NOT FOUND AND row_security_active('elizasql.embeddings'::regclass)
+        AND NOT EXISTS (SELECT FROM elizasql.memories WHERE agent_id = NEW.agent_id AND id = NEW.id) THEN
+        RAISE EXCEPTION 'the policies of memories and embeddings hide the rows from %, who runs this trigger', current_user
+            USING ERRCODE = 'insufficient_privilege';
+    END IF;
     RETURN NULL;
 END
 $$;
