@@ -10,6 +10,7 @@ import inspect
 import logging
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
@@ -168,9 +169,10 @@ async def test_limit_of_a_call_that_the_callers_code_makes_inside_another(
     make_db: MakeAdapter, raw: asyncpg.Connection[Any], given: bool
 ) -> None:
     """The source of a load calls an adapter, while the load itself may take a day."""
-    db, other = await make_db(), await make_db(timeout=0.2)
+    db, other = await make_db(), await make_db()
     called = db if given else other
     id = await called.create_memory(memory(), "messages")
+    other.config = replace(other.config, timeout=0.2)  # not before: on a busy machine that is too short to open it
 
     async def source() -> AsyncIterator[Memory]:
         yield memory("1")
@@ -184,7 +186,8 @@ async def test_limit_of_a_call_that_the_callers_code_makes_inside_another(
 
 
 async def test_limit_of_another_adapters_transaction_inside_a_call(make_db: MakeAdapter) -> None:
-    db, other = await make_db(), await make_db(timeout=0.2, pool_max_size=1, connection_timeout=60.0)
+    db, other = await make_db(), await make_db(pool_max_size=1, connection_timeout=60.0)
+    other._executor._config = replace(other.config, timeout=0.2)
     connection, _ = await other._executor.lane.acquire(5)
 
     async def source() -> AsyncIterator[Memory]:

@@ -403,21 +403,25 @@ def _list_made() -> set[tuple[str, str]]:
     """
     text = (find_folder("migrations") / "schema.sql").read_text(encoding="utf-8")
     attached = set(re.findall(r"^ALTER INDEX .* ATTACH PARTITION elizasql\.(\w+)", text, re.MULTILINE))
-    indexes = re.findall(r"^CREATE (?:UNIQUE )?INDEX (\w+) ON (?:ONLY )?elizasql\.\w+ USING (\w+)", text, re.MULTILINE)
-    made = {("index", name) for name, method in indexes if method != "hnsw" and name not in attached}
-    made |= {("function", name) for name in re.findall(r"^CREATE FUNCTION elizasql\.(\w+)", text, re.MULTILINE)}
-    for table, body in re.findall(r"^CREATE TABLE elizasql\.(\w+) \((.*?)^\)", text, re.MULTILINE | re.DOTALL):
-        made.add(("table", table))
+    made: set[tuple[str, str]] = set()
+    for kind, name, rest in re.findall(r"^CREATE (?:UNIQUE )?([A-Z]+) (?:elizasql\.)?(\w+)(.*)", text, re.MULTILINE):
+        if kind == "TRIGGER":
+            made.add(("trigger", f"{_find_table(rest)}.{name}"))
+        elif kind in ("TABLE", "FUNCTION") or (kind == "INDEX" and name not in attached and "USING hnsw" not in rest):
+            made.add((kind.lower(), name))
+    for table, body in re.findall(r"^CREATE [A-Z]+ elizasql\.(\w+) \(\n(.*?)^\)", text, re.MULTILINE | re.DOTALL):
         for constraint, column in re.findall(r'^    (?:CONSTRAINT (\w+)|"?([a-z]\w*)"?) ', body, re.MULTILINE):
             made.add(("constraint", f"{table}.{constraint}") if constraint else ("column", f"{table}.{column}"))
-    added = r"^ALTER TABLE (?:ONLY )?elizasql\.(\w+)\n    ADD CONSTRAINT (\w+)"
-    made |= {
-        ("constraint", f"{table}.{name}")
-        for table, name in re.findall(added, text, re.MULTILINE)
-        if name not in attached
-    }
-    triggers = re.findall(r"^CREATE TRIGGER (\w+) .*? ON elizasql\.(\w+) ", text, re.MULTILINE)
-    return made | {("trigger", f"{table}.{name}") for name, table in triggers}
+    for table, name in re.findall(r"^ALTER TABLE .*elizasql\.(\w+)\n    ADD CONSTRAINT (\w+)", text, re.MULTILINE):
+        if name not in attached:
+            made.add(("constraint", f"{table}.{name}"))
+    return made
+
+
+def _find_table(text: str) -> str:
+    found = re.search(r" ON elizasql\.(\w+) ", text)
+    assert found is not None
+    return found[1]
 
 
 def check_indexes(rows: Rows) -> Iterator[Finding]:
