@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from typing import Any, Literal, TypeVar
 from uuid import UUID
 
@@ -139,21 +140,30 @@ class Store:
         read: Callable[[Any], dict[str, Any]] | None = None,
     ) -> list[dict[str, Any]]:
         """Check a batch row by row, as `_read_all` and `_read_partial` say; ids that come twice stand there twice."""
-
-        def read_row(value: object) -> dict[str, Any]:
-            row = (read or kind.read)(value)
-            self._check_agent(row)
-            if row.get("id") is None:
-                if not new_ids:
-                    raise ArgumentError("id is missing")
-                row["id"] = _codecs.new_id()
-            need(row, *needed)
-            for name in fixed:
-                if name in row and row[name] is None:
-                    raise ArgumentError(f"{name} cannot be None")
-            return row
-
+        read_row = partial(self._read_row, read=read or kind.read, needed=needed, fixed=fixed, new_ids=new_ids)
         return await read_each(values, kind.__name__, read_row)
+
+    def _read_row(
+        self,
+        value: object,
+        read: Callable[[Any], dict[str, Any]],
+        *,
+        needed: Sequence[str] = (),
+        fixed: Sequence[str] = (),
+        new_ids: bool = True,
+    ) -> dict[str, Any]:
+        """Check one row, as `_read_all` and `_read_partial` say."""
+        row = read(value)
+        self._check_agent(row)
+        if row.get("id") is None:
+            if not new_ids:
+                raise ArgumentError("id is missing")
+            row["id"] = _codecs.new_id()
+        need(row, *needed)
+        for name in fixed:
+            if name in row and row[name] is None:
+                raise ArgumentError(f"{name} cannot be None")
+        return row
 
     async def _get_by_ids(self, name: str, kind: Callable[..., T], ids: Iterable[object], what: str) -> list[T]:
         """Get those of some rows that exist, in the order of their ids, each once.

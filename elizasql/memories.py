@@ -151,18 +151,18 @@ class Memories(Store):
         Statement: sql/memories.sql create_memory, create_memory_with_embedding, or
         create_memories_marking_duplicates. One round trip. Source: createMemory.
         """
-        ids, rows = await self._read_all(Memory, [memory], read=self._memory_reader(table_name, unique))
-        row = rows[0]
+        row = self._read_row(memory, self._memory_reader(table_name, unique))
         given: int | None = row.get("width")
         if given is not None:
             await self._require_width(given)
-        if given is not None and row["unique"] is None:
-            return (await self._create(ids, rows, given))[0]
+            if row["unique"] is None:
+                return (await self._create([row["id"]], [row], given))[0]
         statement = SQL["create_memory"] if given is None else SQL.at("create_memory_with_embedding", given)
         row["metadata"] = row["metadata"] or _NO_METADATA
         about = {"agent_id": self.agent_id, "is_unique": row["unique"] is not False, "indexed": self._inline}
         await self._write(self._executor.fetch(statement, **row, **about), given)
-        return ids[0]
+        id: UUID = row["id"]
+        return id
 
     async def create_memories(
         self,
