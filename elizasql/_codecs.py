@@ -123,8 +123,6 @@ def as_collection(values: Any, wanted: str) -> Iterator[Any]:
         values: What the caller gave.
         wanted: What the error says that it should have been.
     """
-    if isinstance(values, list):
-        return iter(values)
     # An array without axes says that it can be iterated over, and cannot.
     empty = isinstance(values, np.ndarray) and not values.ndim
     if empty or isinstance(values, (str, bytes, bytearray, Mapping)) or not isinstance(values, Iterable):

@@ -138,16 +138,10 @@ ORDER BY i.relname;
 -- name: list_objects()
 -- What there is in the schema, by kind and name; the names of what belongs to a table begin with it.
 SELECT
-    'table' AS kind,
+    CASE WHEN relkind IN ('r', 'p') THEN 'table' ELSE 'index' END AS kind,
     relname::text AS name
 FROM pg_catalog.pg_class
-WHERE relnamespace = 'elizasql'::regnamespace AND relkind IN ('r', 'p')
-UNION ALL
-SELECT
-    'index' AS kind,
-    relname::text AS name
-FROM pg_catalog.pg_class
-WHERE relnamespace = 'elizasql'::regnamespace AND relkind IN ('i', 'I')
+WHERE relnamespace = 'elizasql'::regnamespace AND relkind IN ('r', 'p', 'i', 'I')
 UNION ALL
 SELECT
     'function' AS kind,

@@ -383,7 +383,7 @@ def check_schema(rows: Rows) -> Iterator[Finding]:
     for kind, names in lost.items():
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         what, price = {
-            "index": ("missing index", ": calls that it serves read whole tables"),
+            "index": ("missing index", ": calls that it serves, where there are any, read whole tables"),
             "constraint": ("missing constraint, or one that was not validated", ": rows may break its rule"),
         }.get(kind, (f"missing {kind}", ""))
         yield Finding(
@@ -403,12 +403,14 @@ def _list_made() -> set[tuple[str, str]]:
     """
     text = (find_folder("migrations") / "schema.sql").read_text(encoding="utf-8")
     attached = set(re.findall(r"^ALTER INDEX .* ATTACH PARTITION elizasql\.(\w+)", text, re.MULTILINE))
-    made: set[tuple[str, str]] = set()
-    for kind, name, rest in re.findall(r"^CREATE (?:UNIQUE )?([A-Z]+) (?:elizasql\.)?(\w+)(.*)", text, re.MULTILINE):
-        if kind == "TRIGGER":
-            made.add(("trigger", f"{_find_table(rest)}.{name}"))
-        elif kind in ("TABLE", "FUNCTION") or (kind == "INDEX" and name not in attached and "USING hnsw" not in rest):
-            made.add((kind.lower(), name))
+    created = re.findall(r"^CREATE (?:UNIQUE )?([A-Z]+) (?:elizasql\.)?(\w+)(.*)", text, re.MULTILINE)
+    made = {
+        (kind.lower(), name)
+        for kind, name, rest in created
+        if kind in ("TABLE", "FUNCTION", "INDEX") and name not in attached and "USING hnsw" not in rest
+    }
+    triggers = re.findall(r"^CREATE TRIGGER (\w+) .*? ON elizasql\.(\w+) ", text, re.MULTILINE)
+    made |= {("trigger", f"{table}.{name}") for name, table in triggers}
     for table, body in re.findall(r"^CREATE [A-Z]+ elizasql\.(\w+) \(\n(.*?)^\)", text, re.MULTILINE | re.DOTALL):
         for constraint, column in re.findall(r'^    (?:CONSTRAINT (\w+)|"?([a-z]\w*)"?) ', body, re.MULTILINE):
             made.add(("constraint", f"{table}.{constraint}") if constraint else ("column", f"{table}.{column}"))
@@ -416,12 +418,6 @@ def _list_made() -> set[tuple[str, str]]:
         if name not in attached:
             made.add(("constraint", f"{table}.{name}"))
     return made
-
-
-def _find_table(text: str) -> str:
-    found = re.search(r" ON elizasql\.(\w+) ", text)
-    assert found is not None
-    return found[1]
 
 
 def check_indexes(rows: Rows) -> Iterator[Finding]:
