@@ -164,6 +164,7 @@ def test_what_the_background_does_later_is_added_to_what_the_caller_waits_for() 
     assert row["ours over it"] == "3.0"
 
 
+@pytest.mark.slow
 def test_the_charts_can_be_drawn_of_a_run_that_was_broken_off() -> None:
     pytest.importorskip("matplotlib")
     given = results(100_000)

@@ -257,7 +257,7 @@ def test_without_the_extra_one_line_says_so_and_the_demo_works(tmp_path: Path) -
 # --- servers that are not there --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [[], ["--json"]])
+@pytest.mark.parametrize("options", [[], pytest.param(["--json"], marks=pytest.mark.slow)])
 def test_streams_that_are_closed_or_full(dsn: str, busy: UUID, tmp_path: Path, options: list[str]) -> None:
     for redirection in (">&-", "2>&-", "<&- >&- 2>&-"):
         said = shell(redirection, "index", "--agent", busy, *options, cwd=tmp_path, POSTGRES_URL=dsn)
@@ -288,6 +288,7 @@ def test_a_full_disk_is_named_and_nothing_half_done_is_left(on_server: Run, busy
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_letters_that_the_terminal_has_not(dsn: str, tmp_path: Path) -> None:
     agent = uuid4()
 
@@ -446,6 +447,7 @@ def test_down_while_others_use_it(run: Run, folder: Path) -> None:
     assert other.communicate(timeout=60)[1] == "" and other.returncode == 0
 
 
+@pytest.mark.slow
 def test_up_in_a_folder_with_modules_of_ones_own(folder: Path, tmp_path: Path) -> None:
     for name in ("queue", "random", "select", "numpy"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('not yours')")
@@ -516,7 +518,7 @@ def test_an_end_does_not_come_in_the_middle_of_a_callback() -> None:
 
 
 @pytest.mark.usefixtures("heeded")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_what_is_ended_takes_the_server_along(run: Run, folder: Path, tmp_path: Path, number: signal.Signals) -> None:
     """Such as by closing the terminal."""
 
@@ -788,6 +790,7 @@ FOREIGN = {
 }
 
 
+@pytest.mark.slow
 def test_what_is_set_for_other_servers_does_not_lead_away(
     run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -844,6 +847,7 @@ def test_psql_with_an_address_that_names_no_host(dsn: str, tmp_path: Path) -> No
         assert psql.communicate(timeout=60) == (f"{parts.path[1:]}\n", "")
 
 
+@pytest.mark.slow
 def test_a_socket_that_is_elsewhere_is_found(run: Run, folder: Path) -> None:
     """By root, too, for whom another user runs the server."""
     home = folder / ("x" * 100)
@@ -1905,6 +1909,7 @@ FROM pg_class WHERE oid = 'public.things'::regclass
 """
 
 
+@pytest.mark.slow
 def test_a_backup_holds_the_roles(run: Run, folder: Path) -> None:
     """Those that the user has made: what belongs to them could not be restored without."""
 

@@ -1203,6 +1203,7 @@ def normal_user() -> tuple[str, pwd.struct_passwd] | None:
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not ROOT, reason="the whole file runs as a normal user")
 async def test_normal_user_then_root_then_normal_user() -> None:
     if (found := normal_user()) is None:

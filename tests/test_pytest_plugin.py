@@ -79,6 +79,7 @@ def test_every_test_has_an_empty_database(pytester: pytest.Pytester) -> None:
     result.assert_outcomes(passed=9)
 
 
+@pytest.mark.slow
 def test_options_for_all_come_from_the_conftest(pytester: pytest.Pytester) -> None:
     pytester.makeini("[pytest]\nasyncio_mode = auto\nasyncio_default_fixture_loop_scope = function\n")
     pytester.makepyfile(
@@ -147,6 +148,7 @@ def test_ctrl_c_while_the_server_starts_takes_it_back(pytester: pytest.Pytester)
     assert "ignored" not in result.stderr.str()
 
 
+@pytest.mark.slow
 def test_settings_of_the_project_are_for_its_own_server(pytester: pytest.Pytester) -> None:
     pytester.makefile(".env", **{"": "ELIZASQL_MIGRATE=false\nPOSTGRES_URL=postgresql://nowhere/x\n"})
     pytester.makepyfile("def test_it(elizasql_sync_db):\n    assert elizasql_sync_db.count_agents() == 1\n")

@@ -189,7 +189,7 @@ async def found(db: DatabaseAdapter, query: Any) -> list[Memory]:
     return [replace(memory, similarity=None) for memory in memories]
 
 
-@pytest.mark.parametrize("resident", ["off", "required"])
+@pytest.mark.parametrize("resident", [pytest.param("off", marks=pytest.mark.slow), "required"])
 async def test_what_is_written_is_found_there(pair: Pair, resident: str) -> None:
     random = np.random.default_rng(0)
     query, agent = some_vector(random), uuid4()

@@ -328,7 +328,9 @@ class Model:
         self.check_contents()
 
 
-@pytest.mark.parametrize(("dimension", "size"), [(384, 2500), (768, 700), (1536, 2100), (3072, 300)])
+@pytest.mark.parametrize(
+    ("dimension", "size"), [(384, 2500), (768, 700), pytest.param(1536, 2100, marks=pytest.mark.slow), (3072, 300)]
+)
 def test_the_matrix_gives_all_candidates(dimension: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_matrix, "_QUANTIZED_FROM", 100)
     model = Model(dimension, dimension, size)
@@ -560,6 +562,7 @@ def test_what_a_search_reads_stands_on_large_pages() -> None:
     assert not matrix._levels.any()
 
 
+@pytest.mark.slow
 def test_without_large_pages_all_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(22, "Invalid argument")
@@ -1893,6 +1896,7 @@ class Writer:
         self._pipe.close()
 
 
+@pytest.mark.slow
 async def test_several_processes_write(mind: Mind, dsn: str) -> None:
     """No search misses what was committed before it began, or gives what was deleted or moved away before."""
     await mind.remember(some_vectors(300))

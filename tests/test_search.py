@@ -247,7 +247,16 @@ async def test_a_scope_that_shrinks_after_it_was_measured(loaded: Loaded) -> Non
         assert {hit.id for hit in hits} == ids
 
 
-@pytest.mark.parametrize("filters", [(), ("room_id",), ("entity_id",), ("world_id",), ("room_id", "entity_id")])
+@pytest.mark.parametrize(
+    "filters",
+    [
+        (),
+        *(
+            pytest.param(names, marks=pytest.mark.slow)
+            for names in [("room_id",), ("entity_id",), ("world_id",), ("room_id", "entity_id")]
+        ),
+    ],
+)
 async def test_the_tail_does_not_hide_what_hnsw_has_not_reached(
     alone: DatabaseAdapter, make_db: MakeAdapter, own_database: str, filters: tuple[str, ...]
 ) -> None:
@@ -277,7 +286,7 @@ async def test_the_tail_does_not_hide_what_hnsw_has_not_reached(
         assert [by_hnsw for by_hnsw, *_ in db._measured.values()] == [True]
 
 
-@pytest.mark.parametrize("way", ["index_memories", "load_memories"])
+@pytest.mark.parametrize("way", ["index_memories", pytest.param("load_memories", marks=pytest.mark.slow)])
 async def test_a_scope_that_grows_is_measured_anew(alone: DatabaseAdapter, round_trips: list[str], way: str) -> None:
     """What was small may be large once it is indexed: nobody waits ten seconds for that."""
     db = alone
