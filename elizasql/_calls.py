@@ -15,7 +15,7 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from .errors import ArgumentError, show
@@ -114,6 +114,22 @@ async def end(task: asyncio.Future[Any]) -> None:
         await asyncio.wait({task})
     if not task.cancelled():
         task.exception()
+
+
+async def see_through(future: asyncio.Future[T]) -> T:
+    """Give what a thread's work gives; when cancelled, wait for its end all the same: it uses what we will drop.
+
+    Args:
+        future: Of `run_in_executor`. No task: those are cancelled, and so over, when Ctrl-C comes up in the event loop.
+    """
+    try:
+        return await asyncio.shield(future)
+    except BaseException:
+        while not future.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([future])
+        future.exception()  # nobody else will ask for it
+        raise
 
 
 async def wait_for(coroutine: Coroutine[Any, Any, T], seconds: float, name: str) -> T:

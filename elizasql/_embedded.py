@@ -38,6 +38,7 @@ from urllib.parse import quote
 
 import asyncpg
 
+from elizasql._calls import see_through
 from elizasql.errors import EmbeddedServerError
 
 if sys.platform != "win32":  # where this module must still import
@@ -906,19 +907,11 @@ def _withdraw(process: subprocess.Popen[bytes]) -> None:
 
 async def _in_thread(function: Callable[[], _T]) -> _T:
     """Run blocking work; when cancelled, wait for it all the same: it works under a lock that we are about to drop."""
-    # No task: those are cancelled, and so over, when Ctrl-C is raised in the event loop.
     try:
         future = asyncio.get_running_loop().run_in_executor(None, function)
     except RuntimeError as error:  # as in a function of `atexit`
         raise EmbeddedServerError("The interpreter ends and begins no threads: open the adapter before that") from error
-    try:
-        return await asyncio.shield(future)
-    except BaseException:
-        while not future.done():
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait([future])
-        future.exception()  # nobody else will ask for it
-        raise
+    return await see_through(future)
 
 
 def _forget_in_child() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import bz2
+import contextlib
 import gzip
 import hashlib
 import io
@@ -12,6 +13,7 @@ import lzma
 import os
 import random
 import tarfile
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta, timezone
@@ -613,6 +615,94 @@ async def test_an_empty_folder_is_filled_and_stays(
         await out(databases[0], tmp_path / "in.tar", agent_ids=[agent])
 
 
+@pytest.mark.parametrize("name", ["a", "a.tar.gz"])
+async def test_others_have_the_event_loop_while_files_are_written_and_read(
+    databases: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    loop = asyncio.get_running_loop()
+    turns: list[bool] = []
+
+    def slow(kind: Any, method: str) -> None:
+        real = getattr(kind, method)
+
+        def work(*arguments: Any) -> Any:
+            turn = threading.Event()
+            loop.call_soon_threadsafe(turn.set)
+            turns.append(turn.wait(10))
+            return real(*arguments)
+
+        monkeypatch.setattr(kind, method, work)
+
+    store = _archive._Folder if name == "a" else _archive._Tar
+    slow(store, "add")
+    slow(store, "close")
+    slow(Archive, "read")
+    agent = uuid4()
+    async with opened(databases[0], agent) as db:
+        await remember(db, 5)
+    await out(databases[0], tmp_path / name, agent_ids=[agent])
+    with Archive(tmp_path / name) as archive:
+        parts = len(archive.parts)
+        async with opened(databases[1]) as db:
+            await import_archive(db, archive)
+    assert turns == [True] * (parts + 2 + 2 * parts)
+
+
+async def test_imports_share_an_archive(databases: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = uuid4()
+    async with opened(databases[0], agent) as db:
+        await remember(db, 5)
+    await out(databases[0], tmp_path / "a.tar", agent_ids=[agent])
+
+    class Moved(io.FileIO):
+        """Where one reader waits for another between looking up its place and reading there."""
+
+        both = threading.Barrier(2, timeout=0.2)
+
+        def seek(self, *where: int) -> int:
+            place = super().seek(*where)
+            with contextlib.suppress(threading.BrokenBarrierError):
+                self.both.wait()
+            return place
+
+    with Archive(tmp_path / "a.tar") as archive, Moved(tmp_path / "a.tar") as moved, monkeypatch.context() as patch:
+        patch.setattr(archive._tar, "fileobj", moved)
+        parts = [archive.parts[0], archive.parts[-1]]
+        assert len(await asyncio.gather(*(asyncio.to_thread(archive.read, part) for part in parts))) == 2
+
+
+@pytest.mark.parametrize("name", ["a", "a.tar.gz"])
+async def test_an_export_that_is_cancelled_while_it_writes_leaves_nothing(
+    databases: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The write that is under way ends first: it would make its file again, or miss what it writes to."""
+    loop = asyncio.get_running_loop()
+    writing, cancelled = asyncio.Event(), threading.Event()
+    store: Any = _archive._Folder if name == "a" else _archive._Tar
+    real = store.add
+    ended: list[str] = []
+
+    def slow(self: Any, part: str, data: bytes) -> None:
+        loop.call_soon_threadsafe(writing.set)
+        assert cancelled.wait(10)
+        real(self, part, data)
+        ended.append(part)
+
+    monkeypatch.setattr(store, "add", slow)
+    agent = uuid4()
+    async with opened(databases[0], agent) as db:
+        await remember(db, 5)
+    export = asyncio.create_task(out(databases[0], tmp_path / name, agent_ids=[agent]))
+    await writing.wait()
+    for _ in range(2):
+        export.cancel()
+        await asyncio.sleep(0)
+    cancelled.set()
+    with pytest.raises(asyncio.CancelledError):
+        await export
+    assert len(ended) == 1 and list(tmp_path.iterdir()) == []
+
+
 async def test_a_row_that_could_not_be_read_again_ends_the_export(
     databases: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1004,22 +1094,28 @@ async def test_a_row_that_no_table_can_hold_ends_the_part(make_db: MakeAdapter) 
     assert await db.get_rooms_by_ids([good["id"]]) == []
 
 
-def test_an_export_that_fails_leaves_what_others_put_into_its_folder(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="full"), _archive.create(tmp_path) as writer:
+async def test_an_export_that_fails_leaves_what_others_put_into_its_folder(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="full"):
+        await fill_and_fail(tmp_path)
+    assert [each.name for each in tmp_path.rglob("*")] == ["photos", "a.jpg"]
+
+
+async def fill_and_fail(tmp_path: Path) -> None:
+    async with _archive.create(tmp_path) as writer:
         writer._store.add("agents/one.jsonl", b"{}")
         (tmp_path / "photos").mkdir()
         (tmp_path / "photos" / "a.jpg").write_bytes(b"x")
         raise OSError("full")
-    assert [each.name for each in tmp_path.rglob("*")] == ["photos", "a.jpg"]
 
 
-def test_an_export_whose_compression_is_not_there_leaves_nothing(
+async def test_an_export_whose_compression_is_not_there_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def missing(*_: Any, **__: Any) -> None:
         raise tarfile.CompressionError("no such module")
 
     monkeypatch.setattr(tarfile, "open", missing)
-    with pytest.raises(tarfile.CompressionError), _archive.create(tmp_path / "a.tar.gz"):
-        pass
+    with pytest.raises(tarfile.CompressionError):
+        async with _archive.create(tmp_path / "a.tar.gz"):
+            pass
     assert not [*tmp_path.iterdir()]

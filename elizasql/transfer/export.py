@@ -67,10 +67,10 @@ async def export_archive(
         agents = await source.fetch(SQL["list_agents_for_export"], agent_ids=given)
         if missing := set(given or ()) - {UUID(bytes=agent["id"].bytes) for agent in agents}:
             raise NotFoundError(f"there is no agent {', '.join(sorted(map(str, missing)))}")
-        with _archive.create(Path(path)) as writer:
+        async with _archive.create(Path(path)) as writer:
             export = _Export(source, writer, advance, agents)
             facts = await export.run(given)
-            writer.finish(**facts)
+            await writer.finish(**facts)
     return {"format": _archive.FORMAT, **facts}
 
 
@@ -122,13 +122,13 @@ class _Export:
         lines: list[bytes] = []
         size = number = 0
 
-        def write() -> None:
+        async def write() -> None:
             nonlocal lines, size, number
             if lines:
                 number += 1
                 name = f"{prefix}{table.name}-{number:05}.jsonl"
                 owner = None if table.shared else str(agent_id)
-                self._writer.add(name, table.name, owner, len(lines), b"\n".join(lines) + b"\n")
+                await self._writer.add(name, table.name, owner, len(lines), b"\n".join(lines) + b"\n")
                 self._count(table.name, len(lines))
             lines, size = [], 0
 
@@ -137,8 +137,8 @@ class _Export:
                 lines.append(row["line"].encode())
                 size += len(lines[-1]) + 1
                 if len(lines) >= _ROWS or size >= _BYTES:
-                    write()
-        write()
+                    await write()
+        await write()
 
     async def _embeddings(self, agent: asyncpg.Record) -> None:
         """Write the vectors of an agent: a .npy with one row for each line of ids beside it."""
@@ -149,25 +149,25 @@ class _Export:
         number = 0
         waiting: list[asyncpg.Record] = []
 
-        def write(rows: list[asyncpg.Record]) -> None:
+        async def write(rows: list[asyncpg.Record]) -> None:
             nonlocal number
             number += 1
             name = f"{agent['id']}/embeddings-{number:05}"
             matrix = io.BytesIO()
             np.save(matrix, np.stack([row["embedding"] for row in rows]), allow_pickle=False)
             ids = b"".join(orjson.dumps({"memory_id": str(row["memory_id"])}) + b"\n" for row in rows)
-            self._writer.add(f"{name}.jsonl", "embeddings", str(agent["id"]), len(rows), ids)
-            self._writer.add(f"{name}.npy", "embeddings", str(agent["id"]), len(rows), matrix.getvalue())
+            await self._writer.add(f"{name}.jsonl", "embeddings", str(agent["id"]), len(rows), ids)
+            await self._writer.add(f"{name}.npy", "embeddings", str(agent["id"]), len(rows), matrix.getvalue())
             self._count("embeddings", len(rows))
 
         statement = SQL.at("export_embeddings", dimension)
         async for rows in self._source.stream(statement, _FETCH, agent_id=agent["id"]):
             waiting += rows
             while len(waiting) >= most:
-                write(waiting[:most])
+                await write(waiting[:most])
                 waiting = waiting[most:]
         if waiting:
-            write(waiting)
+            await write(waiting)
 
 
 def _version() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 from collections.abc import Collection
 from typing import Any
@@ -15,7 +14,7 @@ from elizasql import DatabaseAdapter, _codecs
 from elizasql._statements import SQL
 from elizasql.errors import EmbeddingDimensionError
 
-from ._archive import Archive, ArchiveError, Part
+from ._archive import Archive, ArchiveError, Part, in_thread
 from ._rows import Refuse, Refused, Summary, put, put_lines, put_replies
 from .export import Advance, _silent
 
@@ -62,26 +61,31 @@ async def import_archive(
                 matrix = matrices[part.name.removesuffix(".jsonl")]
                 await _put_embeddings(db, archive, part, matrix, summary, refuse)
         else:
-            lines = archive.read(part).splitlines()
+            lines = (await _read(archive, part)).splitlines()
             summary.read[part.table] += len(lines)
             await put_lines(db, part.table, lines, summary, refuse)
             if part.table == "central_messages":
                 replies.append(part)
         advance(part.table, summary.read[part.table], totals[part.table])
     for part in replies:
-        await put_replies(db, archive.read(part).splitlines(), summary, refuse)
+        await put_replies(db, (await _read(archive, part)).splitlines(), summary, refuse)
     return summary
 
 
 async def check_parts(archive: Archive, parts: list[Part], advance: Advance) -> None:
-    """Check parts one after the other; in between others have the event loop, and an interrupt is heard.
+    """Check parts one after the other, in a thread: meanwhile others have the event loop, and an interrupt is heard.
 
     Raises:
         ArchiveError: As `Archive.verify`.
     """
-    for number, _ in enumerate(archive.verify(parts), 1):
+    checked = archive.verify(parts)
+    for number in range(1, len(parts) + 1):
+        await in_thread(lambda: next(checked))
         advance("check", number, len(parts))
-        await asyncio.sleep(0)
+
+
+async def _read(archive: Archive, part: Part) -> bytes:
+    return await in_thread(lambda: archive.read(part))
 
 
 def _is_matrix(part: Part) -> bool:
@@ -99,9 +103,9 @@ async def _put_embeddings(
     db: DatabaseAdapter, archive: Archive, part: Part, beside: Part, summary: Summary, refuse: Refuse
 ) -> None:
     """Import vectors: a part of ids and the matrix beside it."""
-    lines = archive.read(part).splitlines()
+    lines = (await _read(archive, part)).splitlines()
     try:
-        matrix = np.lib.format.read_array(io.BytesIO(archive.read(beside)), allow_pickle=False)
+        matrix = np.lib.format.read_array(io.BytesIO(await _read(archive, beside)), allow_pickle=False)
         ids = [_codecs.as_id(orjson.loads(line)["memory_id"]) for line in lines]
         if not ids or matrix.ndim != 2 or matrix.shape[0] != len(ids):
             raise ValueError("there are not as many vectors as ids")
