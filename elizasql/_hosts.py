@@ -30,6 +30,25 @@ _SIGNS_OF_LIFE = {
     "TCP_USER_TIMEOUT": 25_000,
 }
 
+# What libpq takes in an address and the driver does not know: it would ask the server for settings of these names.
+# Signs of life are ours, `connect_timeout` is read by `Config`, and the rest lets the driver do as it does.
+_OF_LIBPQ = {
+    "channel_binding",
+    "connect_timeout",
+    "fallback_application_name",
+    "gssdelegation",
+    "gssencmode",
+    "keepalives",
+    "keepalives_count",
+    "keepalives_idle",
+    "keepalives_interval",
+    "sslcompression",
+    "sslsni",
+    "tcp_user_timeout",
+}
+# What a pooler knows of a session that is not the server's.
+_OF_EVERY_CLIENT = ("application_name", "client_encoding")
+
 
 class _Hosts:
     """The hosts of one connection string.
@@ -37,10 +56,12 @@ class _Hosts:
     Attributes:
         each: Connection strings with one host, the one to try first in front.
         wanted: What the server must be, one round for each: who prefers a standby takes another when there is none.
+        bare: Whether it is a pooler that refuses settings of the session.
     """
 
     def __init__(self, dsn: str) -> None:
-        self.each = _split(dsn)
+        self.each = _split(_for_driver(dsn))
+        self.bare = False
         query = dict(parse_qsl(urlsplit(dsn).query))
         wanted = query.get("target_session_attrs") or os.environ.get("PGTARGETSESSIONATTRS") or "any"
         self.wanted = ("standby", "any") if wanted == "prefer-standby" else (wanted,)
@@ -58,7 +79,8 @@ async def connect(dsn: str, *, timeout: float, **options: Any) -> asyncpg.Connec
         dsn: Connection string.
         timeout: Seconds for all of it.
         options: Passed on. The text is UTF-8 whatever the address says: what the codecs send is, and the server would
-            take it for something else and store that.
+            take it for something else and store that. A pooler that refuses settings of the session is asked without:
+            they may be the role's.
 
     Raises:
         Exception: What asyncpg raised at the host that was tried last, or at the first one that refused for good, such
@@ -70,15 +92,15 @@ async def connect(dsn: str, *, timeout: float, **options: Any) -> asyncpg.Connec
     until = time.monotonic() + timeout
     if len(hosts.each) == 1:
         try:
-            return await _connect(dsn, timeout=timeout, **options)
+            return await _connect(hosts, hosts.each[0], timeout=timeout, **options)
         except (ConnectionRefusedError, FileNotFoundError):
             if not await _embedded.revive(dsn, timeout):
                 raise
-            return await _connect(dsn, timeout=max(until - time.monotonic(), 0.001), **options)
+            return await _connect(hosts, hosts.each[0], timeout=max(until - time.monotonic(), 0.001), **options)
     for number, (wanted, each) in enumerate(tries):
         share = max(until - time.monotonic(), 0.001) / (len(tries) - number)
         try:
-            connection = await _connect(each, timeout=share, target_session_attrs=wanted, **options)
+            connection = await _connect(hosts, each, timeout=share, target_session_attrs=wanted, **options)
         except Exception as error:
             if number + 1 == len(tries) or classify(error, sent=False, lost=True) is not Outcome.NOT_APPLIED:
                 raise
@@ -88,8 +110,16 @@ async def connect(dsn: str, *, timeout: float, **options: Any) -> asyncpg.Connec
     raise AssertionError
 
 
-async def _connect(dsn: str, **options: Any) -> asyncpg.Connection[Any]:
-    connection = await asyncpg.connect(dsn, **options)
+async def _connect(hosts: _Hosts, dsn: str, **options: Any) -> asyncpg.Connection[Any]:
+    given = options["server_settings"]
+    bare = {name: given[name] for name in _OF_EVERY_CLIENT if name in given}
+    try:
+        connection = await asyncpg.connect(dsn, **(options | {"server_settings": bare} if hosts.bare else options))
+    except asyncpg.PostgresError as error:
+        if hosts.bare or bare == given or "unsupported startup parameter" not in str(error):
+            raise
+        connection = await asyncpg.connect(dsn, **options | {"server_settings": bare})
+        hosts.bare = True
     made = connection._transport.get_extra_info("socket")
     if made.family in (socket.AF_INET, socket.AF_INET6):
         with suppress(OSError):  # it may be closed already
@@ -98,6 +128,24 @@ async def _connect(dsn: str, **options: Any) -> asyncpg.Connection[Any]:
                 if (option := getattr(socket, name, None)) is not None:
                     made.setsockopt(socket.IPPROTO_TCP, option, value)
     return connection
+
+
+def _for_driver(dsn: str) -> str:
+    """Leave out what only libpq reads.
+
+    Raises:
+        ValueError: It asks for a protection that the driver does not have.
+    """
+    parts = urlsplit(dsn)
+    query = parse_qsl(parts.query)
+    for name in ("channel_binding", "gssencmode"):
+        if (name, "require") in query:
+            raise ValueError(
+                f"{name}=require is more than the driver asyncpg can do: leave it out, and have the server verified by "
+                "sslmode=verify-full and sslrootcert"
+            )
+    kept = [each for each in query if each[0] not in _OF_LIBPQ]
+    return dsn if len(kept) == len(query) else urlunsplit(parts._replace(query=urlencode(kept)))
 
 
 def _split(dsn: str) -> list[str]:

@@ -92,8 +92,8 @@ def _label(value: Any) -> str:
     return str(value)
 
 
-def _application_name(dsn: str) -> str | None:
-    return dict(parse_qsl(urlsplit(dsn).query)).get("application_name")
+# What an address says of a setting that is not given otherwise.
+_SAID_BY_DSN = {"application_name": "application_name", "connect_timeout": "connection_timeout"}
 
 
 def _setting(default: Any, variable: str, parse: Callable[[Any], Any], *, secret: bool = False) -> Any:
@@ -121,7 +121,8 @@ class Config:
             [ELIZASQL_BACKGROUND_POOL_SIZE]
         prepared_statements: False behind a pooler that cannot keep them apart, such as PgBouncer before 1.21 in
             transaction mode. [ELIZASQL_PREPARED_STATEMENTS]
-        connection_timeout: Seconds to wait for a new or a pooled connection. [ELIZASQL_CONNECTION_TIMEOUT]
+        connection_timeout: Seconds to wait for a new or a pooled connection; where it is not set, the
+            `connect_timeout` of `dsn`. [ELIZASQL_CONNECTION_TIMEOUT]
         timeout: Seconds that a call may take altogether, waits and retries included; most methods take their own.
             [ELIZASQL_TIMEOUT]
         max_retries: Tries of a call in all, the first included; 1: none is made again. [ELIZASQL_MAX_RETRIES]
@@ -243,11 +244,16 @@ class Config:
         if "dsn" not in values or (given.get("dsn") is not None and given.get("migration_dsn") is None):
             # The environment's address for migrations is of the environment's database, not of the one that is opened.
             values.pop("migration_dsn", None)
-        if (named := _application_name(values.get("dsn", ""))) and "application_name" not in values:
+        said = dict(parse_qsl(urlsplit(values.get("dsn", "")).query))
+        if said.get("connect_timeout") == "0":
+            del said["connect_timeout"]  # libpq's word for no limit
+        for parameter, name in _SAID_BY_DSN.items():
+            if parameter not in said or name in values:
+                continue
             try:
-                values["application_name"] = _label(named)
-            except ValueError as error:
-                raise ConfigurationError(f"application_name of dsn {show(named)}: {error}") from None
+                values[name] = known[name].metadata["parse"](said[parameter])
+            except (TypeError, ValueError, OverflowError) as error:
+                raise ConfigurationError(f"{parameter} of dsn {show(said[parameter])}: {error}") from None
         config = cls(**values)
         if config.pool_min_size > config.pool_max_size:
             raise ConfigurationError("pool_min_size is larger than pool_max_size")

@@ -175,6 +175,16 @@ def test_application_name_of_the_address(monkeypatch: pytest.MonkeyPatch) -> Non
         Config.load(environ={"POSTGRES_URL": "postgres://a/b?application_name=na%C3%AFve"})
 
 
+def test_time_to_connect_of_the_address() -> None:
+    address = "postgres://a/b?sslmode=require&connect_timeout="
+    default = Config.load(environ={}).connection_timeout
+    for said, option, wanted in (("7", {}, 7.0), ("7", {"connection_timeout": 3}, 3.0), ("0", {}, default)):
+        assert Config.load(dsn=address + said, environ={}, **option).connection_timeout == wanted
+    assert Config.load(dsn=address + "7", environ={"ELIZASQL_CONNECTION_TIMEOUT": "4"}).connection_timeout == 4.0
+    with pytest.raises(ConfigurationError, match="connect_timeout of dsn 'soon'"):
+        Config.load(dsn=address + "soon", environ={})
+
+
 def test_file_is_found_upwards_and_environment_is_left_alone(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (bare / ".env").write_text("POSTGRES_POOL_MAX=7\nOTHER=thing\n")
     below = bare / "a" / "b"

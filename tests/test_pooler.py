@@ -46,7 +46,7 @@ def version() -> tuple[int, ...]:
 class Pooler:
     """A PgBouncer in transaction mode, with two connections to the server."""
 
-    def __init__(self, dsn: str, folder: Path, *, settings: bool = True) -> None:
+    def __init__(self, dsn: str, folder: Path, *, settings: bool = True, ignored: bool = True) -> None:
         parts = urlsplit(dsn)
         host = parse_qs(parts.query).get("host", [parts.hostname or "127.0.0.1"])[0]
         wanted = _pool.session_settings(Config.load(environ={}))
@@ -64,7 +64,7 @@ auth_type = any
 pool_mode = transaction
 default_pool_size = 2
 max_client_conn = 200
-ignore_startup_parameters = {",".join(name for name in wanted)}
+{"ignore_startup_parameters = " + ",".join(wanted) if ignored else ""}
 {"max_prepared_statements = 200" if version() >= (1, 21) else ""}
 """
         )
@@ -241,6 +241,29 @@ async def test_pooler_that_drops_the_settings_is_refused(dsn: str, pooler: Calla
         await elizasql.open(
             agent_id=uuid4(), dsn=pooler(settings=False).dsn, migration_dsn=dsn, prepared_statements=False
         )
+
+
+@needs_pgbouncer
+async def test_pooler_that_refuses_settings_is_asked_without(dsn: str, pooler: Callable[..., Pooler]) -> None:
+    """As one whose configuration is somebody else's; each connection that comes later saves itself the refusal."""
+    address = pooler(ignored=False).dsn
+    options: dict[str, Any] = {"dsn": address, "migration_dsn": dsn, "prepared_statements": False}
+    async with elizasql.connect(agent_id=uuid4(), pool_min_size=3, indexing="manual", **options) as db:
+        await db.ensure_agent_exists({"name": "x"})
+        assert _hosts._hosts_of(address).bare
+    with pytest.raises(elizasql.ConfigurationError, match=r"does not apply .*enable_seqscan.*ALTER ROLE"):
+        await elizasql.open(agent_id=uuid4(), **options | {"dsn": pooler(ignored=False, settings=False).dsn})
+
+
+async def test_address_with_what_only_libpq_knows(dsn: str) -> None:
+    """As hosts of databases give it out."""
+    more = "channel_binding=prefer&connect_timeout=30&keepalives=1&keepalives_idle=60&gssencmode=disable"
+    address = f"{dsn}{'&' if '?' in dsn else '?'}{more}"
+    async with elizasql.connect(agent_id=uuid4(), dsn=address, indexing="manual") as db:
+        await db.ensure_agent_exists({"name": "x"})
+        assert db.config.connection_timeout == 30.0
+    with pytest.raises(elizasql.ConfigurationError, match=r"channel_binding=require is more than .*=verify-full"):
+        await elizasql.open(agent_id=uuid4(), dsn=address.replace("prefer", "require"))
 
 
 async def test_without_names_and_without_a_pooler(dsn: str, round_trips: list[str]) -> None:
