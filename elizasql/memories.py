@@ -783,9 +783,9 @@ class Memories(Store):
         Returns:
             `{"embedding": float32[dimension], "levenshtein_score": int}`, nearest first; equal ones ordered by id.
 
-        Statement: sql/memories.sql get_cached_embeddings, _by_content or _by_metadata. One round trip; a second one
-        for the vectors when more than 256 texts have about the length. Source: getCachedEmbeddings; differs: texts of
-        any length, this agent's, of its dimension, and the field that was named.
+        Statement: sql/memories.sql get_cached_embeddings, _by_content or _by_metadata. One round trip; a second one,
+        get_cached_vectors, when more than 256 texts have about the length. Source: getCachedEmbeddings; differs: texts
+        of any length, this agent's, of its dimension, and the field that was named.
         """
         text = _codecs.as_text(query_input, "query_input")
         key = _codecs.as_text(query_field_sub_name, "query_field_sub_name", empty=False)
@@ -821,8 +821,16 @@ class Memories(Store):
         vectors = {row["id"]: row["embedding"] for row in rows}
         missing = [id for _, id in ranked if vectors[id] is None]
         if missing:
-            found = await self.get_memories_by_ids(missing, include_embedding=True)
-            vectors |= {memory.id: memory.embedding for memory in found}
+            texts = {row["id"]: row["text"] for row in rows}
+            vectors |= await self._executor.fetch(
+                SQL["get_cached_vectors"],
+                agent_id=self.agent_id,
+                type=kind,
+                ids=missing,
+                texts=[texts[id] for id in missing],
+                key=key,
+                of_metadata=field == "metadata",
+            )
         return [
             {"embedding": vectors[id], "levenshtein_score": score} for score, id in ranked if vectors[id] is not None
         ]

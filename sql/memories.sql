@@ -825,3 +825,26 @@ CROSS JOIN
 WHERE
     m.agent_id = :agent_id AND m.type = :type
     AND length(m.metadata ->> :key) BETWEEN :lengths_from::integer AND :lengths_to::integer;
+
+-- name: get_cached_vectors(agent_id, type, ids, texts, key, of_metadata)
+-- The vectors of memories that still have the text that was compared: it may have been changed, and its vector with it.
+SELECT
+    given.id,
+    coalesce(e.dim_384, e.dim_512, e.dim_768, e.dim_1024, e.dim_1536, e.dim_3072) AS embedding
+FROM unnest(:ids::uuid[], :texts::text[]) AS given (id, text)
+CROSS JOIN
+    LATERAL (
+        SELECT FROM elizasql.memories AS of_id
+        WHERE
+            of_id.agent_id = :agent_id AND of_id.id = given.id AND of_id.type = :type
+            AND CASE WHEN :of_metadata THEN of_id.metadata ELSE of_id.content END ->> :key = given.text
+        LIMIT 1
+    ) AS m
+CROSS JOIN
+    LATERAL (
+        SELECT * FROM elizasql.embeddings AS of_id
+        WHERE
+            of_id.agent_id = :agent_id AND of_id.memory_id = given.id
+            AND of_id.dimension = (SELECT a.embedding_dimension FROM elizasql.agents AS a WHERE a.id = :agent_id)
+        LIMIT 1
+    ) AS e;

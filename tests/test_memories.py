@@ -27,6 +27,7 @@ from elizasql import (
     Room,
     World,
 )
+from elizasql._statements import Statement
 
 from .conftest import MakeAdapter, Scene, make_scene
 from .locking import blocked_pid, locked
@@ -969,3 +970,30 @@ async def test_cached_embeddings_beyond_one_round_trip(
     found = await db.get_cached_embeddings(query_table_name="messages", query_threshold=0, query_input="text 123")
     np.testing.assert_array_equal(found[0]["embedding"], vector(123))
     assert len(round_trips) == 2
+
+
+@pytest.mark.parametrize("field", ["content", "metadata"])
+async def test_a_cached_embedding_is_that_of_the_text_which_was_compared(
+    db: DatabaseAdapter, monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
+    """Between the two round trips, too."""
+    ids = await db.create_memories(
+        [
+            Memory(**{"content": {}, field: {"text": f"text {i:03}"}}, embedding=vector(i), unique=True)
+            for i in range(300)
+        ],
+        "messages",
+    )
+    fetch = db._executor.fetch
+
+    async def after_a_change(statement: Statement, **params: Any) -> Any:
+        if statement.name == "get_cached_vectors":
+            await db.update_memory({"id": ids[123], field: {"text": "other"}, "embedding": vector(999)})
+        return await fetch(statement, **params)
+
+    monkeypatch.setattr(db._executor, "fetch", after_a_change)
+    found = await db.get_cached_embeddings(
+        query_table_name="messages", query_threshold=1, query_input="text 123", query_field_name=field
+    )
+    assert len(found) == 9 and {hit["levenshtein_score"] for hit in found} == {1}
+    assert not any(np.array_equal(hit["embedding"], vector(999)) for hit in found)
