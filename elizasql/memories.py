@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterable, Awaitable, Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import islice
 from typing import Any
@@ -36,6 +36,10 @@ _Scope = tuple[Any, ...]
 # Candidates that HNSW gives to the exact ranking, for each row asked for: the index orders by half precision.
 _RERANK = 3
 
+# Under filters of time and metadata a search looks first among the nearest of all, so many for each one asked for and
+# no fewer than the second figure: one in ten that passes is enough. Beyond the third it reads more than it can save.
+_WIDER, _WIDE_LEAST, _WIDE_MOST = 10, 100, 10_000
+
 # Memories of a batch that are compared with one another without leaving the event loop.
 _COMPARED_AT_ONCE = 256
 
@@ -64,6 +68,53 @@ class _Asked:
     params: dict[str, Any]
     scope: _Scope
     name: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Where:
+    """Filters of a search that the memory itself must answer.
+
+    Attributes:
+        start: Not older.
+        end: Not newer.
+        metadata: What the metadata contain, as it comes out of the database; None: anything.
+        encoded: The same, as it goes in.
+    """
+
+    start: datetime | None
+    end: datetime | None
+    metadata: dict[str, Any] | None
+    encoded: bytes | None
+
+    @classmethod
+    def read(cls, start: object, end: object, metadata: object) -> _Where:
+        encoded = None if metadata is None else _codecs.encode_object(metadata, "metadata")
+        return cls(
+            _codecs.as_optional_time(start, "start"),
+            _codecs.as_optional_end(end, "end"),
+            None if encoded is None else _codecs.decode_json(encoded),
+            encoded,
+        )
+
+    def holds(self, memory: Memory) -> bool:
+        """Tell whether a memory passes."""
+        created_at = memory.created_at
+        assert created_at is not None
+        return (
+            (self.start is None or created_at >= self.start)
+            and (self.end is None or created_at <= self.end)
+            and (self.metadata is None or contains(memory.metadata, self.metadata))
+        )
+
+
+def contains(value: Any, part: Any) -> bool:
+    """Tell whether a JSON value contains another one, as the server's operator @> does inside of objects."""
+    if isinstance(part, dict):
+        return isinstance(value, dict) and all(key in value and contains(value[key], part[key]) for key in part)
+    if isinstance(part, list):
+        return isinstance(value, list) and all(any(contains(item, wanted) for item in value) for wanted in part)
+    # To Python True is 1.
+    return value == part and isinstance(value, bool) is isinstance(part, bool)
 
 
 class Memories(Store):
@@ -632,6 +683,9 @@ class Memories(Store):
         room_id: UUID | str | None = None,
         world_id: UUID | str | None = None,
         entity_id: UUID | str | None = None,
+        start: datetime | float | None = None,
+        end: datetime | float | None = None,
+        metadata: Mapping[str, Any] | None = None,
         include_embedding: bool = False,
         recall: Recall = "balanced",
         ef_search: int | None = None,
@@ -642,6 +696,8 @@ class Memories(Store):
         Never fewer than `count` rows while more match. What is searched often is held in the process and searched
         there, exactly (`config.resident`). In the database scopes up to 2,000 rows, and larger ones that are a small
         part of the index, are searched exactly; the others through HNSW and, for what is not indexed yet, exactly.
+        Under `start`, `end` or `metadata` the nearest ten for each one asked for are looked through; where too few of
+        them pass, every memory that passes is compared.
 
         Args:
             embedding: float32[dimension], or anything that converts to it; any norm but zero.
@@ -652,6 +708,7 @@ class Memories(Store):
             unique: True: leave near-duplicates out.
             query: The text behind the embedding; taken for ElizaOS's sake and not used.
             room_id, world_id, entity_id: Only of these; they combine.
+            start, end, metadata: As in `get_memories`; they combine with the others.
             include_embedding: Fill `embedding`.
             recall: "balanced": HNSW keeps `config.ef_search` candidates; "fast": half as many; "exact": every memory in
                 the scope is compared, 0.1 ms and more for each hundred. What is held in the process is searched exactly
@@ -666,9 +723,10 @@ class Memories(Store):
             EmbeddingDimensionError: The agent is locked to another width.
 
         Statement: sql/resident.sql check_resident or fetch_resident, or sql/embeddings.sql search_memories,
-        search_memories_by_hnsw, search_memories_of_room, _of_entity, _of_world or _of_several. One round trip; in the
-        process two after an update or a removal, or where similarities are too close to tell the order, and more after
-        many changes.
+        search_memories_by_hnsw, search_memories_of_room, _of_entity, _of_world or _of_several, and
+        search_memories_where, _of_room, _of_entity or _of_world. One round trip, one more where too few of the nearest
+        pass; in the process two after an update or a removal, or where similarities are too close to tell the order,
+        and more after many changes.
         Source: searchMemories; differs: uses an index, the threshold 0 means 0.
         """
         # A copy: the caller may change it while the server is asked.
@@ -682,6 +740,8 @@ class Memories(Store):
             asked = self._asked(*rest)
         except TypeError:  # one that has no hash: to be refused by name
             asked = check_search(self.agent_id, self.config, *rest)
+        filtered = not (start is None and end is None and metadata is None)
+        where = _Where.read(start, end, metadata) if filtered else None
         number = asked.params["count"]
         if number == 0 and self._dimension in (None, width):
             return []
@@ -690,7 +750,11 @@ class Memories(Store):
                 return []
             raise EmbeddingDimensionError(self.agent_id, locked=locked, given=width)
         try:
-            return await self._search(vector, asked) if number else []
+            if not number:
+                return []
+            if where is None:
+                return await self._search(vector, asked)
+            return await self._search_where(vector, asked, where)
         except EmbeddingDimensionError as error:
             self._learn(error.locked)
             raise
@@ -718,6 +782,21 @@ class Memories(Store):
             self._measured[asked.scope] = (by_hnsw, ef, time.monotonic() + (_LARGE_TTL if by_hnsw else _SMALL_TTL))
         return [Memory(*row[:-2]) for row in rows]
 
+    async def _search_where(self, vector: Embedding, asked: _Asked, where: _Where) -> list[Memory]:
+        number, threshold = asked.params["count"], asked.params["threshold"]
+        wide = max(_WIDER * number, _WIDE_LEAST)
+        if wide <= _WIDE_MOST and asked.params["ef_search"] is not None:
+            params = asked.params | {"count": wide, "candidates": _RERANK * wide, "threshold": None}
+            nearest = await self._search(vector, replace(asked, params=params))
+            found = [memory for memory in nearest if where.holds(memory)]
+            if len(found) >= number or len(nearest) < wide:
+                return [memory for memory in found[:number] if threshold is None or memory.similarity >= threshold]
+        statement = SQL.at(_BY_SCOPE["search_memories_where"][_path(asked.params)], vector.shape[0])
+        given = {"start_time": where.start, "end_time": where.end, "metadata": where.encoded}
+        embedding = _codecs.encode_vector(vector)
+        rows = await self._executor.fetch(statement, embedding=embedding, **given, **asked.params)
+        return [Memory(*row) for row in rows]
+
     def _measure_anew(self) -> None:
         """Look again at scopes that were small, which may have grown by much."""
         for scope in [scope for scope, (by_hnsw, *_) in self._measured.items() if not by_hnsw]:
@@ -735,6 +814,9 @@ class Memories(Store):
         room_id: UUID | str | None = None,
         world_id: UUID | str | None = None,
         entity_id: UUID | str | None = None,
+        start: datetime | float | None = None,
+        end: datetime | float | None = None,
+        metadata: Mapping[str, Any] | None = None,
         include_embedding: bool = False,
         recall: Recall = "balanced",
         ef_search: int | None = None,
@@ -754,6 +836,9 @@ class Memories(Store):
             room_id=room_id,
             world_id=world_id,
             entity_id=entity_id,
+            start=start,
+            end=end,
+            metadata=metadata,
             include_embedding=include_embedding,
             recall=recall,
             ef_search=ef_search,
@@ -981,7 +1066,12 @@ _BY_SCOPE: dict[str, dict[str | None, str]] = {
         "entity_id": f"{name}_of_entity",
         "world_id": f"{name}_of_world",
     }
-    for name, rooms in (("get_memories", "room"), ("count_memories", "rooms"), ("search_memories", "room"))
+    for name, rooms in (
+        ("get_memories", "room"),
+        ("count_memories", "rooms"),
+        ("search_memories", "room"),
+        ("search_memories_where", "room"),
+    )
 }
 _FILTERS = ("room_id", "entity_id", "world_id")
 # What is copied to the vector, and sends it to the tail when it changes.

@@ -631,6 +631,115 @@ WHERE
     AND (:threshold::double precision IS NULL OR 1 - best.distance >= :threshold)
 ORDER BY best.distance, m.id;
 
+-- name: search_memories_where(embedding, agent_id, type, entity_id, world_id, only_unique, start_time, end_time, metadata, threshold, count, include_embedding)
+-- The nearest of a type that pass what only the memory itself tells: its time and its metadata. Every one that passes is
+-- compared, found by the index of the scope, in which a range of time is a part. greatest(): as the index has it.
+WITH best AS MATERIALIZED (
+    SELECT
+        passing.id,
+        of_memory.distance
+    FROM (
+        SELECT id FROM elizasql.memories
+        WHERE
+            agent_id = :agent_id AND type = :type
+            AND (:entity_id::uuid IS NULL OR entity_id = :entity_id)
+            AND (:world_id::uuid IS NULL OR world_id = :world_id)
+            AND greatest(created_at) >= (SELECT coalesce(:start_time::timestamptz, '-infinity'))
+            AND greatest(created_at) <= (SELECT coalesce(:end_time::timestamptz, 'infinity'))
+            AND ("unique" OR NOT :only_unique)
+            AND (:metadata::jsonb IS NULL OR metadata @> :metadata)
+    ) AS passing
+    CROSS JOIN
+        LATERAL (
+            SELECT e.dim_384 <=> :embedding AS distance FROM elizasql.embeddings AS e
+            WHERE e.agent_id = :agent_id AND e.memory_id = passing.id AND e.dimension = 384
+            LIMIT 1
+        ) AS of_memory
+    ORDER BY of_memory.distance, passing.id
+    LIMIT :count::bigint
+)
+
+SELECT
+    m.id, m.entity_id, m.agent_id, m.room_id, m.world_id, m.type, m.content, m.metadata, m."unique", m.created_at,
+    CASE WHEN :include_embedding THEN (
+        SELECT e.dim_384 FROM elizasql.embeddings AS e
+        WHERE e.agent_id = :agent_id AND e.memory_id = m.id AND e.dimension = 384
+    ) END AS embedding,
+    1 - best.distance AS similarity
+FROM best
+CROSS JOIN
+    LATERAL (
+        SELECT * FROM elizasql.memories AS of_id
+        WHERE of_id.agent_id = :agent_id AND of_id.id = best.id
+        LIMIT 1
+    ) AS m
+WHERE
+    (
+        SELECT
+            CASE
+                WHEN coalesce(a.embedding_dimension, 384) = 384 THEN TRUE
+                ELSE elizasql.refuse_dimension(a.id, a.embedding_dimension, 384)
+            END
+        FROM elizasql.agents AS a
+        WHERE a.id = :agent_id
+    )
+    AND (:threshold::double precision IS NULL OR 1 - best.distance >= :threshold)
+ORDER BY best.distance, m.id;
+
+-- name: search_memories_where_of_room(embedding, agent_id, type, room_id, entity_id, world_id, only_unique, start_time, end_time, metadata, threshold, count, include_embedding)
+-- As search_memories_where, in one room. Also for: entity, world.
+WITH best AS MATERIALIZED (
+    SELECT
+        passing.id,
+        of_memory.distance
+    FROM (
+        SELECT id FROM elizasql.memories
+        WHERE
+            agent_id = :agent_id AND room_id = :room_id AND type = :type
+            AND (:entity_id::uuid IS NULL OR entity_id = :entity_id)
+            AND (:world_id::uuid IS NULL OR world_id = :world_id)
+            AND created_at >= (SELECT coalesce(:start_time::timestamptz, '-infinity'))
+            AND created_at <= (SELECT coalesce(:end_time::timestamptz, 'infinity'))
+            AND ("unique" OR NOT :only_unique)
+            AND (:metadata::jsonb IS NULL OR metadata @> :metadata)
+    ) AS passing
+    CROSS JOIN
+        LATERAL (
+            SELECT e.dim_384 <=> :embedding AS distance FROM elizasql.embeddings AS e
+            WHERE e.agent_id = :agent_id AND e.memory_id = passing.id AND e.dimension = 384
+            LIMIT 1
+        ) AS of_memory
+    ORDER BY of_memory.distance, passing.id
+    LIMIT :count::bigint
+)
+
+SELECT
+    m.id, m.entity_id, m.agent_id, m.room_id, m.world_id, m.type, m.content, m.metadata, m."unique", m.created_at,
+    CASE WHEN :include_embedding THEN (
+        SELECT e.dim_384 FROM elizasql.embeddings AS e
+        WHERE e.agent_id = :agent_id AND e.memory_id = m.id AND e.dimension = 384
+    ) END AS embedding,
+    1 - best.distance AS similarity
+FROM best
+CROSS JOIN
+    LATERAL (
+        SELECT * FROM elizasql.memories AS of_id
+        WHERE of_id.agent_id = :agent_id AND of_id.id = best.id
+        LIMIT 1
+    ) AS m
+WHERE
+    (
+        SELECT
+            CASE
+                WHEN coalesce(a.embedding_dimension, 384) = 384 THEN TRUE
+                ELSE elizasql.refuse_dimension(a.id, a.embedding_dimension, 384)
+            END
+        FROM elizasql.agents AS a
+        WHERE a.id = :agent_id
+    )
+    AND (:threshold::double precision IS NULL OR 1 - best.distance >= :threshold)
+ORDER BY best.distance, m.id;
+
 -- name: lock_embedding_dimension(agent_id, dimension)$
 -- Sets the agent's dimension when it has none, and gives the one that is then in force. One that is set is only read, and
 -- so waits for nobody. Of concurrent calls that find none the first wins and the others, which wait for its row lock, see

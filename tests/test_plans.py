@@ -312,6 +312,42 @@ async def test_the_size_of_the_graph_is_one_look(
     assert look == "Index Scan"
 
 
+@pytest.mark.parametrize(
+    ("name", "scope", "index"),
+    [
+        ("search_memories_where", {}, "agent_id_type_greatest"),
+        ("search_memories_where_of_room", {"room_id": SMALL}, "agent_id_room_id_type"),
+        ("search_memories_where_of_entity", {"entity_id": RARE}, "agent_id_entity_id_type"),
+        ("search_memories_where_of_world", {"world_id": WORLDS[0]}, "agent_id_world_id_type"),
+    ],
+)
+async def test_what_passes_the_filters_is_found_by_the_index_of_the_scope(
+    session: asyncpg.Connection[Any],
+    agents: dict[str, UUID],
+    vectors: np.ndarray[Any, Any],
+    name: str,
+    scope: dict[str, UUID],
+    index: str,
+) -> None:
+    partition = await partition_of(session, agents["many"])
+    times = await session.fetch(
+        f"SELECT created_at FROM elizasql.memories{partition} WHERE agent_id = $1 ORDER BY created_at", agents["many"]
+    )
+    params = search_params(agents["many"], vectors[-1], **scope)
+    nodes = await plan_of(session, SQL[name], params, execute=True)
+    assert any(index in used for used in indexes(nodes)), indexes(nodes)
+    assert any(used.startswith("embeddings") and used.endswith("pkey") for used in indexes(nodes)), indexes(nodes)
+    assert not any("hnsw" in used for used in indexes(nodes)) and not scans_a_table(nodes)
+    # Of a range of time nothing else is read.
+    params |= {
+        "start_time": times[0]["created_at"] - timedelta(days=2),
+        "end_time": times[0]["created_at"] - timedelta(days=1),
+    }
+    nodes = await plan_of(session, SQL[name], params, execute=True)
+    read = [node for node in nodes if index in node.get("Index Name", "")]
+    assert read and not any(node["Actual Rows"] or node.get("Rows Removed by Filter", 0) for node in read)
+
+
 @asynccontextmanager
 async def counted(session: asyncpg.Connection[Any], part: str, size: float) -> AsyncIterator[None]:
     """Let a partition count as one of so many rows, until the block ends."""

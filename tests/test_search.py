@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Iterator
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta, timezone
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -18,6 +21,7 @@ from numpy.typing import NDArray
 import elizasql
 from elizasql import ArgumentError, DatabaseAdapter, EmbeddingDimensionError, Entity, Memory, Room, World
 from elizasql._statements import SQL, Statement
+from elizasql.memories import contains
 
 from .conftest import MakeAdapter, Scene, database, make_scene
 
@@ -458,3 +462,140 @@ async def test_other_worlds_and_entities_are_left_out(db: DatabaseAdapter, agent
     assert await db.search_memories(embedding=vector, table_name="messages", entity_id=agent_world.entity) == []
     assert await db.search_memories(embedding=vector, table_name="messages", world_id=agent_world.world) == []
     assert len(await db.search_memories(embedding=vector, table_name="messages", entity_id=lone)) == 1
+
+
+# --- filters of time and metadata ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resident", ["off", "required"])
+async def test_what_the_memory_itself_tells_filters(
+    make_db: MakeAdapter, resident: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never short, and in order: among the nearest, and where too few of them pass, among all that pass."""
+    db = await make_db(resident=resident)
+    scene = await make_scene(db)
+    vectors, topics = clustered(600, clusters=4)
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    rooms = await db.create_rooms([Room(source="t", type="GROUP", world_id=scene.world) for _ in range(4)])
+    began = datetime(2026, 1, 1, tzinfo=timezone.utc)
+    at = [began + timedelta(hours=i * 7 % 600) for i in range(600)]
+    metadata = [
+        {"kind": ["a", "b", "c"][i % 3], "rare": i % 100 == 0, "tags": [i % 5, {"n": i % 7}]} for i in range(600)
+    ]
+    ids = await db.create_memories(
+        [
+            Memory(
+                room_id=rooms[topics[i]],
+                entity_id=scene.entity if i % 2 else scene.other,
+                world_id=scene.world if i % 3 else None,
+                content={},
+                metadata=metadata[i],
+                created_at=at[i],
+                embedding=vectors[i],
+                unique=i % 4 != 0,
+            )
+            for i in range(600)
+        ],
+        "messages",
+    )
+    number = {id: i for i, id in enumerate(ids)}
+    await db.index_memories()
+    filters: list[tuple[dict[str, Any], Callable[[int], bool]]] = [
+        ({"metadata": {}}, lambda i: True),
+        ({"metadata": {"kind": "a"}}, lambda i: i % 3 == 0),
+        ({"metadata": {"rare": True}}, lambda i: i % 100 == 0),
+        ({"metadata": {"rare": 1}}, lambda i: False),
+        ({"metadata": {"tags": [4, {"n": 2}]}}, lambda i: i % 5 == 4 and i % 7 == 2),
+        ({"metadata": {"kind": "b"}, "unique": True}, lambda i: i % 3 == 1 and i % 4 != 0),
+        ({"start": at[100]}, lambda i: at[i] >= at[100]),
+        ({"end": at[100]}, lambda i: at[i] <= at[100]),
+        ({"start": at[5], "end": at[5], "metadata": {"kind": "c"}}, lambda i: at[i] == at[5]),
+        ({"start": at[3], "end": at[80], "metadata": {"kind": "a"}}, lambda i: at[3] <= at[i] <= at[80] and i % 3 == 0),
+    ]
+    scopes: list[tuple[dict[str, Any], Callable[[int], bool]]] = [
+        ({}, lambda i: True),
+        ({"room_id": rooms[0]}, lambda i: topics[i] == 0),
+        ({"entity_id": scene.other}, lambda i: i % 2 == 0),
+        ({"world_id": scene.world}, lambda i: i % 3 > 0),
+        ({"room_id": rooms[1], "entity_id": scene.entity}, lambda i: topics[i] == 1 and i % 2 == 1),
+    ]
+    for (where, passes), (scope, inside), count in itertools.product(filters, scopes, (1, 10, 60)):
+        query = vectors[count] + np.float32(0.1)
+        among = np.array([passes(i) and inside(i) for i in range(600)])
+        similarity = np.where(among, unit @ (query / np.linalg.norm(query)), -2)
+        wanted = np.argsort(-similarity, kind="stable")[: min(count, among.sum())]
+        hits = await db.search_memories(embedding=query, table_name="messages", count=count, **where, **scope)
+        assert [number[hit.id] for hit in hits] == wanted.tolist(), (where, scope, count)
+        least = float(similarity[wanted[len(wanted) // 2]]) - 1e-5 if len(wanted) else 0.0
+        hits = await db.search_memories_by_embedding(
+            query, table_name="messages", count=count, match_threshold=least, **where, **scope
+        )
+        assert [number[hit.id] for hit in hits] == [i for i in wanted if similarity[i] >= least], (where, scope, count)
+
+
+async def test_filters_take_one_round_trip_where_enough_of_the_nearest_pass(
+    alone: DatabaseAdapter, round_trips: list[str]
+) -> None:
+    db = alone
+    vectors = np.random.default_rng(3).normal(size=(1000, 384)).astype(np.float32)
+    await db.create_memories(
+        [
+            Memory(
+                content={}, metadata={"tenth": i % 10 == 0, "hundredth": i % 100 == 0}, embedding=vector, unique=True
+            )
+            for i, vector in enumerate(vectors)
+        ],
+        "messages",
+    )
+    for metadata, options, statements in (
+        ({"tenth": False}, {}, 1),
+        ({"hundredth": True}, {}, 2),
+        ({"tenth": False}, {"recall": "exact"}, 1),
+        ({"tenth": False}, {"count": 1001}, 1),
+    ):
+        round_trips.clear()
+        hits = await db.search_memories(
+            embedding=vectors[0], table_name="messages", metadata=metadata, include_embedding=True, **options
+        )
+        assert len(hits) == min(options.get("count", 10), 900) and len(round_trips) == statements
+        assert all(hit.embedding is not None for hit in hits)
+    round_trips.clear()
+    for bad in ({"metadata": "x"}, {"start": "soon"}, {"end": datetime(2026, 1, 1)}):  # noqa: DTZ001
+        with pytest.raises(ArgumentError, match=next(iter(bad))):
+            await db.search_memories(embedding=vectors[0], table_name="messages", **bad)
+    assert not round_trips
+
+
+_PARTS = st.recursive(
+    st.sampled_from([None, True, False, 0, 1, 1.0, 1.5, -1, "", "a", "1"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
+    max_leaves=8,
+)
+_OBJECTS = st.dictionaries(st.sampled_from("abc"), _PARTS, max_size=3)
+
+
+@st.composite
+def parts_of(draw: st.DrawFn, value: Any) -> Any:
+    """Give what is contained in a value, more often than not."""
+    if isinstance(value, dict):
+        kept = draw(st.lists(st.sampled_from(sorted(value)), unique=True)) if value else []
+        return {key: draw(parts_of(value[key])) for key in kept}
+    if isinstance(value, list):
+        return [draw(parts_of(value[i])) for i in (draw(st.lists(st.integers(0, len(value) - 1))) if value else [])]
+    return value
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+async def test_metadata_contain_what_the_server_says_they_contain(
+    raw: asyncpg.Connection[Any], data: st.DataObject
+) -> None:
+    values = data.draw(st.lists(_OBJECTS, min_size=20, max_size=20))
+    parts = [data.draw(_OBJECTS | parts_of(value)) for value in values]
+    said = await raw.fetch(
+        "SELECT v @> p AS contains FROM unnest($1::text[]::jsonb[], $2::text[]::jsonb[]) AS given (v, p)",
+        [json.dumps(value) for value in values],
+        [json.dumps(part) for part in parts],
+    )
+    for value, part, row in zip(values, parts, said, strict=True):
+        assert contains(value, part) == row["contains"], (value, part)
