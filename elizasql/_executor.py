@@ -265,6 +265,10 @@ class Executor:
                 except _Failed as failed:
                     error, outcome = failed.error, failed.outcome
                     made = self._explain(error, name)
+                    stale = failed.stale and not spared
+                    if stale:
+                        # It broke while nobody used it, perhaps long ago. So may the others have: none is trusted.
+                        await self.lane.replace()
                     if isinstance(error, _EndUnheard):
                         outcome = Outcome.NOT_APPLIED if SQL[name].repeatable else Outcome.UNKNOWN
                     elif outcome is Outcome.UNKNOWN:
@@ -277,11 +281,9 @@ class Executor:
                             statement=name,
                             sqlstate=made.sqlstate,
                         ) from error
-                    if failed.stale and not spared:
-                        # It broke while nobody used it, perhaps long ago. So may the others have: none is trusted.
+                    if stale:
                         # The try that follows at once is about the same event, and counts with this one.
                         spared, pause, permit = True, 0.0, failed.permit
-                        await self.lane.replace()
                     else:
                         # Whoever waits to try again does not hear what the others meet meanwhile.
                         permit = self._breaker.era

@@ -632,6 +632,26 @@ async def test_probe_on_a_connection_that_died_meanwhile(proxy: Proxy, make_db: 
     assert (breaker.state, breaker.opened) == ("closed", 1)
 
 
+async def test_one_dead_connection_speaks_for_the_others(proxy: Proxy, make_db: MakeAdapter) -> None:
+    """Also where the call cannot be made again: it says so, and not one call for each connection."""
+    db = await make_db(dsn=proxy.dsn, pool_max_size=3)
+    lane = db._connections.interactive
+
+    async def look_at_all() -> set[int]:
+        connections = [(await lane.acquire(30))[0] for _ in range(3)]
+        pids = {connection.get_server_pid() for connection in connections}
+        for connection in connections:
+            lane.keep(connection)
+        return pids
+
+    pids = await look_at_all()
+    proxy.when("client", b"B", "reset")
+    with pytest.raises(elizasql.UnknownOutcomeError):
+        await db.delete_memories([uuid4()])
+    assert not pids & await look_at_all()
+    assert await db.delete_memories([uuid4()]) == 0
+
+
 async def test_one_silent_connection_speaks_for_the_others(proxy: Proxy, make_db: MakeAdapter) -> None:
     """As after a failover of which nobody was told: one caller waits in vain, and not one for each connection."""
     db = await make_db(dsn=proxy.dsn, pool_max_size=4, connection_timeout=2.0)
