@@ -588,12 +588,15 @@ class Resident:
                 agent_id=self._agent_id,
                 type=kind,
                 seen=seen,
+                life=tier.life,
                 most=most,
             )
             assert row is not None
             if tier.matrix is not matrix or tier.seen is not seen:
                 return
-            if row["number"] < most:
+            if not row["alive"]:
+                self._give_up(tier, 1.0)
+            elif row["number"] < most:
                 self._merge(tier, matrix, kind, row["seen"], row["content"])
             else:
                 self._give_up(tier, _CALM)
@@ -731,9 +734,12 @@ class Resident:
             tier.renew_at = begun + _TOO_LARGE
             return
         since = matrix.hold_contents()
-        about = {"agent_id": self._agent_id, "type": kind, "dimension": matrix.dimension}
+        about = {"agent_id": self._agent_id, "type": kind, "dimension": matrix.dimension, "life": tier.life}
         row = await self._background.fetch_row(SQL["list_resident"], **about)
         assert row is not None
+        if not row["alive"]:
+            tier.renew_at = time.monotonic() + _FAILED
+            return
         listed: bytes = row["content"] or b""
         outdated: list[UUID] = []
         part = LISTED * _LISTED_AT_ONCE
@@ -757,6 +763,10 @@ class Resident:
                 rows = await self._background.fetch(
                     SQL["read_resident_contents"], ids=outdated[start : start + at_once], **about
                 )
+                if not rows[0]["alive"]:
+                    tier.renew_at = time.monotonic() + _FAILED
+                    return
+                rows = [each for each in rows if each["id"] is not None]
                 needed = sum(size_of(each["content"], each["metadata"]) for each in rows)
                 if tier.matrix is not matrix or not matrix.contents_size:
                     return

@@ -11,7 +11,8 @@
 -- nothing is to be fetched, memory_rewrites tells that there may be such, or memories that were updated.
 --
 -- A row travels as elizasql.send_scope writes its ids, and the vector. `life` names the server's life: after a crash, a
--- failover or a restore transactions are numbered anew.
+-- failover or a restore transactions are numbered anew. A standby, which may lag, has one of its own: what is not `alive`
+-- comes from another server than the tier, and is not taken.
 
 -- name: measure_resident(agent_id, type, most)^
 -- What a load begins with: `size`, how many rows there are, `most` at most, so that what is too large is not even read.
@@ -60,10 +61,14 @@ FROM (
     FETCH FIRST (:page_size::bigint) ROWS WITH TIES
 ) AS page;
 
--- name: read_resident_changes(agent_id, type, seen, most)
+-- name: read_resident_changes(agent_id, type, seen, life, most)
 -- The rows of a type that have changed since `seen`, `most` at most of each transaction that ran then.
 SELECT
     pg_current_snapshot() AS seen,
+    :life = concat_ws(
+        ' ', pg_postmaster_start_time(), pg_stat_get_bgwriter_stat_reset_time(),
+        pg_relation_filepath('elizasql.agents')
+    ) AS alive,
     count(*) AS number,
     string_agg(
         elizasql.send_scope(memory_id, room_id, world_id, entity_id, "unique") || vector_send(dim_384), ''
@@ -169,11 +174,15 @@ LEFT JOIN LATERAL (
     LIMIT 1
 ) AS m ON TRUE;
 
--- name: list_resident(agent_id, type, dimension)^
+-- name: list_resident(agent_id, type, dimension, life)^
 -- Which memories of a type there are, and which version of each: its id and, in eight bytes, its xmin; 0 where only the
 -- vector is there yet, as while tables are replicated one by one. `size`: the bytes in which the server keeps the contents.
 SELECT
     pg_current_snapshot() AS seen,
+    :life = concat_ws(
+        ' ', pg_postmaster_start_time(), pg_stat_get_bgwriter_stat_reset_time(),
+        pg_relation_filepath('elizasql.agents')
+    ) AS alive,
     coalesce(sum(m.size), 0)::bigint AS size,
     string_agg(uuid_send(e.memory_id) || int8send(coalesce(m.version, 0)), '') AS content
 FROM elizasql.embeddings AS e
@@ -187,36 +196,48 @@ LEFT JOIN LATERAL (
 ) AS m ON TRUE
 WHERE e.agent_id = :agent_id AND e.type = :type AND e.dimension = :dimension::smallint;
 
--- name: read_resident_contents(agent_id, type, dimension, ids)
+-- name: read_resident_contents(agent_id, type, dimension, ids, life)
 -- What a process holds of memories beside their vectors, as the server sends it: decoded when it is given out. Only of
--- those that have the type and a vector still: one that lost them before the list was made nothing else tells of.
+-- those that have the type and a vector still: one that lost them before the list was made nothing else tells of. Where
+-- there is none, one row without.
 SELECT
-    m.id,
-    m.version,
-    m.created_at,
-    m.content,
-    m.metadata
-FROM unnest(:ids::uuid[]) AS wanted (id)
-CROSS JOIN
-    LATERAL (
-        SELECT FROM elizasql.embeddings
-        WHERE
-            agent_id = :agent_id AND memory_id = wanted.id
-            AND type = :type AND dimension = :dimension::smallint
-        LIMIT 1
-    ) AS e
-CROSS JOIN
-    LATERAL (
+    (
         SELECT
-            id,
-            xmin::text::bigint AS version,
-            created_at,
-            jsonb_send(content) AS content,
-            jsonb_send(metadata) AS metadata
-        FROM elizasql.memories
-        WHERE agent_id = :agent_id AND id = wanted.id
-        LIMIT 1
-    ) AS m;
+            :life = concat_ws(
+                ' ', pg_postmaster_start_time(), pg_stat_get_bgwriter_stat_reset_time(),
+                pg_relation_filepath('elizasql.agents')
+            )
+    ) AS alive,
+    found.id,
+    found.version,
+    found.created_at,
+    found.content,
+    found.metadata
+FROM (VALUES (TRUE)) AS answer (given)
+LEFT JOIN (
+    SELECT m.*
+    FROM unnest(:ids::uuid[]) AS wanted (id)
+    CROSS JOIN
+        LATERAL (
+            SELECT FROM elizasql.embeddings
+            WHERE
+                agent_id = :agent_id AND memory_id = wanted.id
+                AND type = :type AND dimension = :dimension::smallint
+            LIMIT 1
+        ) AS e
+    CROSS JOIN
+        LATERAL (
+            SELECT
+                id,
+                xmin::text::bigint AS version,
+                created_at,
+                jsonb_send(content) AS content,
+                jsonb_send(metadata) AS metadata
+            FROM elizasql.memories
+            WHERE agent_id = :agent_id AND id = wanted.id
+            LIMIT 1
+        ) AS m
+) AS found ON TRUE;
 
 -- name: fetch_resident(embedding, agent_id, type, ids, seen, life, room_id, world_id, entity_id, only_unique, threshold, count, most, include_embedding)
 -- The nearest memories among those that the process found and those that have changed since `seen`, ranked exactly, all
