@@ -135,7 +135,7 @@ class Tier:
 
     Attributes:
         matrix: The rows; None: not loaded. A load in another thread may put them out at any moment.
-        granted: Bytes of the budget that it has, for the matrix or for the load of one.
+        granted: Bytes of the budget that it has, for the matrix and for the load of another.
         seen: The snapshot that they were read in, changes merged up to it.
         listed: The snapshot up to which updates and removals are known; None: contents are not held, or not yet.
         behind: Whether there were any since, or rows came without contents.
@@ -815,6 +815,14 @@ class Resident:
         if found["size"] < self._least:
             self._give_up(tier, _TOO_SMALL)
             return False
+        if (matrix := tier.matrix) is not None:
+            # Contents serve no search during a load. Where there is no room for both, what is replaced goes first.
+            matrix.release_contents()
+            tier.listed = None
+            self._settle(tier)
+            if self._grant(tier, needed):
+                return True
+            tier.matrix = None
         return self._make_room(tier, needed)
 
     async def _count(self, kind: str, scope: Scope) -> int:

@@ -1751,6 +1751,48 @@ async def test_loads_at_the_same_time_share_the_budget(make_db: MakeAdapter, mon
     assert _resident._held() == 0
 
 
+@pytest.mark.parametrize("budget", [2, 3], ids=["one", "both"])
+async def test_what_is_loaded_anew_stays_within_the_budget(
+    make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch, budget: int
+) -> None:
+    """What is replaced counts as long as it is there."""
+    with _resident._lock:
+        _resident._shelves.clear()
+    alive: weakref.WeakSet[Matrix] = weakref.WeakSet()
+
+    class Counted(Matrix):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            alive.add(self)
+
+    monkeypatch.setattr(_resident, "Matrix", Counted)
+    db = await make_db(resident_memory_mb=budget, **RESIDENT)
+    vectors = some_vectors(400)
+    await db.create_memories(
+        [Memory(content={"text": "x" * 1000}, embedding=vector, unique=True) for vector in vectors], TABLE
+    )
+    await db.search_memories(embedding=vectors[0], table_name=TABLE)
+    (tier,) = db._resident._tiers.values()
+    assert tier.matrix is not None and tier.matrix.contents_size > 400_000
+    fetch_row = db._resident._background.fetch_row
+    kept: list[bool] = []
+
+    async def look(statement: Any, **params: Any) -> Any:
+        if statement.name == "load_resident":
+            kept.append(tier.matrix is not None)
+            assert sum(matrix.footprint for matrix in alive) <= db._resident.snapshot()["bytes"] <= budget << 20
+        return await fetch_row(statement, **params)
+
+    monkeypatch.setattr(db._resident._background, "fetch_row", look)
+    db._resident._begin_load(tier, TABLE, 384)
+    assert tier.loading is not None
+    await tier.loading
+    assert kept == [budget == 3]
+    assert sum(matrix.footprint for matrix in alive) == db._resident.snapshot()["bytes"]
+    await db.search_memories(embedding=vectors[0], table_name=TABLE)
+    assert (db._resident.stats.loads, db._resident.stats.checks) == (2, 2)
+
+
 async def test_a_load_that_ends_early_gives_its_bytes_back(mind: Mind, monkeypatch: pytest.MonkeyPatch) -> None:
     await mind.remember(some_vectors(300))
     with _resident._lock:
