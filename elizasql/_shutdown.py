@@ -6,7 +6,7 @@ nobody handles them: the embedded server would run on. So, from before the first
 application has a handler of its own, the shutdown is its business, and nothing is done about it. Where it has none, the
 adapters are closed, with a bound on the wait for calls that are running, the embedded servers are released, those that
 are being started, too, and then the signal does what it would have done; the same where a handler that came later
-passes the signal on to what was there before.
+passes the signal on to what was there before. A second SIGTERM waits for none of it.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ _state: Literal["running", "closing", "closed"] = "running"
 _closing: threading.Thread | None = None
 _pipe: tuple[int, int] | None = None  # where Python writes the numbers of signals, in a worker of multiprocessing
 _sent_again = False  # by ourselves, see _wake
+_heard: set[int] = set()  # the numbers of signals that have come
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
@@ -81,17 +82,20 @@ def _wake(told: int) -> None:
 
 def _handle(number: int, _: FrameType | None) -> None:
     global _state, _closing, _sent_again  # noqa: PLW0603 - a process ends once
-    if _state == "closing" and _sent_again:
-        _sent_again = False  # it was awake after all
-    elif _state == "running":
+    if _state == "running":
         _state = "closing"
         # In a thread: a handler must not wait, and the event loops must go on.
         _closing = threading.Thread(target=_close_all, args=(number,), name="elizasql-shutdown", daemon=True)
         _closing.start()
-    else:
-        # All is closed, or whoever sends it twice does not want to wait. The parent sees how the process ended.
+    elif _state == "closing" and _sent_again:
+        _sent_again = False  # it was awake after all
+    elif _state == "closed" or (number == signal.SIGTERM and number in _heard):
+        # All is closed, or whoever sends SIGTERM twice does not want to wait. SIGHUP says nothing of the kind: of a
+        # terminal that is closed both the shell and the system tell, and systemd sends it right behind SIGTERM.
+        # The parent sees how the process ended.
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
+    _heard.add(number)
 
 
 def _close_all(number: int) -> None:
@@ -131,6 +135,7 @@ def _forget_in_child() -> None:
     global _state, _closing, _sent_again, _pipe  # noqa: PLW0603
     _state, _closing, _sent_again = "running", None, False
     opened.clear()
+    _heard.clear()
     # It has nothing open: until it has, a signal ends it on the spot.
     for number in _SIGNALS:
         if signal.getsignal(number) is _handle:

@@ -758,6 +758,7 @@ def test_calls_that_are_running_end_before_the_process(folder: Path) -> None:
             await db.count_memories()
         except elizasql.ClosedError:
             print("refused", flush=True)
+        os.kill(os.getpid(), signal.SIGHUP)  # as systemd does, right behind SIGTERM
         await task
 
     asyncio.run(main())
@@ -767,6 +768,49 @@ def test_calls_that_are_running_end_before_the_process(folder: Path) -> None:
         out, err = rest(child)
         assert (child.returncode, out.split()) == (-signal.SIGTERM, ["refused", "slept"]), err
         assert not is_running(pid)
+
+
+def test_second_signal_cuts_the_end_short_only_when_somebody_sends_it() -> None:
+    """A terminal that is closed sends SIGHUP twice, and systemd sends it behind SIGTERM."""
+    program = """
+        import os, signal, threading
+        from elizasql import _shutdown
+
+        def end(*numbers):
+            told, closed = os.pipe()
+            if not (child := os.fork()):
+                goes_on = threading.Event()
+
+                async def end():
+                    goes_on.wait()
+                    os.write(closed, b"closed")
+
+                _shutdown._embedded.end = end
+                _shutdown.install()
+                for number in numbers:
+                    signal.raise_signal(number)
+                goes_on.set()
+                while True:
+                    signal.pause()
+            os.close(closed)
+            said = os.read(told, 6)
+            ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            print(*(number.name for number in numbers), "->", signal.Signals(-ended).name, said.decode())
+
+        TERM, HUP = signal.SIGTERM, signal.SIGHUP
+        for number in (TERM, HUP):
+            signal.signal(number, signal.SIG_DFL)  # under nohup it is ignored
+        for numbers in ((HUP, HUP), (TERM, HUP, HUP), (HUP, TERM), (HUP, TERM, TERM), (TERM, TERM)):
+            end(*numbers)
+    """
+    done = run(program)
+    assert done.stdout.splitlines() == [
+        "SIGHUP SIGHUP -> SIGHUP closed",
+        "SIGTERM SIGHUP SIGHUP -> SIGTERM closed",
+        "SIGHUP SIGTERM -> SIGHUP closed",
+        "SIGHUP SIGTERM SIGTERM -> SIGTERM ",
+        "SIGTERM SIGTERM -> SIGTERM ",
+    ], done.stderr
 
 
 def test_handler_of_the_application_is_called_and_decides(folder: Path) -> None:
