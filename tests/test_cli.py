@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Iterable, Iterator
+import threading
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -37,6 +38,7 @@ from elizasql.cli._destructive import find_destructive, split_migration
 from elizasql.errors import ElizaSQLError
 from elizasql.transfer import _rows as transfer_rows
 from elizasql.types import DIMENSIONS
+from elizasql.transfer import _report
 from tests.conftest import MakeAdapter, make_scene
 from tests.elizaos_schema import TABLES as ELIZAOS_TABLES
 
@@ -1821,6 +1823,38 @@ def test_a_dry_run_tells_of_the_agents_that_are_meant(on_server: Run, searched: 
     dry = on_server("import", "out", "--agent", searched[0], "--dry-run", "--json")
     assert [row["id"] for row in dry.json["agents"]] == [str(searched[0])]
     assert {row["table"]: row["rows"] for row in dry.json["tables"]} == {"agents": 1, "memories": 60, "embeddings": 60}
+
+def test_a_report_whose_reader_has_gone_is_a_failure(
+    on_server: Run, empty_database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is found out when the report's buffer is full, or when the report is closed."""
+    agent = uuid4()
+    asyncio.run(
+        as_admin(
+            empty_database,
+            ELIZAOS_TABLES,
+            f"INSERT INTO agents (id, name) VALUES ('{agent}', 'Old')",
+            "CREATE TABLE bad AS SELECT gen_random_uuid() AS id FROM generate_series(1, 100)",
+            f"INSERT INTO memories (id, type, content, agent_id) SELECT id, 'facts', '{{}}', '{agent}' FROM bad",
+            "INSERT INTO embeddings (memory_id, dim_384) SELECT id, array_fill(0::real, ARRAY[384])::vector FROM bad",
+        )
+    )
+    admin = empty_database.replace("//elizasql@", "//postgres@")
+    os.mkfifo(tmp_path / "report")
+    real = _report.open_private
+
+    def open_and_leave(path: Path, mode: str) -> Any:
+        reader = threading.Thread(target=lambda: path.open("rb").close())
+        reader.start()
+        file = real(path, mode)
+        reader.join()
+        return file
+
+    monkeypatch.setattr(_report, "open_private", open_and_leave)
+    on_server("import", "--from", admin, "--report", "report").fails(1, "^elizasql: report: Broken pipe")
+    asyncio.run(as_admin(empty_database, "DELETE FROM embeddings WHERE memory_id NOT IN (TABLE bad LIMIT 1)"))
+    on_server("import", "--from", admin, "--report", "report").fails(1, "^elizasql: report: Broken pipe")
+
 
 
 def test_an_import_that_ended_before_its_index_is_finished_by_the_next(

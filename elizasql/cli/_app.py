@@ -108,13 +108,10 @@ def _run(argv: Sequence[str]) -> int:
     try:
         code = _command()(args=list(argv), prog_name="elizasql", standalone_mode=False)
         sys.stdout.flush()
-    except (BrokenPipeError, SystemExit) as error:
-        # Whoever read our output has seen enough; typer exits for that by itself. No more may be written, not even by
-        # the interpreter's exit.
-        if not isinstance(error.__context__ if isinstance(error, SystemExit) else error, BrokenPipeError):
+    except SystemExit as error:
+        if not isinstance(error.__context__, BrokenPipeError):
             raise
-        give_up_output()
-        return 0
+        return _complain_of_file(error.__context__, argv)  # typer exits for that by itself
     except (KeyboardInterrupt, typer.Abort) as error:
         return _complain("interrupted", error, INTERRUPTED, argv)
     except data.InterruptedWorkError as error:
@@ -126,12 +123,7 @@ def _run(argv: Sequence[str]) -> int:
     except ElizaSQLError as error:
         return _complain(str(error), error, FAILED, argv)
     except OSError as error:
-        try:
-            sys.stdout.flush()
-        except OSError:  # it was the output's: what is left of it would fail again at the interpreter's exit
-            give_up_output()
-        where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
-        return _complain(f"{where}{error.strerror or error}", error, FAILED, argv)
+        return _complain_of_file(error, argv)
     except MemoryError as error:
         return _complain("out of memory", error, FAILED, argv)
     except Exception as error:
@@ -149,6 +141,19 @@ def _run(argv: Sequence[str]) -> int:
     if code == INTERRUPTED:
         return _complain("interrupted", KeyboardInterrupt(), INTERRUPTED, argv)
     return code if isinstance(code, int) else 0
+
+
+def _complain_of_file(error: OSError, argv: Sequence[str]) -> int:
+    """Say which file is at fault; whoever read our output and has seen enough is none."""
+    if isinstance(error, BrokenPipeError) and error.filename is None:  # else it is the report whose reader has gone
+        give_up_output()  # no more may be written, not even by the interpreter's exit
+        return 0
+    try:
+        sys.stdout.flush()
+    except OSError:  # it was the output's: what is left of it would fail again at the interpreter's exit
+        give_up_output()
+    where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    return _complain(f"{where}{error.strerror or error}", error, FAILED, argv)
 
 
 def _complain(message: str, error: BaseException, code: int, argv: Sequence[str]) -> int:
