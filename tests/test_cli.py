@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 import threading
 from dataclasses import dataclass
+from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,8 @@ from elizasql.cli import server as cli_server
 from elizasql.cli._destructive import find_destructive, split_migration
 from elizasql.errors import ElizaSQLError
 from elizasql.transfer import _rows as transfer_rows
-from elizasql.types import DIMENSIONS
 from elizasql.transfer import _report
+from elizasql.types import DIMENSIONS
 from tests.conftest import MakeAdapter, make_scene
 from tests.elizaos_schema import TABLES as ELIZAOS_TABLES
 
@@ -343,7 +344,7 @@ def test_a_database_without_the_schema_is_1_and_stays_empty(run: Run, command: s
 # --- up, down, status ------------------------------------------------------------------------------------------------
 
 
-def test_a_life_of_the_embedded_server(run: Run, folder: Path) -> None:
+def test_a_life_of_the_embedded_server(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     off = run("status", "--data-dir", folder, "--json")
     assert off.code == 3 and off.json["running"] is False
     assert not folder.exists()
@@ -356,11 +357,15 @@ def test_a_life_of_the_embedded_server(run: Run, folder: Path) -> None:
     assert run("up", "--data-dir", folder).code == 0  # again: nothing changes
     keeper = _keeper.find_keeper(folder)
     on = run("status", "--data-dir", folder, "--json")
+    assert keeper is not None
     assert on.code == 0
-    assert on.json["kept_up_by"] == keeper is not None
+    assert on.json["kept_up_by"] == keeper.pid
     assert on.json["pending_migrations"] == [] and on.json["postgres"].startswith("18")
     assert "0 pending" in run("status", "--data-dir", folder).out
 
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(_keeper, "_namespace", lambda: "pid:[1]")
+        assert re.search("kept.up.by +another container", run("status", "--data-dir", folder).out)
     # Somebody else comes and goes: it stays up.
     with_agent(up.json["dsn"], lambda db: db.set_cache("a", 1))  # type: ignore[arg-type, return-value]
     assert run("stats", "--data-dir", folder).code == 0
@@ -379,7 +384,7 @@ def test_down_after_the_keeper_was_killed(run: Run, folder: Path) -> None:
     assert run("up", "--data-dir", folder, "--no-migrate").code == 0
     keeper = _keeper.find_keeper(folder)
     assert keeper is not None
-    os.kill(keeper, signal.SIGKILL)
+    os.kill(keeper.pid, signal.SIGKILL)
     while _keeper.find_keeper(folder) is not None:
         pass
     assert cli_server.is_running(folder)
@@ -433,7 +438,7 @@ def test_the_keeper_is_not_taken_for_the_one_before(folder: Path, monkeypatch: p
     assert asyncio.run(_keeper.keep(folder)) == 1
     for lock in _embedded._locks - others:
         lock.close()
-    assert set(found[:-1]) == {None} and found[-1] == os.getpid()
+    assert set(found[:-1]) == {None} and found[-1] == _keeper.Keeper(os.getpid(), here=True)
 
 
 def test_down_while_others_use_it(run: Run, folder: Path) -> None:
@@ -812,26 +817,38 @@ def test_what_is_set_for_other_servers_does_not_lead_away(
     assert said.code == 0, said
 
 
-def test_down_ends_no_process_that_another_user_names(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def named_as_keeper(folder: Path, namespace: str) -> Iterator[None]:
+    """Let a process be named as the keeper of a server that is none, and see that nobody ends it."""
     (folder / "data").mkdir(parents=True)
     (folder / "data" / "PG_VERSION").write_text("18")
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as named:
+    (folder / "elizasql.lock").touch()
         lock = _embedded._Lock(os.open(folder / "keeper.lock", os.O_RDWR | os.O_CREAT))
-        lock.take()
-        os.write(lock.fd, str(named.pid).encode())
-        (folder / "elizasql.lock").touch()
-        with monkeypatch.context() as patched:
-            if os.geteuid() == 0:
-                os.chown(folder, 1, 1)
-            patched.setattr(os, "geteuid", lambda: 2 if os.getuid() == 0 else os.getuid() + 1)
-            said = run("down", "--data-dir", folder)
-        lock.release()
-        named.communicate(b"\n")
-    said.fails(3, "belongs to uid")
+        try:
+            lock.take()
+            os.write(lock.fd, f"{named.pid} {namespace}".encode())
+            yield
+        finally:
+            lock.release()
+            named.communicate(b"\n")
     assert named.returncode == 0, "it ended by itself"
 
 
 def test_a_password_stays_out_of_the_command_line() -> None:
+def test_down_ends_no_process_that_another_user_names(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with named_as_keeper(folder, _keeper._namespace()), monkeypatch.context() as patched:
+        if os.geteuid() == 0:
+            os.chown(folder, 1, 1)
+        patched.setattr(os, "geteuid", lambda: 2 if os.getuid() == 0 else os.getuid() + 1)
+        run("down", "--data-dir", folder).fails(3, "belongs to uid")
+
+
+def test_down_ends_no_process_that_has_the_number_of_one_in_another_container(run: Run, folder: Path) -> None:
+    with named_as_keeper(folder, "pid:[1]"):
+        run("down", "--data-dir", folder).fails(1, "kept up from another container: `elizasql down` there")
+
+
     shown, environ = cli_server.for_libpq(f"postgres://me:{SECRET}%40@h:1/d?sslmode=require")
     assert shown == "postgres://me@h:1/d?sslmode=require" and environ["PGPASSWORD"] == f"{SECRET}@"
     shown, environ = cli_server.for_libpq(f"postgres:///d?host=%2Ftmp&password={SECRET}")
@@ -1807,23 +1824,6 @@ def test_ctrl_c_in_a_rebuild_says_how_to_go_on(
     with monkeypatch.context() as patch:
         patch.setattr(Indexer, "build", interrupted)
         said = run("index", "--rebuild", "--agent", searched[0], "--dsn", dsn)
-        said.fails(130, "interrupted: .*an index in the making does not; do it again to go on")
-    assert run("index", "--agent", searched[0], "--dsn", dsn).code == 0
-
-
-def test_an_agent_that_is_not_there_is_an_error(on_server: Run, searched: tuple[UUID, UUID]) -> None:
-    assert on_server("export", "out", "--agent", searched[0]).code == 0
-    for command in (("import", "out", "--dry-run"), ("import", "out"), ("index",)):
-        on_server(*command, "--agent", UUID(int=9)).fails(1, f"no agent {UUID(int=9)}")
-    on_server("import", "out", "--dimension", 384).fails(2, "--dimension goes with --from")
-
-
-def test_a_dry_run_tells_of_the_agents_that_are_meant(on_server: Run, searched: tuple[UUID, UUID], busy: UUID) -> None:
-    assert on_server("export", "out", "--agent", searched[0], "--agent", busy).code == 0
-    dry = on_server("import", "out", "--agent", searched[0], "--dry-run", "--json")
-    assert [row["id"] for row in dry.json["agents"]] == [str(searched[0])]
-    assert {row["table"]: row["rows"] for row in dry.json["tables"]} == {"agents": 1, "memories": 60, "embeddings": 60}
-
 def test_a_report_whose_reader_has_gone_is_a_failure(
     on_server: Run, empty_database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1855,6 +1855,23 @@ def test_a_report_whose_reader_has_gone_is_a_failure(
     asyncio.run(as_admin(empty_database, "DELETE FROM embeddings WHERE memory_id NOT IN (TABLE bad LIMIT 1)"))
     on_server("import", "--from", admin, "--report", "report").fails(1, "^elizasql: report: Broken pipe")
 
+
+        said.fails(130, "interrupted: .*an index in the making does not; do it again to go on")
+    assert run("index", "--agent", searched[0], "--dsn", dsn).code == 0
+
+
+def test_an_agent_that_is_not_there_is_an_error(on_server: Run, searched: tuple[UUID, UUID]) -> None:
+    assert on_server("export", "out", "--agent", searched[0]).code == 0
+    for command in (("import", "out", "--dry-run"), ("import", "out"), ("index",)):
+        on_server(*command, "--agent", UUID(int=9)).fails(1, f"no agent {UUID(int=9)}")
+    on_server("import", "out", "--dimension", 384).fails(2, "--dimension goes with --from")
+
+
+def test_a_dry_run_tells_of_the_agents_that_are_meant(on_server: Run, searched: tuple[UUID, UUID], busy: UUID) -> None:
+    assert on_server("export", "out", "--agent", searched[0], "--agent", busy).code == 0
+    dry = on_server("import", "out", "--agent", searched[0], "--dry-run", "--json")
+    assert [row["id"] for row in dry.json["agents"]] == [str(searched[0])]
+    assert {row["table"]: row["rows"] for row in dry.json["tables"]} == {"agents": 1, "memories": 60, "embeddings": 60}
 
 
 def test_an_import_that_ended_before_its_index_is_finished_by_the_next(

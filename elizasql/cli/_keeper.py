@@ -1,8 +1,9 @@
 """The process behind `elizasql up`: uses the embedded server until it gets SIGTERM, so that it stays up.
 
 It holds a lock on keeper.lock, with its process id in it, for as long as it lives. The file is put in its place locked
-and written: whoever finds it locked reads the id of who has locked it, and looking at it is in nobody's way. It answers
-its starter with one line of JSON.
+and written: whoever finds it locked reads the id of who has locked it, and looking at it is in nobody's way. The id is
+that of its own namespace of processes, which is written beside it: each container has one. It answers its starter with
+one line of JSON.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
@@ -55,20 +57,44 @@ def _publish(cluster: _embedded._Cluster) -> None:
     new.unlink(missing_ok=True)
     lock = cluster.open_lock(new.name)
     lock.take()
-    os.write(lock.fd, str(os.getpid()).encode())
+    os.write(lock.fd, f"{os.getpid()} {_namespace()}".encode())
     new.replace(cluster.home / _LOCK)
 
 
-def find_keeper(data_dir: Path) -> int | None:
-    """Give the process id of the keeper, None where there is none."""
+@dataclass(frozen=True)
+class Keeper:
+    """Who keeps a server up.
+
+    Attributes:
+        pid: Its process id, as it knows it.
+        here: Whether that is its id for us, too; False in another container, where it may be anybody's.
+    """
+
+    pid: int
+    here: bool
+
+
+def find_keeper(data_dir: Path) -> Keeper | None:
+    """Give the keeper, None where there is none."""
     path = data_dir.expanduser().resolve() / _LOCK
     if not path.is_file():
         return None
     lock = _embedded._Lock(os.open(path, os.O_RDWR | os.O_CLOEXEC))
     try:
-        return None if lock.take(shared=True) else int(os.pread(lock.fd, 32, 0))
+        if lock.take(shared=True):
+            return None
+        pid, _, namespace = os.pread(lock.fd, 64, 0).decode().partition(" ")
+        return Keeper(int(pid), namespace == _namespace())
     finally:
         lock.close()
+
+
+def _namespace() -> str:
+    """Name the namespace of this process's id; nothing where the system knows only one."""
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return ""
 
 
 def answer(**words: str) -> None:

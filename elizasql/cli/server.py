@@ -144,8 +144,13 @@ async def _stop(config: Config, *, force: bool) -> None:
     cluster = _embedded._Cluster(config.data_dir)
     cluster.claim()  # another user's folder could name any process as its keeper
     while (keeper := find_keeper(config.data_dir)) is not None:
+        if not keeper.here:
+            raise InUseError(
+                f"the embedded server in {config.data_dir} is kept up from another container: "
+                "`elizasql down` there ends that"
+            )
         with suppress(ProcessLookupError):
-            os.kill(keeper, signal.SIGTERM)
+            os.kill(keeper.pid, signal.SIGTERM)
         await cluster.nap(deadline, "its keeper does not end", 0.05)
     if not is_running(config.data_dir):
         return
@@ -193,12 +198,13 @@ def status(dsn: Dsn = None, data_dir: DataDir = None, json: Json = False) -> Non
         where = f"embedded server in {config.data_dir.resolve()}" if embedded else redact(address)
         shown = {"running": True, "where": where, **asyncio.run(_look(Place(address, config, embedded)))}
         if embedded:
-            shown["kept_up_by"] = find_keeper(config.data_dir)
+            keeper = find_keeper(config.data_dir)
+            shown["kept_up_by"] = keeper and (keeper.pid if keeper.here else "another container")
     if json:
         _out.emit(shown)
     else:
-        if (keeper := shown.get("kept_up_by")) is not None:
-            shown["kept_up_by"] = f"process {keeper}"
+        if isinstance(shown.get("kept_up_by"), int):
+            shown["kept_up_by"] = f"process {shown['kept_up_by']}"
         pending = shown.pop("pending_migrations", None)
         _out.mapping(shown if pending is None else shown | {"migrations": f"{len(pending)} pending"})
     if not shown["running"]:
