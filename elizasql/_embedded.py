@@ -162,7 +162,7 @@ class EmbeddedServer:
         deadline = time.monotonic() + timeout
         try:
             # Newcomers take their share of users.lock under the same lock, so nobody can slip in between.
-            async with self._cluster.lifecycle(deadline):
+            async with self._cluster.lifecycle(deadline, leaving=True):
                 try:
                     if self._users.take():
                         await self._cluster.stop(deadline)
@@ -371,13 +371,18 @@ class _Cluster:
         return _Lock(self._open(self.home / name, os.O_RDWR))
 
     @contextlib.asynccontextmanager
-    async def lifecycle(self, deadline: float) -> AsyncIterator[None]:
-        """Exclude every other start, join and stop of this server, in this process and in others."""
+    async def lifecycle(self, deadline: float, *, leaving: bool = False) -> AsyncIterator[None]:
+        """Exclude every other start, join and stop of this server, in this process and in others.
+
+        Args:
+            deadline: When to give up, on the clock of `time.monotonic`.
+            leaving: To let go of it, for which the turn is waited for also when the process ends.
+        """
         lock = self.open_lock("elizasql.lock")
         try:
             # Polled: a thread that waits in flock cannot be cancelled, and would take the lock for nobody.
             while not lock.take():
-                await self.nap(deadline, "another process is starting or stopping it")
+                await self.nap(deadline, "another process is starting or stopping it", leaving=leaving)
             yield
         finally:
             lock.release()
@@ -390,9 +395,10 @@ class _Cluster:
         lock.close()
         return None
 
-    async def nap(self, deadline: float, reason: str, delay: float = 0.005) -> None:
+    async def nap(self, deadline: float, reason: str, delay: float = 0.005, *, leaving: bool = False) -> None:
         """Wait a moment, or give up with `reason` when the time is over."""
-        self.check_end()
+        if not leaving:
+            self.check_end()
         if time.monotonic() >= deadline:
             raise EmbeddedServerError(
                 f"The embedded server in {self.home} was not ready in time: {reason}. Call again to keep waiting, "

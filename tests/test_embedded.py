@@ -833,6 +833,25 @@ async def test_start_that_sigterm_cuts_is_taken_back(stopped: Path) -> None:
     assert not running(stopped)
 
 
+async def test_release_at_the_end_of_the_process_waits_for_its_turn(
+    stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else another one that is about to leave finds it still there, and nobody stops the server."""
+    server, waits, nap = await acquire(stopped), asyncio.Event(), _embedded._Cluster.nap
+
+    async def told(*arguments: Any, **options: Any) -> None:
+        waits.set()
+        await nap(*arguments, **options)
+
+    async with _embedded._Cluster(stopped).lifecycle(time.monotonic() + 60):
+        monkeypatch.setattr(_embedded._Cluster, "nap", told)
+        monkeypatch.setattr(_embedded, "_ending", True)
+        task = asyncio.create_task(server.release())
+        await waits.wait()
+    await task
+    assert not running(stopped)
+
+
 async def test_recovery_goes_on_when_its_caller_gives_up(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = await acquire(stopped)
     os.kill(postmaster(stopped), signal.SIGKILL)
