@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -14,10 +15,10 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable, Iterable, Iterator
 import threading
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,8 @@ from elizasql.cli import _app, _keeper, _out, data, doctor, look, queries
 from elizasql.cli import server as cli_server
 from elizasql.cli._destructive import find_destructive, split_migration
 from elizasql.errors import ElizaSQLError
-from elizasql.transfer import _rows as transfer_rows
 from elizasql.transfer import _report
+from elizasql.transfer import _rows as transfer_rows
 from elizasql.types import DIMENSIONS
 from tests.conftest import MakeAdapter, make_scene
 from tests.elizaos_schema import TABLES as ELIZAOS_TABLES
@@ -356,16 +357,16 @@ def test_a_life_of_the_embedded_server(run: Run, folder: Path, monkeypatch: pyte
     assert up.json["running"] and up.json["data_dir"] == str(folder.resolve())
     assert run("up", "--data-dir", folder).code == 0  # again: nothing changes
     keeper = _keeper.find_keeper(folder)
-    on = run("status", "--data-dir", folder, "--json")
     assert keeper is not None
+    on = run("status", "--data-dir", folder, "--json")
     assert on.code == 0
     assert on.json["kept_up_by"] == keeper.pid
     assert on.json["pending_migrations"] == [] and on.json["postgres"].startswith("18")
     assert "0 pending" in run("status", "--data-dir", folder).out
-
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(_keeper, "_namespace", lambda: "pid:[1]")
         assert re.search("kept.up.by +another container", run("status", "--data-dir", folder).out)
+
     # Somebody else comes and goes: it stays up.
     with_agent(up.json["dsn"], lambda db: db.set_cache("a", 1))  # type: ignore[arg-type, return-value]
     assert run("stats", "--data-dir", folder).code == 0
@@ -822,8 +823,8 @@ def named_as_keeper(folder: Path, namespace: str) -> Iterator[None]:
     """Let a process be named as the keeper of a server that is none, and see that nobody ends it."""
     (folder / "data").mkdir(parents=True)
     (folder / "data" / "PG_VERSION").write_text("18")
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as named:
     (folder / "elizasql.lock").touch()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as named:
         lock = _embedded._Lock(os.open(folder / "keeper.lock", os.O_RDWR | os.O_CREAT))
         try:
             lock.take()
@@ -835,7 +836,6 @@ def named_as_keeper(folder: Path, namespace: str) -> Iterator[None]:
     assert named.returncode == 0, "it ended by itself"
 
 
-def test_a_password_stays_out_of_the_command_line() -> None:
 def test_down_ends_no_process_that_another_user_names(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with named_as_keeper(folder, _keeper._namespace()), monkeypatch.context() as patched:
         if os.geteuid() == 0:
@@ -849,6 +849,7 @@ def test_down_ends_no_process_that_has_the_number_of_one_in_another_container(ru
         run("down", "--data-dir", folder).fails(1, "kept up from another container: `elizasql down` there")
 
 
+def test_a_password_stays_out_of_the_command_line() -> None:
     shown, environ = cli_server.for_libpq(f"postgres://me:{SECRET}%40@h:1/d?sslmode=require")
     assert shown == "postgres://me@h:1/d?sslmode=require" and environ["PGPASSWORD"] == f"{SECRET}@"
     shown, environ = cli_server.for_libpq(f"postgres:///d?host=%2Ftmp&password={SECRET}")
@@ -1608,6 +1609,31 @@ def test_out_and_in_again(
     assert not list(tmp_path.glob("elizasql-import-*"))
 
 
+def test_what_comes_while_an_archive_is_written_is_not_replaced(
+    on_server: Run, busy: UUID, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync, name = os.fsync, ""
+
+    def come(descriptor: int) -> None:
+        sync(descriptor)
+        (tmp_path / name).write_text("mine")
+
+    def link(*_: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    for without_links in (False, True):
+        if without_links:
+            monkeypatch.setattr(os, "link", link)
+            assert on_server("export", "all.tar", "--agent", busy).code == 0
+            assert [path.name for path in tmp_path.iterdir()] == ["all.tar"]
+        for name in ("a.tar", "a"):
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "fsync", come)
+                on_server("export", name, "--agent", busy).fails(2, f"^elizasql: {name} is there by now")
+            assert (tmp_path / name).read_text() == "mine"
+            (tmp_path / name).unlink()
+
+
 @pytest.mark.parametrize("owner", [True, False])
 def test_an_import_rebuilds_where_that_pays_and_it_may(
     on_server: Run, searched: tuple[UUID, UUID], empty_database: str, monkeypatch: pytest.MonkeyPatch, owner: bool
@@ -1798,32 +1824,6 @@ def test_the_way_over_from_elizaos(on_server: Run, empty_database: str, tmp_path
         on_server("import", "--from", admin, "--report", "/dev/full").fails(1, "/dev/full: No space left")
 
 
-def test_ctrl_c_in_an_import_says_how_to_go_on(
-    on_server: Run, searched: tuple[UUID, UUID], empty_database: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert on_server("export", "out", "--agent", searched[0]).code == 0
-    real = transfer_rows.put_lines
-
-    async def interrupted(db: Any, table: str, *rest: Any) -> None:
-        if table == "memories":
-            raise KeyboardInterrupt
-        await real(db, table, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("elizasql.transfer.importer.put_lines", interrupted)
-        on_server("import", "out", "--dsn", empty_database).fails(130, "interrupted: .*do it again to go on")
-    assert on_server("import", "out", "--dsn", empty_database).code == 0
-
-
-def test_ctrl_c_in_a_rebuild_says_how_to_go_on(
-    run: Run, searched: tuple[UUID, UUID], dsn: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def interrupted(indexer: Indexer) -> int:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Indexer, "build", interrupted)
-        said = run("index", "--rebuild", "--agent", searched[0], "--dsn", dsn)
 def test_a_report_whose_reader_has_gone_is_a_failure(
     on_server: Run, empty_database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1856,6 +1856,32 @@ def test_a_report_whose_reader_has_gone_is_a_failure(
     on_server("import", "--from", admin, "--report", "report").fails(1, "^elizasql: report: Broken pipe")
 
 
+def test_ctrl_c_in_an_import_says_how_to_go_on(
+    on_server: Run, searched: tuple[UUID, UUID], empty_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert on_server("export", "out", "--agent", searched[0]).code == 0
+    real = transfer_rows.put_lines
+
+    async def interrupted(db: Any, table: str, *rest: Any) -> None:
+        if table == "memories":
+            raise KeyboardInterrupt
+        await real(db, table, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("elizasql.transfer.importer.put_lines", interrupted)
+        on_server("import", "out", "--dsn", empty_database).fails(130, "interrupted: .*do it again to go on")
+    assert on_server("import", "out", "--dsn", empty_database).code == 0
+
+
+def test_ctrl_c_in_a_rebuild_says_how_to_go_on(
+    run: Run, searched: tuple[UUID, UUID], dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def interrupted(indexer: Indexer) -> int:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Indexer, "build", interrupted)
+        said = run("index", "--rebuild", "--agent", searched[0], "--dsn", dsn)
         said.fails(130, "interrupted: .*an index in the making does not; do it again to go on")
     assert run("index", "--agent", searched[0], "--dsn", dsn).code == 0
 
@@ -1911,6 +1937,19 @@ def test_backup_and_restore(run: Run, folder: Path, tmp_path: Path, monkeypatch:
         patch.setenv("PGLITE_DATA_DIR", str(folder))
         run("backup", "c.dump").fails(2, "POSTGRES_URL names a server that is not embedded: .*--data-dir")
         assert run("backup", "c.dump", "--data-dir", folder).code == 0
+    with monkeypatch.context() as patch:
+        ends, sync = [], os.fsync
+
+        def come(descriptor: int) -> None:
+            sync(descriptor)
+            (unfinished,) = tmp_path.glob(".d.dump.*.partial")
+            ends.append(unfinished.read_bytes()[-8:])
+            (tmp_path / "d.dump").write_text("mine")
+
+        patch.setattr(os, "fsync", come)
+        run("backup", "d.dump", "--data-dir", folder).fails(2, "d.dump is there by now")
+        assert ends == [b"elizasql"] and (tmp_path / "d.dump").read_text() == "mine"
+        assert not list(tmp_path.glob(".*"))
     run("restore", "b.dump", "--data-dir", folder).fails(2, "not empty")
     (tmp_path / "text").write_text("hello")
     run("restore", "text", "--data-dir", folder.parent / "two").fails(1, "no backup")

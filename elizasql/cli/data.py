@@ -22,7 +22,7 @@ from elizasql._statements import SQL
 from elizasql.config import Config
 from elizasql.errors import ArgumentError, ConfigurationError, ElizaSQLError, NotFoundError
 from elizasql.transfer import Archive, Summary, export_archive, import_archive
-from elizasql.transfer._report import Report, naming, open_private
+from elizasql.transfer._report import Report, naming, open_private, place
 from elizasql.transfer.importer import check_parts
 
 from . import _out, _place, server
@@ -278,9 +278,12 @@ def backup(
                 # As superuser: it also holds what others than elizasql keep in the database.
                 await _run(config, "pg_dump", "--format=custom", "--compress=1", f"--file={unfinished}")
                 roles = await _run(config, "pg_dumpall", "--roles-only")
-                with unfinished.open("ab") as file:
-                    file.write(roles + _END.pack(len(roles), _MARK))
-                unfinished.rename(path)
+                with naming(path):
+                    with unfinished.open("ab") as file:
+                        file.write(roles + _END.pack(len(roles), _MARK))
+                        file.flush()
+                        os.fsync(file.fileno())
+                    place(unfinished, path)
             finally:
                 unfinished.unlink(missing_ok=True)
 

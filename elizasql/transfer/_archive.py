@@ -31,7 +31,7 @@ from elizasql import _codecs, _migrate
 from elizasql._calls import see_through
 from elizasql.errors import ArgumentError, ElizaSQLError, NotFoundError
 
-from ._report import naming, open_private
+from ._report import naming, open_private, place
 from ._rows import BY_NAME
 
 T = TypeVar("T")
@@ -233,7 +233,7 @@ async def create(path: Path) -> AsyncIterator[Writer]:
             with naming(path):
                 await in_thread(store.close)
         if not fills:
-            unfinished.rename(path)
+            place(unfinished, path)
     except BaseException:
         store.discard()
         raise

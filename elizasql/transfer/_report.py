@@ -10,6 +10,8 @@ from typing import IO
 
 import orjson
 
+from elizasql.errors import ArgumentError
+
 
 def open_private(path: Path, mode: str) -> IO[bytes]:
     """Open a file that, when it is made by that, only its owner may read: what is written to it are memories."""
@@ -24,6 +26,22 @@ def naming(path: Path) -> Iterator[None]:
     except OSError as error:
         error.filename = str(path)
         raise
+
+
+def place(unfinished: Path, path: Path) -> None:
+    """Give what is finished its name; what has come there meanwhile stays.
+
+    Raises:
+        ArgumentError: There is something of this name.
+    """
+    try:
+        os.link(unfinished, path)  # in one step, unlike a look and a rename
+    except OSError:  # there is something, or this is a folder, or the file system has no links
+        if os.path.lexists(path):
+            raise ArgumentError(f"{path} is there by now: choose another name") from None
+        unfinished.rename(path)
+    else:
+        unfinished.unlink()
 
 
 def _open_private(path: str, flags: int) -> int:
