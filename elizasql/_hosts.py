@@ -46,8 +46,8 @@ _OF_LIBPQ = {
     "sslsni",
     "tcp_user_timeout",
 }
-# What a pooler knows of a session that is not the server's.
-_OF_EVERY_CLIENT = ("application_name", "client_encoding")
+# What a pooler takes from each client and sets on whatever connection it gives it.
+_OF_EVERY_CLIENT = ("application_name", "client_encoding", "TimeZone")
 
 
 class _Hosts:

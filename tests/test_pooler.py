@@ -50,6 +50,7 @@ class Pooler:
         parts = urlsplit(dsn)
         host = parse_qs(parts.query).get("host", [parts.hostname or "127.0.0.1"])[0]
         wanted = _pool.session_settings(Config.load(environ={}))
+        del wanted["TimeZone"], wanted["application_name"]  # it takes these from each client
         query = ";".join(f"SET {name} = '{value}'" for name, value in wanted.items())
         connect_query = "connect_query='{}'".format(query.replace("'", "''")) if settings else ""
         (folder / "pgbouncer.ini").write_text(
@@ -103,10 +104,10 @@ max_client_conn = 200
 def pooler(dsn: str) -> Iterator[Callable[..., Pooler]]:
     with contextlib.ExitStack() as stack:
 
-        def start(**options: Any) -> Pooler:
+        def start(address: str = dsn, **options: Any) -> Pooler:
             folder = Path(tempfile.mkdtemp(prefix="esql-b"))
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            made = Pooler(dsn, folder, **options)
+            made = Pooler(address, folder, **options)
             stack.callback(made.stop)
             return made
 
@@ -244,15 +245,19 @@ async def test_pooler_that_drops_the_settings_is_refused(dsn: str, pooler: Calla
 
 
 @needs_pgbouncer
-async def test_pooler_that_refuses_settings_is_asked_without(dsn: str, pooler: Callable[..., Pooler]) -> None:
+async def test_pooler_that_refuses_settings_is_asked_without(own_database: str, pooler: Callable[..., Pooler]) -> None:
     """As one whose configuration is somebody else's; each connection that comes later saves itself the refusal."""
-    address = pooler(ignored=False).dsn
-    options: dict[str, Any] = {"dsn": address, "migration_dsn": dsn, "prepared_statements": False}
+    admin = await asyncpg.connect(own_database.replace("//elizasql@", "//postgres@"))
+    await admin.execute(f"ALTER DATABASE {urlsplit(own_database).path[1:]} SET timezone = 'Europe/Berlin'")
+    await admin.close()
+    address = pooler(own_database, ignored=False).dsn
+    options: dict[str, Any] = {"dsn": address, "migration_dsn": own_database, "prepared_statements": False}
     async with elizasql.connect(agent_id=uuid4(), pool_min_size=3, indexing="manual", **options) as db:
         await db.ensure_agent_exists({"name": "x"})
         assert _hosts._hosts_of(address).bare
     with pytest.raises(elizasql.ConfigurationError, match=r"does not apply .*enable_seqscan.*ALTER ROLE"):
-        await elizasql.open(agent_id=uuid4(), **options | {"dsn": pooler(ignored=False, settings=False).dsn})
+        refused = pooler(own_database, ignored=False, settings=False).dsn
+        await elizasql.open(agent_id=uuid4(), **options | {"dsn": refused})
 
 
 async def test_address_with_what_only_libpq_knows(dsn: str) -> None:
