@@ -244,7 +244,7 @@ def test_settings_behind_a_pooler_are_those_of_the_library() -> None:
     pooler = configparser.ConfigParser(interpolation=None)
     pooler.read_string(ini.text)
     assert pooler["pgbouncer"]["ignore_startup_parameters"].split(", ") == sorted(wanted)
-    [sql] = blocks(page, "sql")
+    sql, _ = blocks(page, "sql")
     assert dict(re.findall(r"^ALTER ROLE agents_app SET (\S+) = '(.*)';$", sql.text, re.MULTILINE)) == wanted
 
 
@@ -263,7 +263,7 @@ async def administrator(dsn: str, server_dir: Path) -> AsyncIterator[Callable[[s
 
 async def test_the_roles_of_production_suffice(administrator: Callable[[str], str]) -> None:
     before, inside, *later = blocks(DOCS / "how-to" / "production.md", "sql")
-    [settings] = blocks(DOCS / "how-to" / "pgbouncer.md", "sql")
+    settings, by_itself = blocks(DOCS / "how-to" / "pgbouncer.md", "sql")
     connection = await asyncpg.connect(administrator("postgres"))
     for statement in before.text.split(";")[:-1]:
         await connection.execute(statement)  # one by one: CREATE DATABASE takes no company
@@ -287,6 +287,7 @@ async def test_the_roles_of_production_suffice(administrator: Callable[[str], st
         plain = await asyncpg.connect(administrator("agents_app"))
         with pytest.raises(asyncpg.InsufficientPrivilegeError):
             await plain.execute("DROP TABLE elizasql.memories")
+        await plain.execute(by_itself.text)
         for name, value in _pool.session_settings(Config.load(environ={})).items():
             if name not in ("application_name", "TimeZone"):
                 assert await plain.fetchval("SELECT current_setting($1)", name) in (value, "1min")
