@@ -7,6 +7,7 @@ import inspect
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, TypeAlias
 from uuid import UUID
 
@@ -134,7 +135,7 @@ class Reembedding(Store):
         skips = _codecs.as_bool(skip_missing, "skip_missing")
         _codecs.check_progress(progress)
         began = time.monotonic()
-        locked, source, coming, _ = await self._look_at_move()
+        locked, source, coming, _, begun = await self._look_at_move()
         embedded, dropped, skipped = 0, 0, list[UUID]()
         if source is not None and coming is None:  # the end of a move that was broken off
             dropped, skipped = await self._drop_leaving(source)
@@ -146,7 +147,7 @@ class Reembedding(Store):
         if locked is None:
             raise EmbeddingDimensionError(self.agent_id, locked=None, given=target)
         if locked != target:
-            move = _Move(self, locked, target, embed, size, skips, progress)
+            move = _Move(self, locked, target, begun if coming == target else None, embed, size, skips, progress)
             embedded = await move.run()
             self._learn(target)
             more = await self._drop_leaving(locked)
@@ -174,15 +175,15 @@ class Reembedding(Store):
         """
         self._refuse_in_transaction("abandon_reembedding")
         await self._background.execute(SQL["abandon_reembedding"], agent_id=self.agent_id)
-        _, source, _, _ = await self._look_at_move()
+        _, source, _, _, _ = await self._look_at_move()
         return 0 if source is None else (await self._drop_leaving(source))[0]
 
-    async def _look_at_move(self) -> tuple[int | None, int | None, int | None, bool | None]:
-        """Give the width in force, and of the move under way the width that goes, the one that comes, and its skips."""
+    async def _look_at_move(self) -> tuple[int | None, int | None, int | None, bool | None, datetime | None]:
+        """Give the width in force; and of the move under way the widths that go and come, its skips, when it began."""
         row = await self._background.fetch_row(SQL["get_reembedding"], agent_id=self.agent_id)
         if row is None:
             raise NotFoundError(f"no such agent: {self.agent_id}; call ensure_agent_exists() first")
-        return row["locked"], row["source"], row["target"], row["skip_missing"]
+        return row["locked"], row["source"], row["target"], row["skip_missing"], row["begun"]
 
     async def _drop_leaving(self, source: int) -> tuple[int, list[UUID]]:
         """Drop the vectors that are not in force; give how many there were, and whose memories have none now."""
@@ -204,13 +205,18 @@ class Reembedding(Store):
 
 
 class _Move:
-    """One run of a move: fills, and switches when nothing is missing."""
+    """One run of a move: fills, and switches when nothing is missing.
+
+    When it began tells it from all others of the same widths: one that was abandoned while `embed` worked, which may
+    take long, must not leave its vectors among those of another model.
+    """
 
     def __init__(
         self,
         store: Reembedding,
         source: int,
         target: int,
+        begun: datetime | None,
         embed: Embed,
         batch_size: int,
         skip_missing: bool,
@@ -218,7 +224,8 @@ class _Move:
     ) -> None:
         self._store = store
         self._executor = store._background
-        self._widths = {"agent_id": store.agent_id, "source": source, "target": target}
+        # And when the move began: what every statement of it is about.
+        self._widths: dict[str, Any] = {"agent_id": store.agent_id, "source": source, "target": target, "begun": begun}
         self._target = target
         self._embed = embed
         self._batch_size = batch_size
@@ -227,13 +234,14 @@ class _Move:
 
     async def run(self) -> int:
         """Fill and switch; give how many vectors were made."""
-        about: dict[str, Any] = {"agent_id": self._store.agent_id, "target": self._target}
         await self._check_textless()
         await self._try_embed()
-        await self._executor.execute(SQL["begin_reembedding"], skip_missing=self._skip_missing, **about)
+        self._widths["begun"] = await self._executor.fetch_value(
+            SQL["begin_reembedding"], skip_missing=self._skip_missing, **self._widths
+        )
         embedded = refused = 0
         while await self._goes_on():
-            await self._executor.execute(SQL["drop_textless_reembeddings"], **about)
+            await self._executor.execute(SQL["drop_textless_reembeddings"], **self._widths)
             filled = await self._fill()
             embedded += filled
             # While a long pass ran, much may have come: the switch would find that out with writers waiting.
@@ -246,19 +254,21 @@ class _Move:
 
     async def _goes_on(self) -> bool:
         """Tell whether the switch is still to come."""
-        locked, _, coming, skips = await self._store._look_at_move()
-        if self._target not in (locked, coming):
+        locked, _, coming, skips, begun = await self._store._look_at_move()
+        if locked == self._target:
+            return False
+        if coming != self._target or begun != self._widths["begun"]:
             raise ReembeddingError(
                 f"the move of agent {self._store.agent_id} to {self._target} dimensions was abandoned"
-                if coming is None
+                if coming in {None, self._target}
                 else f"agent {self._store.agent_id} is on its way from {locked} to {coming} dimensions"
             )
-        if locked != self._target and skips != self._skip_missing:
+        if skips != self._skip_missing:
             # The server goes by what was said last, and might refuse this run's switch for ever.
             raise ReembeddingError(
                 f"another run of the move of agent {self._store.agent_id} was begun with skip_missing={skips}"
             )
-        return locked != self._target
+        return True
 
     async def _check_textless(self) -> None:
         if self._skip_missing:
@@ -326,7 +336,7 @@ class _Move:
         vectors = self._read(answer, [f"memory {row['id']}" for row in rows])
         stored: int = await executor.fetch_value(
             SQL.at("put_reembeddings", self._target),
-            agent_id=self._store.agent_id,
+            **self._widths,
             ids=[row["id"] for row in rows],
             text_hashes=[row["text_hash"] for row in rows],
             embeddings=[_codecs.encode_vector(vector) for vector in vectors],

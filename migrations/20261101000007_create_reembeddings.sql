@@ -10,6 +10,7 @@
 
 -- migrate:up
 -- target: the coming width. NULL: the vectors of width `source` are on their way out, whichever end the move had.
+-- created_at: tells a move from another of the same widths, which was begun after it was abandoned.
 CREATE TABLE elizasql.reembeddings (
     agent_id uuid NOT NULL,
     source smallint NOT NULL,

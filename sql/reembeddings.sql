@@ -11,13 +11,15 @@ SELECT
     a.embedding_dimension AS locked,
     r.source,
     r.target,
-    r.skip_missing
+    r.skip_missing,
+    r.created_at AS begun
 FROM elizasql.agents AS a
 LEFT JOIN elizasql.reembeddings AS r ON a.id = r.agent_id
 WHERE a.id = :agent_id;
 
--- name: begin_reembedding(agent_id, target, skip_missing)!
--- Notes down that a move is under way, where none is; the same one goes on.
+-- name: begin_reembedding(agent_id, target, skip_missing, begun)$
+-- Notes down that a move is under way, where none is, and gives when it began, which tells it from all others of this
+-- width; the same one goes on. begun: of the one that was under way; where another one is by now, nothing comes back.
 INSERT INTO elizasql.reembeddings AS r (agent_id, source, target, skip_missing)
 SELECT
     id,
@@ -28,7 +30,8 @@ FROM elizasql.agents
 WHERE id = :agent_id AND embedding_dimension <> :target::smallint
 ON CONFLICT (agent_id) DO UPDATE
     SET skip_missing = excluded.skip_missing
-    WHERE r.target = excluded.target;
+    WHERE r.target = excluded.target AND r.created_at = coalesce(:begun::timestamptz, r.created_at)
+RETURNING created_at;
 
 -- name: count_reembedded(agent_id, source, target)^
 SELECT
@@ -95,13 +98,14 @@ WHERE
     AND coalesce(m.content ->> 'text', '') = ''
 ORDER BY m.id;
 
--- name: put_reembeddings(agent_id, ids, text_hashes, embeddings)$
+-- name: put_reembeddings(agent_id, begun, ids, text_hashes, embeddings)$
 -- Stores vectors of the coming width, for the memories whose text is still the one that they were made of; gives their
--- number. The lock on the move's row lasts to the end of it; the locks on the memories see to it that a change of text
--- or scope comes before this or finds what this has stored.
+-- number: none where the move that they were made for was abandoned, also when another one has begun since. The lock on
+-- the move's row lasts to the end of it; the locks on the memories see to it that a change of text or scope comes before
+-- this or finds what this has stored.
 WITH moving AS MATERIALIZED (
     SELECT target FROM elizasql.reembeddings
-    WHERE agent_id = :agent_id AND target = 384
+    WHERE agent_id = :agent_id AND target = 384 AND created_at = :begun
     FOR SHARE
 ),
 
@@ -168,11 +172,14 @@ FROM elizasql.agents
 WHERE id = :agent_id
 FOR UPDATE;
 
--- name: switch_dimension(agent_id, source, target)!
--- The coming width is in force from here on. A trigger refuses it while something is left to embed.
+-- name: switch_dimension(agent_id, source, target, begun)!
+-- The coming width is in force from here on, unless another move has begun. A trigger refuses it while something is left
+-- to embed.
 UPDATE elizasql.agents
 SET embedding_dimension = :target
-WHERE id = :agent_id AND embedding_dimension = :source::smallint;
+WHERE
+    id = :agent_id AND embedding_dimension = :source::smallint
+    AND EXISTS (SELECT FROM elizasql.reembeddings AS r WHERE r.agent_id = :agent_id AND r.created_at = :begun);
 
 -- name: abandon_reembedding(agent_id)!
 -- The vectors of the coming width are to be dropped from here on, and no more of them are taken.

@@ -675,14 +675,14 @@ async def test_the_resident_tier_learns_too(make_db: MakeAdapter, raw: Raw) -> N
 # --- one at a time ---------------------------------------------------------------------------------------------------
 
 
-async def broken_off(db: DatabaseAdapter, to: int, after: int) -> None:
-    """Begin a move and break it off after some batches of two."""
+async def broken_off(db: DatabaseAdapter, to: int, after: int, model: str = "") -> None:
+    """Begin a move, or go on with it, and break it off after some batches of two."""
     calls = itertools.count(-1)
 
     def embed(texts: list[str]) -> Any:
         if next(calls) == after:
             raise InterruptedError
-        return [vector_of(text, to) for text in texts]
+        return [vector_of(f"{model}{text}", to) for text in texts]
 
     with pytest.raises(InterruptedError):
         await db.reembed(to, embed, batch_size=2)
@@ -738,6 +738,52 @@ async def test_a_move_that_is_abandoned_while_it_runs_ends(db: DatabaseAdapter, 
         await db.reembed(NEW, embed, batch_size=2)
     assert next(calls) == 4, "no more was embedded"
     await check_end(raw, db.agent_id, OLD)
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+async def test_a_run_that_was_abandoned_stores_nothing_in_the_move_of_another_model(
+    db: DatabaseAdapter, make_db: MakeAdapter, raw: Raw, at: int
+) -> None:
+    """Both move to one width, and `embed` may take long: half of the vectors by another model find nothing."""
+    await remember(db, 9)
+    await broken_off(db, NEW, 1)
+    other = await make_db(db.agent_id)
+    calls = itertools.count()  # 0 is the one text that is tried
+
+    async def embed(texts: list[str]) -> Any:
+        if next(calls) == at:
+            await other.abandon_reembedding()
+            await broken_off(other, NEW, 1, "another model's ")
+        return [vector_of(text, NEW) for text in texts]
+
+    with pytest.raises(ReembeddingError, match="was abandoned"):
+        await db.reembed(NEW, embed, batch_size=2)
+    assert next(calls) == at + 1, "no more was embedded"
+    made = [each[NEW].tolist() for each in (await vectors(raw, db.agent_id)).values() if NEW in each]
+    theirs = [vector_of(f"another model's text {number}", NEW).tolist() for number in range(9)]
+    assert len(made) == 2 and all(vector in theirs for vector in made)
+    await broken_off(other, NEW, 2, "another model's ")
+
+
+async def test_a_run_that_was_abandoned_does_not_switch_to_the_move_of_another_model(
+    db: DatabaseAdapter, make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await remember(db, 3)
+    other = await make_db(db.agent_id)
+    real = module._Move._switch
+
+    async def late(self: module._Move) -> bool:
+        if self._store is other:
+            raise InterruptedError
+        await other.abandon_reembedding()
+        with pytest.raises(InterruptedError):
+            await other.reembed(NEW, lambda texts: [vector_of(f"another model's {text}", NEW) for text in texts])
+        return await real(self)
+
+    monkeypatch.setattr(module._Move, "_switch", late)
+    with pytest.raises(ReembeddingError, match="was abandoned"):
+        await db.reembed(NEW, embedder(NEW))
+    assert await db.get_embedding_dimension() == OLD
 
 
 async def test_two_that_move_at_once_do_it_once(db: DatabaseAdapter, make_db: MakeAdapter, raw: Raw) -> None:
