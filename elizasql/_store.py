@@ -106,6 +106,7 @@ class Store:
         needed: Sequence[str] = (),
         fixed: Sequence[str] = (),
         new_ids: bool = False,
+        read: Callable[[Any], dict[str, Any]] | None = None,
     ) -> tuple[list[UUID], list[dict[str, Any]]]:
         """Check a batch of updates, or of upserts, before any I/O.
 
@@ -115,6 +116,7 @@ class Store:
             needed: Fields that must be given.
             fixed: Fields that None cannot clear.
             new_ids: Make an id for whatever has none; otherwise that is an error.
+            read: How a value is read; None: as the model does.
 
         Returns:
             The id of every value in the order given; and the fields that are given, ordered by id, every id once: what
@@ -123,7 +125,7 @@ class Store:
         Raises:
             ArgumentError: Names the position of the row that is wrong.
         """
-        given = await self._read_each(kind, values, needed=needed, fixed=fixed, new_ids=new_ids)
+        given = await self._read_each(kind, values, needed=needed, fixed=fixed, new_ids=new_ids, read=read)
         rows: dict[UUID, dict[str, Any]] = {}
         for row in given:
             rows[row["id"]] = rows.get(row["id"], {}) | row
@@ -329,16 +331,12 @@ def order_by_id(rows: list[dict[str, Any]]) -> list[int]:
     return positions
 
 
-async def unwrap(kind: type[Model], values: Any, key: str) -> list[Any]:
-    """Take the batch contract's form of updates, {id, key: fields}, for mappings of these fields and the id.
+def unwrap(kind: type[Model], key: str) -> Callable[[Any], dict[str, Any]]:
+    """Give what reads an update: the fields of one, or the batch contract's form of it, {id, key: fields}."""
 
-    Raises:
-        ArgumentError: Names the position of what has neither form.
-    """
-
-    def read(value: Any) -> Any:
+    def read(value: Any) -> dict[str, Any]:
         if not (isinstance(value, Mapping) and key in value):
-            return value
+            return kind.read(value)
         if set(value) != {"id", key}:
             raise ArgumentError(f"expected id and {key}, and nothing else")
         id = _codecs.as_id(value["id"])
@@ -347,7 +345,7 @@ async def unwrap(kind: type[Model], values: Any, key: str) -> list[Any]:
             raise ArgumentError(f"id is {id} outside and {fields['id']} inside")
         return fields | {"id": id}
 
-    return await read_each(values, kind.__name__, read)
+    return read
 
 
 def as_limit(count: int | None, limit: int | None) -> int | None:

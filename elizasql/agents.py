@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
 from . import _codecs
 from ._statements import SQL
-from ._store import Store, by_id, order_by_id, read_each
+from ._store import Store, by_id, order_by_id
 from .errors import ArgumentError, show
 from .models import Agent
 
@@ -153,7 +153,7 @@ class Agents(Store):
 
         Statement: sql/agents.sql update_agents. Source: updateAgent; differs: an agent that is not there is False.
         """
-        return bool(await self._update_agents([(agent_id, agent)], required=False))
+        return bool(await self._update_agents([(agent_id, agent)], _read_change, required=False))
 
     async def update_agents(self, agents: Iterable[Agent | Mapping[str, Any]], *, timeout: float | None = None) -> None:
         """Change agents as `update_agent` does, all or none.
@@ -168,10 +168,12 @@ class Agents(Store):
         Statement: sql/agents.sql update_agents. One round trip a chunk. Source: updateAgents; differs: one statement,
         and an agent that is not there is an error.
         """
-        await self._update_agents(await read_each(agents, "Agent", _split), required=True)
+        await self._update_agents(agents, lambda value: _read_change(_split(value)), required=True)
 
-    async def _update_agents(self, agents: list[tuple[Any, Any]], *, required: bool) -> list[Any]:
-        ids, rows = await self._read_partial(Agent, await read_each(agents, "Agent", _read_change), fixed=_FIXED)
+    async def _update_agents(
+        self, agents: Iterable[Any], read: Callable[[Any], dict[str, Any]], *, required: bool
+    ) -> list[Any]:
+        ids, rows = await self._read_partial(Agent, agents, fixed=_FIXED, read=read)
         _refuse_twice(ids)
         return await self._write_rows("update_agents", "agents", Agent, rows, ids, required=required)
 

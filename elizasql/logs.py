@@ -92,7 +92,7 @@ class Logs(Store):
 
         Statement: sql/logs.sql update_logs. One round trip a chunk. Source: updateLogs.
         """
-        ids, rows = await self._read_partial(Log, await unwrap(Log, logs, "updates"), fixed=("type", "body"))
+        ids, rows = await self._read_partial(Log, logs, fixed=("type", "body"), read=unwrap(Log, "updates"))
         if not rows:
             return
         bodies = _encode_bodies(rows, ids)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -203,10 +203,12 @@ class Tasks(Store):
 
         Statement: sql/tasks.sql update_tasks. One round trip a chunk. Source: updateTasks.
         """
-        await self._update_tasks(await self._read_patches(await unwrap(Task, tasks, "task")), required=True)
+        await self._update_tasks(await self._read_patches(tasks, unwrap(Task, "task")), required=True)
 
-    async def _read_patches(self, tasks: Iterable[Task | Mapping[str, Any]]) -> tuple[list[UUID], list[dict[str, Any]]]:
-        ids, rows = await self._read_partial(Task, tasks, fixed=("name", "max_attempts"))
+    async def _read_patches(
+        self, tasks: Iterable[Task | Mapping[str, Any]], read: Callable[[Any], dict[str, Any]] | None = None
+    ) -> tuple[list[UUID], list[dict[str, Any]]]:
+        ids, rows = await self._read_partial(Task, tasks, fixed=("name", "max_attempts"), read=read)
         return ids, [{key: value for key, value in row.items() if key in _CHANGEABLE} for row in rows]
 
     async def _update_tasks(self, read: tuple[list[UUID], list[dict[str, Any]]], *, required: bool) -> list[Any]:

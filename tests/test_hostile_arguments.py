@@ -15,6 +15,7 @@ from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from fractions import Fraction
+from itertools import count
 from typing import Any, NoReturn
 from uuid import UUID
 
@@ -22,6 +23,7 @@ import numpy as np
 import pytest
 
 from elizasql import Config, ConfigurationError, DatabaseAdapter, ElizaSQLError, Model, _codecs, elizaos, models
+from elizasql._statements import Statement
 
 from .conftest import MakeAdapter
 
@@ -295,6 +297,69 @@ async def test_no_value_ends_a_call_in_an_error_of_python(
                 if said.endswith("escapes"):
                     wrong.append(f"{method}, {place}: {said}")
     assert not wrong, "\n".join(sorted(set(wrong)))
+
+
+def varied(value: Any, number: int) -> Any:
+    """Give a value of GOOD or MODELS with ids and texts of a row's own."""
+    if isinstance(value, dict):
+        return {key: varied(item, number) for key, item in value.items()}
+    if isinstance(value, list):
+        return [varied(item, number) for item in value]
+    if isinstance(value, UUID):
+        return UUID(int=value.int + number)
+    return f"x{number}" if value == "x" else value
+
+
+async def test_what_an_iterator_gives_is_read_before_it_is_asked_for_the_next(
+    db: DatabaseAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be the same mapping or object, changed."""
+
+    def mappings(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        one: dict[str, Any] = {}
+        for row in rows:
+            one.clear()
+            one.update(row)
+            yield one
+
+    def objects(kind: type[Model], rows: list[dict[str, Any]]) -> Iterator[Model]:
+        one = kind()
+        for row in rows:
+            for key, value in row.items():
+                setattr(one, key, value)
+            yield one
+
+    async def record(statement: Statement, method: str = "", params: Any = None, **chunk: Any) -> NoReturn:
+        sent.append((statement.name, statement.order(params or chunk)))
+        raise Sent
+
+    async def sent_by(method: str, **arguments: Any) -> list[Any]:
+        sent.clear()
+        with monkeypatch.context() as patch, suppress(Sent):
+            patch.setattr(_codecs, "new_id", map(UUID, map("{:032x}".format, count(1))).__next__)
+            await getattr(db, method)(**arguments)
+        return list(sent)
+
+    sent: list[Any] = []
+    swept, wrong = 0, []
+    with monkeypatch.context() as patch:
+        for executor in (db._executor, db._background):
+            patch.setattr(executor, "_run", record)
+            patch.setattr(executor, "fetch_together", lambda statement, work, *_: work(record))
+        for method in (name for names in methods().values() for name in names):
+            given = good(method)
+            for name, value in given.items():
+                if not (isinstance(value, list) and isinstance(value[0], dict)):
+                    continue
+                swept += 1
+                rows = [varied(value[0], number) for number in range(3)]
+                expected = await sent_by(method, **given | {name: rows})
+                assert expected, method
+                model = model_of(method, name)
+                reused = [mappings(rows), *([] if model is None else [objects(model[0], rows)])]
+                wrong += [method for each in reused if await sent_by(method, **given | {name: each}) != expected]
+    assert swept > 30
+    assert not wrong, wrong
 
 
 def documented(method: str) -> set[str]:
