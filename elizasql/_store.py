@@ -367,7 +367,8 @@ def read_cursor(kind: type[Model], cursor: Any, *, forward: bool = False) -> dic
     """Check where a page is to go on: behind a row, or the time and the id of one.
 
     Statements read the exact time by the id. Where the row is gone the one that is given counts; of a time that JSON
-    may have cut to milliseconds, the rest of its millisecond is rather given twice than never.
+    may have cut to milliseconds, also before a model was made of it, the rest of its millisecond is rather given twice
+    than never. A time and an id are taken as they are.
 
     Args:
         kind: The model of the rows.
@@ -385,6 +386,6 @@ def read_cursor(kind: type[Model], cursor: Any, *, forward: bool = False) -> dic
         given, id = row.get("created_at"), row.get("id")
         if given is None or id is None:
             raise ArgumentError("cursor needs created_at and id")
-    cut = isinstance(cursor, Mapping) or not isinstance(given, datetime)
+    cut = not (isinstance(cursor, (tuple, list)) and isinstance(given, datetime))
     read = _codecs.as_optional_end if cut and not forward else _codecs.as_time
     return {"cursor_time": read(given, "cursor"), "cursor_id": _codecs.as_id(id, "cursor")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from types import SimpleNamespace
 from typing import Any
@@ -621,14 +621,17 @@ async def test_a_cursor_and_an_end_hold_together(db: DatabaseAdapter, agent_worl
                 assert ids_of(found) == wanted, (scope, time, id, end)
 
 
-async def test_pages_go_on_behind_a_memory_that_is_gone(db: DatabaseAdapter) -> None:
+@pytest.mark.parametrize("as_cursor", [Memory.to_dict, lambda last: Memory.from_dict(last.to_dict())])
+async def test_pages_go_on_behind_a_memory_that_is_gone(
+    db: DatabaseAdapter, as_cursor: Callable[[Memory], Any]
+) -> None:
     """JSON cuts times to milliseconds, and a batch is made in one."""
     ids = await db.create_memories([Memory(content={}) for _ in range(50)], "messages")
     seen: list[UUID | None] = []
-    cursor: dict[str, Any] | None = None
+    cursor: Any = None
     while page := await db.get_memories(table_name="messages", count=10, cursor=cursor):
         seen += ids_of(page)
-        cursor = page[-1].to_dict()
+        cursor = as_cursor(page[-1])
         await db.delete_memories([memory.id for memory in page])  # type: ignore[misc]
     assert seen == ids[::-1]
 

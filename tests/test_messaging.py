@@ -987,7 +987,8 @@ async def test_pages_hold_while_messages_come_and_go(db: DatabaseAdapter) -> Non
     rest = await db.get_messages_for_channel(channel, cursor=first[-1])
     assert [*first, *rest] == expected
     # Nor does JSON, which cuts its time to milliseconds, lose the rest of its millisecond.
-    for cursor in (first[-1].to_dict(), (first[-1].to_dict()["createdAt"], first[-1].id)):
+    cut = first[-1].to_dict()
+    for cursor in (cut, ChannelMessage.from_dict(cut), (cut["createdAt"], first[-1].id)):
         again = await db.get_messages_for_channel(channel, cursor=cursor)  # type: ignore[arg-type]
         assert again[-len(rest) :] == rest
         later = await db.get_messages_for_channel(channel, cursor=cursor, oldest_first=True)  # type: ignore[arg-type]
@@ -995,7 +996,7 @@ async def test_pages_hold_while_messages_come_and_go(db: DatabaseAdapter) -> Non
     # An exact time is one, also in whole milliseconds.
     assert rest[-3].created_at == START
     await db.delete_message(rest[-3].id or "")
-    assert await db.get_messages_for_channel(channel, cursor=rest[-3]) == rest[-2:]
+    assert await db.get_messages_for_channel(channel, cursor=(START, rest[-3].id or "")) == rest[-2:]
     # Catching up from the newest one that was seen.
     assert await db.get_messages_for_channel(channel, cursor=first[0], oldest_first=True) == [new]
     assert await db.get_messages_for_channel(channel, cursor=new, oldest_first=True) == []
