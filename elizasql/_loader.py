@@ -24,7 +24,10 @@ Row = dict[str, Any]
 # Below so many vectors the index stays: to build even a small one locks out writers, and the tail is soon moved.
 _LARGE = 10_000
 
-_UUID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+# What the server says of a key, its columns and their values; and of a row that breaks a rule, which begins with the
+# agent and the id, and may name other memories behind them.
+_KEY = re.compile(r"[^(]*\(([\w, ]+)\)=\(([^()]*)\)")
+_ROW = re.compile(r"[^(]*\([0-9a-f-]{36}, ([0-9a-f-]{36}),")
 
 
 class Loader:
@@ -137,7 +140,7 @@ class Loader:
                 await self._make_way(len(rows), vectors)
                 stored = await self._store._load(rows, skip=self._skip)
         except IntegrityError as error:
-            position = _find(error, batch, self._store.agent_id)
+            position = _find(error, batch)
             if position is not None:
                 error.args = (f"Memory at position {position}: {error}",)
             raise
@@ -188,11 +191,17 @@ async def _each(memories: Iterable[Any] | AsyncIterable[Any]) -> AsyncGenerator[
             yield memory
 
 
-def _find(error: IntegrityError, batch: dict[UUID, tuple[int, Row]], agent_id: UUID) -> int | None:
+def _find(error: IntegrityError, batch: dict[UUID, tuple[int, Row]]) -> int | None:
     """Give the position of the memory that the server's refusal is about, None where it does not tell."""
-    named = {UUID(text) for text in _UUID.findall(error.detail or "")} - {agent_id}
+    detail = error.detail or ""
+    if (key := _KEY.match(detail)) is not None:
+        named = dict(zip(key[1].split(", "), key[2].split(", "), strict=False))
+    elif (failing := _ROW.match(detail)) is not None:
+        named = {"id": failing[1]}
+    else:
+        return None
     for name in ("id", "entity_id", "room_id", "world_id"):
         for position, row in batch.values():
-            if row[name] in named:
+            if str(row[name]) == named.get(name):
                 return position
     return None

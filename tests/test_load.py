@@ -315,6 +315,26 @@ async def test_what_the_server_refuses_is_named_too(
     assert (await stored(raw, db.agent_id))[0] == 20
 
 
+async def test_what_the_server_refuses_is_named_though_others_are_named_beside_it(
+    db: DatabaseAdapter, agent_world: Scene
+) -> None:
+    """The agent among the entities; in a row that breaks a rule the ids of other memories, of rooms and the like."""
+    memories = some(3)
+    memories[2].entity_id = db.agent_id
+    with pytest.raises(ForeignKeyError, match="Memory at position 2: "):
+        await db.load_memories(memories, "messages")
+    memories = some(3, room_id=agent_world.room)
+    memories[2].content = {"inReplyTo": str(memories[0].id), "note": "(id)=(x)"}
+    memories[2].metadata = {"type": "fragment"}
+    with pytest.raises(elizasql.CheckError, match="Memory at position 2: "):
+        await db.load_memories(memories, "messages")
+    memories[1].id = db.agent_id
+    memories[2].metadata = None
+    await db.create_memory(memories[1], "messages")
+    with pytest.raises(UniqueViolationError, match="Memory at position 1: "):
+        await db.load_memories(memories, "messages")
+
+
 async def test_an_error_of_the_source_comes_through(db: DatabaseAdapter, raw: asyncpg.Connection[Any]) -> None:
     def broken() -> Iterator[Memory]:
         yield from some(25)
