@@ -12,7 +12,7 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -51,6 +51,9 @@ _OUTDATED = (asyncpg.ReadOnlySQLTransactionError, asyncpg.InvalidCachedStatement
 
 # Seconds that a rollback has in any case, also when the call that failed has none left.
 _UNDO_TIME = 0.5
+
+# Calls that may be at what one at a time can lock: one has it, and the statement of the next is at the server already.
+_AT_A_LOCK = 2
 
 # Seconds between two looks at a transaction whose end the server has not decided yet.
 _SETTLE_PAUSE = 0.05
@@ -156,12 +159,28 @@ class Executor:
 
         return await self.fetch_together(statement, work)
 
-    def fetch_together(self, statement: Statement, work: Callable[[Fetch], Awaitable[T]]) -> Coroutine[Any, Any, T]:
+    def fetch_in_turn(
+        self, statement: Statement, keys: Iterable[Hashable], **params: Any
+    ) -> Coroutine[Any, Any, list[asyncpg.Record]]:
+        """Run a statement that waits for others which lock the same, and give its rows.
+
+        Args:
+            statement: What to run.
+            keys: What it locks, in the order of all who lock several. Where others of the process are at one of these,
+                the call waits for them here, without a connection; in a transaction, which has one, at the server.
+            **params: Its parameters.
+        """
+        return self._run(statement, "fetch", params, keys)
+
+    def fetch_together(
+        self, statement: Statement, work: Callable[[Fetch], Awaitable[T]], keys: Iterable[Hashable] = ()
+    ) -> Coroutine[Any, Any, T]:
         """Run several statements in one transaction.
 
         Args:
             statement: What the transaction is for: errors name it.
             work: Takes what runs a statement and gives its rows. It is called once more for each new try.
+            keys: As of `fetch_in_turn`.
         """
 
         async def on(connection: Any, deadline: float) -> T:
@@ -174,7 +193,7 @@ class Executor:
             return await work(fetch)
 
         # What broke before the end of the transaction was not done; its end is settled by `_commit_on`.
-        return self._attempts(statement.name, self._in_transaction(on, settle=True), Outcome.NOT_APPLIED)
+        return self._attempts(statement.name, self._in_transaction(on, settle=True), Outcome.NOT_APPLIED, keys=keys)
 
     async def probe(self) -> None:
         """Ask the server for a sign of life, once: no try is made again, and the breaker is not asked."""
@@ -206,7 +225,9 @@ class Executor:
             return statement.sql
         return statement.within(home.partition)
 
-    def _run(self, statement: Statement, method: str, params: dict[str, Any]) -> Coroutine[Any, Any, Any]:
+    def _run(
+        self, statement: Statement, method: str, params: dict[str, Any], keys: Iterable[Hashable] = ()
+    ) -> Coroutine[Any, Any, Any]:
         sql, arguments = self.text(statement, params), statement.order(params)
 
         def work(connection: Any, deadline: float) -> Any:
@@ -214,11 +235,11 @@ class Executor:
 
         if self._config.prepared_statements or self.in_transaction:
             lost = Outcome.NOT_APPLIED if statement.repeatable else Outcome.UNKNOWN
-            return self._attempts(statement.name, work, lost)
+            return self._attempts(statement.name, work, lost, keys=keys)
         # Without names a statement takes two steps, and a pooler leads them to one server inside of a transaction only.
         # What broke before its end was not done, and a lost end is settled where it cannot be done again.
         wrapped = self._in_transaction(work, settle=not statement.repeatable)
-        return self._attempts(statement.name, wrapped, Outcome.NOT_APPLIED)
+        return self._attempts(statement.name, wrapped, Outcome.NOT_APPLIED, keys=keys)
 
     def _in_transaction(self, work: Work, *, settle: bool) -> Work:
         """Wrap work in a transaction, whose end is settled when it is lost."""
@@ -240,7 +261,9 @@ class Executor:
 
         return wrapped
 
-    async def _attempts(self, name: str, work: Work, lost: Outcome, *, hold: bool = False) -> Any:
+    async def _attempts(
+        self, name: str, work: Work, lost: Outcome, *, hold: bool = False, keys: Iterable[Hashable] = ()
+    ) -> Any:
         """Do work on a connection, and again as often as it makes sense.
 
         Args:
@@ -249,13 +272,21 @@ class Executor:
             lost: What a connection that breaks after something was sent means: NOT_APPLIED where the work may be done
                 again all the same.
             hold: The connection stays the caller's when it went well.
+            keys: As of `fetch_in_turn`.
 
         Raises:
             ElizaSQLError: What the last try met.
         """
         deadline = current_deadline(self._config.timeout, self.meter)
         self._enter(name)
+        turns: list[_Turn] = []
         try:
+            for key in keys:
+                turn = self._turn_of(key)
+                await turn.take(name, deadline, "the locks that it needs")
+                turns.append(turn)
+            if turns and self._cut:
+                raise ClosedError(f"{name}: the adapter was closed meanwhile", statement=name)
             failures = 0
             spared = False
             permit: int | None = None
@@ -297,7 +328,17 @@ class Executor:
                 if self._closed:
                     raise ClosedError(f"{name}: the adapter was closed meanwhile", statement=name)
         finally:
+            for turn in turns:
+                turn.pass_on()
             self._leave()
+
+    def _turn_of(self, key: Hashable) -> _Turn:
+        """Give whose turn it is at what a key stands for; it lasts as long as somebody has it or waits for it."""
+        turns = self.connections.turns
+        turn: _Turn | None = turns.get(key)
+        if turn is None:
+            turn = turns[key] = _Turn(max(1, min(_AT_A_LOCK, self.lane.max_size // 2)))
+        return turn
 
     def _again(self, made: ElizaSQLError, outcome: Outcome, failures: int, latest: float) -> bool:
         """Decide whether another try makes sense; `latest` is when it would have to begin."""
@@ -589,7 +630,15 @@ class _TransactionExecutor(Executor):
         self._doubtful = False
         self._cut_short: str | None = None
 
-    async def _attempts(self, name: str, work: Work, lost: Outcome, *, hold: bool = False) -> Any:  # noqa: ARG002
+    async def _attempts(
+        self,
+        name: str,
+        work: Work,
+        lost: Outcome,  # noqa: ARG002
+        *,
+        hold: bool = False,  # noqa: ARG002
+        keys: Iterable[Hashable] = (),  # noqa: ARG002
+    ) -> Any:
         self._check(name)
         deadline = current_deadline(self._config.timeout, self.meter)
         await self._turn.take(name, deadline)
@@ -726,24 +775,25 @@ class _TransactionExecutor(Executor):
 
 
 class _Turn:
-    """Lets one at a time through, in the order in which they came: a lock, but whoever waits may say how long."""
+    """Lets so many at a time through, in the order in which they came: a lock, but whoever waits may say how long."""
 
-    def __init__(self) -> None:
-        self._taken = False
+    def __init__(self, places: int = 1) -> None:
+        self._free = places
         self._waiters: deque[asyncio.Future[bool]] = deque()
 
-    async def take(self, name: str, deadline: float | None = None) -> None:
+    async def take(self, name: str, deadline: float | None = None, what: str = "the transaction") -> None:
         """Wait for one's turn; `pass_on` ends it.
 
         Args:
             name: What errors call the one who waits.
             deadline: Until when, by `time.monotonic`; None: however long it takes.
+            what: What errors call what is waited for.
 
         Raises:
             DeadlineError: It did not come in time; nothing was sent.
         """
-        if not self._taken:
-            self._taken = True
+        if self._free:
+            self._free -= 1
             return
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[bool] = loop.create_future()
@@ -760,7 +810,7 @@ class _Turn:
             if timer is not None:
                 timer.cancel()
         if not came:
-            raise DeadlineError(f"{name}: others had the transaction for all of the time limit", statement=name)
+            raise DeadlineError(f"{name}: others had {what} for all of the time limit", statement=name)
 
     def pass_on(self) -> None:
         """Give the turn to whoever has waited longest."""
@@ -769,7 +819,7 @@ class _Turn:
             if not waiter.done():
                 waiter.set_result(True)
                 return
-        self._taken = False
+        self._free += 1
 
 
 def _expire(waiter: asyncio.Future[bool]) -> None:

@@ -15,7 +15,7 @@ import asyncio
 import os
 import sys
 import weakref
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Hashable, Iterable
 from dataclasses import fields
 from types import ModuleType
 from typing import Any
@@ -50,6 +50,7 @@ class Connections:
         server: What the server is.
         breaker: The server's circuit breaker, shared with all other connections to it from this loop.
         limits: The server's address and what its breaker is set to.
+        turns: Whose turn it is at what calls lock, by what that is; only while somebody has it or waits for it.
         loop: The event loop that they belong to.
         users: Adapters that have joined.
     """
@@ -61,6 +62,7 @@ class Connections:
         self._opening = asyncio.Lock()
         self._opened = False
         self.users: int = 0
+        self.turns: weakref.WeakValueDictionary[Hashable, Any] = weakref.WeakValueDictionary()
         self.server: Server = None  # type: ignore[assignment] # set by join
         self.interactive: Lane = None  # type: ignore[assignment]
         self.background: Lane = None  # type: ignore[assignment]

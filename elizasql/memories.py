@@ -254,11 +254,13 @@ class Memories(Store):
         for chunk in chunks:
             chunk |= {"lock_types": [], "lock_rooms": []}
         chunks[0]["lock_types"], chunks[0]["lock_rooms"] = map(list, zip(*undecided, strict=True))
+        # One at a time looks into each of these: many that wait for their turn must not have every connection.
+        locks = [(self.agent_id, *each) for each in (sorted(undecided, key=str) if len(undecided) > 1 else undecided)]
         width = given or 384
         alike = await _find_alike(in_order)
         if len(chunks) == 1 and not alike:
             statement = SQL.at("create_memories_marking_duplicates", width)
-            await self._write(self._executor.fetch(statement, **chunks[0]), given)
+            await self._write(self._executor.fetch_in_turn(statement, locks, **chunks[0]), given)
             return ids
         look, create = SQL.at("find_near_duplicates", width), SQL.at("create_memories", width)
 
@@ -277,7 +279,7 @@ class Memories(Store):
                 await fetch(create, **chunk | {"uniques": list(islice(uniques, len(chunk["ids"])))})
             return []
 
-        await self._write(self._executor.fetch_together(create, work), given)
+        await self._write(self._executor.fetch_together(create, work, locks), given)
         return ids
 
     @lasting(86_400.0)

@@ -39,11 +39,13 @@ OWN = {name for name, statement in SQL.items() if statement.file == "reembedding
 async def main(dsn: str, agent_id: UUID, width: int) -> None:
     real = Executor._run
 
-    async def observed(self: Executor, statement: Statement, method: str, params: dict[str, Any]) -> Any:
+    async def observed(
+        self: Executor, statement: Statement, method: str, params: dict[str, Any], keys: Any = ()
+    ) -> Any:
         if statement.name not in OWN:
-            return await real(self, statement, method, params)
+            return await real(self, statement, method, params, keys)
         await ask(f"before {statement.name}")
-        result = await real(self, statement, method, params)
+        result = await real(self, statement, method, params, keys)
         await ask(f"after {statement.name}")
         return result
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
+import gc
 from collections.abc import Container, Sequence
 from itertools import product
 from typing import Any
@@ -13,10 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elizasql import DatabaseAdapter, Entity, Memory, Room, World, _codecs, _duplicates
+from elizasql import DatabaseAdapter, DeadlineError, Entity, Memory, Room, World, _codecs, _duplicates
 from elizasql._duplicates import find_alike
 
 from .conftest import MakeAdapter
+from .locking import blocked_pid
 
 Row = dict[str, Any]
 
@@ -169,3 +173,38 @@ async def test_a_batch_that_is_tried_again_is_decided_anew(
     ids = await db.create_memories(batch, "messages")
     stored = {memory.id: memory.unique for memory in await db.get_memories_by_ids(ids)}
     assert refused and [stored[id] for id in ids] == [False, True, False]
+
+
+async def test_who_waits_for_a_room_leaves_the_connections_to_others(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any]
+) -> None:
+    """The server lets one at a time look into a room: those behind it wait in the process."""
+    db = await make_db(pool_max_size=4)
+    await db.create_memory(Memory(content={}, embedding=_AXES[0], unique=True), "documents")
+    one, two, three, four = (Memory(content={}, embedding=_AXES[axis]) for axis in range(4))
+    lock = "SELECT pg_advisory_xact_lock(hashtextextended($1::text || ' - messages', 0))"
+    async with raw.transaction():
+        await raw.execute(lock, str(db.agent_id))
+        calls = [
+            db.create_memory(one, "messages"),
+            db.create_memory(two, "messages"),
+            db.create_memories([one, two, three, three], "messages"),
+            db.create_memories([dataclasses.replace(two, type="messages"), dataclasses.replace(one, type="facts")]),
+            db.create_memory(four, "messages"),
+        ]
+        creating = [asyncio.ensure_future(call) for call in calls]
+        await blocked_pid(raw, creating[0])
+        assert await db.search_memories(embedding=_AXES[0], table_name="documents", count=1)
+        await db.create_memory(one, "documents")
+        with pytest.raises(DeadlineError, match="others had the locks that it needs"):
+            await db.create_memory(one, "messages", timeout=0.01)
+        creating[1].cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await creating[1]
+        async with db.transaction() as tx:
+            await tx.create_memory(one, "facts")
+    await asyncio.gather(*creating[2:], creating[0])
+    assert await db.count_memories(table_name="messages", unique=False) == 7
+    assert await db.count_memories(table_name="messages", unique=True) == 4
+    gc.collect()
+    assert not db._executor.connections.turns
