@@ -82,15 +82,15 @@ WHEN (new.tags @> '{queue}' AND new.attempts < new.max_attempts)
 EXECUTE FUNCTION elizasql.notify_task();
 
 -- Not when a worker claims a task or extends its lease, which makes nothing ready sooner. A name or a tag may be the one
--- that another worker waits for; the claim may have been left behind.
+-- that another worker waits for, a due time sooner than what it waits for; the claim may have been left behind.
 CREATE TRIGGER tasks_notify_ready
-AFTER UPDATE OF name, tags, ready_at, max_attempts, claim_token ON elizasql.tasks
+AFTER UPDATE OF name, tags, due_at, ready_at, max_attempts, claim_token ON elizasql.tasks
 FOR EACH ROW
 WHEN (
     new.tags @> '{queue}' AND new.attempts < new.max_attempts
     AND (
         new.max_attempts > old.max_attempts
-        OR (old.name, old.tags) IS DISTINCT FROM (new.name, new.tags)
+        OR (old.name, old.tags, old.due_at) IS DISTINCT FROM (new.name, new.tags, new.due_at)
         OR (
             new.claim_token IS NULL
             AND (old.ready_at, old.claim_token) IS DISTINCT FROM (new.ready_at, new.claim_token)

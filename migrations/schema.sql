@@ -4211,7 +4211,7 @@ ALTER TABLE elizasql.schema_migrations ENABLE ALWAYS TRIGGER schema_migrations_o
 
 CREATE TRIGGER tasks_notify_created AFTER INSERT ON elizasql.tasks FOR EACH ROW WHEN (((new.tags @> '{queue}'::text[]) AND (new.attempts < new.max_attempts))) EXECUTE FUNCTION elizasql.notify_task();
 
-CREATE TRIGGER tasks_notify_ready AFTER UPDATE OF name, tags, ready_at, max_attempts, claim_token ON elizasql.tasks FOR EACH ROW WHEN (((new.tags @> '{queue}'::text[]) AND (new.attempts < new.max_attempts) AND ((new.max_attempts > old.max_attempts) OR ((old.name IS DISTINCT FROM new.name) OR (old.tags IS DISTINCT FROM new.tags)) OR ((new.claim_token IS NULL) AND ((old.ready_at IS DISTINCT FROM new.ready_at) OR (old.claim_token IS DISTINCT FROM new.claim_token)))))) EXECUTE FUNCTION elizasql.notify_task();
+CREATE TRIGGER tasks_notify_ready AFTER UPDATE OF name, tags, due_at, ready_at, max_attempts, claim_token ON elizasql.tasks FOR EACH ROW WHEN (((new.tags @> '{queue}'::text[]) AND (new.attempts < new.max_attempts) AND ((new.max_attempts > old.max_attempts) OR (((old.name IS DISTINCT FROM new.name) OR (old.tags IS DISTINCT FROM new.tags)) OR (old.due_at IS DISTINCT FROM new.due_at)) OR ((new.claim_token IS NULL) AND ((old.ready_at IS DISTINCT FROM new.ready_at) OR (old.claim_token IS DISTINCT FROM new.claim_token)))))) EXECUTE FUNCTION elizasql.notify_task();
 
 ALTER TABLE ONLY elizasql.cache
     ADD CONSTRAINT cache_agent_fkey FOREIGN KEY (agent_id) REFERENCES elizasql.agents(id) ON DELETE CASCADE;

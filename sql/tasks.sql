@@ -184,8 +184,9 @@ LIMIT
 
 -- name: update_tasks(agent_id, tasks, required)
 -- Changes the keys that are given; gives the ids that were there. required: one that is not there undoes the whole.
--- A new due time reaches ready_at unless a worker has the task: then that is the end of its lease. The due time that is
--- there is not a new one, also cut to milliseconds, as ElizaOS's JSON gives it back: the pause after a failure goes on.
+-- A new due time reaches ready_at where no claim is left: otherwise that is the end of its lease. After one that has ended,
+-- too: the task would count as a worker's until it is due. The due time that is there is not a new one, also cut to
+-- milliseconds, as ElizaOS's JSON gives it back: the pause after a failure goes on.
 -- agent_id comes through the join and not as a filter, which keeps it a lookup for each id.
 -- Rows are locked in the order of the ids, whatever the plan, so that two batches cannot wait for each other.
 WITH given AS MATERIALIZED (
@@ -224,8 +225,7 @@ updated AS (
             SELECT
                 CASE WHEN change.comes THEN g.due_at ELSE t.due_at END,
                 CASE
-                    WHEN change.comes AND (t.claim_token IS NULL OR t.ready_at <= statement_timestamp())
-                        THEN coalesce(g.due_at, statement_timestamp())
+                    WHEN change.comes AND t.claim_token IS NULL THEN coalesce(g.due_at, statement_timestamp())
                     ELSE t.ready_at
                 END
             FROM (SELECT g.given ? 'due_at' AND NOT elizasql.is_same_time(t.due_at, g.due_at) AS comes) AS change
@@ -257,13 +257,20 @@ SET
     tags = CASE WHEN g.given ? 'tags' THEN coalesce(p.tags, '{}') ELSE t.tags END,
     metadata = CASE WHEN g.given ? 'metadata' THEN coalesce(p.metadata, '{}') ELSE t.metadata END,
     max_attempts = CASE WHEN g.given ? 'max_attempts' THEN p.max_attempts ELSE t.max_attempts END,
-    (due_at, ready_at) = (
+    (due_at, ready_at, claim_token) = (
         SELECT
             CASE WHEN change.comes THEN p.due_at ELSE t.due_at END,
-            CASE WHEN change.comes THEN coalesce(p.due_at, statement_timestamp()) ELSE t.ready_at END
-        FROM (SELECT g.given ? 'due_at' AND NOT elizasql.is_same_time(t.due_at, p.due_at) AS comes) AS change
+            CASE
+                WHEN change.comes AND change.claim_token IS NULL THEN coalesce(p.due_at, statement_timestamp())
+                ELSE t.ready_at
+            END,
+            change.claim_token
+        FROM (
+            SELECT
+                g.given ? 'due_at' AND NOT elizasql.is_same_time(t.due_at, p.due_at) AS comes,
+                CASE WHEN NOT g.given ? 'tags' OR p.tags @> '{queue}' THEN t.claim_token END AS claim_token
+        ) AS change
     ),
-    claim_token = CASE WHEN NOT g.given ? 'tags' OR p.tags @> '{queue}' THEN t.claim_token END,
     updated_at = statement_timestamp()
 FROM (SELECT :task::jsonb AS given) AS g
 CROSS JOIN LATERAL jsonb_populate_record(NULL::elizasql.tasks, g.given) AS p

@@ -778,6 +778,28 @@ async def test_task_of_an_ended_lease_does_not_come_before_it_is_due(
     assert names(await db.claim_tasks(9, names=wanted)) == ["a"]
 
 
+@pytest.mark.parametrize("update", ["update_task", "update_pending_task"])
+async def test_due_time_after_the_end_of_a_lease_is_no_lease(
+    db: DatabaseAdapter, raw: asyncpg.Connection[Any], update: str
+) -> None:
+    (id,) = await queue(db, "a")
+    (task,) = await db.claim_tasks()
+    await end_lease(raw, task)
+    due = datetime(2100, 1, 1, tzinfo=timezone.utc)
+    assert await getattr(db, update)(id, {"due_at": due}) is True
+    assert await db.claim_tasks() == []
+    assert await db.update_pending_task(id, {"description": "no worker has it"}) is True
+    # Whoever waits for the later time is told of the sooner one.
+    assert await notifications(raw, db, lambda: getattr(db, update)(id, {"due_at": START})) == 1
+    (again,) = await db.claim_tasks()
+    assert (again.id, again.attempts) == (id, 2)
+    await end_lease(raw, again)
+    assert await db.update_pending_task(id, {"due_at": due, "tags": []}) is True
+    taken = await db.get_task(id)
+    assert taken is not None
+    assert (taken.claim_token, taken.ready_at) == (None, due)
+
+
 async def test_waiting_worker_takes_a_task_of_an_ended_lease_when_it_is_due(
     db: DatabaseAdapter, raw: asyncpg.Connection[Any]
 ) -> None:
