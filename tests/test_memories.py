@@ -30,7 +30,7 @@ from elizasql import (
 from elizasql._statements import Statement
 
 from .conftest import MakeAdapter, Scene, make_scene
-from .locking import blocked_pid, locked
+from .locking import blocked_pid, locked, overtaken
 
 T0 = datetime(2026, 1, 1, tzinfo=timezone.utc)
 
@@ -850,6 +850,29 @@ async def test_delete_all_of_rooms(db: DatabaseAdapter, agent_world: Scene, raw:
     assert await db.delete_all_memories(agent_world.room, "documents") == 2
     assert await db.delete_all_memories([agent_world.room, room], "messages") == 3
     assert await db.delete_all_memories([], "messages") == 0
+    assert await rows_of(raw, db, "memories") == 1
+
+
+async def test_what_is_moved_before_a_deletion_has_its_row_stays(
+    db: DatabaseAdapter, agent_world: Scene, raw: asyncpg.Connection[Any]
+) -> None:
+    room = await db.create_room(Room(source="t", type="DM"))
+    document, part = uuid4(), uuid4()
+    about = {"type": "document", "timestamp": 1}
+    whole = memory(agent_world, id=document, metadata=about, embedding=vector(1), unique=True)
+    await db.create_memories([whole, memory(agent_world)], "documents")
+    fragment = {"type": "fragment", "documentId": str(document), "position": 0}
+    await db.create_memory(memory(agent_world, id=part, metadata=fragment), "fragments")
+    change = "UPDATE elizasql.memories SET {} WHERE agent_id = $1 AND id = $2"
+    move = (change.format("room_id = $3"), db.agent_id, document, room)
+    assert await overtaken(raw, db.delete_all_memories(agent_world.room, "documents"), move, ("SELECT 1",)) == 1
+    assert {found.id: found.room_id for found in await db.get_memories_by_ids([document, part])} == {
+        document: room,
+        part: agent_world.room,
+    }
+    assert await rows_of(raw, db, "embeddings") == 1
+    give = (change.format("metadata = metadata || jsonb_build_object('documentId', 'x')"), db.agent_id, part)
+    assert await overtaken(raw, db.delete_memory(document), give, ("SELECT 1",)) is True
     assert await rows_of(raw, db, "memories") == 1
 
 
