@@ -1098,6 +1098,7 @@ ORDER BY e.memory_id;
 
 -- name: import_embeddings(agent_id, ids, embeddings)^
 -- Each memory is looked up: joined without LIMIT 1, every chunk would read all memories of the agent.
+-- The locks, in the order of the ids, see to it that a change of scope comes before this or finds what this has stored.
 WITH given AS MATERIALIZED (
     SELECT
         g.*,
@@ -1107,12 +1108,16 @@ WITH given AS MATERIALIZED (
         m.world_id,
         m.entity_id,
         m."unique"
-    FROM unnest(:ids::uuid[], :embeddings::vector[]) WITH ORDINALITY AS g (id, embedding, ordinality)
+    FROM (
+        SELECT * FROM unnest(:ids::uuid[], :embeddings::vector[]) WITH ORDINALITY AS u (id, embedding, ordinality)
+        ORDER BY u.id
+    ) AS g
     LEFT JOIN
         LATERAL (
             SELECT * FROM elizasql.memories AS of_id
             WHERE of_id.agent_id = :agent_id AND of_id.id = g.id
             LIMIT 1
+            FOR SHARE
         ) AS m
         ON TRUE
 ),

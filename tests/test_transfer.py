@@ -53,6 +53,7 @@ from elizasql.transfer import (
     import_archive,
 )
 from elizasql.transfer._report import Report
+from elizasql.transfer.importer import put_vectors
 from tests.conftest import COPIED, MakeAdapter, make_scene
 from tests.locking import blocked_pid
 
@@ -845,6 +846,27 @@ async def test_what_another_import_brings_meanwhile_is_not_refused(
         await blocked_pid(raw, put)
     await put
     assert refused == [] and not +summary.created and not +summary.refused
+
+
+async def test_a_vector_has_the_scope_that_its_memory_gets_meanwhile(
+    db: DatabaseAdapter, raw: asyncpg.Connection[Any]
+) -> None:
+    """And memories are locked in the order of their ids, whatever that of the archive is."""
+    scene = await make_scene(db)
+    room = await db.create_room(Room(source="x", type="DM"))
+    memories = [Memory(content={}, room_id=scene.room, unique=True) for _ in range(2)]
+    first, last = sorted(await db.create_memories(memories, "messages"))
+    async with raw.transaction():
+        await raw.execute(
+            "UPDATE elizasql.memories SET room_id = $3 WHERE agent_id = $1 AND id = $2", db.agent_id, first, room
+        )
+        put = asyncio.ensure_future(put_vectors(db, db.agent_id, [last, first], [np.ones(384, np.float32)] * 2))
+        await blocked_pid(raw, put)
+        free = "SELECT id FROM elizasql.memories WHERE agent_id = $1 FOR UPDATE SKIP LOCKED"
+        assert {id for (id,) in await raw.fetch(free, db.agent_id)} == {first, last}
+    assert await put == (2, [])
+    rows = await raw.fetch("SELECT memory_id, room_id FROM elizasql.embeddings WHERE agent_id = $1", db.agent_id)
+    assert dict(rows) == {first: room, last: scene.room}
 
 
 async def test_an_import_that_is_interrupted_is_finished_by_the_next(
