@@ -382,9 +382,11 @@ class _Move:
         try:
             async with self._executor.transaction() as tx:
                 await tx.execute(SQL["hold_agent"], agent_id=self._store.agent_id)
-                while rows := await self._fetch_left(tx, _FIRST, self._batch_size):
-                    if not (number := await self._put(tx, rows)):
-                        return stored  # abandoned meanwhile, which the next look says: texts cannot change any more
+                while left := await self._fetch_left(tx, _FIRST, self._batch_size):
+                    about = {"agent_id": self._store.agent_id, "ids": [row["id"] for row in left]}
+                    rows = await tx.fetch(SQL["hold_texts"], **about)
+                    if not rows or not (number := await self._put(tx, rows)):
+                        return stored  # without text, or abandoned meanwhile, which the next look says
                     stored += number
                 await tx.execute(SQL["switch_dimension"], **self._widths)
         except CheckError as error:

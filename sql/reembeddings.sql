@@ -160,8 +160,8 @@ WHERE
 SELECT elizasql.index_embeddings(:agent_id, :target, :batch_size);
 
 -- name: hold_agent(agent_id)!
--- Keeps everybody else from writing for the agent until the transaction ends. No limit of the server's own ends it while the
--- client embeds, which may take long.
+-- Keeps everybody else from storing memories and vectors for the agent until the transaction ends. No limit of the server's
+-- own ends it while the client embeds, which may take long.
 SELECT
     set_config('idle_in_transaction_session_timeout', '0', TRUE),
     CASE
@@ -171,6 +171,18 @@ SELECT
 FROM elizasql.agents
 WHERE id = :agent_id
 FOR UPDATE;
+
+-- name: hold_texts(agent_id, ids)
+-- As get_left_to_embed, of these memories; their texts do not change any more until the transaction ends. What holds the
+-- agent does not see to that: a change of text alone asks for nothing of the agent's.
+SELECT
+    id,
+    content ->> 'text' AS text,
+    hashtextextended(content ->> 'text', 0) AS text_hash
+FROM elizasql.memories
+WHERE agent_id = :agent_id AND id = ANY(:ids::uuid[]) AND content ->> 'text' <> ''
+ORDER BY id
+FOR SHARE;
 
 -- name: switch_dimension(agent_id, source, target, begun)!
 -- The coming width is in force from here on, unless another move has begun. A trigger refuses it while something is left

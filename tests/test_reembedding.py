@@ -542,6 +542,30 @@ async def test_where_writers_never_pause_the_last_few_are_embedded_while_they_wa
     assert await check_end(raw, db.agent_id) == done.embedded
 
 
+async def test_a_text_that_never_rests_is_embedded_while_its_writer_waits(
+    db: DatabaseAdapter, raw: Raw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of a message which is still being streamed: it is another one whenever its vector comes."""
+    streamed = (await remember(db, 3))[0]
+    put = module._Move._put
+    changes: list[str] = []
+
+    async def overtaken(self: module._Move, executor: Executor, rows: Sequence[Any]) -> int:
+        change = """UPDATE elizasql.memories SET content = jsonb_build_object('text', $3::text)
+            WHERE agent_id = $1 AND id = (
+                SELECT id FROM elizasql.memories WHERE agent_id = $1 AND id = $2 FOR NO KEY UPDATE SKIP LOCKED
+            )"""
+        changes.append(await raw.execute(change, db.agent_id, streamed, f"word {len(changes)}"))
+        assert len(changes) < 10
+        return await put(self, executor, rows)
+
+    monkeypatch.setattr(module, "_TRIES", 0)
+    monkeypatch.setattr(module._Move, "_put", overtaken)
+    assert (await db.reembed(NEW, embedder(NEW))).embedded == 3
+    assert changes == ["UPDATE 1", "UPDATE 0"]
+    assert await check_end(raw, db.agent_id) == 3
+
+
 async def test_no_limit_of_the_servers_own_ends_the_switch_while_embed_works(
     make_db: MakeAdapter, raw: Raw, dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
