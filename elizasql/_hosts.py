@@ -56,7 +56,8 @@ class _Hosts:
     Attributes:
         each: Connection strings with one host, the one to try first in front.
         wanted: What the server must be, one round for each: who prefers a standby takes another when there is none.
-        bare: Whether it is a pooler that refuses settings of the session.
+        bare: Whether it is a pooler that refuses settings of the session; never of several hosts, since an adapter
+            asks once whether the settings are in force, and another host may answer for the role.
     """
 
     def __init__(self, dsn: str) -> None:
@@ -116,7 +117,7 @@ async def _connect(hosts: _Hosts, dsn: str, **options: Any) -> asyncpg.Connectio
     try:
         connection = await asyncpg.connect(dsn, **(options | {"server_settings": bare} if hosts.bare else options))
     except asyncpg.PostgresError as error:
-        if hosts.bare or bare == given or "unsupported startup parameter" not in str(error):
+        if hosts.bare or bare == given or len(hosts.each) > 1 or "unsupported startup parameter" not in str(error):
             raise
         connection = await asyncpg.connect(dsn, **options | {"server_settings": bare})
         hosts.bare = True

@@ -260,6 +260,16 @@ async def test_pooler_that_refuses_settings_is_asked_without(own_database: str, 
         await elizasql.open(agent_id=uuid4(), **options | {"dsn": refused})
 
 
+@needs_pgbouncer
+async def test_pooler_among_several_hosts_is_not_asked_without(pooler: Callable[..., Pooler]) -> None:
+    """Settings are looked at once: the next host may have none from the role, and searches would come back short."""
+    host = re.compile("host=([^&]*)")
+    address = host.sub(r"host=\1,\1", pooler(ignored=False).dsn)
+    with pytest.raises(asyncpg.ProtocolViolationError, match="unsupported startup parameter"):
+        await _hosts.connect(address, timeout=5.0, server_settings={"jit": "off"})
+    assert not _hosts._hosts_of(address).bare
+
+
 async def test_address_with_what_only_libpq_knows(dsn: str) -> None:
     """As hosts of databases give it out."""
     more = "channel_binding=prefer&connect_timeout=30&keepalives=1&keepalives_idle=60&gssencmode=disable"
