@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeAlias
@@ -135,7 +135,8 @@ class Reembedding(Store):
         skips = _codecs.as_bool(skip_missing, "skip_missing")
         _codecs.check_progress(progress)
         began = time.monotonic()
-        locked, source, coming, _, begun = await self._look_at_move()
+        move = await self._look_at_move()
+        locked, source, coming = move["locked"], move["source"], move["target"]
         embedded, dropped, skipped = 0, 0, list[UUID]()
         if source is not None and coming is None:  # the end of a move that was broken off
             dropped, skipped = await self._drop_leaving(source)
@@ -147,8 +148,8 @@ class Reembedding(Store):
         if locked is None:
             raise EmbeddingDimensionError(self.agent_id, locked=None, given=target)
         if locked != target:
-            move = _Move(self, locked, target, begun if coming == target else None, embed, size, skips, progress)
-            embedded = await move.run()
+            begun = move["begun"] if coming == target else None
+            embedded = await _Move(self, locked, target, begun, embed, size, skips, progress).run()
             self._learn(target)
             more = await self._drop_leaving(locked)
             dropped, skipped = dropped + more[0], skipped + more[1]
@@ -175,15 +176,15 @@ class Reembedding(Store):
         """
         self._refuse_in_transaction("abandon_reembedding")
         await self._background.execute(SQL["abandon_reembedding"], agent_id=self.agent_id)
-        _, source, _, _, _ = await self._look_at_move()
+        source = (await self._look_at_move())["source"]
         return 0 if source is None else (await self._drop_leaving(source))[0]
 
-    async def _look_at_move(self) -> tuple[int | None, int | None, int | None, bool | None, datetime | None]:
+    async def _look_at_move(self) -> Mapping[str, Any]:
         """Give the width in force; and of the move under way the widths that go and come, its skips, when it began."""
-        row = await self._background.fetch_row(SQL["get_reembedding"], agent_id=self.agent_id)
+        row: Mapping[str, Any] | None = await self._background.fetch_row(SQL["get_reembedding"], agent_id=self.agent_id)
         if row is None:
             raise NotFoundError(f"no such agent: {self.agent_id}; call ensure_agent_exists() first")
-        return row["locked"], row["source"], row["target"], row["skip_missing"], row["begun"]
+        return row
 
     async def _drop_leaving(self, source: int) -> tuple[int, list[UUID]]:
         """Drop the vectors that are not in force; give how many there were, and whose memories have none now."""
@@ -254,10 +255,11 @@ class _Move:
 
     async def _goes_on(self) -> bool:
         """Tell whether the switch is still to come."""
-        locked, _, coming, skips, begun = await self._store._look_at_move()
+        found = await self._store._look_at_move()
+        locked, coming, skips = found["locked"], found["target"], found["skip_missing"]
         if locked == self._target:
             return False
-        if coming != self._target or begun != self._widths["begun"]:
+        if coming != self._target or found["begun"] != self._widths["begun"]:
             raise ReembeddingError(
                 f"the move of agent {self._store.agent_id} to {self._target} dimensions was abandoned"
                 if coming in {None, self._target}
