@@ -278,15 +278,15 @@ class Matrix:
         vectors = rows["vector"].astype(np.float32)
         # A check of the table sees to it that each has a direction.
         vectors /= np.sqrt(np.einsum("ij,ij->i", vectors, vectors))[:, None]
-        self._reserve(self.size + len(rows))
         places, codes = self._places, self._codes
+        begin = start * width
+        ids = [content[at : at + 16] for at in range(begin, begin + len(rows) * width, width)]
+        self._reserve(self.size + sum(id not in places for id in set(ids)))
         at = np.empty(len(rows), np.intp)
         marks = np.empty(len(rows), np.int64)
         scopes = np.zeros((len(rows), 3), np.int32)
         flags = rows["flags"].astype(np.int64)
-        begin = start * width
-        for number, flag in enumerate(flags.tolist()):
-            id = content[begin : begin + 16]
+        for number, (id, flag) in enumerate(zip(ids, flags.tolist(), strict=True)):
             place = places.get(id)
             if place is None:
                 place = places[id] = self.size

@@ -326,7 +326,9 @@ class Resident:
         off: Whether every search is left to the database.
     """
 
-    def __init__(self, background: Executor, agent_id: UUID, config: Config, address: str) -> None:
+    def __init__(
+        self, background: Executor, agent_id: UUID, config: Config, address: str, *, guarded: bool = False
+    ) -> None:
         self.stats = Stats()
         self._background = background
         self._agent_id = agent_id
@@ -335,7 +337,8 @@ class Resident:
         self._budget = int(config.resident_memory_mb * (1 << 20))
         self._max_vectors = config.resident_max_vectors
         self._least = _LEAST if self._mode == "auto" else 0
-        self.off = self._mode == "off" or not self._budget or self._max_vectors == 0
+        # Policies may show at any time what nobody has changed: no transaction tells of it.
+        self.off = self._mode == "off" or not self._budget or self._max_vectors == 0 or guarded
         self._tiers: dict[tuple[str, int], Tier] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -385,8 +388,9 @@ class Resident:
         most = self._most(vector.shape[0])
         matrix = tier.matrix
         large = now < tier.large_until if matrix is None else matrix.size > most
-        if large and matrix is not None and tier.loaded_size <= most and now >= tier.not_before:
-            # It has grown, by rows that are gone perhaps: nobody tells of these, and no search meets them any more.
+        outgrown = tier.outlived or (large and tier.loaded_size <= most)
+        if outgrown and matrix is not None and tier.loading is None and now >= tier.not_before:
+            # By rows that are gone, or may be: nobody tells of these, and no search meets them any more.
             tier.not_before = now + _TOO_LARGE
             self._begin_load(tier, params["type"], vector.shape[0])
         found = None
@@ -414,8 +418,7 @@ class Resident:
     ) -> list[Memory] | None:
         """Search here, when the server confirms that what is held is all there is; None: it has to fetch the rows."""
         kind, count = params["type"], params["count"]
-        # Policies may hide at any time what nobody has changed; where there may be some, the server gives out the rows.
-        if params["include_embedding"] or count > _MOST_RANKED or executor.home is None:
+        if params["include_embedding"] or count > _MOST_RANKED:
             return None
         scope: dict[str, Any] = {name: params[name] for name in _SCOPE}
         threshold, most = params["threshold"], self._most(vector.shape[0])
@@ -460,8 +463,11 @@ class Resident:
             elif len(news) >= _MOST_CHANGES:
                 await self._catch_up(tier, matrix, seen, executor, kind)
             elif ranked and unchanged:
-                if seen[2] and tier.seen is seen:
-                    tier.seen = first["seen"]  # those that ran then need not be looked for again
+                # What ended meanwhile, of other widths and other agents, need not be looked through again.
+                if tier.seen is seen and _is_later(first["seen"], seen):
+                    tier.seen = first["seen"]
+                if listed[2] and tier.listed is listed and not tier.behind:
+                    tier.listed = first["seen"]
                 self.stats.checks += found is not None
                 return found
             elif (
@@ -475,7 +481,7 @@ class Resident:
                 if _is_later(first["seen"], tier.seen):
                     changed = b"".join(row["changed"] for row in news if not unchanged)
                     contents = [tuple(row[_CONTENT:]) for row in news]
-                    self._merge(tier, matrix, kind, first["seen"], changed, contents=contents)
+                    self._merge(tier, matrix, first["seen"], changed, contents=contents)
                 if tier.matrix is matrix:
                     found = self._give_out(matrix.rank(vector, count, threshold=threshold, **scope), kind)
                     self.stats.checks += found is not None
@@ -533,7 +539,7 @@ class Resident:
                 await self._catch_up(tier, matrix, seen, executor, params["type"])
                 continue
             if current:
-                self._merge(tier, matrix, params["type"], news["seen"], news["changed"], news["gone"])
+                self._merge(tier, matrix, news["seen"], news["changed"], news["gone"])
             if candidates.reach == -math.inf or (len(found) == count and found[-1][_SIMILARITY] > candidates.reach):
                 return [Memory(*row[:_FIELDS]) for row in found]
             wanted *= 4
@@ -545,7 +551,6 @@ class Resident:
         self,
         tier: Tier,
         matrix: Matrix,
-        kind: str,
         seen: Snapshot,
         changed: bytes | None,
         gone: list[UUID] | None = None,
@@ -570,13 +575,11 @@ class Resident:
         tier.seen = seen
         if contents is not None:
             self._settle(tier)
-        if gone and tier.outlived:
-            self._begin_load(tier, kind, matrix.dimension)
 
     async def _catch_up(self, tier: Tier, matrix: Matrix, seen: Snapshot, executor: Executor, kind: str) -> None:
         """Read and merge what has changed since `seen`; of several that want it, one does."""
         if tier.catching_up is not None:
-            await asyncio.wait({tier.catching_up})
+            await asyncio.wait({tier.catching_up}, timeout=self._left())
             return
         if tier.matrix is not matrix or tier.seen is not seen:
             return
@@ -597,7 +600,7 @@ class Resident:
             if not row["alive"]:
                 self._give_up(tier, 1.0)
             elif row["number"] < most:
-                self._merge(tier, matrix, kind, row["seen"], row["content"])
+                self._merge(tier, matrix, row["seen"], row["content"])
             else:
                 self._give_up(tier, _CALM)
         finally:
@@ -625,8 +628,8 @@ class Resident:
     def _find_tier(self, kind: str, dimension: int) -> Tier:
         tier = self._tiers.get((kind, dimension))
         if tier is None:
-            # Adapters of one agent share it.
-            key = (self._address, self._agent_id, kind, dimension)
+            # Adapters of one agent share it, where they agree on what may be held.
+            key = (self._address, self._agent_id, kind, dimension, self._budget, self._max_vectors)
             shelf = _shelf()
             tier = shelf.tiers.get(key)
             if tier is None:
@@ -643,8 +646,11 @@ class Resident:
         if tier.used >= tier.not_before and (required or tier.asked >= _LOAD_AFTER):
             self._begin_load(tier, kind, dimension, scope)
         if required and tier.loading is not None:
-            left = current_deadline(60.0) - time.monotonic()
-            await asyncio.wait({tier.loading}, timeout=max(left, 0.0))
+            await asyncio.wait({tier.loading}, timeout=self._left())
+
+    def _left(self) -> float:
+        """Give the seconds that the call has left to wait for the work of another one."""
+        return max(current_deadline(60.0) - time.monotonic(), 0.0)
 
     def _begin_load(self, tier: Tier, kind: str, dimension: int, scope: Scope | None = None) -> None:
         if tier.loading is None and not self._closed:
@@ -728,7 +734,7 @@ class Resident:
         What is merged meanwhile comes without contents, since it may be older than the list.
         """
         matrix, begun = tier.matrix, time.monotonic()
-        if matrix is None or self._background.home is None:
+        if matrix is None:
             return
         if not matrix.contents_size and not self._grant(tier, Matrix.estimate_contents(matrix.size)):
             tier.renew_at = begun + _TOO_LARGE

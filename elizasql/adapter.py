@@ -92,6 +92,8 @@ class DatabaseAdapter(
         embedded: EmbeddedServer | None,
         dimension: int | None,
         home: Home | None,
+        *,
+        guarded: bool,
     ) -> None:
         self.agent_id = agent_id
         self.config = config
@@ -106,7 +108,8 @@ class DatabaseAdapter(
         # By type, too: 1 is no answer where True is asked for.
         self._asked = functools.lru_cache(maxsize=256, typed=True)(functools.partial(check_search, agent_id, config))
         self._unswept = Unswept()
-        self._resident = Resident(self._background, agent_id, config, address)
+        self._guarded = guarded
+        self._resident = Resident(self._background, agent_id, config, address, guarded=guarded)
         self._listeners: set[Listener] = set()
         self._closing = asyncio.Lock()
         self._left = False
@@ -342,7 +345,9 @@ async def open(  # noqa: A001
             await embedded.release()
         raise
     home = None if agent["partition"] is None else Home(id, agent["partition"])
-    adapter = DatabaseAdapter(id, config, address, connections, embedded, agent["dimension"], home)
+    adapter = DatabaseAdapter(
+        *(id, config, address, connections, embedded, agent["dimension"], home), guarded=agent["guarded"]
+    )
     _opened.add(adapter)
     return adapter
 

@@ -460,6 +460,16 @@ def test_the_matrix_grows_with_the_contents_that_it_holds() -> None:
         model.check(some_vectors(1, seed=10)[0], 10)
 
 
+def test_rows_that_are_there_take_no_more_room() -> None:
+    matrix = Matrix(384)
+    rows = as_sent((UUID(int=i), None, None, None, True, vector) for i, vector in enumerate(some_vectors(300)))
+    matrix.put(rows)
+    capacity = matrix.capacity
+    for _ in range(20):
+        matrix.put(rows)
+    assert (matrix.size, matrix.capacity) == (300, capacity)
+
+
 def test_what_was_put_after_a_list_was_asked_for_is_not_gone() -> None:
     model = Model(6, 384, 40)
     before, since = set(model.rows), model.matrix.hold_contents()
@@ -1516,6 +1526,32 @@ async def test_waiting_for_a_load_ends_with_the_call(mind: Mind, monkeypatch: py
     await mind.check(some_vectors(1)[0])
 
 
+async def test_waiting_for_the_changes_that_another_reads_ends_with_the_call(
+    mind: Mind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await mind.remember(some_vectors(20))
+    query = some_vectors(1, seed=8)[0]
+    await mind.check(query)
+    await mind.remember(some_vectors(70, seed=1))
+    fetch_row, begun, go_on = mind.db._executor.fetch_row, asyncio.Event(), asyncio.Event()
+
+    async def wait(statement: Any, **params: Any) -> Any:
+        begun.set()
+        await go_on.wait()
+        return await fetch_row(statement, **params)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mind.db._executor, "fetch_row", wait)
+        first = asyncio.ensure_future(mind.search(query))
+        await begun.wait()
+        assert mind.tier.catching_up is not None
+        with pytest.raises(elizasql.DeadlineError):
+            await mind.search(query, timeout=0.2)
+        assert not first.done()
+        go_on.set()
+        assert await first == await mind.exact(query)
+
+
 async def test_another_life_of_the_server(mind: Mind) -> None:
     """After a crash or a failover transactions are numbered anew: nothing that was held says anything any more."""
     await mind.remember(some_vectors(50))
@@ -1643,6 +1679,57 @@ async def test_rows_that_are_gone_do_not_make_a_type_large(mind: Mind, make_db: 
     tier.not_before = 0.0
     await db.search_memories(embedding=query, table_name=TABLE)
     assert tier.loading is None
+
+
+async def test_adapters_that_may_hold_unlike_much_do_not_decide_for_one_another(
+    mind: Mind, make_db: MakeAdapter
+) -> None:
+    await mind.remember(some_vectors(500))
+    query = some_vectors(1, seed=8)[0]
+    for limit in ({"resident_max_vectors": 50}, {"resident_memory_mb": 1}):
+        small = await make_db(mind.db.agent_id, **{**RESIDENT, **limit})  # type: ignore[dict-item]
+        for _ in range(20):
+            assert len(await small.search_memories(embedding=query, table_name=TABLE)) == 10
+        assert small._resident.stats.hits == 0
+        await mind.check(query)
+
+
+async def test_what_most_rows_have_left_is_loaded_anew(mind: Mind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever finds that they are gone: a search, or whoever brings the contents up to date."""
+    monkeypatch.setattr(Tier, "outlived", property(lambda tier: tier.dropped > tier.loaded_size // 2))
+    await mind.remember(some_vectors(600))
+    query = some_vectors(1, seed=8)[0]
+    await mind.check(query)
+    before = mind.tier.matrix
+    await mind.writer.delete_memories(mind.ids[20:])
+    await mind.renew()
+    assert mind.tier.dropped == 580
+    for _ in range(3):
+        await mind.check(query)
+        if mind.tier.loading is not None:
+            await mind.tier.loading
+    after = mind.tier.matrix
+    assert (mind.resident.stats.loads, mind.tier.dropped) == (2, 0)
+    assert before is not None and after is not None and after.capacity < before.capacity / 2
+
+
+async def test_what_ended_without_a_change_is_not_looked_through_again(mind: Mind) -> None:
+    """As the rows of a width that is coming: each check would read them all."""
+    await mind.remember(some_vectors(20))
+    query = some_vectors(1, seed=8)[0]
+    await mind.check(query)
+    for _ in range(2):
+        number = int(await mind.raw.fetchval("SELECT pg_current_xact_id()::text"))
+        await mind.check(query)
+        assert mind.tier.seen[1] > number
+    # Nor is one that ran when the contents were listed.
+    async with mind.writer.transaction() as tx:
+        await tx.set_cache("x", 1)
+        await mind.raw.fetchval("SELECT pg_current_xact_id()::text")
+        await mind.renew()
+        assert mind.tier.listed is not None and mind.tier.listed[2]
+    await mind.check(query)
+    assert not mind.tier.listed[2]
 
 
 async def test_a_large_type_is_loaded_for_those_who_ask_of_parts(
@@ -2241,22 +2328,42 @@ async def test_truncated(make_db: MakeAdapter, own_database: str, what: str) -> 
     assert await db.search_memories(embedding=vectors[0], table_name=TABLE) == []
 
 
-async def test_where_policies_hold_the_server_gives_out_the_rows(make_db: MakeAdapter, own_database: str) -> None:
+@pytest.mark.parametrize("tables", [["memories"], ["embeddings"], ["memories", "embeddings"]])
+async def test_where_policies_hold_the_server_searches(
+    make_db: MakeAdapter, own_database: str, tables: list[str]
+) -> None:
+    """They may hide and show at any time what nobody has changed."""
     await make_db(dsn=own_database)
     raw = await asyncpg.connect(own_database)
-    await raw.execute("""
-        ALTER TABLE elizasql.memories ENABLE ROW LEVEL SECURITY;
-        ALTER TABLE elizasql.memories FORCE ROW LEVEL SECURITY;
-        CREATE POLICY guard ON elizasql.memories USING (TRUE)
-    """)
+    for table in tables:
+        await raw.execute(f"""
+            ALTER TABLE elizasql.{table} ENABLE ROW LEVEL SECURITY;
+            ALTER TABLE elizasql.{table} FORCE ROW LEVEL SECURITY;
+            CREATE POLICY guard ON elizasql.{table} USING (TRUE)
+        """)
     db = await make_db(dsn=own_database, **RESIDENT)
     vectors = some_vectors(30)
     await db.create_memories([Memory(content={}, embedding=vector, unique=True) for vector in vectors], TABLE)
+    for shown, count in (("TRUE", 30), ("FALSE", 0), ("TRUE", 30)):
+        for table in tables:
+            await raw.execute(f"ALTER POLICY guard ON elizasql.{table} USING ({shown})")
+        assert len(await db.search_memories(embedding=vectors[0], table_name=TABLE, count=30)) == count
+    assert (db._resident.stats.hits, db._resident.stats.loads) == (0, 0)
+    await raw.close()
+
+
+async def test_a_role_above_policies_is_answered_from_what_is_held(make_db: MakeAdapter, own_database: str) -> None:
+    """The partitions are not named then, but nothing is hidden from it."""
+    await make_db(dsn=own_database)
+    raw = await asyncpg.connect(own_database)
+    await raw.execute("ALTER TABLE elizasql.memories ENABLE ROW LEVEL SECURITY")  # and not FORCE: the owner sees all
+    db = await make_db(dsn=own_database, **RESIDENT)
+    assert db._executor.home is None
+    vectors = some_vectors(30)
+    await db.create_memories([Memory(content={}, embedding=vector, unique=True) for vector in vectors], TABLE)
     for _ in range(2):
-        assert len(await db.search_memories(embedding=vectors[0], table_name=TABLE)) == 10
-    await raw.execute("ALTER POLICY guard ON elizasql.memories USING (FALSE)")
-    assert await db.search_memories(embedding=vectors[0], table_name=TABLE) == []
-    assert (db._resident.stats.hits, db._resident.stats.checks) == (3, 0)
+        assert len(await db.search_memories(embedding=vectors[3], table_name=TABLE)) == 10
+    assert (db._resident.stats.hits, db._resident.stats.checks) == (2, 2)
     await raw.close()
 
 
