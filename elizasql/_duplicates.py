@@ -6,7 +6,7 @@ by products of matrices: of 10,000 vectors of 384 dimensions in 0.3 s, where the
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -22,12 +22,15 @@ _BLOCK = 256
 _SCOPE = ("room_id", "world_id", "entity_id")
 
 
-def find_alike(rows: Sequence[Mapping[str, Any]], left_out: Container[UUID] = ()) -> set[UUID]:
+def find_alike(
+    rows: Sequence[Mapping[str, Any]], left_out: Container[UUID] = (), is_over: Callable[[], bool] = lambda: False
+) -> set[UUID]:
     """Find the memories of a batch that are undecided and have a near-duplicate before them.
 
     Args:
         rows: Checked memories in the order of the batch, embeddings encoded and of one width.
         left_out: Memories whose vectors are not going to be stored.
+        is_over: Whether nobody wants to know any more; asked now and then.
 
     Returns:
         Their ids.
@@ -45,6 +48,8 @@ def find_alike(rows: Sequence[Mapping[str, Any]], left_out: Container[UUID] = ()
     scopes = [_number([row[name] for row in rows]) for name in _SCOPE]
     undecided = np.array([row["unique"] is None for row in rows])
     for begin in range(0, len(rows), _BLOCK):
+        if is_over():
+            break
         block = vectors[begin : begin + _BLOCK]
         later, earlier = np.nonzero(block @ vectors[: begin + len(block)].T >= _NEAR)
         later += begin

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import threading
 import time
 from collections.abc import AsyncIterable, Awaitable, Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from decimal import Decimal
 from itertools import islice
 from typing import Any
 from uuid import UUID
@@ -14,7 +17,7 @@ from uuid import UUID
 from rapidfuzz.distance import Levenshtein
 
 from . import _codecs
-from ._calls import lasting
+from ._calls import current_deadline, lasting, wait_for
 from ._duplicates import find_alike
 from ._executor import Fetch
 from ._loader import Loader
@@ -22,7 +25,7 @@ from ._resident import Resident
 from ._statements import SQL
 from ._store import Store, as_limit, order_by_id, read_cursor
 from .config import Config
-from .errors import ArgumentError, EmbeddingDimensionError, NotFoundError, show
+from .errors import ArgumentError, DeadlineError, EmbeddingDimensionError, NotFoundError, show
 from .models import LoadSummary, Memory
 from .types import DIMENSIONS, Embedding, EmbeddingInput, Recall
 
@@ -109,12 +112,29 @@ class _Where:
 
 def contains(value: Any, part: Any) -> bool:
     """Tell whether a JSON value contains another one, as the server's operator @> does inside of objects."""
+    # Loops, not all() and any(): these go two steps deeper a level, and documents may have hundreds of levels.
     if isinstance(part, dict):
-        return isinstance(value, dict) and all(key in value and contains(value[key], part[key]) for key in part)
+        if not isinstance(value, dict):
+            return False
+        for key, wanted in part.items():  # noqa: SIM110
+            if key not in value or not contains(value[key], wanted):
+                return False
+        return True
     if isinstance(part, list):
-        return isinstance(value, list) and all(any(contains(item, wanted) for item in value) for wanted in part)
+        if not isinstance(value, list):
+            return False
+        for wanted in part:
+            for item in value:
+                if contains(item, wanted):
+                    break
+            else:
+                return False
+        return True
+    # A float of 1e16 and more comes back in all its digits, as an integer; what is compared is the numbers as written.
+    if isinstance(value, int) and isinstance(part, float):
+        return not isinstance(value, bool) and value == Decimal(repr(part))
     # To Python True is 1.
-    return value == part and isinstance(value, bool) is isinstance(part, bool)
+    return bool(value == part) and isinstance(value, bool) is isinstance(part, bool)
 
 
 class Memories(Store):
@@ -128,6 +148,8 @@ class Memories(Store):
     """
 
     _dimension: int | None
+    # Whether policies hold for this role, of memories or of embeddings, which need not hide the same.
+    _guarded: bool
     _resident: Resident
     # By type, candidates asked for and filters: whether HNSW was the way when the scope was measured, how many
     # candidates it keeps, and until when that holds.
@@ -754,7 +776,7 @@ class Memories(Store):
         try:
             if not number:
                 return []
-            if where is None:
+            if where is None and not self._guarded:
                 return await self._search(vector, asked)
             return await self._search_where(vector, asked, where)
         except EmbeddingDimensionError as error:
@@ -784,16 +806,18 @@ class Memories(Store):
             self._measured[asked.scope] = (by_hnsw, ef, time.monotonic() + (_LARGE_TTL if by_hnsw else _SMALL_TTL))
         return [Memory(*row[:-2]) for row in rows]
 
-    async def _search_where(self, vector: Embedding, asked: _Asked, where: _Where) -> list[Memory]:
+    async def _search_where(self, vector: Embedding, asked: _Asked, where: _Where | None) -> list[Memory]:
+        """Search for what passes, by the filters and by the policies of memories, which embeddings may not share."""
         number, threshold = asked.params["count"], asked.params["threshold"]
-        wide = max(_WIDER * number, _WIDE_LEAST)
+        wide = number if where is None else max(_WIDER * number, _WIDE_LEAST)
         if wide <= _WIDE_MOST and asked.params["ef_search"] is not None:
             params = asked.params | {"count": wide, "candidates": _RERANK * wide, "threshold": None}
             nearest = await self._search(vector, replace(asked, params=params))
-            found = [memory for memory in nearest if where.holds(memory)]
-            if len(found) >= number or len(nearest) < wide:
+            found = nearest if where is None else [memory for memory in nearest if where.holds(memory)]
+            if len(found) >= number or (len(nearest) < wide and not self._guarded):
                 return [memory for memory in found[:number] if threshold is None or memory.similarity >= threshold]
         statement = SQL.at(_BY_SCOPE["search_memories_where"][_path(asked.params)], vector.shape[0])
+        where = where or _Where(None, None, None, None)
         given = {"start_time": where.start, "end_time": where.end, "metadata": where.encoded}
         embedding = _codecs.encode_vector(vector)
         rows = await self._executor.fetch(statement, embedding=embedding, **given, **asked.params)
@@ -1180,10 +1204,19 @@ def _unwrap(memory: Any) -> dict[str, Any]:
 
 
 async def _find_alike(rows: Sequence[Mapping[str, Any]], left_out: Container[UUID] = ()) -> set[UUID]:
-    """Run `find_alike`, of more than a millisecond in another thread."""
+    """Run `find_alike`, of more than a millisecond in another thread, which ends when the call does."""
     if len(rows) <= _COMPARED_AT_ONCE:
         return find_alike(rows, left_out)
-    return await asyncio.to_thread(find_alike, rows, left_out)
+    left = current_deadline(math.inf) - time.monotonic()
+    over = threading.Event()
+    finding = asyncio.to_thread(find_alike, rows, left_out, over.is_set)
+    try:
+        return await wait_for(finding, left, "elizasql-find-alike")
+    except (asyncio.TimeoutError, TimeoutError):
+        name = "create_memories"
+        raise DeadlineError(f"{name}: no end of the comparison within the time limit", statement=name) from None
+    finally:
+        over.set()
 
 
 def _weigh(row: Mapping[str, Any]) -> int:

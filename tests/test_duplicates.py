@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gc
-from collections.abc import Container, Sequence
+import threading
+import time
+from collections.abc import Callable, Container, Sequence
 from itertools import product
 from typing import Any
 from uuid import UUID, uuid4
@@ -16,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elizasql import DatabaseAdapter, DeadlineError, Entity, Memory, Room, World, _codecs, _duplicates
+from elizasql import DatabaseAdapter, DeadlineError, Entity, Memory, Room, World, _codecs, _duplicates, memories
 from elizasql._duplicates import find_alike
 
 from .conftest import MakeAdapter
@@ -83,6 +85,35 @@ def test_what_is_alike_in_a_batch(rows: list[Row], without: set[int], block: int
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_duplicates, "_BLOCK", block)
         assert find_alike(rows, left_out) == expected(rows, left_out)
+
+
+@pytest.mark.parametrize("cut", ["time", "cancellation"])
+async def test_a_comparison_ends_with_its_call(make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch, cut: str) -> None:
+    """It runs in a thread, which nothing else would end, and which the interpreter's exit waits for."""
+    db = await make_db()
+    began, ended = threading.Event(), threading.Event()
+
+    def compare(rows: Sequence[Row], left_out: Container[UUID], is_over: Callable[[], bool]) -> set[UUID]:
+        began.set()
+        while not is_over():
+            time.sleep(0.001)
+        assert find_alike(rows, left_out, is_over) == set()
+        ended.set()
+        return set()
+
+    monkeypatch.setattr(memories, "find_alike", compare)
+    batch = [Memory(content={}, embedding=vector) for vector in VECTORS * 20]
+    creating = asyncio.ensure_future(db.create_memories(batch, "messages", timeout=0.3 if cut == "time" else 60))
+    await asyncio.to_thread(began.wait)
+    if cut == "cancellation":
+        creating.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await creating
+    else:
+        with pytest.raises(DeadlineError):
+            await creating
+    await asyncio.to_thread(ended.wait)
+    assert await db.count_memories() == 0
 
 
 @pytest.mark.parametrize("batch_size", [3, 1000])

@@ -109,6 +109,51 @@ async def test_policies_change_no_answer_and_let_no_scan_read_in_vain(make_db: M
     await session.close()
 
 
+@pytest.mark.parametrize("resident", ["off", "required"])
+async def test_what_policies_hide_is_made_up_for(make_db: MakeAdapter, own_database: str, resident: str) -> None:
+    """Those of memories, which embeddings do not have: the nearest may be among what is hidden."""
+    db = await make_db(dsn=own_database)
+    vectors = np.random.default_rng(0).normal(size=(150, 384)).astype(np.float32)
+    query = vectors[0]
+    similarity = vectors @ query / np.linalg.norm(vectors, axis=1) / np.linalg.norm(query)
+    order = [int(each) for each in np.argsort(-similarity)]
+    hidden = set(order[:20])
+    await db.create_memories(
+        [
+            Memory(
+                id=UUID(int=i + 1),
+                content={},
+                embedding=vector,
+                unique=True,
+                metadata={"hidden": i in hidden, "rare": i == order[-1]},
+            )
+            for i, vector in enumerate(vectors)
+        ],
+        "messages",
+    )
+    raw = await asyncpg.connect(own_database)
+    await raw.execute("""
+        ALTER TABLE elizasql.memories ENABLE ROW LEVEL SECURITY;
+        ALTER TABLE elizasql.memories FORCE ROW LEVEL SECURITY;
+        CREATE POLICY guard ON elizasql.memories USING (NOT metadata @> '{"hidden": true}')
+    """)
+    await raw.close()
+    guarded = await make_db(db.agent_id, dsn=own_database, resident=resident)
+
+    async def search(**options: Any) -> list[int]:
+        hits = await guarded.search_memories(embedding=query, table_name="messages", **options)
+        return [hit.id.int - 1 for hit in hits if hit.id is not None]
+
+    assert await search() == order[20:30]
+    assert await search(count=1000) == order[20:]
+    assert await search(recall="exact") == order[20:30]
+    least = (similarity[order[24]] + similarity[order[25]]) / 2
+    assert await search(match_threshold=float(least)) == order[20:25]
+    assert await search(metadata={"rare": False}) == order[20:30]
+    assert await search(metadata={"rare": True}) == order[-1:]
+    assert await search(metadata={"hidden": True}) == []
+
+
 async def test_what_a_cascade_changes_is_not_passed_over(
     make_db: MakeAdapter, own_database: str, server_dir: Path
 ) -> None:

@@ -13,6 +13,7 @@ from uuid import UUID, uuid4
 
 import asyncpg
 import numpy as np
+import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 import elizasql
 from elizasql import ArgumentError, DatabaseAdapter, EmbeddingDimensionError, Entity, Memory, Room, World
 from elizasql._statements import SQL, Statement
-from elizasql.memories import contains
+from elizasql.memories import _Where, contains
 
 from .conftest import MakeAdapter, Scene, database, make_scene
 
@@ -566,8 +567,10 @@ async def test_filters_take_one_round_trip_where_enough_of_the_nearest_pass(
     assert not round_trips
 
 
+# Of floats of 1e16 and more the server gives all digits.
+_LARGE = [1.7648123456789012e18, -3e16, 1e17, 2**53 + 1, 2.0**60, 1e19, 1.8446744073709552e19, 1e22, 5e-324]
 _PARTS = st.recursive(
-    st.sampled_from([None, True, False, 0, 1, 1.0, 1.5, -1, "", "a", "1"]),
+    st.sampled_from([None, True, False, 0, 1, 1.0, 1.5, -1, -0.0, "", "a", "1", *_LARGE]) | st.floats(1e15, 1e20),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
     max_leaves=8,
 )
@@ -593,9 +596,29 @@ async def test_metadata_contain_what_the_server_says_they_contain(
     values = data.draw(st.lists(_OBJECTS, min_size=20, max_size=20))
     parts = [data.draw(_OBJECTS | parts_of(value)) for value in values]
     said = await raw.fetch(
-        "SELECT v @> p AS contains FROM unnest($1::text[]::jsonb[], $2::text[]::jsonb[]) AS given (v, p)",
+        "SELECT v::text AS value, v @> p AS contains FROM unnest($1::text[]::jsonb[], $2::text[]::jsonb[]) AS g (v, p)",
         [json.dumps(value) for value in values],
         [json.dumps(part) for part in parts],
     )
-    for value, part, row in zip(values, parts, said, strict=True):
-        assert contains(value, part) == row["contains"], (value, part)
+    for part, row in zip(parts, said, strict=True):
+        where = _Where.read(None, None, part)
+        value = orjson.loads(row["value"])
+        assert contains(value, where.metadata) == row["contains"], (value, part)
+
+
+async def test_metadata_with_large_floats_are_found(alone: DatabaseAdapter) -> None:
+    [vector] = np.random.default_rng(3).normal(size=(1, 384)).astype(np.float32)
+    metadata = {"at": 1.7648123456789012e18}
+    await alone.create_memory(Memory(content={}, metadata=metadata, embedding=vector, unique=True), "messages")
+    for recall in ("balanced", "exact"):
+        found = await alone.search_memories(embedding=vector, table_name="messages", metadata=metadata, recall=recall)  # type: ignore[arg-type]
+        assert len(found) == 1
+
+
+def test_metadata_of_many_levels() -> None:
+    lists: Any = 1
+    objects: Any = 1
+    for _ in range(250):
+        lists, objects = [2, lists], {"a": objects, "b": 1}
+    assert contains({"a": lists, "o": objects}, {"a": lists, "o": objects})
+    assert not contains(lists, lists[1])
