@@ -152,7 +152,12 @@ class Exact:
         near = self._vectors[list(found)] @ query >= self._worst[key] - 1e-6
         return float(near.sum() / self._wanted)
 
+    def recall_in_full(self, query: Floats, found: Sequence[int]) -> float:
+        """Give the same for a search of ours, which never comes back short: fewer rows than match are an error."""
+        assert len(set(found)) == len(found) == self._wanted, "fewer rows than match"
+        return self.recall(query, found)
 
-def recall(vectors: Floats, query: Floats, found: Sequence[int], count: int) -> float:
+
+def recall_in_full(vectors: Floats, query: Floats, found: Sequence[int], count: int) -> float:
     """Give the same for a question that is asked once."""
-    return Exact(vectors, count).recall(query, found)
+    return Exact(vectors, count).recall_in_full(query, found)

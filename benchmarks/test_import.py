@@ -100,7 +100,7 @@ def test_import(benchmark: Any, run: Run, dsn: str, vectors: data.Data, report: 
             for query in vectors.queries[: sized(100, 5)]:
                 hits = await db.search_memories(embedding=query, table_name=TABLE)
                 positions = [place[hit.id] for hit in hits if hit.id is not None]
-                found.append(round(10 * exact.recall(query, positions)))
+                found.append(round(10 * exact.recall_in_full(query, positions)))
             await db.close()
         return taken, taken_by_index, found
 

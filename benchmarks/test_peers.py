@@ -13,7 +13,7 @@ import pytest
 from benchmarks.conftest import PEERS_KEPT, QUICK, ROWS, Run
 from benchmarks.peers import tables
 from benchmarks.peers.driver import ASYNCPG, CHECKED, ELIZAOS_CHECKED, IN_PROCESS, OURS, PEERS, PSYCOPG, RESIDENT, Spec
-from benchmarks.peers.suite import Sizes, Suite, find_pgbench, last_run
+from benchmarks.peers.suite import Sizes, Suite, find_faults, find_pgbench, last_run
 from benchmarks.report import Report
 
 
@@ -50,24 +50,25 @@ def suite(run: Run, report: Report) -> Iterator[Suite]:
 
 @pytest.fixture(autouse=True)
 def keep(suite: Suite) -> Iterator[None]:
-    """Keep what is known after every test: a run that is broken off has not been for nothing."""
+    """Keep what is known after every test, since a run that is broken off has not been for nothing; then judge it."""
     yield
     if not QUICK:
         suite.save()
+    # What is asked in a quick run runs in this environment: when it fails, that is this code's doing.
+    assert find_faults(suite.results, all_succeed=QUICK) == []
 
 
 def test_search(suite: Suite) -> None:
     suite.search_points()
     suite.settle()
     suite.rooms()
-    for kept in (suite.results["peers"][spec.name] for spec in (OURS, RESIDENT)):
-        measured = [*kept["points"], *([kept["equal"]] if "equal" in kept else [])]
-        assert all(point["short"] == 0 for point in measured), "fewer rows than match"
     for name, kept in suite.results["peers"].items():
         if name in suite.processes and not name.endswith("-check"):
             assert kept["points"], name
-    if QUICK:
-        assert all(kept["failed"] is None for kept in suite.results["peers"].values())
+    for kept in (suite.results["peers"][spec.name] for spec in (OURS, RESIDENT)):
+        assert kept["points"]
+        assert kept["equal"]
+        assert kept["room"]
 
 
 def test_concurrency(suite: Suite) -> None:
@@ -86,8 +87,6 @@ def test_writes(suite: Suite) -> None:
 
 
 def test_growth(suite: Suite) -> None:
-    if not suite.sizes.growth:
-        pytest.skip("not on tiny data")
     known = {spec.name: spec for spec in suite.specs if spec.name in suite.processes}
     suite.growth([known[name] for name in (OURS.name, RESIDENT.name, ASYNCPG.name, "elizaos") if name in known])
 

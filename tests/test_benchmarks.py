@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import charts
+from benchmarks import charts, data
 from benchmarks.peers import driver, tables
 from benchmarks.peers.base import Place
-from benchmarks.peers.suite import last_run
+from benchmarks.peers.suite import Sizes, Suite, find_faults, last_run
 from benchmarks.report import Comparison, Report, measured_before
 
 
@@ -75,6 +75,67 @@ def test_a_peer_that_fails_while_it_grows_has_empty_cells() -> None:
     tables.fill(report, given, None)
     (growth,) = [table for table in report.tables if table["title"] == "Growth, one agent"]
     assert growth["rows"] == [["1,000", "1.00 (1.000)", "1.00 (1.000)"], ["100,000", "", "1.00 (1.000)"]]
+
+
+def test_fewer_rows_than_match_of_one_of_ours_fail_the_benchmark_and_of_a_peer_are_told() -> None:
+    given = results(100_000)
+    room = {"seconds": [0.001], "medians": [0.001], "recalls": [0.9, 0.9], "short": 0}
+    point = {"p50": 0.001, "p95": 0.001, "recall": 0.9, "short": 0}
+    given["setup"]["room"] = 1000
+    for kept in given["peers"].values():
+        kept["room"] = dict(room)
+    given["growth"] = [{"rows": 1000, "peers": {name: dict(point) for name in given["peers"]}}]
+    assert find_faults(given) == []
+    for searched in (given["peers"]["peer"]["points"][0], given["peers"]["peer"]["room"]):
+        searched["short"] = 1
+    given["growth"][0]["peers"]["peer"]["short"] = 1
+    assert find_faults(given) == []
+    report = Report()
+    tables.fill(report, given, None)
+    rows = {table["title"].partition(",")[0]: table["rows"] for table in report.tables}
+    assert [row[-1] for row in rows["Peers: search in a room of 1"]] == ["0 of 2", "1 of 2"]
+    assert rows["Growth"] == [["1,000", "1.00 (0.900)", "1.00 (0.900, 1 short of rows)"]]
+    ours = given["peers"]["elizasql"]
+    for searched in (ours["points"][0], ours["equal"], ours["room"], given["growth"][0]["peers"]["elizasql"]):
+        searched["short"] = 2
+    assert find_faults(given) == [
+        "elizasql, as documented: 2 short",
+        "elizasql, at equal recall: 2 short",
+        "elizasql, in a room: 2 short",
+        "elizasql, growth to 1,000: 2 short",
+    ]
+
+
+def test_a_search_of_ours_that_comes_back_short_is_an_error() -> None:
+    exact = data.Exact(np.eye(12, dtype=np.float32))
+    query = np.arange(12, dtype=np.float32)
+    assert exact.recall_in_full(query, range(2, 12)) == 1.0
+    assert exact.recall_in_full(query, range(10)) == 0.8
+    for found in (range(3, 12), [*range(3, 12), 3], [*range(2, 12), 2]):
+        with pytest.raises(AssertionError, match="fewer rows than match"):
+            exact.recall_in_full(query, found)
+    assert data.Exact(np.eye(2, dtype=np.float32)).recall_in_full(query[:2], [0, 1]) == 1.0
+
+
+@pytest.mark.parametrize("name", ["elizasql", "elizasql-resident", "elizasql-check", "growth-elizasql-resident"])
+def test_a_peer_may_fail_but_none_of_ours(name: str) -> None:
+    suite = Suite([], Sizes.tiny(10), run=lambda _: None, say=lambda _: None)
+    suite.close()
+
+    def fail() -> None:
+        raise driver.PeerError("it broke")
+
+    suite.results["peers"] = {"peer": {"failed": None}, name.removeprefix("growth-"): {"failed": None}}
+    peer = driver.Spec("peer", "A peer", "")
+    assert suite._guard(peer, fail) is None
+    with pytest.raises(driver.PeerError):
+        suite._guard(driver.Spec(name, "One of ours", ""), fail)
+    assert all(kept["failed"] for kept in suite.results["peers"].values())
+
+
+def test_where_nothing_is_installed_no_peer_may_fail() -> None:
+    assert find_faults(results(100_000)) == []
+    assert find_faults(results(100_000), all_succeed=True) == ["peer: search: it broke"]
 
 
 def test_the_page_judges_no_small_run() -> None:

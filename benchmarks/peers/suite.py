@@ -89,7 +89,7 @@ class Sizes:
     @classmethod
     def tiny(cls, rows: int) -> Sizes:
         """Choose sizes that tell nothing and take a second."""
-        return cls(rows, 3, 4, 2, 1, 4, 20, 1, 10, 2, (1, 4))
+        return cls(rows, 3, 4, 2, 1, 4, 20, 1, 10, 2, (1, 4), (rows // 10, rows // 2))
 
 
 class Suite:
@@ -194,7 +194,7 @@ class Suite:
         return admin
 
     def _guard(self, spec: Spec, call: Callable[[], T]) -> T | None:
-        """Do something with a peer; when it fails, note why and leave the peer out from then on."""
+        """Do something with a peer; when it fails, note why and leave the peer out from then on. Ours may not fail."""
         try:
             return call()
         except (PeerError, asyncpg.PostgresError) as error:
@@ -204,7 +204,7 @@ class Suite:
             process = self.processes.pop(spec.name, None)
             if process is not None:
                 process.end()
-            if name == OURS.name:
+            if _is_ours(name):
                 raise
             return None
 
@@ -277,7 +277,7 @@ class Suite:
 
     def knob(self, spec: Spec, knob: Knob) -> None:
         """Turn a peer's knob; the database's settings are turned for those that have no parameter of their own."""
-        if spec.stores and not spec.name.startswith("elizasql"):
+        if spec.stores and not _is_ours(spec.name):
             self._run(self.server.turn(spec, knob))
         self.processes[spec.name].ask("knob", ef_search=knob.ef_search, iterative=knob.iterative)
 
@@ -391,11 +391,13 @@ class Suite:
         def turn(spec: Spec, number: int) -> None:
             asked = [((number * block + n) % len(self.task.queries), n % agents) for n in range(-agents, block)]
             answer = self.processes[spec.name].ask("search", asked=asked, warmup=agents, room=True)
-            kept = self.results["peers"][spec.name].setdefault("room", {"seconds": [], "medians": [], "recalls": []})
+            nothing: dict[str, Any] = {"seconds": [], "medians": [], "recalls": [], "short": 0}
+            kept = self.results["peers"][spec.name].setdefault("room", nothing)
             kept["seconds"] += answer["seconds"]
             kept["medians"].append(statistics.median(answer["seconds"]))
             for (query, agent), found in zip(asked[agents:], answer["found"], strict=True):
                 kept["recalls"].append(self.task.recall(query, agent, found, room=True))
+                kept["short"] += len(set(found)) < min(10, len(self.task.roommates[agent]))
 
         self.turns(specs, self.sizes.rounds, turn)
         self.results["setup"]["room"] = len(self.task.roommates[0])
@@ -474,7 +476,7 @@ class Suite:
         if OURS.name in self.processes:
             # What the background indexer would have done meanwhile.
             answer = self.processes[OURS.name].ask("catch_up")
-            moved = sizes.inserts * sum(spec.name.startswith("elizasql") for spec in specs) + stored
+            moved = sizes.inserts * sum(_is_ours(spec.name) for spec in specs) + stored
             self.results["peers"][OURS.name]["indexing"] = moved / answer["seconds"]
 
     def mixed(self) -> None:
@@ -654,7 +656,7 @@ class Suite:
             self._run(self.server.create(spec))
             self.processes[spec.name] = self.start(spec, task)
         process = self.processes[spec.name]
-        ours = "elizasql" in spec.name
+        ours = _is_ours(spec.name.removeprefix(_GROWTH))
         indexes = [] if ours else self._run(self.server.drop_hnsw(spec))
         process.ask("load", first=loaded, last=size)
         if indexes:
@@ -671,6 +673,7 @@ class Suite:
         seconds: dict[str, list[float]] = {spec.name: [] for spec in grown}
         medians: dict[str, list[float]] = {spec.name: [] for spec in grown}
         recalls: dict[str, list[float]] = {spec.name: [] for spec in grown}
+        short: dict[str, int] = {spec.name: 0 for spec in grown}
         exact = data.Exact(task.vectors[:size])
 
         def turn(spec: Spec, number: int) -> None:
@@ -682,6 +685,7 @@ class Suite:
             medians[spec.name].append(statistics.median(answer["seconds"]))
             for query, found in zip(queries, answer["found"], strict=True):
                 recalls[spec.name].append(exact.recall(task.queries[query], sorted(set(found))))
+                short[spec.name] += len(set(found)) < min(10, size)
 
         self.turns(grown, rounds, turn)
         for spec in grown:
@@ -692,6 +696,7 @@ class Suite:
                     "p95": percentile(times, 0.95),
                     "medians": medians[spec.name],
                     "recall": float(np.mean(recalls[spec.name])),
+                    "short": short[spec.name],
                 }
 
     # --- results -----------------------------------------------------------------------------------------------------
@@ -708,6 +713,29 @@ class Suite:
         self.results["setup"]["load at the end"] = _load()
         self.results["setup"]["seconds"] = round(perf_counter() - self._begun)
         keep(self.path, self.results)
+
+
+def find_faults(results: dict[str, Any], *, all_succeed: bool = False) -> list[str]:
+    """Give what fails the benchmark, whatever the figures: searches of ours that gave fewer rows than match.
+
+    Args:
+        results: Of the run, as far as it is.
+        all_succeed: No peer may have failed either; of those that are installed for a run it is only told.
+    """
+    found = []
+    for name, kept in results["peers"].items():
+        if all_succeed and kept["failed"]:
+            found.append(f"{name}: {kept['failed']}")
+        if _is_ours(name):
+            grown = [(f"growth to {point['rows']:,}", point["peers"].get(name)) for point in results["growth"]]
+            searched = [*((point["label"], point) for point in kept["points"]), ("at equal recall", kept.get("equal"))]
+            searched += [("in a room", kept.get("room")), *grown]
+            found += [f"{name}, {what}: {each['short']} short" for what, each in searched if each and each["short"]]
+    return found
+
+
+def _is_ours(name: str) -> bool:
+    return name.startswith(OURS.name)
 
 
 def last_run(results: dict[str, Any], path: Path) -> dict[str, Any] | None:
@@ -751,4 +779,4 @@ def _load() -> str:
     return " ".join(f"{load:.2f}" for load in os.getloadavg())
 
 
-__all__ = ["CALLERS", "KNOBS", "Sizes", "Suite", "find_pgbench", "last_run"]
+__all__ = ["CALLERS", "KNOBS", "Sizes", "Suite", "find_faults", "find_pgbench", "last_run"]

@@ -33,7 +33,7 @@ def fill(report: Report, results: Results, before: Results | None) -> None:
     report.table("Peers: search, top 10 of one agent", _SEARCH, _search(peers))
     rows = _rooms(peers)
     if rows:
-        header = ["peer", "recall", "p50 ms", "p95 ms", "blocks' p50, quartiles", "over ours"]
+        header = ["peer", "recall", "p50 ms", "p95 ms", "blocks' p50, quartiles", "over ours", "short of rows"]
         report.table(f"Peers: search in a room of {setup['room']:,}, a tenth of its agent's", header, rows)
     report.table("Peers: writes, everything indexed; mixed: 8 callers, 4 searches to 1 insert", _WRITES, _writes(peers))
     title = "Peers: searches a second, callers at once; the better of two turns, and the other"
@@ -111,7 +111,8 @@ def _rooms(peers: dict[str, Any]) -> list[list[str]]:
             quartiles = [percentile(room["medians"], share) for share in (0.25, 0.75)]
             row = [kept["title"], f"{statistics.mean(room['recalls']):.3f}", milli(mine)]
             row += [milli(percentile(room["seconds"], 0.95)), "-".join(map(milli, quartiles))]
-            rows.append([*row, f"{mine / ours:.2f}" if ours else ""])
+            row.append(f"{mine / ours:.2f}" if ours else "")
+            rows.append([*row, f"{room['short']} of {len(room['recalls'])}" if "short" in room else ""])
     return rows
 
 
@@ -221,10 +222,13 @@ def _growth(points: Sequence[dict[str, Any]]) -> list[list[str]]:
     rows = []
     for point in points:
         found = [point["peers"].get(name) for name in points[0]["peers"]]
-        rows.append(
-            [f"{point['rows']:,}", *(f"{milli(each['p50'])} ({each['recall']:.3f})" if each else "" for each in found)]
-        )
+        rows.append([f"{point['rows']:,}", *(_grown(each) if each else "" for each in found)])
     return rows
+
+
+def _grown(each: dict[str, Any]) -> str:
+    short = f", {each['short']} short of rows" if each.get("short") else ""
+    return f"{milli(each['p50'])} ({each['recall']:.3f}{short})"
 
 
 def _versions(kept: dict[str, Any]) -> str:
