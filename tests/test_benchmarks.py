@@ -175,6 +175,42 @@ def test_what_could_not_be_measured_stands_among_the_goals_as_such() -> None:
     assert "<td class='no'>not measured</td>" in charts.page(given, {}, None)
 
 
+def test_what_is_faster_than_the_fastest_that_was_measured_may_not_be_faster_than_all() -> None:
+    given = results(100_000)
+    peers = given["peers"]
+    peer = peers.pop("peer")
+    for spec in driver.PEERS:
+        peers[spec.name] = {**peer, "title": spec.title, "failed": None, "equal": point("x", 0.99, 0.01, enough=True)}
+        peers[spec.name] |= {"insert_one": [0.01], "insert_many": [30.0]}
+    peers["elizasql"] |= {"insert_one": [0.001], "insert_many": [900.0]}
+    goal = "search, elizasql, against the fastest Python peer at that recall"
+    above = "search, elizasql, against the fastest above a bare driver"
+    single, batch = "create_memory against the fastest peer with HNSW", "create_memories against the fastest peer"
+
+    def judged() -> dict[str, tuple[str, bool | None]]:
+        found = {what.partition(" (")[0]: (measured, met) for what, measured, _, met in tables.goals(given)}
+        return {each: found[each] for each in (goal, above, single, f"{batch} with HNSW in place")}
+
+    assert [*judged().values()] == [("5.0 x", True), ("5.0 x", True), ("10.0 x", True), ("30.0 x", True)]
+    peers["mem0"]["equal"]["enough"] = False  # is no candidate, and takes nothing away
+    assert judged()[goal] == ("5.0 x", True)
+    # One failed, which the others do not mind as long as it has figures; one was not chosen.
+    del peers["psycopg"]["equal"], peers["psycopg"]["insert_many"], peers["vecs"]
+    peers["psycopg"]["failed"] = "it broke"
+    assert [*judged().values()] == [
+        ("5.0 x, without psycopg, vecs", None),
+        ("5.0 x, without vecs", None),
+        ("10.0 x, without vecs", None),
+        ("30.0 x, without psycopg, vecs", None),
+    ]
+    # What is missed would be missed with these, too.
+    peers["langgraph"]["equal"]["p50"] = 0.003
+    assert judged()[goal] == ("1.5 x, without psycopg, vecs", False)
+    report = Report()
+    tables.fill(report, results(100_000), given)
+    assert report.before[goal] == "1.5 x, without psycopg, vecs"
+
+
 def test_the_goals_of_the_other_benchmarks_stand_on_the_page_once(tmp_path: Path) -> None:
     path = tmp_path / "peers-202601010000-100000.json"
     path.write_text(json.dumps(results(100_000)), encoding="utf-8")
