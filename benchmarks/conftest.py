@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from uuid import NAMESPACE_OID, UUID, uuid5
@@ -37,6 +38,9 @@ TABLE = "messages"
 
 # Shares of an agent's memories that are in each world.
 WORLDS = (0.001, 0.01, 0.05, 0.2, 0.739)
+
+# When an agent remembered the first thing; it went on at one a second.
+BEGUN = datetime(2025, 1, 1, tzinfo=timezone.utc)
 
 _FILLER = "what was said here is of no account, only that it is about as long as what people say to each other. " * 2
 _REPORT = pytest.StashKey[Report]()
@@ -253,6 +257,8 @@ async def load_agent(
             _memory(rooms[int(topics[row])], entities, mine[row], row, True, worlds[int(world_of[row])])
             for row in range(start, min(start + 5000, len(mine)))
         ]
+        for row, memory in enumerate(batch, start):
+            memory.created_at = BEGUN + timedelta(seconds=row)
         ids += await db.create_memories(batch, TABLE)
     positions = {id: position for position, id in enumerate(ids)}
     return Stored(db, ids, positions, mine, topics, rooms, entities, worlds, world_of)
@@ -266,6 +272,8 @@ def _memory(
         room_id=room,
         world_id=world,
         content={"text": f"Memory {number}: {_FILLER[number % 50 : 90 + number % 70]}", "source": "benchmark"},
+        # So that a filter can keep one of two, of ten, or of a hundred.
+        metadata={f"of_{parts}": number % parts for parts in (2, 10, 100)},
         unique=unique,
         embedding=vector,
     )

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from typing import Any
 from uuid import UUID
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from benchmarks import data
-from benchmarks.conftest import TABLE, WORLDS, Database, Run, Stored, bare, open_adapter, sent_by, sized
+from benchmarks.conftest import BEGUN, TABLE, WORLDS, Database, Run, Stored, bare, open_adapter, sent_by, sized
 from benchmarks.report import (
     HEADER,
     Call,
@@ -279,6 +280,50 @@ def test_every_world(benchmark: Any, run: Run, one: Database, vectors: data.Data
             share = comparison.median(variant) / comparison.median(f"exact {slowest}")
             what = f"1 agent: the slowest world over its exact scan, {name}"
             report.goal(what, comparison.times(variant, f"exact {slowest}"), "≤ 0.5 x", share <= 0.5)
+
+
+def test_filters(benchmark: Any, run: Run, one: Database, vectors: data.Data, report: Report) -> None:
+    """What passes a filter is looked for among the nearest, and where too few do, among all that pass."""
+    agent, queries = one.agents[0], vectors.queries
+    filters: dict[str, tuple[dict[str, Any], data.Ints]] = {}
+    everything = np.arange(len(agent.ids))
+    for parts in (2, 10, 100):
+        kept = max(1, len(everything) // parts)
+        first = (len(everything) - kept) // 2
+        # From half a second before the first to half a second after the last.
+        start, end = (BEGUN + timedelta(seconds=position - 0.5) for position in (first, first + kept))
+        filters[f"time, 1 of {parts}"] = {"start": start, "end": end}, everything[first : first + kept]
+        filters[f"metadata, 1 of {parts}"] = {"metadata": {f"of_{parts}": 1}}, everything[everything % parts == 1]
+    found: dict[str, dict[int, list[Memory]]] = {name: {} for name in filters}
+
+    def search(kept: dict[int, list[Memory]], **options: Any) -> Call:
+        async def call(number: int) -> None:
+            query = queries[number % len(queries)]
+            kept[number] = await agent.db.search_memories(embedding=query, table_name=TABLE, **options)
+
+        return call
+
+    variants = {"no filter": search({})}
+    variants |= {name: search(found[name], **options) for name, (options, _) in filters.items()}
+    comparison = run(interleave(variants, sized(50, 2), warmup=sized(5, 1)))
+    rows, recalls = [], []
+    for name, (_, among) in filters.items():
+        scope = _Scope(agent, among)
+        recalls.append(
+            float(np.mean([scope.recall(queries[n % len(queries)], hits) for n, hits in found[name].items()]))
+        )
+        rows.append(
+            [
+                *(name, f"{len(among):,}", f"{recalls[-1]:.4f}", micro(comparison.median(name))),
+                *(micro(comparison.p95(name)), f"{comparison.ratio(name):.2f}"),
+            ]
+        )
+    header = ["filter", "rows that pass", "recall", "p50 us", "p95 us", "p50 over no filter"]
+    title = f"Search under filters, 1 agent; without any p50 {micro(comparison.median('no filter'))} us"
+    report.table(title, header, rows)
+    record(benchmark, comparison, "time, 1 of 10")
+    worst = min(recalls)
+    report.goal("1 agent: recall@10 under filters, the worst", f"{worst:.4f}", "≥ 0.99", worst >= 0.99)
 
 
 def test_threshold(benchmark: Any, run: Run, ten: Database, vectors: data.Data, report: Report) -> None:
