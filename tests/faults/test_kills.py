@@ -104,24 +104,22 @@ async def test_end_of_a_session_that_is_announced(make_db: MakeAdapter) -> None:
     assert not SQL["delete_memories"].repeatable
 
 
-@pytest.mark.parametrize("seconds", [6, slow(300, rounds=60)])
+@pytest.mark.parametrize("rounds", [6, slow(600, rounds=60)])
 async def test_sessions_are_killed_under_load(
-    make_db: MakeAdapter, server: FaultServer, seed: int, seconds: float
+    make_db: MakeAdapter, server: FaultServer, seed: int, rounds: int
 ) -> None:
     """About every second a session dies by SIGKILL; the server throws everybody out, recovers, and goes on."""
     chance = random.Random(seed)
     kills = 0
     async with under_load(make_db, server, seed) as works:
         name = works[0].db.config.application_name
-        until_then = time.monotonic() + seconds
-        while time.monotonic() < until_then:
+        while kills < rounds:
             # The rhythm of the kills, not a wait for something.
             await asyncio.sleep(chance.uniform(0.05, 0.9))
             kills += await server.kill_backend(chance, name) is not None
             await server.recovered()
             for work in works:
                 await work.advance(1)
-    assert kills >= seconds / 3
 
 
 @pytest.mark.slow
