@@ -226,8 +226,9 @@ class ServerBusyError(UnavailableError):
 class DeadlineError(ElizaSQLError):
     """The call did not finish within its time limit.
 
-    A write that ran into it is done as a whole or not at all, and may be done. Look at the rows before you repeat a
-    claim, a compare-and-set, an increment or a delete that counts: `retryable` is False on the errors of these.
+    A write that ran into it is done as a whole or not at all, and may be done. Look at the rows before you repeat what
+    would end otherwise the second time, such as a claim, an increment, a create of agents or a delete that counts:
+    `retryable` is False on the errors of these.
     """
 
     retryable = True

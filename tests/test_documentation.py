@@ -31,6 +31,7 @@ import yaml
 
 import elizasql
 from elizasql import Config, DatabaseAdapter, Memory, _embedded, _pool
+from elizasql._statements import SQL
 from elizasql.cli import _app
 
 from .conftest import MakeAdapter, make_scene
@@ -380,6 +381,40 @@ def test_names_are_those_of_the_code(page: Path, sources: str) -> None:
     for path in re.findall(r"^::: (\S+)$", text, re.MULTILINE):
         module, _, name = path.rpartition(".")
         assert path in sys.modules or hasattr(sys.modules[module], name), f"{named(page)}: {path}"
+
+
+# What cannot be repeated: names of statements, and what the pages call them.
+NOT_REPEATABLE = {
+    r"create_(\w+)": r"\bcreates? of\b[^.;]*\b{}\b",
+    r"load_memories": r"`load_memories`",
+    r"claim_tasks|claim_tasks_by_names": r"\bclaims?\b",
+    r"(?:complete|repeat|release|fail)_task": r"\bclaims? (of tasks )?and (its end|their ends)\b",
+    r"update_pending_task": r"\bupdates? of (a )?pending\b",
+    r"compare_and_set_cache|set_missing_cache": r"\bcompare-and-set\b",
+    r"patch_components": r"\bpatch(es)? with increments\b",
+    r"(?:delete|remove|prune|sweep|cleanup)_\w+": r"\bdelete that counts\b",
+    r"drop_leaving_embeddings": r"\bend of a `reembed`",
+}
+
+
+@pytest.mark.parametrize(
+    ("page", "begin", "end"),
+    [
+        ("failures.md", "What cannot be repeated", "\n\n**"),
+        ("discussions/lost-connection.md", "## After it was sent", "```"),
+    ],
+    ids=["failures", "lost-connection"],
+)
+def test_what_cannot_be_repeated_is_told(page: str, begin: str, end: str) -> None:
+    text = (DOCS / page).read_text(encoding="utf-8").partition(begin)[2].partition(end)[0]
+    told = " ".join(re.sub(r"[*\n]+", " ", text).split())
+    for name in (statement.name for statement in SQL.values() if not statement.repeatable):
+        (called,) = (
+            words.format(*match.groups())
+            for pattern, words in NOT_REPEATABLE.items()
+            if (match := re.fullmatch(pattern, name))
+        )
+        assert re.search(called, told), name
 
 
 def test_settings_of_the_readme() -> None:
