@@ -1,5 +1,6 @@
 -- Logs, and the runs that they tell of. Columns of a log, in the order of elizasql.models.Log:
 -- id, agent_id, entity_id, room_id, type, body, created_at.
+-- Bounds are sub-selects for the sake of policies, see memories.sql.
 
 -- name: create_logs(agent_id, ids, entity_ids, room_ids, types, bodies, created_ats, positions, begins)!
 -- Logs without a time get the batch's, as many microseconds later as their position in the batch says: their order stays
@@ -31,14 +32,15 @@ FROM elizasql.logs
 WHERE
     agent_id = :agent_id
     AND (created_at, id) < (
-        coalesce(
-            (
-                SELECT exact.created_at FROM elizasql.logs AS exact
-                WHERE exact.agent_id = :agent_id AND exact.id = :cursor_id
+        SELECT
+            coalesce(
+                (
+                    SELECT exact.created_at FROM elizasql.logs AS exact
+                    WHERE exact.agent_id = :agent_id AND exact.id = :cursor_id
+                ),
+                :cursor_time::timestamptz, 'infinity'
             ),
-            :cursor_time::timestamptz, 'infinity'
-        ),
-        coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
+            coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
     )
 ORDER BY created_at DESC, id DESC
 LIMIT
@@ -53,14 +55,15 @@ FROM elizasql.logs
 WHERE
     agent_id = :agent_id AND type = :type
     AND (created_at, id) < (
-        coalesce(
-            (
-                SELECT exact.created_at FROM elizasql.logs AS exact
-                WHERE exact.agent_id = :agent_id AND exact.id = :cursor_id
+        SELECT
+            coalesce(
+                (
+                    SELECT exact.created_at FROM elizasql.logs AS exact
+                    WHERE exact.agent_id = :agent_id AND exact.id = :cursor_id
+                ),
+                :cursor_time::timestamptz, 'infinity'
             ),
-            :cursor_time::timestamptz, 'infinity'
-        ),
-        coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
+            coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
     )
 ORDER BY created_at DESC, id DESC
 LIMIT
@@ -76,14 +79,15 @@ WHERE
     agent_id = :agent_id AND room_id = :room_id
     AND (:type::text IS NULL OR type = :type)
     AND (created_at, id) < (
-        coalesce(
-            (
-                SELECT exact.created_at FROM elizasql.logs AS exact
-                WHERE exact.agent_id = :agent_id AND exact.id = :cursor_id
+        SELECT
+            coalesce(
+                (
+                    SELECT exact.created_at FROM elizasql.logs AS exact
+                    WHERE exact.agent_id = :agent_id AND exact.id = :cursor_id
+                ),
+                :cursor_time::timestamptz, 'infinity'
             ),
-            :cursor_time::timestamptz, 'infinity'
-        ),
-        coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
+            coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
     )
 ORDER BY created_at DESC, id DESC
 LIMIT
@@ -100,14 +104,15 @@ WHERE
     AND (:room_id::uuid IS NULL OR room_id = :room_id)
     AND (:type::text IS NULL OR type = :type)
     AND (created_at, id) < (
-        coalesce(
-            (
-                SELECT exact.created_at FROM elizasql.logs AS exact
-                WHERE exact.agent_id = :agent_id AND exact.id = :cursor_id
+        SELECT
+            coalesce(
+                (
+                    SELECT exact.created_at FROM elizasql.logs AS exact
+                    WHERE exact.agent_id = :agent_id AND exact.id = :cursor_id
+                ),
+                :cursor_time::timestamptz, 'infinity'
             ),
-            :cursor_time::timestamptz, 'infinity'
-        ),
-        coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
+            coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
     )
 ORDER BY created_at DESC, id DESC
 LIMIT
@@ -215,7 +220,6 @@ LIMIT
 -- Deletes the oldest logs that are before the time, or of the age, and before the oldest one to keep; gives how many.
 -- Locked rows are stepped over: two that prune take different ones, and fewer than a batch means that nothing is left.
 -- made_time: the time of the one to keep may be the last of the calendar, and must not become infinite on its way.
--- Bounds are sub-selects for the sake of policies, see memories.sql.
 -- Not repeatable: a second run finds nothing left to delete.
 WITH doomed AS MATERIALIZED (
     SELECT
@@ -249,7 +253,6 @@ SELECT count(*) FROM deleted;
 -- One of the two branches of "runs" is run: all run events in one pass of an index, or the chosen runs one by one.
 -- The latest terminal event decides the status. A promptCount that is no whole number up to 999,999,999 counts nothing.
 -- There is always one row: it carries the total when the page is empty.
--- Bounds of time are sub-selects for the sake of policies, see memories.sql.
 WITH chosen AS MATERIALIZED (
     SELECT DISTINCT run_id
     FROM elizasql.logs

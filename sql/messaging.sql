@@ -2,6 +2,7 @@
 -- Times are the statement's, not the transaction's: messages of one transaction stay in the order of their making.
 -- "DO UPDATE SET name = ..." or "content = ..." changes nothing; it makes the row that is there come back, also one
 -- committed meanwhile. Not "SET id": it would wait for every transaction that points at the row, and they for it.
+-- Bounds are sub-selects for the sake of policies, see memories.sql.
 
 -- name: create_message_servers(servers)
 -- Creates servers and gives the rows that are stored now: a server that is there already stays as it is.
@@ -277,21 +278,23 @@ ORDER BY created_at DESC, id DESC
 LIMIT :count::bigint;
 
 -- name: get_messages_for_channel_oldest_first(channel_id, before_time, cursor_time, cursor_id, count)
--- As get_messages_for_channel, the other way round: what comes after the cursor.
+-- As get_messages_for_channel, the other way round: what comes after the cursor. Two bounds, since a page that begins at
+-- the one ends at the other.
 SELECT
     id, channel_id, author_id, content, raw_message, in_reply_to_root_message_id, source_type, source_id, metadata,
     created_at, updated_at
 FROM elizasql.central_messages
 WHERE
     channel_id = :channel_id
-    AND created_at < coalesce(:before_time::timestamptz, 'infinity')
+    AND created_at < (SELECT coalesce(:before_time::timestamptz, 'infinity'))
     AND (created_at, id) > (
-        coalesce(
-            (SELECT c.created_at FROM elizasql.central_messages AS c WHERE c.id = :cursor_id),
-            :cursor_time::timestamptz,
-            '-infinity'
-        ),
-        coalesce(:cursor_id::uuid, '00000000-0000-0000-0000-000000000000')
+        SELECT
+            coalesce(
+                (SELECT c.created_at FROM elizasql.central_messages AS c WHERE c.id = :cursor_id),
+                :cursor_time::timestamptz,
+                '-infinity'
+            ),
+            coalesce(:cursor_id::uuid, '00000000-0000-0000-0000-000000000000')
     )
 ORDER BY created_at, id
 LIMIT :count::bigint;
@@ -305,12 +308,13 @@ FROM elizasql.central_messages
 WHERE
     in_reply_to_root_message_id = :message_id
     AND (created_at, id) > (
-        coalesce(
-            (SELECT c.created_at FROM elizasql.central_messages AS c WHERE c.id = :cursor_id),
-            :cursor_time::timestamptz,
-            '-infinity'
-        ),
-        coalesce(:cursor_id::uuid, '00000000-0000-0000-0000-000000000000')
+        SELECT
+            coalesce(
+                (SELECT c.created_at FROM elizasql.central_messages AS c WHERE c.id = :cursor_id),
+                :cursor_time::timestamptz,
+                '-infinity'
+            ),
+            coalesce(:cursor_id::uuid, '00000000-0000-0000-0000-000000000000')
     )
 ORDER BY created_at, id
 LIMIT :count::bigint;

@@ -12,7 +12,19 @@ import asyncpg
 import numpy as np
 import pytest
 
-from elizasql import DatabaseAdapter, Entity, Log, Memory, Room, Task, World, _pool
+from elizasql import (
+    Channel,
+    ChannelMessage,
+    DatabaseAdapter,
+    Entity,
+    Log,
+    Memory,
+    MessageServer,
+    Room,
+    Task,
+    World,
+    _pool,
+)
 from elizasql._statements import SQL
 from elizasql.config import Config
 from elizasql.errors import PermissionDeniedError
@@ -23,7 +35,9 @@ from .test_plans import plan_of
 MANY = 150
 T0 = datetime(2026, 1, 1, tzinfo=timezone.utc)
 LATE = T0 + timedelta(minutes=MANY - 5)
-ROOM, ENTITY = uuid4(), uuid4()
+ROOM, ENTITY, CHANNEL, AUTHOR = (uuid4() for _ in range(4))
+# What pages go on from: three rows are older than the one, four newer than the other.
+EARLY_ID, LATE_ID = UUID(int=4), UUID(int=MANY - 4)
 
 
 async def fill(db: DatabaseAdapter) -> None:
@@ -40,12 +54,22 @@ async def fill(db: DatabaseAdapter) -> None:
     tags = [["common"]] * (MANY - 1) + [["common", "rare"]]
     await db.create_tasks([Task(name="t", tags=each, created_at=time) for each, time in zip(tags, times, strict=True)])
     bodies = [{"runId": str(time), "status": "started"} for time in times]
+    ids = [UUID(int=i + 1) for i in range(MANY)]
     await db.create_logs(
         [
-            Log(entity_id=ENTITY, room_id=ROOM, type="run_event", body=body, created_at=time)
-            for body, time in zip(bodies, times, strict=True)
+            Log(id=id, entity_id=ENTITY, room_id=ROOM, type="run_event", body=body, created_at=time)
+            for id, body, time in zip(ids, bodies, times, strict=True)
         ]
     )
+    server = await db.create_message_server(MessageServer(name="server", source_type="test"))
+    await db.create_channel(Channel(id=CHANNEL, message_server_id=server.id, name="channel", type="GROUP"))
+    said = [
+        ChannelMessage(id=id, channel_id=CHANNEL, author_id=AUTHOR, content="x", created_at=time)
+        for id, time in zip(ids, times, strict=True)
+    ]
+    for message in said[1:]:
+        message.in_reply_to_root_message_id = ids[0]
+    await db.create_messages(said)
 
 
 async def answers(db: DatabaseAdapter) -> list[Any]:
@@ -58,6 +82,14 @@ async def answers(db: DatabaseAdapter) -> list[Any]:
         found.append(await db.get_memories(table_name="messages", end=T0 + timedelta(minutes=3), count=20, **scope))
         found.append(await db.count_memories(table_name="messages", start=LATE, **scope))
     found.append(await db.get_agent_run_summaries(from_time=LATE))
+    for id in (EARLY_ID, uuid4()):
+        early, late = (T0 + timedelta(minutes=3), id), (LATE, LATE_ID if id == EARLY_ID else id)
+        scopes: tuple[dict[str, Any], ...] = ({}, {"type": "run_event"}, {"room_id": ROOM}, {"entity_id": ENTITY})
+        found += [await db.get_logs(cursor=early, **scope) for scope in scopes]
+        found.append(await db.get_messages_for_channel(CHANNEL, cursor=early))
+        found.append(await db.get_messages_for_channel(CHANNEL, cursor=late, oldest_first=True))
+        found.append(await db.get_messages_for_channel(CHANNEL, None, LATE, cursor=early, oldest_first=True))
+        found.append(await db.get_replies(UUID(int=1), cursor=late))
     return found
 
 
@@ -66,11 +98,13 @@ async def test_policies_change_no_answer_and_let_no_scan_read_in_vain(make_db: M
     await fill(db)
     expected = await answers(db)
     session = await asyncpg.connect(own_database, server_settings=_pool.session_settings(Config.load(environ={})))
-    for table in ("memories", "embeddings", "entities", "tasks", "logs"):
+    guards = dict.fromkeys(("memories", "embeddings", "entities", "tasks", "logs"), f"agent_id = '{db.agent_id}'")
+    guards["central_messages"] = f"author_id = '{AUTHOR}'"
+    for table, guard in guards.items():
         await session.execute(f"""
             ALTER TABLE elizasql.{table} ENABLE ROW LEVEL SECURITY;
             ALTER TABLE elizasql.{table} FORCE ROW LEVEL SECURITY;
-            CREATE POLICY guard ON elizasql.{table} USING (agent_id = '{db.agent_id}');
+            CREATE POLICY guard ON elizasql.{table} USING ({guard});
             ANALYZE elizasql.{table}
         """)
     guarded = await make_db(db.agent_id, dsn=own_database)
@@ -81,6 +115,10 @@ async def test_policies_change_no_answer_and_let_no_scan_read_in_vain(make_db: M
     listed = {**agent, "type": "messages", "only_unique": False, "start_time": LATE, "skip": 0, "count": 20}
     page = {**listed, "start_time": None, "end_time": T0 + timedelta(minutes=3), "count": 3}
     names = [f"Nobody{i}" for i in range(20)]
+    # Of a cursor its own row is read, too, once for each place where its time is needed.
+    early = {**agent, "cursor_id": EARLY_ID, "skip": 0, "count": 20}
+    late = {"channel_id": CHANNEL, "message_id": UUID(int=1), "cursor_id": LATE_ID, "count": 20}
+    before = {"channel_id": CHANNEL, "before_time": T0 + timedelta(minutes=3), "count": 20}
     cases: list[tuple[str, dict[str, Any], int]] = [
         ("get_memories", listed, 5),
         ("get_memories", page, 3),
@@ -89,6 +127,14 @@ async def test_policies_change_no_answer_and_let_no_scan_read_in_vain(make_db: M
         ("count_memories_of_rooms", {**listed, "room_ids": [ROOM]}, 5),
         ("get_agent_run_summaries", {**agent, "narrowed": True, "from_time": LATE, "skip": 0, "count": 0}, 10),
         ("prune_logs", {**agent, "before": T0 + timedelta(minutes=3), "batch_size": 50}, 6),
+        ("get_logs", early, 4),
+        ("get_logs_by_type", {**early, "type": "run_event"}, 4),
+        ("get_logs_of_room", {**early, "room_id": ROOM}, 4),
+        ("get_logs_of_entity", {**early, "entity_id": ENTITY}, 4),
+        ("get_messages_for_channel", {**before, "cursor_id": EARLY_ID}, 5),
+        ("get_messages_for_channel_oldest_first", late, 5),
+        ("get_messages_for_channel_oldest_first", before, 3),
+        ("get_replies", late, 5),
         ("get_entities_by_names", {**agent, "names": names}, MANY + 1),
         ("search_entities_by_name", {**agent, "query": "nobody", "count": 7}, 100 + MANY + 1),
         ("get_tasks_by_tags", {**agent, "tags": ["rare"], "skip": 0, "count": 3}, 30 + MANY),
