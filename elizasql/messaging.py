@@ -339,7 +339,7 @@ class Messaging(Store):
         if not rows:
             return []
         chunks = [
-            {"messages": chunk, "first": number * self.config.batch_size}
+            {"messages": chunk, "first": number * self.config.batch_size, "begins": number == 0}
             for number, chunk in enumerate(self._encode_chunks(ChannelMessage, rows, ids))
         ]
         stored = await self._executor.fetch_chunks(SQL["create_messages"], chunks)

@@ -190,13 +190,15 @@ SELECT EXISTS(
     WHERE channel_id = :channel_id AND entity_id = :entity_id
 );
 
--- name: create_messages(messages, first)
+-- name: create_messages(messages, first, begins)
 -- Creates messages, all or none, and gives the rows that are stored now: a message that is there stays as it is.
--- Messages without a time get the statement's, a microsecond apart from :first on: their order stays the input's.
-WITH given AS (
+-- Messages without a time get the batch's, as many microseconds later as their position in the batch says, which is :first
+-- for the first one of a chunk: their order stays the input's. Not the statement's time: with it the later chunks would
+-- stand in the future, and what is made right after the batch before its end. begins: as of create_logs.
+WITH given AS MATERIALIZED (
     SELECT
         *,
-        statement_timestamp() + (:first::bigint + ordinality - 1) * interval '1 microsecond' AS made_at
+        (SELECT elizasql.batch_time(:begins)) + (:first::bigint + ordinality - 1) * interval '1 microsecond' AS made_at
     FROM jsonb_populate_recordset(NULL::elizasql.central_messages, :messages::jsonb) WITH ORDINALITY
 )
 

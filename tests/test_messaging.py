@@ -728,6 +728,23 @@ async def test_messages_in_one_batch(make_db: MakeAdapter, round_trips: list[str
     assert ids(await db.get_replies(root)) == [made[2].id, made[4].id, made[17].id]
 
 
+async def test_a_batch_of_many_chunks_does_not_reach_into_the_future(make_db: MakeAdapter) -> None:
+    """A reader who has seen its last message finds what is said next, whoever says it."""
+    db = await make_db(batch_size=10)
+    channel = await make_channel(db)
+    async with db.transaction() as tx:
+        # Those of the first chunk all have a time: nobody asks for another one until the second.
+        await tx.create_messages([message(channel, created_at=START) for _ in range(10)] + [message(channel)])
+        made = await tx.create_messages([message(channel) for _ in range(200)])
+        after = await tx.create_message(message(channel))
+    # A microsecond each, and a statement takes longer.
+    first = made[0].created_at
+    assert first is not None
+    assert [created.created_at for created in made] == [first + i * MICROSECOND for i in range(200)]
+    assert await db.get_messages_for_channel(channel, 2) == [after, made[-1]]
+    assert await db.get_messages_for_channel(channel, cursor=made[-1], oldest_first=True) == [after]
+
+
 async def test_batch_with_one_bad_message_writes_nothing(make_db: MakeAdapter, round_trips: list[str]) -> None:
     db = await make_db(batch_size=4)
     channel = await make_channel(db)
