@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -135,10 +134,12 @@ class Cache(Store):
                 "keys": [key for _, key, _, _ in chunk],
                 "values": [value for _, _, value, _ in chunk],
                 "ttls": [life for *_, life in chunk],
-                "swept": math.ceil(swept * len(chunk) / len(in_order)),
+                "swept": 0,
             }
             for chunk in self._chunks(in_order, lambda row: len(row[1]) + len(row[2]))
         ]
+        # Last of all: what has expired has any hash, and whoever holds it must not wait for the rest of the batch.
+        chunks[-1]["swept"] = swept
         await self._executor.fetch_chunks(SQL["set_caches"], chunks)
 
     def _count_to_sweep(self, lives: Sequence[timedelta | None]) -> int:

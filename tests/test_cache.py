@@ -21,7 +21,7 @@ from elizasql import cache as cache_module
 from elizasql._statements import SQL, Statement
 
 from .conftest import MakeAdapter
-from .locking import blocked_pid
+from .locking import blocked_pid, overtaken
 from .skew import Skew
 from .test_plans import indexes, plan_of
 
@@ -572,6 +572,21 @@ async def test_a_batch_locks_entries_in_the_order_of_their_hashes(
         await blocked_pid(raw, waiting)
         assert len(await raw.fetch(free, db.agent_id)) == len(keys)
     assert await waiting
+
+
+async def test_a_batch_sweeps_when_it_waits_for_nobody_any_more(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any]
+) -> None:
+    """Somebody has an entry of its second chunk, and sets an expired one, whose hash is greater, behind it."""
+    db = await make_db(batch_size=2)
+    keys = sorted((f"key {i}" for i in range(5)), key=lambda key: hashlib.sha256(key.encode()).digest())
+    await db.set_caches(dict.fromkeys(keys, 0))
+    await expire(raw, db, keys[-1])
+    change = "UPDATE elizasql.cache SET value = '2', expires_at = NULL WHERE agent_id = $1 AND key = $2"
+    setting = db.set_caches(dict.fromkeys(keys[:4], 1), ttl=HOUR)
+    await overtaken(raw, setting, (change, db.agent_id, keys[2]), (change, db.agent_id, keys[-1]))
+    assert db._meter.retries == 0
+    assert await db.get_caches(keys) == {**dict.fromkeys(keys[:4], 1), keys[-1]: 2}
 
 
 # --- compare and set -------------------------------------------------------------------------------------------------
