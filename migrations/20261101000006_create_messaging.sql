@@ -100,7 +100,25 @@ BEGIN
 END
 $$;
 
+-- Ends the participation of the given users in a channel, and gives how many took part.
+--
+-- Whoever changes participants locks the channel first, so that no two of them wait for each other. A function for the
+-- same reason as above: who came while it waited for that lock is removed, too.
+CREATE FUNCTION elizasql.remove_channel_participants(given_channel uuid, given_entities uuid[])
+RETURNS bigint LANGUAGE plpgsql VOLATILE STRICT AS $$
+DECLARE
+    removed bigint;
+BEGIN
+    PERFORM FROM elizasql.channels WHERE id = given_channel FOR NO KEY UPDATE;
+    DELETE FROM elizasql.channel_participants
+    WHERE channel_id = given_channel AND entity_id = ANY (given_entities);
+    GET DIAGNOSTICS removed = ROW_COUNT;
+    RETURN removed;
+END
+$$;
+
 -- migrate:down
+DROP FUNCTION elizasql.remove_channel_participants(uuid, uuid[]);
 DROP FUNCTION elizasql.replace_channel_participants(uuid, uuid[]);
 DROP TABLE elizasql.central_messages;
 DROP TABLE elizasql.channel_participants;

@@ -1667,6 +1667,20 @@ BEGIN
 END
 $$;
 
+CREATE FUNCTION elizasql.remove_channel_participants(given_channel uuid, given_entities uuid[]) RETURNS bigint
+    LANGUAGE plpgsql STRICT
+    AS $$
+DECLARE
+    removed bigint;
+BEGIN
+    PERFORM FROM elizasql.channels WHERE id = given_channel FOR NO KEY UPDATE;
+    DELETE FROM elizasql.channel_participants
+    WHERE channel_id = given_channel AND entity_id = ANY (given_entities);
+    GET DIAGNOSTICS removed = ROW_COUNT;
+    RETURN removed;
+END
+$$;
+
 CREATE FUNCTION elizasql.replace_channel_participants(given_channel uuid, given_entities uuid[]) RETURNS void
     LANGUAGE plpgsql STRICT
     AS $$

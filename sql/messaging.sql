@@ -160,23 +160,28 @@ WHERE id = :id
 RETURNING TRUE AS deleted;
 
 -- name: add_channel_participants(channel_id, entity_ids)!
+-- Locks the channel first, as update_channel does: what that one has deleted this one would wait for, and that one for
+-- what this one has inserted. A channel that is not there is left to the foreign key.
+WITH channel AS MATERIALIZED (
+    SELECT id
+    FROM elizasql.channels
+    WHERE id = :channel_id
+    FOR NO KEY UPDATE
+)
+
 INSERT INTO elizasql.channel_participants (channel_id, entity_id)
 SELECT
     :channel_id::uuid,
-    entity_id
+    given.entity_id
 FROM unnest(:entity_ids::uuid[]) AS given (entity_id)
-ORDER BY entity_id
+LEFT JOIN channel ON TRUE
+ORDER BY given.entity_id
 ON CONFLICT (channel_id, entity_id) DO NOTHING;
 
 -- name: remove_channel_participants(channel_id, entity_ids)$
+-- Gives how many took part. The function locks the channel first, as above, and then looks anew at who takes part.
 -- Not repeatable: a second run finds nothing left to delete.
-WITH removed AS (
-    DELETE FROM elizasql.channel_participants
-    WHERE channel_id = :channel_id AND entity_id = ANY(:entity_ids::uuid[])
-    RETURNING entity_id
-)
-
-SELECT count(*) FROM removed;
+SELECT elizasql.remove_channel_participants(:channel_id, :entity_ids::uuid[]) AS removed;
 
 -- name: get_channel_participants(channel_id)
 SELECT entity_id

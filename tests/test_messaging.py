@@ -30,6 +30,7 @@ from elizasql import (
 from elizasql._statements import SQL
 
 from .conftest import MakeAdapter
+from .locking import overtaken
 
 START = datetime(2026, 1, 1, tzinfo=timezone.utc)
 MICROSECOND = timedelta(microseconds=1)
@@ -623,6 +624,27 @@ async def test_racing_additions_of_participants(make_db: MakeAdapter) -> None:
         *((one, two)[i % 2].add_channel_participants(id, users[:: 1 if i % 4 < 2 else -1]) for i in range(8))
     )
     assert await one.get_channel_participants(id) == sorted(users)
+
+
+@pytest.mark.parametrize("call", ["add", "remove"])
+@pytest.mark.parametrize("stays", [True, False])
+async def test_participants_come_and_go_beside_a_replacement(
+    db: DatabaseAdapter, raw: asyncpg.Connection[Any], call: str, stays: bool
+) -> None:
+    """Another session replaces Bob by Ann, who may be there already: it has let him go, and lets her in next."""
+    ann, bob = sorted([uuid4(), uuid4()])
+    id = await make_channel(db)
+    await db.add_channel_participants(id, [ann, bob] if stays else [bob])
+    update = """
+        WITH updated AS (UPDATE elizasql.channels SET topic = 'new' WHERE id = $1)
+        DELETE FROM elizasql.channel_participants WHERE channel_id = $1 AND entity_id = $2"""
+    insert = "INSERT INTO elizasql.channel_participants (channel_id, entity_id) VALUES ($1, $2) ON CONFLICT DO NOTHING"
+    change = db.add_channel_participants if call == "add" else db.remove_channel_participants
+    given = await overtaken(raw, change(id, [ann, bob]), (update, id, bob), (insert, id, ann))  # type: ignore[arg-type]
+    # Whoever comes second sees what the first one has done.
+    assert given == (None if call == "add" else 1)
+    assert await db.get_channel_participants(id) == ([ann, bob] if call == "add" else [])
+    assert db._meter.retries == 0
 
 
 # --- messages --------------------------------------------------------------------------------------------------------
