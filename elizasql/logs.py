@@ -140,7 +140,8 @@ class Logs(Store):
         Raises:
             ArgumentError: Neither is given, or one does not fit.
 
-        Statement: sql/logs.sql prune_logs, one round trip a batch; get_oldest_kept_log before it for `keep`.
+        Statement: sql/logs.sql prune_logs, one round trip a batch, and one more after several; get_oldest_kept_log
+        before it for `keep`.
         """
         if older_than is None and keep is None:
             raise ArgumentError("give older_than, keep or both: there is no default that deletes everything")
@@ -150,6 +151,8 @@ class Logs(Store):
             "age": None,
             "kept_time": None,
             "kept_id": None,
+            "after_time": None,
+            "after_id": None,
             "batch_size": self.config.batch_size,
         }
         if isinstance(older_than, timedelta):
@@ -163,11 +166,16 @@ class Logs(Store):
             if oldest is None:
                 return 0
             params |= {"kept_time": oldest[0], "kept_id": oldest[1]}
-        deleted = 0
+        deleted: int = 0
         while True:
-            batch: int = await self._aside.fetch_value(SQL["prune_logs"], **params)
+            [(batch, last_time, last_id)] = await self._aside.fetch(SQL["prune_logs"], **params)
             deleted += batch
-            if batch < self.config.batch_size:
+            if batch == self.config.batch_size:
+                params |= {"after_time": last_time, "after_id": last_id}
+            elif params["after_id"] is not None:
+                # Once more from the start: others may have let go of what they had locked meanwhile.
+                params |= {"after_time": None, "after_id": None}
+            else:
                 return deleted
 
     # --- reading -----------------------------------------------------------------------------------------------------

@@ -216,8 +216,10 @@ LIMIT
     1
     OFFSET :keep::bigint - 1;
 
--- name: prune_logs(agent_id, before, age, kept_time, kept_id, batch_size)$
--- Deletes the oldest logs that are before the time, or of the age, and before the oldest one to keep; gives how many.
+-- name: prune_logs(agent_id, before, age, kept_time, kept_id, after_time, after_id, batch_size)^
+-- Deletes the oldest logs that are before the time, or of the age, and before the oldest one to keep; gives how many, and
+-- the last one, after which the next batch begins: what was deleted stays in the index for as long as anybody has an older
+-- snapshot, and from the start a batch would go through all that those before it have deleted.
 -- Locked rows are stepped over: two that prune take different ones, and fewer than a batch means that nothing is left.
 -- made_time: the time of the one to keep may be the last of the calendar, and must not become infinite on its way.
 -- Not repeatable: a second run finds nothing left to delete.
@@ -234,6 +236,11 @@ WITH doomed AS MATERIALIZED (
                 CASE WHEN :kept_id::uuid IS NULL THEN 'infinity' ELSE elizasql.made_time(:kept_time, 'infinity') END,
                 coalesce(:kept_id, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
         )
+        AND (created_at, id) > (
+            SELECT
+                coalesce(:after_time::timestamptz, '-infinity'),
+                coalesce(:after_id::uuid, '00000000-0000-0000-0000-000000000000')
+        )
     ORDER BY created_at, id
     LIMIT :batch_size::bigint
     FOR UPDATE SKIP LOCKED
@@ -243,10 +250,14 @@ deleted AS (
     DELETE FROM elizasql.logs AS l
     USING doomed
     WHERE l.agent_id = doomed.agent AND l.id = doomed.id
-    RETURNING l.id
+    RETURNING l.created_at, l.id
 )
 
-SELECT count(*) FROM deleted;
+SELECT
+    count(*) AS deleted,
+    max(created_at) AS last_time,
+    (array_agg(id ORDER BY created_at DESC, id DESC))[1] AS last_id
+FROM deleted;
 
 -- name: get_agent_run_summaries(agent_id, narrowed, room_id, entity_id, from_time, to_time, status, skip, count)
 -- The runs, each folded over all its events; narrowed: those that had an event in the time, the room, of the entity.

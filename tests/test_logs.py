@@ -26,6 +26,7 @@ from elizasql import (
     Log,
     NotFoundError,
 )
+from elizasql._statements import Statement
 
 from .conftest import MakeAdapter, Scene, make_scene
 from .test_tasks import check_plan, plan, skewed
@@ -443,8 +444,8 @@ async def test_prune_by_time_and_number(make_db: MakeAdapter, round_trips: list[
     await fill()
     del round_trips[:]
     assert await db.prune_logs(older_than=timedelta(0)) == 10
-    # Three full batches and what is left.
-    assert len(round_trips) == 4
+    # Three full batches, what is left, and a look at what was stepped over.
+    assert len(round_trips) == 5
     await fill()
     assert await db.prune_logs(keep=0) == 10
 
@@ -480,6 +481,43 @@ async def test_concurrent_prunes_count_each_log_once(make_db: MakeAdapter) -> No
     deleted = await asyncio.gather(*(adapter.prune_logs(keep=20) for adapter in (db, other, db, other)))
     assert sum(deleted) == 180
     assert len(await db.get_logs(count=100)) == 20
+
+
+async def test_prune_does_not_go_through_what_it_has_deleted_batch_by_batch(make_db: MakeAdapter) -> None:
+    """It stays in the index while somebody may see it, as here until the transaction ends."""
+    db = await make_db(batch_size=10)
+    scene = await make_scene(db)
+    await db.create_logs([log(scene) for _ in range(300)])
+    count = "SELECT pg_stat_get_xact_tuples_returned('elizasql.logs_created_at_idx'::regclass)"
+    async with db.transaction() as tx:
+        assert await tx.prune_logs(keep=0) == 300
+        read = await tx._executor.fetch_value(Statement("count", count, (), "", ""))
+    # Each once by its batch, and once by the last look; thirty batches from the start would be 4,950.
+    assert read <= 700
+
+
+async def test_prune_takes_what_others_let_go_meanwhile(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever has the oldest ones lets them go after the first batch, which is behind them."""
+    db = await make_db(batch_size=3)
+    scene = await make_scene(db)
+    made = await db.create_logs([log(scene) for _ in range(10)])
+    transaction = raw.transaction()
+    await transaction.start()
+    await raw.execute("SELECT FROM elizasql.logs WHERE id = ANY($1) FOR UPDATE", made[:4])
+    real = db._background.fetch
+    asked = 0
+
+    async def fetch(statement: Statement, **params: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        if asked == 2:
+            await transaction.rollback()
+        return await real(statement, **params)
+
+    monkeypatch.setattr(db._background, "fetch", fetch)
+    assert await db.prune_logs(older_than=timedelta(0)) == 10
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------

@@ -127,6 +127,7 @@ async def test_policies_change_no_answer_and_let_no_scan_read_in_vain(make_db: M
         ("count_memories_of_rooms", {**listed, "room_ids": [ROOM]}, 5),
         ("get_agent_run_summaries", {**agent, "narrowed": True, "from_time": LATE, "skip": 0, "count": 0}, 10),
         ("prune_logs", {**agent, "before": T0 + timedelta(minutes=3), "batch_size": 50}, 6),
+        ("prune_logs", {**agent, "after_time": LATE, "after_id": LATE_ID, "batch_size": 50}, 8),
         ("get_logs", early, 4),
         ("get_logs_by_type", {**early, "type": "run_event"}, 4),
         ("get_logs_of_room", {**early, "room_id": ROOM}, 4),
