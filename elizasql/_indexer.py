@@ -115,9 +115,15 @@ class Indexer:
 
     async def build(self) -> int:
         """Build the index of the agent's partition when it has none, the tail in it; give how many vectors moved."""
+        moved = await self._build(waits=True)
+        assert moved is not None
+        return moved
+
+    async def _build(self, *, waits: bool) -> int | None:
+        """Do so; None: somebody else has the partition locked, and `waits` is False."""
         self._lost = False  # not after it: it may be lost again, once it is built
         try:
-            return await self._fetch_count("build_index", settle=True)
+            return await self._fetch_count("build_index", settle=True, waits=waits)
         except BaseException:
             self.restore()
             raise
@@ -154,12 +160,17 @@ class Indexer:
                 next_look = loop.time() + interval * _LONGEST
             try:
                 await self._give_way()
-                while await self._move_batch():
+                while moved := await self._move_batch():
                     await self._analyze_when_it_pays()
                     await self._give_way()
+                locked = moved is None
                 if looks or self._lost:
-                    await self._restore_index()
-                pause, self.failures, self.error = interval, 0, None
+                    locked |= await self._restore_index()
+                self.failures, self.error = 0, None
+                if not locked:
+                    pause = interval
+                    continue
+                again = True  # no trouble: somebody builds the index, which takes milliseconds or an hour
             except ElizaSQLError as error:
                 # The next look tries again: soon where time may mend it, and not where the role may only read, or the
                 # server, a standby, where the primary's indexer does the work. Callers meet the same trouble
@@ -168,22 +179,27 @@ class Indexer:
                 # fill the log, a line a second and agent.
                 self.failures, self.error = self.failures + 1, f"{type(error).__name__}: {error}"
                 logger.warning("indexing is interrupted, and goes on in %.3g s: %s", pause, error)
-                await asyncio.sleep(pause)
-                pause = min(pause * 2, interval * _LONGEST)
-                if error.retryable and error.sqlstate != _READ_ONLY:
-                    self._wanted.set()
+                again = error.retryable and error.sqlstate != _READ_ONLY
             except Exception as error:
                 # No trouble of the server's: the task ends, and `stop` raises it, which may be long after.
                 self.failures, self.error = self.failures + 1, f"{type(error).__name__}: {error}"
                 logger.exception("indexing has ended")
                 raise
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, interval * _LONGEST)
+            if again:
+                self._wanted.set()
 
-    async def _restore_index(self) -> None:
+    async def _restore_index(self) -> bool:
         """Build the index that a load has dropped and not built: it failed, or its process was killed.
 
         A load that is running must not be disturbed, and may be another process's: only a partition that has hardly
         grown from one look to the next is taken for left alone.
+
+        Returns:
+            Whether it is left to the next look, since somebody else has the partition locked.
         """
+        locked = False
         lost, self._lost = self._lost, False  # not after the look: it may be lost meanwhile, and the look miss that
         try:
             size = await self._executor.fetch_value(SQL["find_lost_index"], agent_id=self._agent_id)
@@ -192,9 +208,13 @@ class Indexer:
             raise
         if size is not None and (lost or (self._lost_size is not None and size <= self._lost_size * _LEFT_ALONE)):
             with within(BUILD_TIME):
-                await self.build()
-            size = None
+                locked = await self._build(waits=False) is None
+            if locked:
+                self._lost |= lost
+            else:
+                size = None
         self._lost_size = size
+        return locked
 
     async def _give_way(self) -> None:
         """Wait until no call is running, at most for the time of patience."""
@@ -203,13 +223,19 @@ class Indexer:
         while self._callers.in_flight and loop.time() < until:  # noqa: ASYNC110
             await asyncio.sleep(0.005)  # an event would cost every call; this loop runs off the callers' path
 
-    async def _move_batch(self, *, settle: bool = False) -> int:
-        moved = await self._fetch_count("index_embeddings", settle=settle, batch_size=self._config.index_batch_size)
-        self._moved += moved
+    async def _move_batch(self, *, settle: bool = False) -> int | None:
+        """Move some vectors; give how many, or None: the partition is locked, for which the background does not wait.
+
+        The background's connections are few, an index may be built for an hour, and a partition has many agents: to
+        wait there would keep the loads of all others from a connection.
+        """
+        size = self._config.index_batch_size
+        moved = await self._fetch_count("index_embeddings", settle=settle, batch_size=size, waits=settle)
+        self._moved += moved or 0
         return moved
 
-    async def _fetch_count(self, name: str, *, settle: bool, **params: Any) -> int:
-        """Run a statement that moves vectors and gives their number.
+    async def _fetch_count(self, name: str, *, settle: bool, **params: Any) -> int | None:
+        """Run a statement that moves vectors and gives their number, or null.
 
         Args:
             name: Of the statement.
@@ -219,15 +245,15 @@ class Indexer:
         """
         chunk = {"agent_id": self._agent_id, **params}
         [row] = await self._executor.fetch_chunks(SQL[name], [chunk], settle=settle, unlimited=settle)
-        moved: int = row[0]
+        moved: int | None = row[0]
         return moved
 
     async def _analyze_when_it_pays(self) -> None:
         since = self._moved - self._analyzed_at
         if since >= max(_ANALYZE_LEAST, self._analyzed_at * _ANALYZE_SHARE):
-            await self._refresh_statistics()
+            await self._refresh_statistics(waits=False)
             self._analyzed_at = self._moved
 
-    async def _refresh_statistics(self) -> None:
-        chunk = {"agent_id": self._agent_id}
+    async def _refresh_statistics(self, *, waits: bool = True) -> None:
+        chunk = {"agent_id": self._agent_id, "waits": waits}
         await self._executor.fetch_chunks(SQL["refresh_statistics"], [chunk], unlimited=True)

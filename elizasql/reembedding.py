@@ -201,7 +201,7 @@ class Reembedding(Store):
                 break
             first = _after(row["last"])
         await self._background.execute(SQL["end_reembedding"], **about)
-        await self._background.execute(SQL["refresh_statistics"], **about)
+        await self._background.execute(SQL["refresh_statistics"], waits=True, **about)
         return dropped, [row["memory_id"] for row in bare]
 
 

@@ -515,10 +515,14 @@ CREATE FUNCTION elizasql.partition_of(given_agent uuid) RETURNS text LANGUAGE sq
     WHERE satisfies_hash_partition('elizasql.embeddings'::regclass, 16, part, given_agent)
 $$;
 
--- Brings the planner's statistics of an agent's partitions up to date: plans are made anew after it.
-CREATE FUNCTION elizasql.refresh_statistics(given_agent uuid) RETURNS void LANGUAGE plpgsql AS $$
+-- Brings the planner's statistics of an agent's partitions up to date: plans are made anew after it. waits = FALSE: not of
+-- one whose index is built, which ends with that, or which somebody else analyzes or vacuums.
+CREATE FUNCTION elizasql.refresh_statistics(given_agent uuid, waits boolean DEFAULT TRUE) RETURNS void
+LANGUAGE plpgsql AS $$
 BEGIN
-    EXECUTE format('ANALYZE elizasql.embeddings%1$s, elizasql.memories%1$s', right(elizasql.partition_of(given_agent), 4));
+    EXECUTE format(
+        'ANALYZE %2$s elizasql.embeddings%1$s, elizasql.memories%1$s',
+        right(elizasql.partition_of(given_agent), 4), CASE WHEN NOT waits THEN '(SKIP_LOCKED)' END);
 END
 $$;
 
@@ -527,8 +531,14 @@ $$;
 -- 200 of 3072 dimensions put off by seconds. So the first alone tells how long one takes, and then as many are locked as the
 -- time is enough for; one statement for each would take 0.5 ms a row more. Several may run at once.
 --
+-- While the partition is locked, as for minutes by the build of its index, it waits; or, waits = FALSE, it gives NULL at
+-- once: each agent of the partition would hold a connection of the background's, which has two, and others' loads would
+-- find none. The partitioned table is locked first, as in every other statement.
+--
 -- By custom plans, as in copy_scope_to_embedding().
-CREATE FUNCTION elizasql.index_embeddings(given_agent uuid, given_dimension integer, most bigint) RETURNS bigint
+CREATE FUNCTION elizasql.index_embeddings(
+    given_agent uuid, given_dimension integer, most bigint, waits boolean DEFAULT TRUE
+) RETURNS bigint
 LANGUAGE plpgsql SET plan_cache_mode = force_custom_plan AS $$
 DECLARE
     enough CONSTANT interval := '50 milliseconds';
@@ -538,6 +548,17 @@ DECLARE
     number bigint;
     moved bigint := 0;
 BEGIN
+    IF NOT waits THEN
+        LOCK TABLE ONLY elizasql.embeddings IN ROW EXCLUSIVE MODE;
+        BEGIN
+            EXECUTE format('LOCK TABLE elizasql.%s IN ROW EXCLUSIVE MODE NOWAIT', elizasql.partition_of(given_agent));
+        EXCEPTION
+            WHEN lock_not_available THEN
+                RETURN NULL;
+            WHEN insufficient_privilege THEN
+                NULL;  -- a role with rights on the partitioned table alone
+        END;
+    END IF;
     LOOP
         WITH batch AS (
             SELECT memory_id, dimension FROM elizasql.embeddings
@@ -616,8 +637,10 @@ $$;
 -- A build by all cores keeps callers from them: on two, the 95th percentile of a search of 0.8 ms rose to 5.7, and to 1.2
 -- beside a build by one process, which took 1.3 times as long while the searches had the other core. So where somebody
 -- asks, no more workers are taken than elizasql.build_workers_beside_callers says; the embedded server sets it, and who
--- has a server of his own may. Whoever asks is seen in a third of a second, before anything is locked.
-CREATE FUNCTION elizasql.build_index(given_agent uuid) RETURNS bigint LANGUAGE plpgsql AS $$
+-- has a server of his own may. Whoever asks is seen in a third of a second, before a writer has to wait.
+--
+-- waits = FALSE: NULL at once where somebody else builds, or vacuums.
+CREATE FUNCTION elizasql.build_index(given_agent uuid, waits boolean DEFAULT TRUE) RETURNS bigint LANGUAGE plpgsql AS $$
 DECLARE
     part text := elizasql.partition_of(given_agent);
     dim int;
@@ -629,6 +652,13 @@ BEGIN
     SELECT embedding_dimension INTO dim FROM elizasql.agents WHERE id = given_agent;
     IF dim IS NULL OR to_regclass(format('elizasql.%s_dim_%s_hnsw', part, dim)) IS NOT NULL THEN
         RETURN 0;
+    END IF;
+    IF NOT waits THEN
+        BEGIN
+            EXECUTE format('LOCK TABLE elizasql.%s IN SHARE UPDATE EXCLUSIVE MODE NOWAIT', part);
+        EXCEPTION WHEN lock_not_available THEN
+            RETURN NULL;
+        END;
     END IF;
     -- A smaller table gets no workers in any case.
     IF
@@ -679,10 +709,10 @@ END
 $$;
 
 -- migrate:down
-DROP FUNCTION elizasql.build_index(uuid);
+DROP FUNCTION elizasql.build_index(uuid, boolean);
 DROP FUNCTION elizasql.drop_index(uuid, bigint);
-DROP FUNCTION elizasql.index_embeddings(uuid, integer, bigint);
-DROP FUNCTION elizasql.refresh_statistics(uuid);
+DROP FUNCTION elizasql.index_embeddings(uuid, integer, bigint, boolean);
+DROP FUNCTION elizasql.refresh_statistics(uuid, boolean);
 DROP FUNCTION elizasql.partition_of(uuid);
 DROP TABLE elizasql.embeddings;
 DROP TABLE elizasql.memories;

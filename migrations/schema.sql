@@ -6,7 +6,7 @@ CREATE FUNCTION elizasql.batch_time(begins boolean) RETURNS timestamp with time 
     LANGUAGE sql
     RETURN to_timestamp((CASE WHEN begins THEN set_config('elizasql.batch_time'::text, (EXTRACT(epoch FROM statement_timestamp()))::text, true) ELSE current_setting('elizasql.batch_time'::text) END)::double precision);
 
-CREATE FUNCTION elizasql.build_index(given_agent uuid) RETURNS bigint
+CREATE FUNCTION elizasql.build_index(given_agent uuid, waits boolean DEFAULT true) RETURNS bigint
     LANGUAGE plpgsql
     AS $_$
 DECLARE
@@ -20,6 +20,13 @@ BEGIN
     SELECT embedding_dimension INTO dim FROM elizasql.agents WHERE id = given_agent;
     IF dim IS NULL OR to_regclass(format('elizasql.%s_dim_%s_hnsw', part, dim)) IS NOT NULL THEN
         RETURN 0;
+    END IF;
+    IF NOT waits THEN
+        BEGIN
+            EXECUTE format('LOCK TABLE elizasql.%s IN SHARE UPDATE EXCLUSIVE MODE NOWAIT', part);
+        EXCEPTION WHEN lock_not_available THEN
+            RETURN NULL;
+        END;
     END IF;
     -- A smaller table gets no workers in any case.
     IF
@@ -256,7 +263,7 @@ BEGIN
 END
 $$;
 
-CREATE FUNCTION elizasql.index_embeddings(given_agent uuid, given_dimension integer, most bigint) RETURNS bigint
+CREATE FUNCTION elizasql.index_embeddings(given_agent uuid, given_dimension integer, most bigint, waits boolean DEFAULT true) RETURNS bigint
     LANGUAGE plpgsql
     SET plan_cache_mode TO 'force_custom_plan'
     AS $$
@@ -268,6 +275,17 @@ DECLARE
     number bigint;
     moved bigint := 0;
 BEGIN
+    IF NOT waits THEN
+        LOCK TABLE ONLY elizasql.embeddings IN ROW EXCLUSIVE MODE;
+        BEGIN
+            EXECUTE format('LOCK TABLE elizasql.%s IN ROW EXCLUSIVE MODE NOWAIT', elizasql.partition_of(given_agent));
+        EXCEPTION
+            WHEN lock_not_available THEN
+                RETURN NULL;
+            WHEN insufficient_privilege THEN
+                NULL;  -- a role with rights on the partitioned table alone
+        END;
+    END IF;
     LOOP
         WITH batch AS (
             SELECT memory_id, dimension FROM elizasql.embeddings
@@ -1562,11 +1580,13 @@ BEGIN
 END
 $$;
 
-CREATE FUNCTION elizasql.refresh_statistics(given_agent uuid) RETURNS void
+CREATE FUNCTION elizasql.refresh_statistics(given_agent uuid, waits boolean DEFAULT true) RETURNS void
     LANGUAGE plpgsql
     AS $_$
 BEGIN
-    EXECUTE format('ANALYZE elizasql.embeddings%1$s, elizasql.memories%1$s', right(elizasql.partition_of(given_agent), 4));
+    EXECUTE format(
+        'ANALYZE %2$s elizasql.embeddings%1$s, elizasql.memories%1$s',
+        right(elizasql.partition_of(given_agent), 4), CASE WHEN NOT waits THEN '(SKIP_LOCKED)' END);
 END
 $_$;
 

@@ -763,26 +763,26 @@ SELECT embedding_dimension FROM locked;
 -- name: get_embedding_dimension(agent_id)$
 SELECT embedding_dimension FROM elizasql.agents WHERE id = :agent_id;
 
--- name: index_embeddings(agent_id, batch_size)$
+-- name: index_embeddings(agent_id, batch_size, waits)$
 -- Moves up to batch_size vectors of the tail into the HNSW index, fewer where that takes long; gives their number. Several may
--- run at once.
-SELECT elizasql.index_embeddings(:agent_id, NULL, :batch_size);
+-- run at once. waits: for the end of what locks writers out, such as the build of the index; else null.
+SELECT elizasql.index_embeddings(:agent_id, NULL, :batch_size, :waits);
 
 -- name: count_unindexed_embeddings(agent_id)$
 SELECT count(*) FROM elizasql.embeddings WHERE agent_id = :agent_id AND NOT indexed;
 
--- name: refresh_statistics(agent_id)!
-SELECT elizasql.refresh_statistics(:agent_id);
+-- name: refresh_statistics(agent_id, waits)!
+SELECT elizasql.refresh_statistics(:agent_id, :waits);
 
 -- name: drop_index(agent_id, coming)$
 -- Drops the HNSW index of the agent's partition when so many vectors come that a new one will be cheaper than feeding it
 -- row by row; NULL: in any case. Gives whether there is none now.
 SELECT elizasql.drop_index(:agent_id, :coming);
 
--- name: build_index(agent_id)$
+-- name: build_index(agent_id, waits)$
 -- Builds the HNSW index of the agent's partition when there is none, with the tail in it; gives the number of vectors
--- moved.
-SELECT elizasql.build_index(:agent_id);
+-- moved. waits: for others who build it, or vacuum; else null.
+SELECT elizasql.build_index(:agent_id, :waits);
 
 -- name: find_lost_index(agent_id)$
 -- The size of the agent's partition when it has no HNSW index and this role may make one; no row when it has.

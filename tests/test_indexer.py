@@ -172,8 +172,8 @@ async def test_a_batch_ends_before_others_wait_for_long(
     """Who changes or deletes one of its vectors waits for its end."""
     db = await make_db()
     await write(db, 10)
-    params = [db.agent_id, 10] if name == "index_embeddings" else [db.agent_id, 384, 10]
-    assert params == [{"agent_id": db.agent_id, "target": 384, "batch_size": 10}[each] for each in SQL[name].params]
+    given = {"agent_id": db.agent_id, "target": 384, "batch_size": 10, "waits": False}
+    params = [given[each] for each in SQL[name].params]
     part = await raw.fetchval("SELECT elizasql.partition_of($1)", db.agent_id)
     transaction = raw.transaction()
     await transaction.start()
@@ -233,6 +233,103 @@ async def test_a_build_that_waits_for_vacuum_does_not_hold_up_writes(
         await blocked_pid(raw, building)
         await db.create_memory(Memory(content={}, embedding=V[30], unique=True), "messages", timeout=5)
     assert await building == 31
+
+
+async def test_what_waits_for_a_locked_partition_is_moved_soon_after(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any], round_trips: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The background comes back by itself, long before the next look."""
+    monkeypatch.setattr(_indexer, "_LONGEST", 10**6)
+    agent = (await make_db()).agent_id
+    await write(await make_db(agent), 10)
+    part = await raw.fetchval("SELECT elizasql.partition_of($1)", agent)
+
+    async def tried() -> bool:
+        return sum("index_embeddings" in sent for sent in round_trips) > 2
+
+    async def empty() -> bool:
+        return await tail_of(raw, agent) == 0
+
+    async with raw.transaction():
+        await raw.execute(f"LOCK TABLE elizasql.{part} IN SHARE ROW EXCLUSIVE MODE")
+        db = await make_db(agent, indexing="background", index_interval=0.001)
+        await until(tried)
+        assert (db._indexer.failures, db._indexer.error) == (0, None)
+    await until(empty)
+
+
+async def test_an_index_that_somebody_else_builds_is_not_waited_for(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any]
+) -> None:
+    indexer = (db := await make_db())._indexer
+    await write(db, 10)
+    assert await indexer.drop()
+    indexer.restore()
+    building = raw.transaction()
+    await building.start()
+    assert await raw.fetchval("SELECT elizasql.build_index($1)", db.agent_id) == 10  # and it is not over yet
+    assert await asyncio.wait_for(indexer._restore_index(), 30)
+    assert indexer._lost is True, "whoever builds it may fail"
+    await building.rollback()
+    assert not await indexer._restore_index()
+    assert await tail_of(raw, db.agent_id) == 0
+
+
+async def test_statistics_that_somebody_else_makes_are_not_waited_for(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor those of a partition whose index is about to be built."""
+    monkeypatch.setattr(_indexer, "_ANALYZE_LEAST", 1)
+    monkeypatch.setattr(_indexer, "_ANALYZE_SHARE", 0)
+    db = await make_db(indexing="background")
+    part = await raw.fetchval("SELECT elizasql.partition_of($1)", db.agent_id)
+
+    async def empty() -> bool:
+        return await tail_of(raw, db.agent_id) == 0
+
+    async with raw.transaction():
+        await raw.execute(f"LOCK TABLE elizasql.{part} IN SHARE UPDATE EXCLUSIVE MODE")
+        for _ in range(2):
+            await write(db, 5)
+            await until(empty)
+
+
+async def test_the_partitioned_table_is_locked_before_the_partition(
+    db: DatabaseAdapter, raw: asyncpg.Connection[Any]
+) -> None:
+    """As by whoever makes a trigger for it: else each could wait for the other."""
+    await write(db, 5)
+    part = await raw.fetchval("SELECT elizasql.partition_of($1)", db.agent_id)
+    async with raw.transaction():
+        await raw.execute("LOCK TABLE ONLY elizasql.embeddings IN SHARE ROW EXCLUSIVE MODE")
+        moving = asyncio.ensure_future(db._indexer._move_batch())
+        pid = await blocked_pid(raw, moving)
+        held = "SELECT count(*) FROM pg_locks WHERE pid = $1 AND granted AND relation = $2::text::regclass"
+        assert await raw.fetchval(held, pid, f"elizasql.{part}") == 0
+    assert await moving == 5
+
+
+async def test_a_role_without_rights_on_the_partition_moves_vectors_too(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any], dsn: str
+) -> None:
+    if "//elizasql@" not in dsn:
+        pytest.skip("the embedded server is not used")
+    db = await make_db()
+    await write(db, 10)
+    part = await raw.fetchval("SELECT elizasql.partition_of($1)", db.agent_id)
+    admin = await asyncpg.connect(dsn.replace("//elizasql@", "//postgres@"))
+    try:
+        await admin.execute("CREATE ROLE mover LOGIN")
+        await admin.execute("GRANT USAGE ON SCHEMA elizasql TO mover")
+        await admin.execute("GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA elizasql TO mover")
+        await admin.execute(f"REVOKE ALL ON elizasql.{part} FROM mover")
+        app = await make_db(db.agent_id, dsn=dsn.replace("//elizasql@", "//mover@"))
+        assert await app._indexer._move_batch() == 10
+        await app.close()
+    finally:
+        await admin.execute("DROP OWNED BY mover")
+        await admin.execute("DROP ROLE mover")
+        await admin.close()
 
 
 @pytest.mark.parametrize(
@@ -401,7 +498,7 @@ async def test_trouble_is_logged_and_the_next_look_goes_on(
     real = db._indexer._move_batch
     failures = [ConnectionLostError("cut"), ConnectionLostError("cut again")]
 
-    async def failing() -> int:
+    async def failing() -> int | None:
         if failures:
             raise failures.pop()
         return await real()
@@ -421,7 +518,7 @@ async def test_stats_tell_of_trouble_in_the_background(make_db: MakeAdapter, mon
     db = await make_db(indexing="background", index_interval=0.001)
     real, failures = db._indexer._move_batch, 5
 
-    async def failing(**options: Any) -> int:
+    async def failing(**options: Any) -> int | None:
         nonlocal failures
         if failures:
             failures -= 1
@@ -527,7 +624,8 @@ async def test_statistics_are_made_anew_when_the_index_has_grown_by_a_share(
         indexer._moved += moved
         return moved
 
-    async def refresh() -> None:
+    async def refresh(*, waits: bool) -> None:
+        assert not waits
         made.append(indexer._moved)
 
     monkeypatch.setattr(indexer, "_move_batch", move)

@@ -826,6 +826,37 @@ async def test_while_the_index_of_another_partition_is_built_nobody_waits(
     assert await stored(raw, db.agent_id) == (7, 7, 0)
 
 
+async def test_while_an_index_is_built_loads_into_other_partitions_find_a_connection(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any], round_trips: list[str]
+) -> None:
+    """The background of the partition's agents waits without one; what it has left, it does when the build is over."""
+    agents, part = [uuid4()], "SELECT elizasql.partition_of($1)"
+    own = await raw.fetchval(part, agents[0])
+    for same in (True, False):
+        while (await raw.fetchval(part, another := uuid4()) == own) is not same:
+            pass
+        agents.append(another)
+    for agent in agents[:2]:
+        await (await make_db(agent)).create_memories(some(3, unique=True), "messages")
+    await raw.execute("SELECT elizasql.drop_index($1, NULL)", agents[0])
+    building = raw.transaction()
+    await building.start()
+    await raw.execute("SELECT elizasql.build_index($1)", agents[0])  # and it is not over yet
+    options: dict[str, Any] = {"timeout": 10.0, "index_interval": 0.01}
+    both = [await make_db(agent, indexing="background", **options) for agent in agents[:2]]
+    other = await make_db(agents[2], **options)
+    assert len({db._background.connections for db in (*both, other)}) == 1
+    while sum("index_embeddings" in sent for sent in round_trips) < 2:
+        await asyncio.sleep(0.01)
+    assert (await other.load_memories(some(50), "messages", batch_size=10)).indexed == 50
+    for db in both:
+        assert (await db.stats())["indexing"] == {"failures": 0, "error": None}
+    await building.rollback()
+    for agent in agents[:2]:
+        while await stored(raw, agent) != (3, 3, 0) or await index_of(raw, agent) is None:
+            await asyncio.sleep(0.01)
+
+
 async def test_of_two_that_build_one_builds(
     make_db: MakeAdapter, db: DatabaseAdapter, raw: asyncpg.Connection[Any], small: None
 ) -> None:
