@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ import pytest
 import elizasql
 from elizasql import DatabaseAdapter, Log, Task, _embedded
 from elizasql.__main__ import main
+from elizasql._calls import current_deadline
 from elizasql._indexer import Indexer
 from elizasql._statements import SQL
 from elizasql.cli import _app, _keeper, _out, data, doctor, look, queries
@@ -1723,6 +1725,36 @@ def test_index_moves_the_tail(on_server: Run, dsn: str) -> None:
     assert on_server("index", "--agent", agent, "--json").json[0]["moved"] == 5
     assert re.search(rf"{agent}  Ada +0", on_server("index", "--agent", agent).out)
     assert on_server("index", "--agent", agent, "--rebuild", "--json").code == 0
+
+
+def test_what_goes_over_all_vectors_has_more_time_than_from_a_program(
+    on_server: Run, dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who sees how far it is can end it himself; an hour would cut a million vectors off."""
+    given: list[tuple[str, float]] = []
+
+    def note(kind: type, name: str) -> None:
+        real = getattr(kind, name)
+
+        async def noted(*args: Any, **options: Any) -> Any:
+            given.append((name, current_deadline(0.0) - time.monotonic()))
+            return await real(*args, **options)
+
+        monkeypatch.setattr(kind, name, noted)
+
+    async def remember(db: DatabaseAdapter) -> None:
+        await db.ensure_embedding_dimension(384)
+        await db.create_memories([{"content": {}, "embedding": v} for v in np.random.normal(size=(5, 384))], "facts")
+
+    agent = with_agent(dsn, remember)
+    for kind, name in ((Indexer, "drain"), (Indexer, "build"), (DatabaseAdapter, "_look_at_move")):
+        note(kind, name)
+    assert on_server("index", "--agent", agent).code == 0
+    assert on_server("index", "--agent", agent, "--rebuild").code == 0
+    on_server("reembed", "--agent", agent, "--to", 512, "--with", "json:loads").fails(1, "have a vector and no text")
+    assert on_server("reembed", "--agent", agent, "--abandon").code == 0
+    assert {name for name, _ in given} == {"drain", "build", "_look_at_move"}
+    assert min(left for _, left in given) > 86_400
 
 
 def test_index_makes_a_lost_one_again_and_a_shared_one_once(

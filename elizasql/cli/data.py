@@ -31,6 +31,9 @@ from ._place import DataDir, Dsn, Json, Place
 # Seconds that one statement of an import may take, and the building of an index behind it.
 _PATIENCE = BUILD_TIME
 
+# Seconds for what goes over all vectors of an agent, batch by batch, and may be ended and begun again at any time.
+LONG = 7 * 86_400.0
+
 # With so many new vectors, building the index anew may be faster than adding them one by one: the server tells, which
 # knows what else is in the index, and whether this role may build it.
 _REBUILD = 5000
@@ -208,7 +211,8 @@ async def _index(db: DatabaseAdapter, advance: _out.Advance, *, rebuild: bool = 
     if waiting or rebuild:
         advance(name, 0, waiting or None)
     rebuild = rebuild or (waiting >= _REBUILD and await db._indexer.drop(waiting))
-    return await db.index_memories(lambda done, total: advance(name, done, total), rebuild=rebuild)
+    # Added one by one, a million vectors take more than an hour.
+    return await db.index_memories(lambda done, total: advance(name, done, total), rebuild=rebuild, timeout=LONG)
 
 
 def index_(
@@ -312,6 +316,11 @@ def restore(
         name = f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
         unfinished = folder / name if fills else folder.with_name(name)
         try:
+            if fills and os.geteuid() == 0:
+                # Root's server is that of the folder's owner, who else could not open it.
+                unfinished.mkdir(mode=0o700)
+                owner = folder.stat()
+                os.chown(unfinished, owner.st_uid, owner.st_gid)
             made = await _embedded.acquire(unfinished)
             try:
                 config = _place.load(None, str(unfinished))

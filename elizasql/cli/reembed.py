@@ -59,7 +59,7 @@ def reembed(
             chosen = await place.choose_agent(agent)
             async with place.open(chosen, timeout=data._PATIENCE) as db:
                 if embed is None or to is None:
-                    return {"agent_id": chosen, "dropped": await db.abandon_reembedding()}
+                    return {"agent_id": chosen, "dropped": await db.abandon_reembedding(timeout=data.LONG)}
                 with _out.progress(shown=not json) as advance:
                     done = await db.reembed(
                         to,
@@ -67,6 +67,7 @@ def reembed(
                         batch_size=batch_size,
                         skip_missing=skip_missing,
                         progress=lambda done, total: advance("embed", done, total),
+                        timeout=data.LONG,
                     )
                 return {"agent_id": chosen, **asdict(done)}
 
