@@ -137,6 +137,7 @@ class Loader:
         vectors = sum(row["embedding"] is not None for row in rows)
         try:
             with within(self._store.config.timeout):
+                await self._store._width_of(rows)  # a wrong one must not cost the partition its index
                 await self._make_way(len(rows), vectors)
                 stored = await self._store._load(rows, skip=self._skip)
         except IntegrityError as error:

@@ -32,6 +32,7 @@ from elizasql import (
     sync,
 )
 from elizasql._indexer import Indexer
+from elizasql._statements import SQL
 
 from .conftest import MakeAdapter, Scene, make_scene
 
@@ -640,6 +641,25 @@ async def test_whoever_reads_the_partition_does_not_hold_up_a_load(
         await raw.fetch("SELECT 1 FROM elizasql.embeddings WHERE agent_id = $1", db.agent_id)
         assert (await db.load_memories(some(30), "messages", batch_size=30)).indexed == 30
         assert await index_of(raw, db.agent_id) == before
+
+
+async def test_vectors_of_a_wrong_width_do_not_cost_the_partition_its_index(
+    db: DatabaseAdapter, raw: asyncpg.Connection[Any], indexed: None, small: None
+) -> None:
+    before = await index_of(raw, db.agent_id)
+    wide = [Memory(content={}, embedding=np.append(V[n], V[0][:128])) for n in range(50)]
+    with pytest.raises(EmbeddingDimensionError, match="512"):
+        await db.load_memories(wide, "messages", batch_size=10)
+    assert before is not None and await index_of(raw, db.agent_id) == before
+
+
+async def test_the_width_is_asked_for_once(make_db: MakeAdapter, round_trips: list[str]) -> None:
+    db = await make_db(dimension=None)
+    await make_db(db.agent_id)
+    assert db._dimension is None
+    round_trips.clear()
+    await db.load_memories(some(30), "messages", batch_size=10, build_index=False)
+    assert sum(sent == SQL["get_embedding_dimension"].sql for sent in round_trips) == 1
 
 
 async def test_after_a_load_that_failed_the_background_builds_the_index(
