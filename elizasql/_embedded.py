@@ -109,6 +109,13 @@ class _Lock:
             return False
         return True
 
+    def is_at(self, path: Path) -> bool:
+        """Tell whether it is the file that stands there, and not one that did before the folder was made anew."""
+        try:
+            return os.path.samestat(os.fstat(self.fd), path.stat())
+        except FileNotFoundError:
+            return False
+
     def close(self) -> None:
         """Close it; the lock stays with whoever has inherited it. Once only: the number may be another's by then."""
         if self.held:
@@ -144,6 +151,10 @@ class EmbeddedServer:
     def __repr__(self) -> str:
         return f"EmbeddedServer({str(self.data_dir)!r})"
 
+    def _is_of_cluster(self) -> bool:
+        """Tell whether the folder is still the one that this is a use of. Under `lifecycle`."""
+        return self._users.is_at(self.data_dir / "users.lock")
+
     async def release(self, *, timeout: float = 60.0) -> None:
         """Let go of the server; the last one out stops it. Does nothing the second time, and in a forked child.
 
@@ -164,7 +175,9 @@ class EmbeddedServer:
             # Newcomers take their share of users.lock under the same lock, so nobody can slip in between.
             async with self._cluster.lifecycle(deadline, leaving=True):
                 try:
-                    if self._users.take():
+                    if not self._is_of_cluster():
+                        _log.warning("%s was made anew by others, whose server it is now", self.data_dir)
+                    elif self._users.take():
                         await self._cluster.stop(deadline)
                 finally:
                     self._users.release()
@@ -235,19 +248,20 @@ async def revive(dsn: str, timeout: float) -> bool:
     Returns:
         Whether it is worth another look.
     """
-    server = next((each for each in tuple(_servers) if each.dsn == dsn), None)
-    if server is None or not server._cluster.pid_file.exists():
+    uses = [each for each in tuple(_servers) if each.dsn == dsn]
+    if not uses or not uses[0]._cluster.pid_file.exists():
         return False
     deadline = time.monotonic() + timeout
-    cluster = _Cluster(server.data_dir)
+    cluster = _Cluster(uses[0].data_dir)
     try:
         async with cluster.lifecycle(deadline):
-            # Meanwhile it may have been stopped, or let go of.
-            if server not in _servers or not cluster.pid_file.exists():
+            # Meanwhile it may have been stopped, or let go of, or its folder made anew by others.
+            ours = any(each in _servers and each._is_of_cluster() for each in uses)
+            if not ours or not cluster.pid_file.exists():
                 return False
             await cluster.ensure_running(deadline)
     except (EmbeddedServerError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-        _log.warning("The embedded server in %s was killed and is not up again: %s", server.data_dir, error)
+        _log.warning("The embedded server in %s was killed and is not up again: %s", cluster.home, error)
         return False
     return True
 

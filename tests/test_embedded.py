@@ -915,6 +915,53 @@ async def test_folder_removed_under_the_server(stopped: Path) -> None:
             os.kill(pid, signal.SIGQUIT)  # it would notice within a minute
 
 
+@contextlib.asynccontextmanager
+async def made_anew(stopped: Path, template: Path) -> AsyncIterator[None]:
+    """Put another data directory into the place of one whose server runs, and end that in the end."""
+    pid, old = postmaster(stopped), stopped.with_name("old")
+    try:
+        stopped.rename(old)
+        subprocess.run(["cp", "-a", str(template), str(stopped)], check=True)
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGQUIT)
+        await until(lambda: not running(old))
+
+
+async def test_server_of_a_folder_that_was_made_anew_is_not_ours(stopped: Path, template: Path) -> None:
+    server = await acquire(stopped)
+    async with made_anew(stopped, template):
+        client = Client(stopped)
+        await client.line()
+        os.kill(postmaster(stopped), signal.SIGKILL)
+        await until(lambda: not running(stopped))
+        assert not await _embedded.revive(server.dsn, 30)
+        await client.go()
+        client = Client(stopped)
+        await client.line()
+        await server.release()
+        assert running(stopped)
+        await client.go()
+        assert not running(stopped)
+
+
+async def test_server_of_a_folder_that_was_made_anew_is_started_again_by_its_own_users(
+    stopped: Path, template: Path
+) -> None:
+    before = [await acquire(stopped) for _ in range(8)]
+    async with made_anew(stopped, template):
+        server = await acquire(stopped)
+        os.kill(postmaster(stopped), signal.SIGKILL)
+        await until(lambda: not running(stopped))
+        assert await _embedded.revive(server.dsn, 30)
+        for each in before:
+            await each.release()
+        assert running(stopped)
+        await server.release()
+        assert not running(stopped)
+
+
 # -- folders -----------------------------------------------------------------------------------------------------------
 
 
