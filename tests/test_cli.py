@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import json
 import os
+import pwd
 import re
 import resource
 import shutil
@@ -1999,7 +2000,10 @@ def test_backup_and_restore(run: Run, folder: Path, tmp_path: Path, monkeypatch:
     place = two.stat().st_ino
     run("restore", "damaged", "--data-dir", two).fails(1, "pg_restore failed")
     assert [path.name for path in two.iterdir()] == ["lost+found"]
+    if os.geteuid() == 0:  # for another user
+        os.chown(two, *pwd.getpwnam("daemon")[2:4])
     assert run("restore", "b.dump", "--data-dir", two).code == 0
+    assert {each.stat().st_uid for each in two.rglob("*") if each.name != "lost+found"} == {two.stat().st_uid}
     assert two.stat().st_ino == place and not list(two.glob(".*"))
     assert not cli_server.is_running(two)
     (row,) = run("stats", "--data-dir", two, "--json").json["agents"]

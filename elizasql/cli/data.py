@@ -316,10 +316,9 @@ def restore(
         name = f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
         unfinished = folder / name if fills else folder.with_name(name)
         try:
-            if fills and os.geteuid() == 0:
-                # Root's server is that of the folder's owner, who else could not open it.
+            if fills and os.geteuid() == 0 and (owner := folder.stat()).st_uid:
+                # Else it would be a system user's, and whose folder it is could not use what is in it.
                 unfinished.mkdir(mode=0o700)
-                owner = folder.stat()
                 os.chown(unfinished, owner.st_uid, owner.st_gid)
             made = await _embedded.acquire(unfinished)
             try:
