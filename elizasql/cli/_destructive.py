@@ -24,6 +24,8 @@ _TOKEN = re.compile(
 _HOLDS_DATA = {
     "TABLE", "SCHEMA", "DATABASE", "EXTENSION", "TYPE", "DOMAIN", "SEQUENCE", "OWNED", "MATERIALIZED", "FOREIGN",
 }  # fmt: skip
+# What is made of a text, and runs later.
+_CODE = {"FUNCTION", "PROCEDURE"}
 # ALTER ... TYPE to one of these loses nothing, whatever was there before.
 _WIDEST = {"TEXT", "NUMERIC", "JSONB"}
 
@@ -43,7 +45,7 @@ def split_migration(text: str) -> tuple[str, str]:
 def find_destructive(sql: str) -> list[str]:
     """Give the statements that drop tables, columns or rows, or that narrow a type; each as it begins.
 
-    A function that is only created is not looked into; a DO block is, with the statements that it executes.
+    A function that is only created is not looked into; a DO block is, with every text in it that it may execute.
     """
     return [_shorten(statement) for statement, words in _statements(sql) if _destroys(words)]
 
@@ -53,8 +55,13 @@ def _shorten(statement: str) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _statements(sql: str) -> Iterator[tuple[str, list[str]]]:
-    """Give each statement's text, and its words in capitals with commas and brackets between them."""
+def _statements(sql: str, *, executes: bool = False) -> Iterator[tuple[str, list[str]]]:
+    """Give each statement's text, and its words in capitals with commas and brackets between them.
+
+    Args:
+        sql: The statements.
+        executes: Whether they are of a block that executes texts: each of its texts may be one, or begin or end one.
+    """
     words: list[str] = []
     begin = None
     for match in _TOKEN.finditer(sql):
@@ -68,9 +75,14 @@ def _statements(sql: str) -> Iterator[tuple[str, list[str]]]:
             continue
         begin = match.start() if begin is None else begin
         if token[0] in "$'" or token[:2] in ("e'", "E'"):
-            body = token[len(match["dollar"]) : -len(match["dollar"])] if match["dollar"] else token.strip("eE'")
-            if words[:1] == ["DO"] or "EXECUTE" in words:
-                yield from _statements(body.replace("''", "'"))
+            if match["dollar"]:
+                body = token[len(match["dollar"]) : -len(match["dollar"])]
+            else:
+                body = token[token.index("'") + 1 :].removesuffix("'").replace("''", "'")
+            if words[:1] == ["DO"]:
+                yield from _statements(body, executes="EXECUTE" in body.upper())
+            elif (executes or "EXECUTE" in words) and _CODE.isdisjoint(words):
+                yield from _statements(body, executes=executes)
             words.append("''")
         else:
             words.append(token if token.startswith('"') else token.upper())
@@ -82,8 +94,15 @@ def _destroys(words: list[str]) -> bool:
     # In a block of code, the statement begins behind BEGIN, THEN, LOOP and the like.
     pairs = list(zip(words, [*words[1:], ""], strict=True))
     if "TRUNCATE" in words or ("DELETE", "FROM") in pairs or ("THEN", "DELETE") in pairs:
-        return words[0] not in ("CREATE", "GRANT", "REVOKE", "COMMENT")
+        # Whether to fill a table, or to make what will act later.
+        return words[0] not in ("CREATE", "GRANT", "REVOKE", "COMMENT") or (
+            words[0] == "CREATE" and not {"TABLE", "MATERIALIZED"}.isdisjoint(words[1:4])
+        )
     for position, (word, following) in enumerate(pairs):
+        if word in ("ALTER", "DROP") and following == "COLUMN":
+            # The end of an ALTER TABLE whose beginning is in another text.
+            rest = ["ALTER", "TABLE", *words[position:]]
+            return _drops_column(rest) or _narrows(rest)
         if word == "DROP" and (following in _HOLDS_DATA or "CASCADE" in words[position:]):
             return "ALTER" not in words[:position] or _drops_column(words)
         if word == "ALTER" and following in ("TABLE", "FOREIGN", "TYPE"):
