@@ -18,7 +18,9 @@ from .errors import ConfigurationError, show
 __all__ = ["Config", "Settings"]
 
 
-def _number(kind: type[int] | type[float], least: float) -> Callable[[Any], Any]:
+def _number(
+    kind: type[int] | type[float], least: float, most: int | None = None, why: str = ""
+) -> Callable[[Any], Any]:
     def parse(value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, (str, Number)):
             raise ValueError("must be a number")
@@ -27,9 +29,15 @@ def _number(kind: type[int] | type[float], least: float) -> Callable[[Any], Any]
             raise ValueError("must be a whole number")
         if not least <= number < 1e9:
             raise ValueError(f"must be at least {least:g} and below 1,000,000,000")
+        if most is not None and number > most:
+            raise ValueError(f"must be at most {most:,}: {why}")
         return number
 
     return parse
+
+
+# All at once, before the first connection: a million took a minute and a gigabyte.
+_places = _number(int, 1, 10_000, "their places are made beforehand")
 
 
 def _one_of(*allowed: str) -> Callable[[Any], str]:
@@ -164,10 +172,10 @@ class Config:
     data_dir: Path = _setting(Path("pglite"), "PGLITE_DATA_DIR", lambda value: Path(value).expanduser())
     migrate: bool = _setting(True, "ELIZASQL_MIGRATE", _boolean)
     migration_dsn: str | None = _setting(None, "ELIZASQL_MIGRATION_URL", _dsn, secret=True)
-    pool_max_size: int = _setting(20, "POSTGRES_POOL_MAX", _number(int, 1))
+    pool_max_size: int = _setting(20, "POSTGRES_POOL_MAX", _places)
     pool_min_size: int = _setting(1, "POSTGRES_POOL_MIN", _number(int, 0))
     pool_idle_timeout: float = _setting(30.0, "ELIZASQL_POOL_IDLE_TIMEOUT", _number(float, 0))
-    background_pool_size: int = _setting(2, "ELIZASQL_BACKGROUND_POOL_SIZE", _number(int, 1))
+    background_pool_size: int = _setting(2, "ELIZASQL_BACKGROUND_POOL_SIZE", _places)
     prepared_statements: bool = _setting(True, "ELIZASQL_PREPARED_STATEMENTS", _boolean)
     connection_timeout: float = _setting(5.0, "ELIZASQL_CONNECTION_TIMEOUT", _number(float, 0.001))
     timeout: float = _setting(60.0, "ELIZASQL_TIMEOUT", _number(float, 0.001))
@@ -186,8 +194,8 @@ class Config:
     )
     index_batch_size: int = _setting(200, "ELIZASQL_INDEX_BATCH_SIZE", _number(int, 1))
     index_interval: float = _setting(1.0, "ELIZASQL_INDEX_INTERVAL", _number(float, 0.001))
-    ef_search: int = _setting(100, "ELIZASQL_EF_SEARCH", _number(int, 1))
-    batch_size: int = _setting(1000, "ELIZASQL_BATCH_SIZE", _number(int, 1))
+    ef_search: int = _setting(100, "ELIZASQL_EF_SEARCH", _number(int, 1, 1000, "pgvector takes no more"))
+    batch_size: int = _setting(1000, "ELIZASQL_BATCH_SIZE", _number(int, 1, 5000, "no more rows go in one statement"))
     log_lane: Literal["interactive", "background"] = _setting(
         "interactive", "ELIZASQL_LOG_LANE", _one_of("interactive", "background")
     )
@@ -225,6 +233,7 @@ class Config:
         if unknown:
             raise ConfigurationError(f"unknown setting {', '.join(unknown)}; known are {', '.join(known)}")
         values: dict[str, Any] = {}
+        origins: dict[str, str] = {}
         for name, setting in known.items():
             variable = setting.metadata["variable"]
             if given.get(name) is not None:
@@ -233,6 +242,7 @@ class Config:
                 raw, origin = environ[variable].strip(), variable
             else:
                 continue
+            origins[name] = origin
             try:
                 values[name] = setting.metadata["parse"](raw)
             except (TypeError, ValueError, OverflowError, RuntimeError) as error:
@@ -256,15 +266,10 @@ class Config:
                 raise ConfigurationError(f"{parameter} of dsn {show(said[parameter])}: {error}") from None
         config = cls(**values)
         if config.pool_min_size > config.pool_max_size:
-            raise ConfigurationError("pool_min_size is larger than pool_max_size")
-        if config.ef_search > 1000:
-            raise ConfigurationError("ef_search: pgvector takes at most 1000")
-        if config.batch_size > 5000:
-            raise ConfigurationError("batch_size: at most 5000 rows go in one statement")
-        for name in ("pool_max_size", "background_pool_size"):
-            if getattr(config, name) > 10_000:
-                # Places are made beforehand, all at once: a million took a minute and a gigabyte.
-                raise ConfigurationError(f"{name}: at most 10000, and no more than the server takes")
+            least, most = (
+                f"{origins.get(name, name)} {getattr(config, name)}" for name in ("pool_min_size", "pool_max_size")
+            )
+            raise ConfigurationError(f"{least} is larger than {most}")
         return config
 
     @property

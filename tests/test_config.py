@@ -233,8 +233,9 @@ def test_file_that_is_no_text(bare: Path) -> None:
         ("pool_max_size", b"2", "number"),
         ("pool_max_size", "2.5", "2.5"),
         ("pool_max_size", 10**9, "below"),
-        ("pool_max_size", 10_001, "at most 10000"),
-        ("background_pool_size", 10_001, "at most 10000"),
+        ("pool_max_size", 10_001, "at most 10,000"),
+        ("pool_max_size", "10001", "at most 10,000"),
+        ("background_pool_size", 10_001, "at most 10,000"),
         ("pool_max_size", float("inf"), "infinity"),
         ("pool_min_size", -1, "at least 0"),
         ("pool_idle_timeout", -1, "at least 0"),
@@ -244,8 +245,10 @@ def test_file_that_is_no_text(bare: Path) -> None:
         ("indexing", "sometimes", "background, manual, inline"),
         ("index_batch_size", 0, "at least 1"),
         ("index_interval", 0, "at least"),
-        ("ef_search", 1001, "1000"),
-        ("batch_size", 5001, "5000"),
+        ("ef_search", 1001, "at most 1,000"),
+        ("ef_search", "2000", "ef_search '2000': must be at most 1,000"),
+        ("batch_size", 5001, "at most 5,000"),
+        ("batch_size", "5001", "at most 5,000"),
         ("memory_types", "", "memory type"),
         ("memory_types", "a,,b", "none may be empty"),
         ("memory_types", 5, "iterable"),
@@ -261,7 +264,7 @@ def test_bad_value_names_setting_and_origin(name: str, value: Any, message: str)
     assert str(caught.value).startswith(name)
     assert message in str(caught.value)
     assert not caught.value.retryable
-    if isinstance(value, str) and value and name not in ("ef_search", "batch_size"):
+    if isinstance(value, str) and value:
         with pytest.raises(ConfigurationError, match=f"^{VARIABLES[name]}"):
             Config.load(environ={VARIABLES[name]: value})
 
@@ -276,8 +279,15 @@ def test_a_word_may_come_from_an_enumeration() -> None:
 
 
 def test_sizes_that_contradict_each_other() -> None:
-    with pytest.raises(ConfigurationError, match="pool_min_size is larger"):
-        Config.load(pool_min_size=5, pool_max_size=4)
+    """Each is called what it was given as: a variable is easily overlooked."""
+    for options, environ, message in (
+        ({"pool_min_size": 5, "pool_max_size": 4}, {}, "pool_min_size 5 is larger than pool_max_size 4"),
+        ({}, {"POSTGRES_POOL_MIN": "5", "POSTGRES_POOL_MAX": "4"}, "POSTGRES_POOL_MIN 5 .* than POSTGRES_POOL_MAX 4"),
+        ({"pool_max_size": 4}, {"POSTGRES_POOL_MIN": "5"}, "POSTGRES_POOL_MIN 5 is larger than pool_max_size 4"),
+        ({"pool_min_size": 21}, {}, "pool_min_size 21 is larger than pool_max_size 20"),
+    ):
+        with pytest.raises(ConfigurationError, match=f"^{message}$"):
+            Config.load(environ=environ, **options)
 
 
 def test_unknown_setting() -> None:
