@@ -8,6 +8,7 @@ server is asked at all, `_pool` where the connections come from.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import random
 import time
@@ -256,7 +257,7 @@ class Executor:
             if settle:
                 await self._commit_on(connection, deadline)
             else:
-                await _send(connection, self._COMMIT, deadline)
+                await _send(connection, self._commit, deadline)
             return result
 
         return wrapped
@@ -519,11 +520,11 @@ class Executor:
         finally:
             self._leave()
 
-    _BEGIN, _COMMIT = SQL["begin_transaction"], SQL["commit_transaction"]
-    _UNDO: tuple[Statement, ...] = (SQL["roll_back_transaction"],)
+    _commit = SQL["commit_transaction"]
+    _undo: tuple[Statement, ...] = (SQL["roll_back_transaction"],)
 
     async def _begin_on(self, connection: Any, deadline: float) -> None:
-        await _send(connection, self._BEGIN, deadline)
+        await _send(connection, SQL["begin_transaction"], deadline)
 
     async def _commit_on(self, connection: Any, deadline: float) -> None:
         """End a transaction; when its end is lost, find out how it ended.
@@ -536,7 +537,7 @@ class Executor:
         # The server answers a COMMIT after an error with a ROLLBACK that asyncpg does not report: this look reports it.
         row = await connection.fetchrow(SQL["get_transaction_id"].sql, timeout=_left(deadline))
         try:
-            await _send(connection, self._COMMIT, deadline)
+            await _send(connection, self._commit, deadline)
         except Exception as error:
             if row["id"] is None:
                 raise
@@ -562,7 +563,7 @@ class Executor:
         left = max(current_deadline(self._config.timeout, self.meter), now + _UNDO_TIME)
         deadline = min(now + self._config.connection_timeout, left)
         try:
-            for statement in self._UNDO:
+            for statement in self._undo:
                 await _send(connection, statement, deadline)
         except BaseException as error:
             # Without the connection the server undoes the transaction, whatever state it is in.
@@ -627,6 +628,10 @@ class _TransactionExecutor(Executor):
         self._connection = connection
         self._turn = _Turn()
         self._nested = False
+        # Of all savepoints in the transaction, each of which has a name of its own.
+        self._numbers: itertools.count[int] = (
+            outer._numbers if isinstance(outer, _TransactionExecutor) else itertools.count(1)
+        )
         self._doubtful = False
         self._cut_short: str | None = None
 
@@ -709,18 +714,18 @@ class _TransactionExecutor(Executor):
             else:
                 undoing.add_done_callback(lambda _: self._turn.pass_on())
 
-    _BEGIN, _COMMIT = SQL["begin_savepoint"], SQL["release_savepoint"]
-    _UNDO = (SQL["roll_back_savepoint"], SQL["release_savepoint"])
-
     async def _begin_on(self, connection: Any, deadline: float) -> None:
+        number = next(self._numbers)
+        self._commit = SQL["release_savepoint"].numbered(number)
+        self._undo = (SQL["roll_back_savepoint"].numbered(number), self._commit)
         try:
-            await _send(connection, self._BEGIN, deadline)
+            await _send(connection, SQL["begin_savepoint"].numbered(number), deadline)
         except BaseException:
             self._doubtful = True
             raise
 
     async def _commit_on(self, connection: Any, deadline: float) -> None:
-        await _send(connection, self._COMMIT, deadline)
+        await _send(connection, self._commit, deadline)
 
     async def end(self, commit: Callable[[Any, float], Awaitable[None]]) -> None:
         """Keep what was done, once the calls that are running have ended."""

@@ -6,7 +6,7 @@ Each file is loaded alone: from a folder, a name that stands in two files silent
 A statement that mentions `dim_384` alone is written for that dimension, as SQL that psql and the linter accept; the
 texts for the other five are derived from it here, once. So are those for an entity and a world, from one for a room
 whose comment says "Also for: entity, world."; and, at first use, the texts that name an agent's partitions in place of
-the partitioned tables. Nothing is formatted at call time.
+the partitioned tables. Nothing is formatted at call time but the names of savepoints.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ _WIDTH = re.compile(r"(?<![0-9])384(?![0-9])")
 _ROOM_ID = re.compile(r"(?<![.\w])room_id\b")
 _HEADER = re.compile(r"^-- name: (\w+).*\n((?:--.*\n)*)", re.MULTILINE)
 _ALSO_FOR = re.compile(r"Also for: ([\w, ]+)\.")
+_SAVEPOINT = re.compile(r"\bnested\b")
 _PARTITIONED = re.compile(r"\belizasql\.(?:memories|embeddings)\b")
 _WRITES = re.compile(r"\b(?:INSERT|UPDATE|DELETE)\b")
 
@@ -81,6 +82,10 @@ class Statement:
         if text is None:
             text = self._within[partition] = _PARTITIONED.sub(lambda table: table[0] + partition, self.sql)
         return text
+
+    def numbered(self, number: int) -> Statement:
+        """Give the statement for one savepoint of many, which has its number in its name."""
+        return replace(self, sql=_SAVEPOINT.sub(f"nested_{number}", self.sql))
 
 
 class Statements(Mapping[str, Statement]):

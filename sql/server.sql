@@ -66,7 +66,8 @@ COMMIT;
 ROLLBACK;
 
 -- name: begin_savepoint()!
--- Savepoints of one name lie upon each other: the last one is meant. The linter knows no savepoints.
+-- "nested" stands for a name of its own for each savepoint of a transaction: of one that was cancelled while it began
+-- nobody knows whether it is there, and no other may be taken for it. The linter knows no savepoints.
 -- noqa: disable=PRS
 SAVEPOINT nested;
 

@@ -18,6 +18,7 @@ import pytest
 
 import elizasql
 from elizasql import DatabaseAdapter, Memory, Room, World, _executor
+from elizasql._statements import Statement
 from tests.conftest import MakeAdapter, Scene, make_scene
 from tests.locking import blocked_pid, locked
 
@@ -986,7 +987,14 @@ async def test_caught_connection_loss_is_no_success(db: DatabaseAdapter, raw: as
     await assert_sound(db)
 
 
-@pytest.mark.parametrize("by", ["caller", "chunks"])
+# Who begins one.
+SAVEPOINTS: dict[str, Callable[[DatabaseAdapter], Awaitable[Any]]] = {
+    "caller": lambda tx: tx.with_entity_context(None, work_nothing),
+    "chunks": lambda tx: tx.create_memories([memory(), memory()], "messages"),
+}
+
+
+@pytest.mark.parametrize("by", SAVEPOINTS)
 async def test_savepoint_that_was_cancelled_while_it_began(
     make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch, by: str
 ) -> None:
@@ -998,18 +1006,56 @@ async def test_savepoint_that_was_cancelled_while_it_began(
             await connection.execute("SELECT 1 / 0")
         raise asyncio.CancelledError
 
-    async def begin(tx: DatabaseAdapter) -> None:
-        if by == "chunks":
-            await tx.create_memories([memory(), memory()], "messages")
-        else:
-            await tx.with_entity_context(None, work_nothing)
-
     with pytest.raises(elizasql.TransactionError):
         async with db.transaction() as tx:
             await add(tx, "lost")
             with monkeypatch.context() as patch:
                 patch.setattr(_executor, "_send", cancelled)
                 with pytest.raises(asyncio.CancelledError):
-                    await begin(tx)
+                    await SAVEPOINTS[by](tx)
     assert await texts(db) == []
     await assert_sound(db)
+
+
+@pytest.mark.parametrize("by", SAVEPOINTS)
+async def test_savepoint_that_is_there_unheard_is_not_taken_for_the_one_around_it(
+    make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    """The cancellation came before the answer: who caught it goes on, and what is around it is undone as a whole."""
+    db = await make_db(batch_size=1)
+    send = _executor._send
+
+    async def unheard(connection: Any, statement: Statement, deadline: float) -> None:
+        await send(connection, statement, deadline)
+        if statement.name == "begin_savepoint":
+            raise asyncio.CancelledError
+
+    async with db.transaction() as tx:
+        await add(tx, "kept")
+        with pytest.raises(asyncio.CancelledError):
+            async with tx.transaction() as inner:
+                await add(inner, "lost")
+                with monkeypatch.context() as patch:
+                    patch.setattr(_executor, "_send", unheard)
+                    await SAVEPOINTS[by](inner)
+        await add(tx, "kept, too")
+    assert await texts(db) == ["kept", "kept, too"]
+    await assert_sound(db)
+
+
+async def test_savepoints_have_names_of_their_own(db: DatabaseAdapter, round_trips: list[str]) -> None:
+    async with db.transaction() as tx:
+        async with tx.transaction() as inner:
+            await inner.with_entity_context(None, work_nothing)
+        with pytest.raises(ZeroDivisionError):
+            async with tx.transaction():
+                raise ZeroDivisionError
+    assert [sent.strip(";") for sent in round_trips if "SAVEPOINT" in sent] == [
+        "SAVEPOINT nested_1",
+        "SAVEPOINT nested_2",
+        "RELEASE SAVEPOINT nested_2",
+        "RELEASE SAVEPOINT nested_1",
+        "SAVEPOINT nested_3",
+        "ROLLBACK TO SAVEPOINT nested_3",
+        "RELEASE SAVEPOINT nested_3",
+    ]
