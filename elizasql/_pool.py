@@ -290,7 +290,24 @@ class _Connection(asyncpg.Connection):  # type: ignore[misc]
 
 
 class _Pool(asyncpg.Pool):  # type: ignore[misc]
-    """asyncpg's, where a lost connection comes back with the call that needs it, not by itself."""
+    """asyncpg's, where a lost connection comes back with the call that needs it, not by itself.
+
+    Its least connections are made by `Lane`; here they are what is not closed when it is idle.
+    """
+
+    def __init__(self, dsn: str, *, min_size: int, **options: Any) -> None:
+        super().__init__(dsn, min_size=0, **options)
+        self._least = min_size
+
+    def get_min_size(self) -> int:
+        return self._least
+
+    async def expire_connections(self) -> None:
+        """Let none be used again; those that are idle go at once, since no timer ends the least of them."""
+        await super().expire_connections()
+        for holder in self._holders:
+            if holder.is_idle():
+                holder.terminate()
 
     def _schedule_min_size_maintenance(self) -> None:
         """Leave it: a server that is down would be asked past the breaker, with a traceback in the log each time."""
@@ -356,7 +373,7 @@ class Lane:
         try:
             self.pool = await _Pool(
                 self._dsn,
-                min_size=0,
+                min_size=self._min_size,
                 max_size=self.max_size,
                 max_queries=50_000,
                 max_inactive_connection_lifetime=config.pool_idle_timeout,

@@ -918,6 +918,32 @@ async def test_idle_connections_that_are_lost_come_back_with_the_next_call(
     assert pool.get_size() == 1
 
 
+async def test_the_least_connections_stay_when_they_are_idle(make_db: MakeAdapter) -> None:
+    db = await make_db(pool_min_size=2, pool_max_size=4, pool_idle_timeout=0.001)
+    lane = db._executor.lane
+    pool = lane.pool
+
+    async def all_are_idle_for_long() -> None:
+        await lane.let_go()
+        while any(holder._inactive_callback for holder in pool._holders):
+            await asyncio.sleep(0)
+
+    await all_are_idle_for_long()
+    assert pool.get_size() == 2
+    held = [(await lane.acquire(5))[0] for _ in range(4)]
+    assert pool.get_size() == 4
+    for connection in held:
+        lane.keep(connection)
+    await all_are_idle_for_long()
+    assert pool.get_size() == pool.get_idle_size() == 2
+    # What is not to be used any more is not kept either.
+    await lane.replace()
+    assert pool.get_size() == 0
+    assert await db.get_tasks() == []
+    await all_are_idle_for_long()
+    assert pool.get_size() == 1
+
+
 # --- close -----------------------------------------------------------------------------------------------------------
 
 
