@@ -558,6 +558,8 @@ class Executor:
 
     async def _undo_on(self, connection: Any) -> None:
         """Undo a transaction; the error that led here is what the caller gets."""
+        if self.connections.inherited:
+            return  # it is the parent's, and goes on there
         # Not much beyond the time of the call: a server that is silent undoes it without being told.
         now = time.monotonic()
         left = max(current_deadline(self._config.timeout, self.meter), now + _UNDO_TIME)
@@ -730,6 +732,7 @@ class _TransactionExecutor(Executor):
     async def end(self, commit: Callable[[Any, float], Awaitable[None]]) -> None:
         """Keep what was done, once the calls that are running have ended."""
         self._closed = True
+        self.connections.check()  # a forked child has no part in its parent's
         # Calls have limits of their own; a savepoint that was left open may never end.
         await self._turn.take("transaction", self._in_time(self._config.timeout))
         deadline = current_deadline(self._config.timeout, self.meter)  # what ran before had its own time
@@ -761,6 +764,8 @@ class _TransactionExecutor(Executor):
     async def undo(self, undo: Callable[[Any], Awaitable[None]]) -> None:
         """Undo what was done, once the calls that are running have ended."""
         self._closed = True
+        if self.connections.inherited:
+            return
         try:
             await self._turn.take("transaction", self._in_time(_UNDO_TIME))
         except BaseException as error:

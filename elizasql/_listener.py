@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from typing import Any
 
 import asyncpg
@@ -39,6 +40,7 @@ class Listener:
         self._awake = asyncio.Event()
         self._closed = False
         self._pause = _FIRST_PAUSE
+        self._pid = os.getpid()
         self._task = spawn(self._run(), "elizasql-listener")
 
     async def wait(self, timeout: float) -> None:
@@ -88,7 +90,8 @@ class Listener:
         except Exception as error:
             raise translate(error, "listen") from error
         finally:
-            await _close(connection, self._config.connection_timeout)
+            if self._pid == os.getpid():  # a forked child leaves its parent's connection alone
+                await _close(connection, self._config.connection_timeout)
 
     def _hear(self, *_: Any) -> None:
         self._awake.set()

@@ -252,11 +252,16 @@ _NOT_SENT = SimpleNamespace(name="remembered")
 class _Connection(asyncpg.Connection):  # type: ignore[misc]
     """asyncpg's, whose end is no error when the server was gone before: the pool closes in tasks that nobody awaits."""
 
-    __slots__ = ("_looked_up",)
+    __slots__ = ("_looked_up", "_pid")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._looked_up: tuple[Any, ...] = ()
+        self._pid = os.getpid()
+
+    def _cancel_current_command(self, *args: Any) -> None:
+        if self._pid == os.getpid():  # what ends in a forked child goes on in its parent
+            super()._cancel_current_command(*args)
 
     async def _introspect_type(self, typename: str, schema: str) -> Any:
         found = await super()._introspect_type(typename, schema)
@@ -320,6 +325,9 @@ class Lane:
     longest: going through asyncpg's pool costs a task and two timers each time, more than all else that this library
     adds to a call.
 
+    In a forked child it touches none of its parent's connections, whatever ends there: it would speak in the parent's
+    conversation with the server, or tell the event loop of both to listen no more.
+
     Attributes:
         in_use: Connections that a call has.
         waiting: Calls that wait for one.
@@ -345,6 +353,7 @@ class Lane:
         self._sweep: asyncio.TimerHandle | None = None
         self._full_until = 0.0
         self._closed = False
+        self._pid = os.getpid()
         self.max_size = max_size
         self.pool: Any = None  # set by open
 
@@ -546,8 +555,8 @@ class Lane:
     def keep(self, connection: Any) -> None:
         """End a call that went well: its connection is free, and in no transaction."""
         generation = self._places.get(connection)
-        if generation is None:
-            return  # it was dropped meanwhile
+        if generation is None or self._is_inherited():
+            return  # it was dropped meanwhile, or is the parent's
         if generation != self._generation:
             self.give_back(connection, sound=True)
         elif not self._hand_over(connection):
@@ -563,6 +572,8 @@ class Lane:
             then: Called with whether the server answered meanwhile.
             sound: It is none of these, and its last call went well.
         """
+        if self._is_inherited():
+            return
         task = spawn(self._return(connection, then, sound=sound), "elizasql-return")
         self._returning.add(task)
         task.add_done_callback(self._returning.discard)
@@ -594,6 +605,8 @@ class Lane:
 
     def drop(self, connection: Any) -> None:
         """Close a connection at once, unless the pool has already taken it back because it broke; its place is free."""
+        if self._is_inherited():
+            return
         with suppress(asyncpg.InterfaceError):
             connection.terminate()
         self._free(connection)
@@ -612,10 +625,15 @@ class Lane:
 
     async def replace(self) -> None:
         """Let every connection that there is be replaced by a new one before another call gets it."""
+        if self._is_inherited():
+            return
         self._generation += 1
         while self._kept:
             self.give_back(self._kept.pop(), sound=True)
         await self.pool.expire_connections()
+
+    def _is_inherited(self) -> bool:
+        return self._pid != os.getpid()
 
     async def close(self) -> None:
         """Close every connection; none may be in use. A server that is silent is not waited for."""

@@ -98,13 +98,18 @@ class Connections:
                 raise
             self._opened = True
 
+    @property
+    def inherited(self) -> bool:
+        """Whether a forked child has them from its parent: what it sent would be in the parent's conversation."""
+        return self._pid != os.getpid()
+
     def check(self) -> None:
         """Refuse to be used outside of the event loop and the process that opened it.
 
         Raises:
             WrongLoopError: A socket cannot be shared between loops, nor with a forked child.
         """
-        if self._pid != os.getpid():
+        if self.inherited:
             raise WrongLoopError("the adapter was opened before a fork: open one in this process")
         if asyncio.get_running_loop() is not self.loop:
             raise WrongLoopError("the adapter was opened in another event loop: open one in this loop")

@@ -293,6 +293,106 @@ def test_forked_child_that_leaves_the_block_leaves_the_parent_alone(dsn: str) ->
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX only")
+@pytest.mark.parametrize("depth", [1, 2], ids=["transaction", "savepoint"])
+@pytest.mark.parametrize("raises", [True, False])
+def test_forked_child_that_leaves_a_transaction_leaves_it_to_the_parent(dsn: str, depth: int, raises: bool) -> None:
+    program = f"""
+        import asyncio, contextlib, os, uuid, elizasql
+
+        async def main():
+            async with elizasql.connect(agent_id=uuid.uuid4(), dsn={dsn!r}, indexing="manual") as db:
+                await db.ensure_agent_exists({{"name": "x"}})
+                async with contextlib.AsyncExitStack() as stack:
+                    tx = db
+                    for _ in range({depth}):
+                        tx = await stack.enter_async_context(tx.transaction())
+                    await tx.create_memory({{"content": {{"text": "before"}}}}, "messages")
+                    pid = os.fork()
+                    if pid:
+                        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+                        await tx.create_memory({{"content": {{"text": "after"}}}}, "messages")
+                    elif {raises}:
+                        raise KeyError("child")
+                assert await db.count_memories() == 2
+                assert (await db.health())["pool"]["size"] == 1
+
+        try:
+            asyncio.run(main())
+        except {"KeyError" if raises else "elizasql.WrongLoopError"}:
+            os._exit(7)
+    """
+    done = run(program)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX only")
+def test_forked_child_that_ends_leaves_the_parents_calls_alone(dsn: str) -> None:
+    program = f"""
+        import asyncio, os, uuid, asyncpg, elizasql
+
+        async def main():
+            raw = await asyncpg.connect({dsn!r})
+            async with elizasql.connect(agent_id=uuid.uuid4(), dsn={dsn!r}, indexing="manual") as db:
+                await db.ensure_agent_exists({{"name": "x"}})
+                id = await db.create_memory({{"content": {{"text": "x"}}}}, "messages")
+                await raw.execute("BEGIN")
+                await raw.fetchrow("SELECT FROM elizasql.memories WHERE id = $1 FOR UPDATE", id)
+                waits = "SELECT FROM pg_locks WHERE NOT granted AND pg_backend_pid() = ANY(pg_blocking_pids(pid))"
+                async with db.transaction() as tx:
+                    call = asyncio.create_task(tx.update_memory({{"id": id, "content": {{"text": "y"}}}}))
+                    while not await raw.fetch(waits):
+                        pass
+                    pid = os.fork()
+                    if pid == 0:
+                        raise KeyError("child")
+                    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+                    await raw.execute("COMMIT")
+                    assert await call
+            await raw.close()
+
+        try:
+            asyncio.run(main())
+        except KeyError:
+            os._exit(7)
+    """
+    done = run(program)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX only")
+def test_forked_child_that_ends_leaves_the_parents_notifications_alone(dsn: str) -> None:
+    program = f"""
+        import asyncio, os, uuid, asyncpg
+        from elizasql import Config
+        from elizasql._listener import Listener
+
+        async def main():
+            name = f"forked-{{uuid.uuid4().hex}}"
+            raw = await asyncpg.connect({dsn!r})
+            listener = Listener({dsn!r}, Config.load(dsn={dsn!r}, application_name=name), name)
+            await listener.wait(60)  # for the connection
+            pids = "SELECT array_agg(pid) FROM pg_stat_activity WHERE application_name = $1"
+            before = await raw.fetchval(pids, name)
+            pid = os.fork()
+            if pid == 0:
+                raise KeyError("child")
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+            await raw.execute(f'NOTIFY "{{name}}"')
+            await listener.wait(60)
+            assert await raw.fetchval(pids, name) == before
+            await listener.close()
+            await raw.close()
+
+        try:
+            asyncio.run(main())
+        except KeyError:
+            os._exit(7)
+    """
+    done = run(program)
+    assert done.returncode == 0, done.stderr
+
+
 # --- two lanes -------------------------------------------------------------------------------------------------------
 
 
