@@ -7,6 +7,7 @@ behind it. Here each is tried by itself, with its share of the time, and the one
 
 from __future__ import annotations
 
+import configparser
 import functools
 import os
 import socket
@@ -19,6 +20,8 @@ import asyncpg
 
 from . import _embedded
 from ._retry import Outcome, classify
+from .config import redact
+from .errors import ConfigurationError
 
 # A network forgets connections on which nothing is said, and swallows what comes later: after 10 s of silence the
 # system asks for a sign of life, and one that gives none for 25 s is lost. Each name where the system has it.
@@ -86,6 +89,7 @@ async def connect(dsn: str, *, timeout: float, **options: Any) -> asyncpg.Connec
     Raises:
         Exception: What asyncpg raised at the host that was tried last, or at the first one that refused for good, such
             as for a wrong password.
+        ConfigurationError: The service file cannot be read.
     """
     options["server_settings"] = {**options.get("server_settings", {}), "client_encoding": "UTF8"}
     hosts = _hosts_of(dsn)
@@ -115,11 +119,11 @@ async def _connect(hosts: _Hosts, dsn: str, **options: Any) -> asyncpg.Connectio
     given = options["server_settings"]
     bare = {name: given[name] for name in _OF_EVERY_CLIENT if name in given}
     try:
-        connection = await asyncpg.connect(dsn, **(options | {"server_settings": bare} if hosts.bare else options))
+        connection = await _ask_driver(dsn, **(options | {"server_settings": bare} if hosts.bare else options))
     except asyncpg.PostgresError as error:
         if hosts.bare or bare == given or len(hosts.each) > 1 or "unsupported startup parameter" not in str(error):
             raise
-        connection = await asyncpg.connect(dsn, **options | {"server_settings": bare})
+        connection = await _ask_driver(dsn, **options | {"server_settings": bare})
         hosts.bare = True
     made = connection._transport.get_extra_info("socket")
     if made.family in (socket.AF_INET, socket.AF_INET6):
@@ -129,6 +133,20 @@ async def _connect(hosts: _Hosts, dsn: str, **options: Any) -> asyncpg.Connectio
                 if (option := getattr(socket, name, None)) is not None:
                     made.setsockopt(socket.IPPROTO_TCP, option, value)
     return connection
+
+
+async def _ask_driver(dsn: str, **options: Any) -> asyncpg.Connection[Any]:
+    """Connect by `asyncpg.connect`, which reads service files: its errors quote their lines, and so passwords."""
+    try:
+        return await asyncpg.connect(dsn, **options)
+    except configparser.Error as error:
+        met = type(error).__name__
+    # Here, and not above: no context of the error shows the other one.
+    file = os.environ.get("PGSERVICEFILE", "~/.pg_service.conf")
+    raise ConfigurationError(
+        f"{redact(dsn)}: the service file {file} cannot be read ({met}): it takes lines NAME=VALUE below a line "
+        "[SERVICE], and a % in a value is written %%"
+    )
 
 
 def _for_driver(dsn: str) -> str:

@@ -9,7 +9,6 @@ scan a table that has grown nor sort what HNSW gives in order. Where no index se
 from __future__ import annotations
 
 import asyncio
-import configparser
 import errno
 import logging
 import os
@@ -197,6 +196,8 @@ async def connect(dsn: str, config: Config) -> asyncpg.Connection[Any]:
             statement_cache_size=100 if config.prepared_statements else 0,
             server_settings={"application_name": config.application_name},
         )
+    except ConfigurationError:
+        raise  # it says all
     except Exception as error:
         raise _explain(error, dsn, config) from error
 
@@ -232,8 +233,8 @@ def _explain(error: Exception, dsn: str, config: Config) -> ElizaSQLError:
             f"{where}: the address names no user, nor does the system: write USER@ before the host"
         )
     made = translate(error)
-    if isinstance(made, InternalError) and isinstance(error, (ValueError, OverflowError, configparser.Error)):
-        # Of the address: a port that is none, fewer ports than hosts, or a service file that is none.
+    if isinstance(made, InternalError) and isinstance(error, (ValueError, OverflowError)):
+        # Of the address: a port that is none, or fewer ports than hosts.
         return ConfigurationError(f"{where}: {error}")
     if isinstance(error, _REFUSED_SETTINGS):
         return ConfigurationError(f"{where}: {made}; the address sets it, as all that the driver does not know")
@@ -409,6 +410,8 @@ class Lane:
                 if self._connecting:
                     await asyncio.wait(self._connecting)
                 raise
+        except ConfigurationError:
+            raise
         except Exception as error:
             raise _explain(error, self._dsn, config) from error
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import os
 import re
 import resource
@@ -24,7 +25,7 @@ import numpy as np
 import pytest
 
 import elizasql
-from elizasql import Config, DatabaseAdapter, Entity, Memory, _embedded, _hosts, _pool, _registry, _store
+from elizasql import Config, DatabaseAdapter, Entity, Memory, _embedded, _hosts, _migrate, _pool, _registry, _store
 from elizasql._pool import Server
 from elizasql._statements import SQL
 from tests.conftest import MakeAdapter
@@ -285,10 +286,18 @@ async def assert_hidden(kind: type[Exception], dsn: str, **settings: Any) -> eli
     """Open in vain, and look for the password in all that the error shows."""
     with nothing_left(), pytest.raises(elizasql.ElizaSQLError) as caught:
         await elizasql.open(agent_id=uuid4(), dsn=dsn, **settings)
-    shown = "".join(traceback.format_exception(caught.value)) + repr(caught.value) + repr(vars(caught.value))
+    shown = everything_about(caught.value)
     assert SECRET not in shown
     assert isinstance(caught.value, kind), shown
     return caught.value
+
+
+def everything_about(error: BaseException | None) -> str:
+    """Give all that an error shows, also by what it came from, whether a traceback has that or not."""
+    if error is None:
+        return ""
+    shown = "".join(traceback.format_exception(error)) + repr(error) + repr(vars(error))
+    return shown + everything_about(error.__cause__) + everything_about(error.__context__)
 
 
 async def test_nobody_listens() -> None:
@@ -481,11 +490,50 @@ async def test_nor_is_one_that_is_met_by_a_call(
     assert db._meter.retries == 0
 
 
-async def test_service_file_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# What is said of each quotes the line that is wrong.
+SERVICE_FILES = {
+    "no header": f"password={SECRET}\n",
+    "no value": f"[memory]\npassword {SECRET}\n",
+    "percent": f"[memory]\npassword=100%{SECRET}\n",
+}
+
+
+@pytest.mark.parametrize("text", SERVICE_FILES.values(), ids=SERVICE_FILES)
+async def test_service_file_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     file = tmp_path / "services"
-    file.write_text("host=127.0.0.1\n")
+    file.write_text(text)
     monkeypatch.setenv("PGSERVICEFILE", str(file))
-    await assert_hidden(elizasql.ConfigurationError, "postgresql://?service=memory")
+    error = await assert_hidden(elizasql.ConfigurationError, "postgresql://?service=memory")
+    assert f"the service file {file} cannot be read" in str(error)
+
+
+@pytest.mark.parametrize("text", SERVICE_FILES.values(), ids=SERVICE_FILES)
+async def test_service_file_that_is_none_any_more(
+    make_db: MakeAdapter,
+    dsn: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    text: str,
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    file = tmp_path / "services"
+    file.write_text("[memory]\n")
+    monkeypatch.setenv("PGSERVICEFILE", str(file))
+    address = with_query(dsn, service="memory")
+    db = await make_db(dsn=address)
+    await db._executor.lane.let_go()
+    await db._executor.lane.replace()
+    file.write_text(text)
+    with pytest.raises(elizasql.ConfigurationError, match="cannot be read") as call:
+        await db.get_tasks()
+    with pytest.raises(elizasql.MigrationError, match="cannot be read") as migration:
+        await _migrate.run_dbmate("status", dsn=address, config=db.config)
+    with pytest.raises(elizasql.ConfigurationError, match="cannot be read") as lane:
+        await _pool.Lane(address, db.config, db._connections.server, max_size=1, min_size=1).open()
+    for error in (call.value, migration.value, lane.value):
+        assert SECRET not in everything_about(error)
+    assert SECRET not in caplog.text
 
 
 # --- what the server must be -----------------------------------------------------------------------------------------
