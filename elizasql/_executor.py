@@ -516,7 +516,7 @@ class Executor:
                 if _is_free(connection):
                     self.lane.keep(connection)
                 else:
-                    self.lane.give_back(connection)
+                    self.lane.give_back(connection, first=inner.wait_for_end)
         finally:
             self._leave()
 
@@ -777,6 +777,16 @@ class _TransactionExecutor(Executor):
         try:
             await undo(self._connection)
         finally:
+            self._turn.pass_on()
+
+    async def wait_for_end(self, seconds: float) -> None:
+        """Wait until nothing runs on the connection any more, such as the undoing of a savepoint that was left, too.
+
+        Raises:
+            DeadlineError: Something still does.
+        """
+        if not self._nested:  # a savepoint that is open may stay so
+            await self._turn.take("transaction", time.monotonic() + seconds)
             self._turn.pass_on()
 
     def _in_time(self, seconds: float) -> float | None:

@@ -16,7 +16,7 @@ import re
 import ssl
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from .errors import (
     ClosedError,
     ConfigurationError,
     ConnectionLostError,
+    DeadlineError,
     ElizaSQLError,
     InternalError,
     PoolTimeoutError,
@@ -567,24 +568,41 @@ class Lane:
             if self._sweep is None:
                 self._sweep = asyncio.get_running_loop().call_later(_KEEP, self._begin_sweep)
 
-    def give_back(self, connection: Any, then: Callable[[bool], None] | None = None, *, sound: bool = False) -> None:
+    def give_back(
+        self,
+        connection: Any,
+        then: Callable[[bool], None] | None = None,
+        *,
+        sound: bool = False,
+        first: Callable[[float], Awaitable[None]] | None = None,
+    ) -> None:
         """Return a connection to asyncpg's pool in the background: a server that is silent keeps nobody waiting.
 
         Args:
             connection: One that is broken, was cancelled, or is in a transaction.
             then: Called with whether the server answered meanwhile.
             sound: It is none of these, and its last call went well.
+            first: Waits so many seconds for what may still run on it.
         """
         if self._is_inherited():
             return
-        task = spawn(self._return(connection, then, sound=sound), "elizasql-return")
+        task = spawn(self._return(connection, then, sound=sound, first=first), "elizasql-return")
         self._returning.add(task)
         task.add_done_callback(self._returning.discard)
 
-    async def _return(self, connection: Any, then: Callable[[bool], None] | None, *, sound: bool) -> None:
+    async def _return(
+        self,
+        connection: Any,
+        then: Callable[[bool], None] | None,
+        *,
+        sound: bool,
+        first: Callable[[float], Awaitable[None]] | None,
+    ) -> None:
         answered = False
         patience = self._config.connection_timeout
         try:
+            if first is not None and is_open(connection):
+                await first(patience)
             if is_open(connection) and not sound:
                 # asyncpg has asked the server to cancel what is running; its answer says what became of a BEGIN, too.
                 await connection._protocol._wait_for_cancellation(patience)
@@ -597,10 +615,12 @@ class Lane:
         except BaseException as error:
             # What the call gives or raises is known already, and the server undoes what it was not told to.
             logger.debug("a connection is dropped that could not be released", exc_info=True)
+            occupied = isinstance(error, (DeadlineError, asyncpg.InterfaceError)) and is_open(connection)
             self.drop(connection)
             if not isinstance(error, Exception):
                 raise
-            await self.replace()  # a server that is silent on one may be so on all
+            if not occupied:  # by a call of ours, which says nothing about the others
+                await self.replace()  # a server that is silent on one may be so on all
         finally:
             self._free(connection)
             if then is not None:

@@ -22,7 +22,8 @@ import numpy as np
 import pytest
 
 import elizasql
-from elizasql import Memory, _shutdown, sync
+from elizasql import Memory, _executor, _shutdown, sync
+from elizasql._statements import Statement
 from tests import sync_stub
 
 ASYNCHRONOUS = {
@@ -225,6 +226,36 @@ def test_caught_error_is_no_success(db: sync.DatabaseAdapter) -> None:
         with pytest.raises(elizasql.ForeignKeyError):
             tx.create_memory(memory(room_id=uuid4()), "messages")
     assert texts(db) == []
+
+
+def test_error_that_leaves_a_savepoint_and_its_transaction_costs_no_connection(
+    db: sync.DatabaseAdapter, dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The undoing of the savepoint is at the server when the connection goes back."""
+    lane, loop = vars(db)["_adapter"]._executor.lane, vars(db)["_loop"]
+    id = db.create_memory(memory("old"), "messages")
+    holder = Holder(dsn, id)
+    send = _executor._send
+
+    async def held_up(connection: Any, statement: Statement, deadline: float) -> None:
+        if statement.name == "roll_back_savepoint":
+            await connection.execute(f"SELECT FROM elizasql.memories WHERE id = '{id}' FOR UPDATE")
+        await send(connection, statement, deadline)
+
+    monkeypatch.setattr(_executor, "_send", held_up)
+    try:
+        with pytest.raises(ZeroDivisionError), db.transaction() as tx, tx.transaction() as inner:
+            inner.create_memory(memory("lost"), "messages")
+            raise ZeroDivisionError
+        holder.wait_for(1)
+        assert texts(db) == ["old"]
+        holder.let_go()
+        loop.run(lane.let_go())
+    finally:
+        holder.close()
+    assert lane._generation == 0
+    assert (lane.in_use, lane.size, lane.pool.get_idle_size()) == (0, 2, 2)
+    assert texts(db) == ["old"]
 
 
 def test_with_entity_context(db: sync.DatabaseAdapter) -> None:

@@ -815,6 +815,25 @@ async def test_a_task_that_nobody_held(make_db: MakeAdapter, nested: bool) -> No
     assert await texts(db) == []
     await assert_sound(db)
     assert not db._executor._held
+    assert db._executor.lane._generation == 0  # nothing is wrong with any connection
+
+
+async def test_transaction_that_is_left_before_its_savepoint(make_db: MakeAdapter) -> None:
+    """Nobody may ever end the savepoint: the connection does not wait for it, and serves on."""
+    db = await make_db(pool_max_size=1)
+    outer = db.transaction()
+    tx = await outer.__aenter__()
+    pid = _connection(tx).get_server_pid()
+    inner = tx.transaction()
+    await add(await inner.__aenter__(), "lost")
+    await outer.gen.aclose()  # type: ignore[attr-defined]
+    assert await texts(db) == []
+    async with db.transaction() as tx:
+        assert _connection(tx).get_server_pid() == pid
+    await inner.gen.aclose()  # type: ignore[attr-defined]
+    await add(db, "kept")
+    assert await texts(db) == ["kept"]
+    await assert_sound(db)
 
 
 async def test_savepoint_in_an_iteration_that_is_left(db: DatabaseAdapter) -> None:
