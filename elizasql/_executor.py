@@ -12,7 +12,7 @@ import itertools
 import logging
 import random
 import time
-from collections import deque
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -799,7 +799,7 @@ class _Turn:
 
     def __init__(self, places: int = 1) -> None:
         self._free = places
-        self._waiters: deque[asyncio.Future[bool]] = deque()
+        self._waiters: OrderedDict[asyncio.Future[bool], None] = OrderedDict()
 
     async def take(self, name: str, deadline: float | None = None, what: str = "the transaction") -> None:
         """Wait for one's turn; `pass_on` ends it.
@@ -817,7 +817,7 @@ class _Turn:
             return
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[bool] = loop.create_future()
-        self._waiters.append(waiter)
+        self._waiters[waiter] = None
         timer = None if deadline is None else loop.call_later(_left(deadline), _expire, waiter)
         try:
             came = await waiter
@@ -829,13 +829,14 @@ class _Turn:
         finally:
             if timer is not None:
                 timer.cancel()
+            self._waiters.pop(waiter, None)
         if not came:
             raise DeadlineError(f"{name}: others had {what} for all of the time limit", statement=name)
 
     def pass_on(self) -> None:
         """Give the turn to whoever has waited longest."""
         while self._waiters:
-            waiter = self._waiters.popleft()
+            waiter, _ = self._waiters.popitem(last=False)
             if not waiter.done():
                 waiter.set_result(True)
                 return

@@ -15,7 +15,7 @@ import os
 import re
 import ssl
 import time
-from collections import deque
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -349,7 +349,8 @@ class Lane:
         self._places: dict[Any, int] = {}
         self._generation = 0
         self._kept: list[Any] = []
-        self._waiters: deque[asyncio.Future[Any]] = deque()
+        # In the order in which they came. Whoever gives up goes at once: it may be long until a connection is free.
+        self._waiters: OrderedDict[asyncio.Future[Any], None] = OrderedDict()
         self._returning: set[asyncio.Task[None]] = set()
         self._connecting: set[asyncio.Task[Any]] = set()
         self._sweep: asyncio.TimerHandle | None = None
@@ -542,7 +543,7 @@ class Lane:
         """Wait for a connection that another call ends with; None: there may be room for a new one now."""
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[Any] = loop.create_future()
-        self._waiters.append(waiter)
+        self._waiters[waiter] = None
         expires = len(self._places) >= self.max_size or until <= self._full_until
         end = until if expires else self._full_until
         timer = loop.call_later(max(end - time.monotonic(), 0.0), _expire if expires else _look_again, waiter)
@@ -555,6 +556,7 @@ class Lane:
             raise
         finally:
             timer.cancel()
+            self._waiters.pop(waiter, None)
 
     def keep(self, connection: Any) -> None:
         """End a call that went well: its connection is free, and in no transaction."""
@@ -694,7 +696,7 @@ class Lane:
     def _hand_over(self, connection: Any) -> bool:
         """Give a connection to the call that has waited longest, None meaning room for one; False: nobody waits."""
         while self._waiters:
-            waiter = self._waiters.popleft()
+            waiter, _ = self._waiters.popitem(last=False)
             if not waiter.done():
                 waiter.set_result(connection)
                 return True

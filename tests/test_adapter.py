@@ -815,6 +815,19 @@ async def test_cancelled_waiters_take_no_connection_with_them(make_db: MakeAdapt
     assert lane.pool.get_idle_size() == lane.pool.get_size()
 
 
+async def test_calls_that_gave_up_leave_nothing_behind(make_db: MakeAdapter) -> None:
+    """A connection may be held for hours, as by the build of an index."""
+    db = await make_db(pool_max_size=1)
+    lane = db._executor.lane
+    connection, _ = await lane.acquire(5)
+    calls = (db.get_memory_by_id(uuid4(), timeout=0.001) for _ in range(200))
+    for result in await asyncio.gather(*calls, return_exceptions=True):
+        assert isinstance(result, (elizasql.PoolTimeoutError, elizasql.DeadlineError))
+    assert not lane._waiters
+    lane.keep(connection)
+    assert await db.get_memory_by_id(uuid4()) is None
+
+
 async def test_ready_tells_and_never_raises(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
     db = await make_db(pool_max_size=1)
     lane = db._executor.lane

@@ -887,6 +887,7 @@ async def test_turns_are_passed_on_by_who_goes_away() -> None:
     with pytest.raises(elizasql.DeadlineError, match="late"):
         await late
     assert not gone.done() and not last.done()
+    assert len(turn._waiters) == 2
     # The turn and the cancellation come together.
     turn.pass_on()
     gone.cancel()
