@@ -51,12 +51,18 @@ def find_alike(
         if is_over():
             break
         block = vectors[begin : begin + _BLOCK]
-        later, earlier = np.nonzero(block @ vectors[: begin + len(block)].T >= _NEAR)
-        later += begin
-        counts = (earlier < later) & undecided[later] & (types[earlier] == types[later])
+        end = begin + len(block)
+        later = slice(begin, end)
+        # A byte for each pair, and not the numbers of all that are near: in a batch of equal ones every pair is.
+        alike = block @ vectors[:end].T >= _NEAR
+        alike[:, later] &= np.tri(len(block), k=-1, dtype=np.bool_)
+        alike &= undecided[later, None]
+        earlier = np.flatnonzero(alike.any(axis=0))
+        alike = alike[:, earlier]
+        alike &= types[later, None] == types[earlier]
         for scope in scopes:
-            counts &= (scope[later] == 0) | (scope[earlier] == scope[later])
-        found.update(rows[position]["id"] for position in np.unique(later[counts]))
+            alike &= (scope[later, None] == 0) | (scope[later, None] == scope[earlier])
+        found.update(rows[begin + position]["id"] for position in np.flatnonzero(alike.any(axis=1)))
     return found
 
 

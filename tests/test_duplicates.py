@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Container, Sequence
 from itertools import product
 from typing import Any
@@ -85,6 +86,17 @@ def test_what_is_alike_in_a_batch(rows: list[Row], without: set[int], block: int
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_duplicates, "_BLOCK", block)
         assert find_alike(rows, left_out) == expected(rows, left_out)
+
+
+def test_a_batch_of_equal_memories_takes_little_more_room_than_its_vectors() -> None:
+    row = {"type": "m", "room_id": None, "world_id": None, "entity_id": None, "unique": None, "width": 384}
+    rows = [row | {"id": UUID(int=i), "embedding": _codecs.encode_vector(VECTORS[0])} for i in range(8000)]
+    tracemalloc.start()
+    try:
+        assert len(find_alike(rows)) == 7999
+        assert tracemalloc.get_traced_memory()[1] < 3 * 8000 * 4 * 384 + 8000 * 256 * 6
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("cut", ["time", "cancellation"])
