@@ -466,8 +466,6 @@ class Resident:
                 # What ended meanwhile, of other widths and other agents, need not be looked through again.
                 if tier.seen is seen and _is_later(first["seen"], seen):
                     tier.seen = first["seen"]
-                if listed[2] and tier.listed is listed and not tier.behind:
-                    tier.listed = first["seen"]
                 self.stats.checks += found is not None
                 return found
             elif (
@@ -665,6 +663,8 @@ class Resident:
         """Take note that a load has ended, also one that was cancelled before it began to run."""
         self._tasks.discard(task)
         tier.loading = None
+        if task.cancelled():
+            tier.not_before = 0.0  # another adapter may go on with it
         self._settle(tier)
 
     async def _load(self, tier: Tier, kind: str, dimension: int, scope: Scope | None) -> None:
@@ -711,7 +711,7 @@ class Resident:
         if not self._make_room(tier, matrix.footprint):
             return
         tier.matrix, tier.seen, tier.life, tier.listed = matrix, first["seen"], first["life"], None
-        tier.loaded_size, tier.dropped, tier.asked = matrix.size, 0, 0
+        tier.loaded_size, tier.dropped, tier.asked, tier.not_before = matrix.size, 0, 0, 0.0
         self.stats.loads += 1
 
     # --- contents ----------------------------------------------------------------------------------------------------

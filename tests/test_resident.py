@@ -1711,6 +1711,23 @@ async def test_what_most_rows_have_left_is_loaded_anew(mind: Mind, monkeypatch: 
     after = mind.tier.matrix
     assert (mind.resident.stats.loads, mind.tier.dropped) == (2, 0)
     assert before is not None and after is not None and after.capacity < before.capacity / 2
+    # And again, should it be put out.
+    mind.resident._give_up(mind.tier, 0.0)
+    await mind.check(query)
+    assert mind.resident.stats.loads == 3
+
+
+async def test_a_load_of_what_is_held_that_is_cut_is_no_reason_to_wait(mind: Mind, make_db: MakeAdapter) -> None:
+    """As that of an adapter which is closed meanwhile, where there is no room for both."""
+    await mind.remember(some_vectors(40))
+    query = some_vectors(1, seed=8)[0]
+    await mind.check(query)
+    other = await make_db(mind.db.agent_id, **RESIDENT)
+    mind.tier.not_before = math.inf
+    other._resident._begin_load(mind.tier, TABLE, 384)
+    mind.tier.matrix = None
+    await other.close()
+    await mind.check(query)
 
 
 async def test_what_ended_without_a_change_is_not_looked_through_again(mind: Mind) -> None:
@@ -1722,14 +1739,6 @@ async def test_what_ended_without_a_change_is_not_looked_through_again(mind: Min
         number = int(await mind.raw.fetchval("SELECT pg_current_xact_id()::text"))
         await mind.check(query)
         assert mind.tier.seen[1] > number
-    # Nor is one that ran when the contents were listed.
-    async with mind.writer.transaction() as tx:
-        await tx.set_cache("x", 1)
-        await mind.raw.fetchval("SELECT pg_current_xact_id()::text")
-        await mind.renew()
-        assert mind.tier.listed is not None and mind.tier.listed[2]
-    await mind.check(query)
-    assert not mind.tier.listed[2]
 
 
 async def test_a_large_type_is_loaded_for_those_who_ask_of_parts(
