@@ -130,6 +130,19 @@ class _Lock:
             self.close()
 
 
+def give_over(folder: Path, uid: int, gid: int) -> None:
+    """Give a folder that root has just made to another user.
+
+    Above it others may write, who could have put another one in its place, or a link to what is root's.
+    """
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if os.fstat(fd).st_uid == os.geteuid():
+            os.fchown(fd, uid, gid)
+    finally:
+        os.close(fd)
+
+
 class EmbeddedServer:
     """One use of an embedded server; the server stays up until every use in every process is released.
 
@@ -305,7 +318,7 @@ class _Cluster:
                     "Set PGLITE_DATA_DIR to a new or empty folder"
                 ) from None
         if self.user and created:
-            os.chown(self.home, *self.user)
+            give_over(self.home, *self.user)
 
     def _refuse_anothers(self) -> None:
         """Refuse a folder that another user may have prepared: whose server answers there gets all that is stored.
@@ -500,7 +513,7 @@ class _Cluster:
         new.mkdir(mode=0o700)
         try:
             if self.user:
-                os.chown(new, *self.user)
+                give_over(new, *self.user)
             command = [str(program), "-D", str(new), *_INITDB.split()]
             if sys.platform == "linux":
                 command.append("--sync-method=syncfs")  # 0.1 s; a thousand files one by one take 0.1 to 4 s

@@ -1269,6 +1269,23 @@ def normal_user() -> tuple[str, pwd.struct_passwd] | None:
     return None
 
 
+@pytest.mark.skipif(not ROOT, reason="needs root")
+def test_root_gives_nobody_what_a_link_leads_to(tmp_path: Path) -> None:
+    """Above the folder others may write, and put something else in its place."""
+    folder, others, precious = (tmp_path / name for name in ("folder", "others", "precious"))
+    for each in (folder, others, precious):
+        each.mkdir()
+    _embedded.give_over(folder, 12345, 12345)
+    assert folder.stat().st_uid == 12345
+    link = tmp_path / "link"
+    link.symlink_to(precious)
+    with pytest.raises(OSError, match="link"):
+        _embedded.give_over(link, 12345, 12345)
+    os.chown(others, 54321, 54321)
+    _embedded.give_over(others, 12345, 12345)
+    assert (precious.stat().st_uid, others.stat().st_uid) == (0, 54321)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not ROOT, reason="the whole file runs as a normal user")
 async def test_normal_user_then_root_then_normal_user() -> None:

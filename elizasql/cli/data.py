@@ -319,7 +319,7 @@ def restore(
             if fills and os.geteuid() == 0 and (owner := folder.stat()).st_uid:
                 # Else it would be a system user's, and whose folder it is could not use what is in it.
                 unfinished.mkdir(mode=0o700)
-                os.chown(unfinished, owner.st_uid, owner.st_gid)
+                _embedded.give_over(unfinished, owner.st_uid, owner.st_gid)
             made = await _embedded.acquire(unfinished)
             try:
                 config = _place.load(None, str(unfinished))
