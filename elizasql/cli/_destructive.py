@@ -26,6 +26,8 @@ _HOLDS_DATA = {
 }  # fmt: skip
 # What is made of a text, and runs later.
 _CODE = {"FUNCTION", "PROCEDURE"}
+# Behind these a statement begins in a block of code.
+_BEFORE_STATEMENT = {"BEGIN", "THEN", "ELSE", "LOOP"}
 # ALTER ... TYPE to one of these loses nothing, whatever was there before.
 _WIDEST = {"TEXT", "NUMERIC", "JSONB"}
 
@@ -64,11 +66,13 @@ def _statements(sql: str, *, executes: bool = False) -> Iterator[tuple[str, list
     """
     words: list[str] = []
     begin = None
+    atomic = False  # in the body of a function, which ends with an END behind a semicolon
     for match in _TOKEN.finditer(sql):
         token = match[0]
         if token.startswith(("--", "/*")):
             continue
-        if token == ";":  # noqa: S105
+        atomic = words[-2:] == ["BEGIN", "ATOMIC"] or (atomic and not (words[-1] == ";" and token.upper() == "END"))
+        if token == ";" and not atomic:  # noqa: S105
             if words and begin is not None:
                 yield sql[begin : match.start()], words
             words, begin = [], None
@@ -81,7 +85,7 @@ def _statements(sql: str, *, executes: bool = False) -> Iterator[tuple[str, list
                 body = token[token.index("'") + 1 :].removesuffix("'").replace("''", "'")
             if words[:1] == ["DO"]:
                 yield from _statements(body, executes="EXECUTE" in body.upper())
-            elif (executes or "EXECUTE" in words) and _CODE.isdisjoint(words):
+            elif _CODE.isdisjoint(words) and ("EXECUTE" in words or (executes and not _speaks(words))):
                 yield from _statements(body, executes=executes)
             words.append("''")
         else:
@@ -90,21 +94,37 @@ def _statements(sql: str, *, executes: bool = False) -> Iterator[tuple[str, list
         yield sql[begin:], words
 
 
+def _start(words: list[str]) -> int:
+    """Give where the last statement begins that is begun in a block of code."""
+    return max((at + 1 for at, word in enumerate(words) if word in _BEFORE_STATEMENT), default=0)
+
+
+def _speaks(words: list[str]) -> bool:
+    """Tell whether the texts of a statement are for people."""
+    return words[_start(words) :][:1] in (["RAISE"], ["COMMENT"])
+
+
+def _acts_later(words: list[str]) -> bool:
+    """Tell whether what a statement says is done by others, or later; what fills a table is done at once."""
+    if words[:1] == ["CREATE"]:
+        return {"TABLE", "MATERIALIZED"}.isdisjoint(words[1:4])
+    return words[:1] in (["GRANT"], ["REVOKE"], ["COMMENT"], ["RAISE"]) or words[:2] == ["ALTER", "DEFAULT"]
+
+
 def _destroys(words: list[str]) -> bool:
-    # In a block of code, the statement begins behind BEGIN, THEN, LOOP and the like.
     pairs = list(zip(words, [*words[1:], ""], strict=True))
     if "TRUNCATE" in words or ("DELETE", "FROM") in pairs or ("THEN", "DELETE") in pairs:
-        # Whether to fill a table, or to make what will act later.
-        return words[0] not in ("CREATE", "GRANT", "REVOKE", "COMMENT") or (
-            words[0] == "CREATE" and not {"TABLE", "MATERIALIZED"}.isdisjoint(words[1:4])
-        )
+        return not (_acts_later(words) or _acts_later(words[_start(words) :]))
     for position, (word, following) in enumerate(pairs):
         if word in ("ALTER", "DROP") and following == "COLUMN":
             # The end of an ALTER TABLE whose beginning is in another text.
             rest = ["ALTER", "TABLE", *words[position:]]
             return _drops_column(rest) or _narrows(rest)
         if word == "DROP" and (following in _HOLDS_DATA or "CASCADE" in words[position:]):
-            return "ALTER" not in words[:position] or _drops_column(words)
+            if "ALTER" not in words[:position]:
+                return True
+            # A table that leaves a publication or an extension stays.
+            return words[words.index("ALTER") + 1] not in ("PUBLICATION", "EXTENSION") and _drops_column(words)
         if word == "ALTER" and following in ("TABLE", "FOREIGN", "TYPE"):
             return _drops_column(words[position:]) or _narrows(words[position:])
     return False
