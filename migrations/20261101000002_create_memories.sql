@@ -684,7 +684,8 @@ BEGIN
     IF to_regclass(format('elizasql.%s_dim_%s_hnsw', part, dim)) IS NOT NULL THEN
         RETURN 0;
     END IF;
-    SELECT count(*) INTO moved FROM elizasql.embeddings WHERE agent_id = given_agent AND NOT indexed;
+    SELECT count(*) INTO moved FROM elizasql.embeddings
+    WHERE agent_id = given_agent AND NOT indexed AND dimension = dim;
     EXECUTE format('UPDATE elizasql.%s SET indexed = TRUE WHERE NOT indexed AND dimension = %s', part, dim);
     PERFORM set_config('maintenance_work_mem', greatest(
         pg_size_bytes(current_setting('maintenance_work_mem')),
@@ -703,7 +704,8 @@ BEGIN
         PERFORM set_config('max_parallel_maintenance_workers', '0', TRUE);
         EXECUTE build;
     END;
-    PERFORM elizasql.refresh_statistics(given_agent);
+    -- Not of memories that somebody vacuums: writers would wait for the end of it, behind this transaction.
+    PERFORM elizasql.refresh_statistics(given_agent, FALSE);
     RETURN moved;
 END
 $$;

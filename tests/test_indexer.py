@@ -332,6 +332,33 @@ async def test_a_role_without_rights_on_the_partition_moves_vectors_too(
         await admin.close()
 
 
+async def test_a_build_waits_for_no_vacuum_of_the_memories(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
+    """At its end, when writers already wait for it."""
+    db = await make_db()
+    await write(db, 30)
+    part = (await raw.fetchval("SELECT elizasql.partition_of($1)", db.agent_id)).replace("embeddings", "memories")
+    async with raw.transaction():
+        await raw.execute(f"LOCK TABLE elizasql.{part} IN SHARE UPDATE EXCLUSIVE MODE")
+        assert await db.index_memories(rebuild=True, timeout=20) == 30
+
+
+async def test_a_build_counts_what_it_moves(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
+    """Not what is of another width, which waits for another index."""
+    db = await make_db()
+    await write(db, 30)
+    assert await db._indexer.drop()
+    async with raw.transaction():
+        begun = {"agent_id": db.agent_id, "target": 512, "skip_missing": True, "begun": None}
+        await raw.execute(SQL["begin_reembedding"].sql, *SQL["begin_reembedding"].order(begun))
+        await raw.execute(
+            """INSERT INTO elizasql.embeddings (agent_id, memory_id, type, "unique", dimension, dim_512, text_hash)
+            SELECT agent_id, memory_id, type, "unique", 512, array_fill(1, ARRAY[512])::vector, 1
+            FROM elizasql.embeddings WHERE agent_id = $1 LIMIT 3""",
+            db.agent_id,
+        )
+        assert await raw.fetchval("SELECT elizasql.build_index($1)", db.agent_id) == 30
+
+
 @pytest.mark.parametrize(
     ("beside", "asked", "least", "workers"),
     [("1", True, "0", "1"), ("1", False, "0", "3"), ("5", True, "0", "3"), ("1", True, "1GB", "3")],
@@ -689,7 +716,7 @@ async def test_an_index_that_is_lost_while_the_background_looks_comes_back(
     during: str,
 ) -> None:
     """As by a load that drops it just after the look, or after the build, and fails before either is answered."""
-    db = await make_db(indexing="background", index_interval=60.0)
+    db = await make_db(indexing="background", index_interval=2.0)
     indexer, executor = db._indexer, db._indexer._executor
     name = "SELECT to_regclass('elizasql.' || elizasql.partition_of($1) || '_dim_384_hnsw') IS NOT NULL"
     lost = False
