@@ -124,7 +124,7 @@ class Config:
             more. [POSTGRES_POOL_MAX]
         pool_min_size: Connections made at open and kept when idle; those that are lost are made anew as calls need
             them. [POSTGRES_POOL_MIN]
-        pool_idle_timeout: Seconds after which an idle connection is closed, but for `pool_min_size` of them.
+        pool_idle_timeout: Seconds after which an idle connection is closed, but for `pool_min_size`; 0: none is.
             [ELIZASQL_POOL_IDLE_TIMEOUT]
         background_pool_size: Connections besides, for the indexer and other work that nobody waits for.
             [ELIZASQL_BACKGROUND_POOL_SIZE]
