@@ -24,6 +24,9 @@ Row = dict[str, Any]
 # Below so many vectors the index stays: to build even a small one locks out writers, and the tail is soon moved.
 _LARGE = 10_000
 
+# Seconds of reading without leaving the event loop.
+_READ_FOR = 0.005
+
 # What the server says of a key, its columns and their values; and of a row that breaks a rule, which begins with the
 # agent and the id, and may name other memories behind them.
 _KEY = re.compile(r"[^(]*\(([\w, ]+)\)=\(([^()]*)\)")
@@ -110,6 +113,7 @@ class Loader:
         """
         batch: dict[UUID, tuple[int, Row]] = {}
         count = 0
+        until = time.perf_counter() + _READ_FOR
         async for value in memories:
             position = self._taken
             try:
@@ -124,8 +128,10 @@ class Loader:
                 raise ArgumentError(f"Memory at position {position}: id {row['id']} was given before")
             self._taken += 1
             count += 1
-            if count % READ_AT_ONCE == 0:
+            # A source may be slow, as one that makes the embeddings: the last batch, which is being stored, waits.
+            if count % READ_AT_ONCE == 0 or time.perf_counter() >= until:
                 await asyncio.sleep(0)
+                until = time.perf_counter() + _READ_FOR
             if storing is not None and storing.done():
                 storing.result()
             if count == self._size:

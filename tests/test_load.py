@@ -7,7 +7,9 @@ import sys
 import tracemalloc
 from collections.abc import AsyncIterator, Iterator
 from datetime import datetime, timedelta, timezone
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -193,6 +195,37 @@ async def test_each_batch_is_one_transaction(make_db: MakeAdapter, round_trips: 
     await db.load_memories(memories, "messages", batch_size=10, build_index=False)
     kinds = [text.split()[0].rstrip(";") for text in round_trips]
     assert kinds == ["BEGIN", "WITH", "WITH", "SELECT", "COMMIT"] * 2
+
+
+async def test_a_slow_source_does_not_hold_up_what_is_stored(
+    make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that makes the embeddings: the server's answers would count as late, and the server as down."""
+    now = 0.0
+    clock = SimpleNamespace(perf_counter=lambda: now)
+    monkeypatch.setattr(_loader, "time", clock)
+    turns: list[int] = []
+    given = 0
+
+    def source() -> Iterator[Memory]:
+        nonlocal now, given
+        for memory in some(40):
+            now += 0.004
+            given += 1
+            yield memory
+
+    async def others() -> None:
+        while True:
+            turns.append(given)
+            await asyncio.sleep(0)
+
+    db = await make_db()
+    beside = asyncio.ensure_future(others())
+    try:
+        await db.load_memories(source(), "messages", batch_size=20, build_index=False)
+    finally:
+        beside.cancel()
+    assert all(later - earlier <= 2 for earlier, later in pairwise(turns))
 
 
 async def test_progress_comes_after_each_batch(db: DatabaseAdapter, raw: asyncpg.Connection[Any]) -> None:
