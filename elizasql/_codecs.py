@@ -263,6 +263,11 @@ def as_optional_count(value: object, name: str) -> int | None:
     return None if value is None else as_count(value, name)
 
 
+# What `time.time()` gives from 1973 on. Taken for milliseconds, a memory would be older than all others
+# and a range of time hold everything. Only where it is a float: JavaScript's milliseconds are whole.
+_LEAST_SECONDS, _MOST_SECONDS = 1e8, 1e11
+
+
 def as_time(value: object, name: str) -> datetime:
     """Check that an argument is an aware datetime, ISO-8601 text, or milliseconds since 1970."""
     if isinstance(value, str):
@@ -279,6 +284,10 @@ def as_time(value: object, name: str) -> datetime:
         except OverflowError:
             raise ArgumentError(f"{name} lies outside the calendar: {show(value)}") from None
     if is_number(value):
+        if isinstance(value, (float, np.floating)) and _LEAST_SECONDS <= value < _MOST_SECONDS:
+            raise ArgumentError(
+                f"{name} looks like seconds since 1970: give an aware datetime, or milliseconds, not {show(value)}"
+            )
         try:
             # Not through seconds as a float, which are off by a microsecond from the year 2106 on.
             exact = int(value) if isinstance(value, (int, np.integer)) else float(value)

@@ -681,6 +681,14 @@ def test_milliseconds_are_taken_exactly(milliseconds: int) -> None:
     assert time - datetime(1970, 1, 1, tzinfo=timezone.utc) == timedelta(milliseconds=milliseconds)
 
 
+@pytest.mark.parametrize("seconds", [1_796_060_855.9, np.float64(1.7e9), np.float32(1.7e9), 1e8])
+def test_seconds_are_no_milliseconds(seconds: float) -> None:
+    with pytest.raises(ArgumentError, match="start looks like seconds since 1970"):
+        _codecs.as_time(seconds, "start")
+    assert _codecs.as_time(seconds * 1000, "start").year >= 1973
+    assert _codecs.as_time(0.0, "start").year == _codecs.as_time(-seconds, "start").year + 1 == 1970
+
+
 # --- types, texts, filters ---
 
 BAD_TYPES: list[Any] = ["", 5, True, b"messages", ["messages"], {"messages"}, object(), "x" * 1025]
