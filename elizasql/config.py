@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -82,6 +83,12 @@ def _is_unambiguous(dsn: str) -> bool:
     if "@" in user + parts.path or "#" in dsn or re.search("%(?![0-9a-fA-F]{2})", dsn):
         return False
     return all(map(_HOST.fullmatch, location.split(",")))
+
+
+def _folder(value: Any) -> Path:
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("must not be empty: it would be the working directory")
+    return Path(value).expanduser()
 
 
 def _names(value: Any) -> frozenset[str]:
@@ -170,7 +177,7 @@ class Config:
     """
 
     dsn: str | None = _setting(None, "POSTGRES_URL", _dsn, secret=True)
-    data_dir: Path = _setting(Path("pglite"), "PGLITE_DATA_DIR", lambda value: Path(value).expanduser())
+    data_dir: Path = _setting(Path("pglite"), "PGLITE_DATA_DIR", _folder)
     migrate: bool = _setting(True, "ELIZASQL_MIGRATE", _boolean)
     migration_dsn: str | None = _setting(None, "ELIZASQL_MIGRATION_URL", _dsn, secret=True)
     pool_max_size: int = _setting(20, "POSTGRES_POOL_MAX", _places)
@@ -232,7 +239,11 @@ class Config:
         known = {f.name: f for f in fields(cls)}
         unknown = sorted(set(given) - set(known))
         if unknown:
-            raise ConfigurationError(f"unknown setting {', '.join(unknown)}; known are {', '.join(known)}")
+            near = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1)]
+            hint = f"; did you mean {', '.join(near)}?" if near else f"; known are {', '.join(known)}"
+            raise ConfigurationError(f"unknown setting {', '.join(unknown)}{hint}")
+        if given.get("dsn") is not None and given.get("data_dir") is not None:
+            raise ConfigurationError("dsn and data_dir exclude each other: PostgreSQL, or the embedded server's folder")
         values: dict[str, Any] = {}
         origins: dict[str, str] = {}
         for name, setting in known.items():

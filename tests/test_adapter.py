@@ -193,8 +193,8 @@ async def test_data_dir_of_the_call_beats_the_address_of_the_environment(
             assert db._embedded is not None
         with pytest.raises(elizasql.ConnectionLostError):
             await elizasql.open(agent_id=uuid4())
-        async with elizasql.connect(agent_id=uuid4(), dsn=dsn, data_dir="/nowhere") as db:
-            assert db._embedded is None
+        with pytest.raises(elizasql.ConfigurationError, match="dsn and data_dir exclude each other"):
+            await elizasql.open(agent_id=uuid4(), dsn=dsn, data_dir="/nowhere")
 
 
 async def test_embedded_server_is_the_default(dsn: str, server_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -220,6 +220,7 @@ def test_file_that_is_no_text(bare: Path) -> None:
         ("dsn", "host=a", "postgres://"),
         ("migration_dsn", "POSTGRES://a", "postgres://"),
         ("data_dir", 5, ""),
+        ("data_dir", " ", "must not be empty"),
         ("data_dir", "~no-such-user-here/x", "home"),
         ("migrate", "maybe", "true or false"),
         ("pool_max_size", 0, "at least 1"),
@@ -264,7 +265,7 @@ def test_bad_value_names_setting_and_origin(name: str, value: Any, message: str)
     assert str(caught.value).startswith(name)
     assert message in str(caught.value)
     assert not caught.value.retryable
-    if isinstance(value, str) and value:
+    if isinstance(value, str) and value.strip():
         with pytest.raises(ConfigurationError, match=f"^{VARIABLES[name]}"):
             Config.load(environ={VARIABLES[name]: value})
 
@@ -291,9 +292,11 @@ def test_sizes_that_contradict_each_other() -> None:
 
 
 def test_unknown_setting() -> None:
-    with pytest.raises(ConfigurationError, match="unknown setting poolsize, zzz; known are dsn, data_dir") as caught:
-        Config.load(poolsize=3, zzz=SECRET)
+    with pytest.raises(ConfigurationError, match="unknown setting pqr, zzz; known are dsn, data_dir") as caught:
+        Config.load(pqr=3, zzz=SECRET)
     assert SECRET not in str(caught.value)
+    with pytest.raises(ConfigurationError, match=r"unknown setting datadir; did you mean data_dir\?"):
+        Config.load(datadir="x")
 
 
 @pytest.mark.parametrize("value", ["true", "TRUE", " true "])
