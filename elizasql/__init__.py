@@ -8,6 +8,9 @@ async with elizasql.connect(agent_id=AGENT) as db:
     ...
 """
 
+import importlib as _importlib
+from typing import Any as _Any
+
 from .adapter import DatabaseAdapter, connect, open
 from .config import Config, Settings
 from .elizaos import create_database_adapter, plugin
@@ -18,6 +21,14 @@ from .models import __all__ as _models
 from .reembedding import Reembedded
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> _Any:
+    """Import the blocking face, `elizasql.sync`, when it is first asked for."""
+    if name == "sync":
+        return _importlib.import_module(f"{__name__}.sync")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [  # noqa: PLE0604
     "Config",

@@ -40,6 +40,12 @@ def memory(text: str = "x", **fields: Any) -> Memory:
     return Memory(content={"text": text}, **fields)
 
 
+def test_the_module_need_not_be_imported() -> None:
+    code = "import elizasql; print(elizasql.sync.connect.__module__, hasattr(elizasql, 'nothing'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["elizasql.sync", "False"]
+
+
 def texts(db: sync.DatabaseAdapter) -> list[str]:
     return sorted(found.content["text"] for found in db.get_memories(table_name="messages"))  # type: ignore[index]
 
