@@ -15,6 +15,7 @@ DECLARE
     moved bigint;
     build text;
     workers text := nullif(current_setting('elizasql.build_workers_beside_callers', TRUE), '');
+    patience CONSTANT text := current_setting('lock_timeout');
     began timestamptz;
 BEGIN
     SELECT embedding_dimension INTO dim FROM elizasql.agents WHERE id = given_agent;
@@ -22,11 +23,21 @@ BEGIN
         RETURN 0;
     END IF;
     IF NOT waits THEN
+        PERFORM FROM pg_locks
+        WHERE
+            database = (SELECT oid FROM pg_database WHERE datname = current_database())
+            AND relation = format('elizasql.%s', part)::regclass AND mode = 'ShareRowExclusiveLock';
+        IF FOUND THEN
+            RETURN NULL;
+        END IF;
+        -- An autovacuum, which may take minutes, gives way to who has waited for a second.
+        PERFORM set_config('lock_timeout', '3s', TRUE);
         BEGIN
-            EXECUTE format('LOCK TABLE elizasql.%s IN SHARE UPDATE EXCLUSIVE MODE NOWAIT', part);
+            EXECUTE format('LOCK TABLE elizasql.%s IN SHARE UPDATE EXCLUSIVE MODE', part);
         EXCEPTION WHEN lock_not_available THEN
             RETURN NULL;
         END;
+        PERFORM set_config('lock_timeout', patience, TRUE);
     END IF;
     -- A smaller table gets no workers in any case.
     IF

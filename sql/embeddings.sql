@@ -781,7 +781,7 @@ SELECT elizasql.drop_index(:agent_id, :coming);
 
 -- name: build_index(agent_id, waits)$
 -- Builds the HNSW index of the agent's partition when there is none, with the tail in it; gives the number of vectors
--- moved. waits: for others who build it, or vacuum; else null.
+-- moved. waits: for others who build it, or vacuum by hand; else null.
 SELECT elizasql.build_index(:agent_id, :waits);
 
 -- name: find_lost_index(agent_id)$
