@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, Literal, TypeVar
 from uuid import UUID
@@ -17,7 +17,7 @@ from ._executor import Executor
 from ._indexer import Indexer
 from ._statements import SQL
 from .config import Config
-from .errors import ArgumentError, UniqueViolationError
+from .errors import ArgumentError, UniqueViolationError, show
 from .models import Model
 
 T = TypeVar("T")
@@ -30,6 +30,9 @@ _CHUNK_BYTES = 1 << 26
 # Rows that are checked and encoded without leaving the event loop, which takes 15 to 30 us for a memory: other calls of
 # the process must not wait for a whole batch.
 READ_AT_ONCE = 64
+
+# A greater age leads out of the server's calendar, and there is nothing as old.
+_LONGEST_AGE = timedelta(days=365 * 1000)
 
 
 class Store:
@@ -361,6 +364,26 @@ def as_reach(count: int | None, skipped: int | None) -> int | None:
     """Give how many rows a part of the whole can have on a page, None where the page has no end."""
     # The server's numbers end where Python's do not.
     return None if count is None else min(count + (skipped or 0), 2**63 - 1)
+
+
+def read_limits(older_than: object, keep: object) -> dict[str, Any]:
+    """Check what is to be pruned, and give what a statement that prunes takes for its first batch.
+
+    Args:
+        older_than: A time, or an age on the server's clock.
+        keep: How many of the newest stay; the caller looks for the oldest of these.
+    """
+    if older_than is None and keep is None:
+        raise ArgumentError("give older_than, keep or both: there is no default that deletes everything")
+    limits: dict[str, Any] = dict.fromkeys(("before", "age", "kept_time", "kept_id", "after_time", "after_id"))
+    if isinstance(older_than, timedelta):
+        if older_than < timedelta(0):
+            raise ArgumentError(f"older_than must not be negative, not {show(older_than)}")
+        limits["age"] = min(older_than, _LONGEST_AGE)
+    else:
+        limits["before"] = _codecs.as_optional_time(older_than, "older_than")
+    _codecs.as_optional_count(keep, "keep")
+    return limits
 
 
 def read_cursor(kind: type[Model], cursor: Any, *, forward: bool = False) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from uuid import UUID
 
 from . import _codecs
 from ._statements import SQL
-from ._store import Store, as_limit, order_by_id, read_cursor, unwrap
+from ._store import Store, as_limit, order_by_id, read_cursor, read_limits, unwrap
 from .errors import ArgumentError, show
 from .models import AgentRunCounts, AgentRunSummary, AgentRunSummaryResult, Log
 from .types import RunStatus
@@ -19,9 +19,6 @@ Cursor: TypeAlias = "Log | Mapping[str, Any] | tuple[datetime, UUID | str]"
 # What a body may be at most: levels, which is the encoder's own limit, and bytes of JSON.
 _MAX_DEPTH = 254
 _MAX_BYTES = 16 * 1024 * 1024
-
-# A greater age leads out of the server's calendar, and there is nothing as old.
-_LONGEST_AGE = timedelta(days=365 * 1000)
 
 
 class Logs(Store):
@@ -143,25 +140,8 @@ class Logs(Store):
         Statement: sql/logs.sql prune_logs, one round trip a batch, and one more after several; get_oldest_kept_log
         before it for `keep`.
         """
-        if older_than is None and keep is None:
-            raise ArgumentError("give older_than, keep or both: there is no default that deletes everything")
-        params: dict[str, Any] = {
-            "agent_id": self.agent_id,
-            "before": None,
-            "age": None,
-            "kept_time": None,
-            "kept_id": None,
-            "after_time": None,
-            "after_id": None,
-            "batch_size": self.config.batch_size,
-        }
-        if isinstance(older_than, timedelta):
-            if older_than < timedelta(0):
-                raise ArgumentError(f"older_than must not be negative, not {show(older_than)}")
-            params["age"] = min(older_than, _LONGEST_AGE)
-        else:
-            params["before"] = _codecs.as_optional_time(older_than, "older_than")
-        if keep is not None and _codecs.as_count(keep, "keep") > 0:
+        params = {"agent_id": self.agent_id, "batch_size": self.config.batch_size, **read_limits(older_than, keep)}
+        if keep:
             oldest = await self._aside.fetch_row(SQL["get_oldest_kept_log"], agent_id=self.agent_id, keep=keep)
             if oldest is None:
                 return 0

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import AsyncIterable, Awaitable, Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from decimal import Decimal
 from itertools import islice
 from typing import Any
@@ -23,7 +23,7 @@ from ._executor import Fetch
 from ._loader import Loader
 from ._resident import Resident
 from ._statements import SQL
-from ._store import Store, as_limit, order_by_id, read_cursor
+from ._store import Store, as_limit, order_by_id, read_cursor, read_limits
 from .config import Config
 from .errors import ArgumentError, DeadlineError, EmbeddingDimensionError, NotFoundError, show
 from .models import LoadSummary, Memory
@@ -486,6 +486,54 @@ class Memories(Store):
             SQL["delete_all_memories"], agent_id=self.agent_id, room_ids=rooms, type=kind
         )
         return deleted
+
+    async def prune_memories(
+        self,
+        table_name: str,
+        older_than: timedelta | datetime | float | None = None,
+        keep: int | None = None,
+        *,
+        room_id: UUID | str | None = None,
+        timeout: float | None = None,
+    ) -> int:
+        """Delete old memories of a type, oldest first, and the fragments of those that are documents; give how many.
+
+        Each batch of `config.batch_size` is a transaction of its own, so that nobody waits long. When both limits are
+        given, only what is beyond both goes. Fragments go with their document, whatever their own type, room and age.
+
+        Args:
+            table_name: The type.
+            older_than: Only what is older than this time (an aware datetime, or milliseconds since 1970) or this age.
+            keep: The newest so many stay in any case.
+            room_id: Only of this room, and the newest of it stay.
+
+        Raises:
+            ArgumentError: Neither is given, or one does not fit.
+
+        Statement: sql/memories.sql prune_memories, one round trip a batch; get_memories or get_memories_of_room before
+        it for `keep`. Source: none, ours.
+        """
+        params = {
+            **self._filters(table_name, None, None, False, None, None),
+            **read_limits(older_than, keep),
+            **_scope(room_id, None, None),
+            "agent_id": self.agent_id,
+            "batch_size": self.config.batch_size,
+        }
+        if keep:
+            name = _BY_SCOPE["get_memories"][_path(params)]
+            page = {"cursor_time": None, "cursor_id": None, "skip": keep - 1, "count": 1, "include_embedding": False}
+            oldest = await self._aside.fetch_row(SQL[name], **params, **page)
+            if oldest is None:
+                return 0
+            params |= {"kept_time": oldest["created_at"], "kept_id": oldest["id"]}
+        deleted: int = 0
+        while True:
+            [(gone, found, last_time, last_id)] = await self._aside.fetch(SQL["prune_memories"], **params)
+            deleted += gone
+            if found < self.config.batch_size:
+                return deleted
+            params |= {"after_time": last_time, "after_id": last_id}
 
     # --- reading -----------------------------------------------------------------------------------------------------
 

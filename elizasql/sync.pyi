@@ -346,6 +346,15 @@ class DatabaseAdapter:
     def delete_all_memories(
         self, room_id: UUID | str | Iterable[UUID | str], table_name: str, *, timeout: float | None = None
     ) -> int: ...
+    def prune_memories(
+        self,
+        table_name: str,
+        older_than: timedelta | datetime | float | None = None,
+        keep: int | None = None,
+        *,
+        room_id: UUID | str | None = None,
+        timeout: float | None = None,
+    ) -> int: ...
     def get_memories(
         self,
         *,

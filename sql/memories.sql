@@ -776,6 +776,119 @@ deleted AS (
 
 SELECT count(*) FROM deleted;
 
+-- name: prune_memories(agent_id, type, room_id, before, age, kept_time, kept_id, after_time, after_id, batch_size)^
+-- Deletes the oldest memories of a type, where a room is given those of the room, that are before the time, or of the age,
+-- and before the oldest one to keep, and the fragments of those that are documents, wherever they are. Gives how many
+-- went, how many it had chosen, and the last of these, after which the next batch begins: what was deleted stays in the
+-- index for as long as anybody has an older snapshot.
+-- One of the two branches of "chosen" finds something: each has an index of its own. greatest(): as the index has it.
+-- Locked as by delete_memories; what was changed while the lock was waited for so that it does not fit stays, and so do its
+-- fragments, which are found as by delete_all_memories.
+-- made_time: a time may be the last of the calendar, and must not become infinite on its way.
+-- Not repeatable: a second run finds nothing left to delete.
+WITH bounds AS MATERIALIZED (
+    SELECT
+        coalesce(:before::timestamptz, statement_timestamp() - :age::interval, 'infinity') AS before,
+        CASE WHEN :kept_id::uuid IS NULL THEN 'infinity' ELSE elizasql.made_time(:kept_time, 'infinity') END
+            AS kept_time,
+        coalesce(:kept_id, 'ffffffff-ffff-ffff-ffff-ffffffffffff') AS kept_id,
+        CASE WHEN :after_id::uuid IS NULL THEN '-infinity' ELSE elizasql.made_time(:after_time, 'infinity') END
+            AS after_time,
+        coalesce(:after_id, '00000000-0000-0000-0000-000000000000') AS after_id
+),
+
+chosen AS MATERIALIZED (
+    (
+        SELECT
+            id,
+            created_at
+        FROM elizasql.memories
+        WHERE
+            :room_id::uuid IS NULL AND agent_id = :agent_id AND type = :type
+            AND greatest(created_at) < (SELECT bounds.before FROM bounds)
+            AND (greatest(created_at), id) < (SELECT bounds.kept_time, bounds.kept_id FROM bounds)
+            AND (greatest(created_at), id) > (SELECT bounds.after_time, bounds.after_id FROM bounds)
+        ORDER BY greatest(created_at), id
+        LIMIT :batch_size::bigint
+    )
+    UNION ALL
+    (
+        SELECT
+            id,
+            created_at
+        FROM elizasql.memories
+        WHERE
+            agent_id = :agent_id AND room_id = :room_id AND type = :type
+            AND created_at < (SELECT bounds.before FROM bounds)
+            AND (created_at, id) < (SELECT bounds.kept_time, bounds.kept_id FROM bounds)
+            AND (created_at, id) > (SELECT bounds.after_time, bounds.after_id FROM bounds)
+        ORDER BY created_at, id
+        LIMIT :batch_size
+    )
+),
+
+doomed AS (
+    SELECT id FROM chosen
+    UNION
+    SELECT fragment.id
+    FROM chosen
+    CROSS JOIN
+        LATERAL (
+            SELECT of_document.id
+            FROM elizasql.memories AS of_document
+            WHERE
+                NOT row_security_active('elizasql.memories'::regclass)
+                AND of_document.agent_id = :agent_id AND of_document.metadata ? 'documentId'
+                AND left(lower(of_document.metadata ->> 'documentId'), 37) = chosen.id::text
+            OFFSET 0
+        ) AS fragment
+    UNION
+    SELECT id
+    FROM elizasql.memories
+    WHERE
+        row_security_active('elizasql.memories'::regclass)
+        AND agent_id = :agent_id AND metadata ? 'documentId'
+        AND (left(lower(metadata ->> 'documentId'), 37) IN (SELECT chosen.id::text FROM chosen)) IS TRUE
+),
+
+locked AS MATERIALIZED (
+    SELECT
+        id,
+        created_at,
+        type = :type AND (:room_id IS NULL OR room_id = :room_id) AS is_there,
+        left(lower(metadata ->> 'documentId'), 37) AS document_id
+    FROM elizasql.memories
+    WHERE agent_id = :agent_id AND id = ANY(ARRAY(SELECT id FROM doomed))
+    ORDER BY id
+    FOR UPDATE
+),
+
+there AS MATERIALIZED (
+    SELECT locked.id
+    FROM locked
+    INNER JOIN chosen ON locked.id = chosen.id AND locked.created_at = chosen.created_at
+    WHERE locked.is_there
+),
+
+still AS (
+    SELECT id
+    FROM locked
+    WHERE id IN (SELECT there.id FROM there) OR document_id IN (SELECT there.id::text FROM there)
+),
+
+deleted AS (
+    DELETE FROM elizasql.memories
+    WHERE agent_id = :agent_id AND id = ANY(ARRAY(SELECT id FROM still))
+    RETURNING id
+)
+
+SELECT
+    (SELECT count(*) FROM deleted) AS deleted,
+    count(*) AS found,
+    max(created_at) AS last_time,
+    (array_agg(id ORDER BY created_at DESC, id DESC))[1] AS last_id
+FROM chosen;
+
 -- name: get_cached_embeddings(agent_id, type, lengths_from, lengths_to, most)
 -- The texts of a length between the two, and their vectors when they are at most :most.
 -- The length bounds the edit distance exactly; the index is on length(content ->> 'text').

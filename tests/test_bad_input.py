@@ -701,6 +701,7 @@ TAKES_TYPE: dict[str, Call] = {
     "load_memories": lambda db, kind: db.load_memories([{"content": {}}], kind),
     "upsert_memories": lambda db, kind: db.upsert_memories([{"content": {}}], kind),
     "delete_all_memories": lambda db, kind: db.delete_all_memories(ID, kind),
+    "prune_memories": lambda db, kind: db.prune_memories(kind, keep=1),
     "get_memories": lambda db, kind: db.get_memories(table_name=kind),
     "get_memories_by_ids": lambda db, kind: db.get_memories_by_ids([ID], kind),
     "get_memories_by_room_ids": lambda db, kind: db.get_memories_by_room_ids(room_ids=[ID], table_name=kind),

@@ -185,6 +185,7 @@ GOOD: dict[str, Any] = {
     "get_relationships entity_id": ID,
     "query_entities component_type": "x",
     "prune_logs keep": 1,
+    "prune_memories keep": 1,
     "complete_task task": models.Task(id=ID, claim_token=ID),
     "fail_task task": models.Task(id=ID, claim_token=ID),
     "heartbeat_task task": models.Task(id=ID, claim_token=ID),

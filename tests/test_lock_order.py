@@ -185,6 +185,7 @@ BATCHES: dict[str, tuple[str, Callable[[DatabaseAdapter, Family, list[UUID]], Aw
     ),
     "delete_memories": ("memories", lambda db, f, ids: db.delete_memories(ids)),
     "delete_all_memories": ("memories", lambda db, f, ids: db.delete_all_memories(f.rooms, "messages")),
+    "prune_memories all": ("memories", lambda db, f, ids: db.prune_memories("messages", keep=0)),
     "update_goals": ("goals", lambda db, f, ids: db.update_goals([{"id": id, "name": "y"} for id in ids])),
     "delete_all_goals": ("goals", lambda db, f, ids: db.delete_all_goals(f.rooms[0])),
     "update_logs": ("logs", lambda db, f, ids: db.update_logs([{"id": id, "body": {"x": 1}} for id in ids])),
@@ -219,7 +220,7 @@ async def test_a_batch_locks_its_rows_in_one_order_over_all_its_chunks(make_db: 
     await raw.close()
 
 
-@pytest.mark.parametrize("batch", ["delete_memories", "delete_all_memories"])
+@pytest.mark.parametrize("batch", ["delete_memories", "delete_all_memories", "prune_memories"])
 async def test_memories_are_deleted_in_one_order_whatever_the_plan(
     make_db: MakeAdapter, own_database: str, batch: str
 ) -> None:
@@ -237,6 +238,8 @@ async def test_memories_are_deleted_in_one_order_whatever_the_plan(
         await raw.execute("SELECT FROM elizasql.memories WHERE id = $1 FOR UPDATE", first)
         if batch == "delete_memories":
             waiting = asyncio.ensure_future(db.delete_memories([*rest, first]))
+        elif batch == "prune_memories":
+            waiting = asyncio.ensure_future(db.prune_memories("others", keep=0))
         else:
             waiting = asyncio.ensure_future(db.delete_all_memories(family.rooms, "others"))
         await blocked_pid(raw, waiting)

@@ -876,6 +876,195 @@ async def test_what_is_moved_before_a_deletion_has_its_row_stays(
     assert await rows_of(raw, db, "memories") == 1
 
 
+# --- prune -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("of_room", [False, True])
+async def test_prune_by_time_and_number(make_db: MakeAdapter, round_trips: list[str], *, of_room: bool) -> None:
+    db = await make_db(batch_size=3)
+    other = await make_db()
+    scene = await make_scene(db)
+    elsewhere = await db.create_room(Room(source="t", type="DM"))
+    where = {"room_id": scene.room} if of_room else {}
+    made: list[UUID] = []
+
+    def at(seconds: float) -> datetime:
+        return T0 + timedelta(seconds=seconds)
+
+    async def fill() -> None:
+        await db.prune_memories("messages", keep=0, **where)
+        # Pairs of equal times: the order is by id then.
+        rows = [memory(scene, id=UUID(int=i), created_at=at(i // 2)) for i in range(1, 11)]
+        made[:] = await db.create_memories(rows, "messages")
+
+    async def left() -> list[UUID | None]:
+        return [found.id for found in await db.get_memories(table_name="messages", **where)]
+
+    # Nobody asks for these: of another agent, another type, and another room.
+    beside = [
+        (other, await other.create_memory(Memory(content={}, created_at=T0), "messages")),
+        (db, await db.create_memory(memory(scene, created_at=T0), "facts")),
+    ]
+    if of_room:
+        far = [memory(scene, room_id=elsewhere, created_at=T0 + timedelta(days=i)) for i in (-1, 0, 1)]
+        beside += [(db, id) for id in await db.create_memories(far, "messages")]
+    await fill()
+    assert await db.prune_memories("messages", older_than=at(2), **where) == 3
+    assert await left() == made[:2:-1]
+    assert await db.prune_memories("messages", at(2), **where) == 0
+    await fill()
+    assert await db.prune_memories("messages", keep=4, **where) == 6
+    assert await left() == made[:5:-1]
+    await fill()
+    # Both: only what is beyond both goes.
+    assert await db.prune_memories("messages", older_than=at(2), keep=9, **where) == 1
+    assert await db.prune_memories("messages", older_than=at(2), keep=1, **where) == 2
+    assert await db.prune_memories("messages", older_than=T0, keep=1, **where) == 0
+    assert await left() == made[:2:-1]
+    for age in (timedelta(days=365_000), timedelta.max):
+        assert await db.prune_memories("messages", older_than=age, **where) == 0
+    late = at(100).timestamp() * 1000
+    assert await db.prune_memories("messages", older_than=late, keep=7, **where) == 0
+    for keep in (7, 8, 2**63 - 1):
+        assert await db.prune_memories("messages", keep=keep, **where) == 0
+    assert await db.prune_memories("messages", keep=0, room_id=uuid4()) == 0
+    assert await db.prune_memories("nothing", keep=0, **where) == 0
+    await fill()
+    del round_trips[:]
+    assert await db.prune_memories("messages", older_than=timedelta(0), **where) == 10
+    # Three full batches, and what is left.
+    assert len(round_trips) == 4
+    await fill()
+    del round_trips[:]
+    assert await db.prune_memories("messages", keep=9, **where) == 1
+    assert len(round_trips) == 2
+    await fill()
+    assert await db.prune_memories("messages", keep=0, **where) == 10
+    assert await left() == []
+    for adapter, id in beside:
+        assert await adapter.get_memory_by_id(id) is not None
+
+
+async def test_prune_keeps_what_stands_at_the_end_of_the_calendar(make_db: MakeAdapter) -> None:
+    db = await make_db(batch_size=2)
+    scene = await make_scene(db)
+    last = datetime.max.replace(tzinfo=timezone.utc)
+    rows = [memory(scene, id=UUID(int=i), created_at=last) for i in range(1, 8)]
+    made = await db.create_memories(rows, "messages")
+    for where, keep in (({}, 5), ({"room_id": scene.room}, 2)):
+        assert await db.prune_memories("messages", keep=keep, **where) == len(made) - keep
+        made = made[len(made) - keep :]
+        assert [found.id for found in await db.get_memories(table_name="messages")] == made[::-1]
+    assert await db.prune_memories("messages", keep=0) == 2
+
+
+async def test_prune_never_defaults_to_everything(db: DatabaseAdapter, round_trips: list[str]) -> None:
+    with pytest.raises(ArgumentError, match="older_than, keep or both"):
+        await db.prune_memories("messages")
+    bad: dict[str, Any]
+    for bad in (
+        {"keep": -1},
+        {"keep": 1.5},
+        {"keep": True},
+        {"older_than": "soon"},
+        {"older_than": timedelta(seconds=-1)},
+        {"older_than": datetime(2026, 1, 1)},  # noqa: DTZ001
+        {"keep": 1, "room_id": "no"},
+        {"keep": 1, "table_name": ""},
+    ):
+        with pytest.raises(ArgumentError):
+            await db.prune_memories(**{"table_name": "messages", **bad})
+    assert round_trips == []
+
+
+async def test_prune_takes_fragments_and_vectors_along(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
+    """Wherever the fragments are and however young, also of the very type; those of documents that stay, stay."""
+    db = await make_db(batch_size=2)
+    scene = await make_scene(db)
+    room = await db.create_room(Room(source="t", type="DM"))
+    about = {"type": "document", "timestamp": 1}
+    documents = [
+        memory(scene, id=uuid4(), metadata=about, created_at=T0 + timedelta(days=i), embedding=vector(i), unique=True)
+        for i in range(4)
+    ]
+
+    def fragment(document: Memory, position: int) -> Memory:
+        name = str(document.id).upper() if position % 2 else str(document.id)
+        told = {"type": "fragment", "documentId": name, "position": position}
+        return memory(scene, room_id=room, metadata=told, embedding=vector(9 + position), unique=True)
+
+    await db.create_memories(documents, "documents")
+    await db.create_memories([fragment(document, i) for document in documents for i in range(2)], "fragments")
+    await db.create_memory(fragment(documents[0], 2), "documents")
+    # Three documents and their fragments; one of these is the newest of its type.
+    assert await db.prune_memories("documents", keep=1, older_than=T0 + timedelta(days=2, hours=1)) == 3 * 3 + 1
+    assert await rows_of(raw, db, "memories") == await rows_of(raw, db, "embeddings") == 3
+    assert await db.prune_memories("documents", keep=0, room_id=room) == 0
+    # A fragment goes alone.
+    assert await db.prune_memories("fragments", keep=1) == 1
+    assert await db.prune_memories("documents", keep=0, room_id=scene.room) == 2
+    assert await rows_of(raw, db, "memories") == await rows_of(raw, db, "embeddings") == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["room_id = NULL", "type = 'others'", "created_at = created_at + interval '1 day'"],
+)
+async def test_what_no_longer_fits_when_a_prune_has_its_row_stays(
+    db: DatabaseAdapter, agent_world: Scene, raw: asyncpg.Connection[Any], change: str
+) -> None:
+    document = memory(agent_world, id=uuid4(), metadata={"type": "document", "timestamp": 1}, created_at=T0)
+    await db.create_memories([document, memory(agent_world, created_at=T0)], "documents")
+    told = {"type": "fragment", "documentId": str(document.id), "position": 0}
+    part = await db.create_memory(memory(agent_world, metadata=told), "fragments")
+    first = (f"UPDATE elizasql.memories SET {change} WHERE agent_id = $1 AND id = $2", db.agent_id, document.id)
+    prune = db.prune_memories("documents", T0 + timedelta(hours=1), room_id=agent_world.room)
+    assert await overtaken(raw, prune, first, ("SELECT 1",)) == 1
+    assert {found.id for found in await db.get_memories_by_ids([document.id, part])} == {document.id, part}
+
+
+async def test_a_prune_goes_on_behind_what_another_has_deleted(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any]
+) -> None:
+    """Fewer may go in a batch than there are in it."""
+    db = await make_db(batch_size=3)
+    rows = [Memory(content={}, created_at=T0 + timedelta(seconds=i)) for i in range(10)]
+    made = await db.create_memories(rows, "messages")
+    theirs = ("DELETE FROM elizasql.memories WHERE agent_id = $1 AND id = ANY($2)", db.agent_id, made[:3])
+    assert await overtaken(raw, db.prune_memories("messages", timedelta(0)), theirs, ("SELECT 1",)) == 7
+    assert await rows_of(raw, db, "memories") == 0
+
+
+async def test_concurrent_prunes_count_each_memory_once(make_db: MakeAdapter) -> None:
+    db = await make_db(batch_size=7)
+    other = await make_db(db.agent_id, batch_size=5)
+    await db.create_memories([Memory(content={}) for _ in range(200)], "messages")
+    deleted = await asyncio.gather(*(each.prune_memories("messages", keep=20) for each in (db, other, db, other)))
+    assert sum(deleted) == 180
+    assert await db.count_memories(table_name="messages") == 20
+    assert db._meter.retries == other._meter.retries == 0
+
+
+@pytest.mark.parametrize("of_room", [False, True])
+async def test_prune_does_not_go_through_what_it_has_deleted_batch_by_batch(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any], *, of_room: bool
+) -> None:
+    """It stays in the index while somebody may see it, as here until the transaction ends."""
+    db = await make_db(batch_size=10)
+    scene = await make_scene(db)
+    await db.create_memories([memory(scene) for _ in range(300)], "messages")
+    partition = await raw.fetchval("SELECT elizasql.partition_of($1)", db.agent_id)
+    kind = "agent_id_room_id_type_created_at_id" if of_room else "agent_id_type_greatest_id"
+    name = f"elizasql.memories{partition[-4:]}_{kind}_idx"
+    count = Statement("count", f"SELECT pg_stat_get_xact_tuples_returned('{name}'::regclass)", (), "", "")
+    async with db.transaction() as tx:
+        where = {"room_id": scene.room} if of_room else {}
+        assert await tx.prune_memories("messages", keep=0, **where) == 300
+        read = await tx._executor.fetch_value(count)
+    # Each once by its batch; thirty batches from the start would be 4,650.
+    assert 300 <= read <= 400
+
+
 # --- one agent and another -------------------------------------------------------------------------------------------
 
 
@@ -900,6 +1089,8 @@ async def test_no_method_reaches_another_agents_memories(make_db: MakeAdapter) -
     assert await mine.update_memory({"id": id, "content": {"text": "mine"}}) is False
     assert await mine.delete_memory(id) is False
     assert await mine.delete_all_memories(scene.room, "messages") == 0
+    assert await mine.prune_memories("messages", keep=0) == 0
+    assert await mine.prune_memories("messages", keep=0, room_id=scene.room) == 0
     assert await mine.create_memory(Memory(id=id, content={"text": "own"}, embedding=vector(1)), "messages") == id
     own, secret = await mine.get_memory_by_id(id), await theirs.get_memory_by_id(id)
     assert own is not None and own.content == {"text": "own"} and own.unique is True

@@ -300,6 +300,16 @@ class AdapterMachine(RuleBasedStateMachine):
         there = self.stores[agent].memories.pop(id, None) is not None
         assert self.dbs[agent].delete_memory(id) is there
 
+    @rule(agent=agents, room=maybe(ids("room")), keep=st.integers(0, 2), end=maybe(times))
+    def prune_memories(self, agent: int, room: UUID | None, keep: int, end: datetime | None) -> None:
+        store = self.stores[agent]
+        times = {id: row["created_at"] for id, row in store.memories.items() if room in (None, row["room_id"])}
+        newest = sorted(times, key=lambda id: (times[id], id), reverse=True)
+        gone = [id for id in newest[keep:] if end is None or times[id] < end]
+        assert self.dbs[agent].prune_memories("messages", end, keep, room_id=room) == len(gone)
+        for id in gone:
+            del store.memories[id]
+
     @rule(
         agent=agents,
         room=maybe(ids("room")),

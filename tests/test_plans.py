@@ -579,6 +579,41 @@ async def test_a_page_up_to_a_time_reads_nothing_newer(
     assert read <= 15, read
 
 
+@pytest.mark.parametrize(
+    ("scope", "index"), [({}, "agent_id_type_greatest_id"), ({"room_id": BIG}, "agent_id_room_id_type_created_at_id")]
+)
+async def test_a_prune_reads_its_batch(
+    session: asyncpg.Connection[Any], agents: dict[str, UUID], scope: dict[str, Any], index: str
+) -> None:
+    """Off the index that has the order, between what is behind it and the limits."""
+    agent = agents["many"]
+    mine = await partition_of(session, agent)
+    ordered = await session.fetch(
+        "SELECT created_at, id FROM elizasql.memories"
+        " WHERE agent_id = $1 AND type = 'messages' AND ($2 OR room_id = $3) ORDER BY created_at, id",
+        *(agent, not scope, scope.get("room_id")),
+    )
+    after, end, kept = (ordered[i] for i in (1000, 1030, 1020))
+    params = {"agent_id": agent, "type": "messages", **scope, "after_time": after[0], "after_id": after[1]}
+    for limits, most in (
+        ({"batch_size": 10}, 10),
+        ({"batch_size": 100, "before": end[0]}, 29),
+        ({"batch_size": 100, "before": end[0], "kept_time": kept[0], "kept_id": kept[1]}, 19),
+    ):
+        transaction = session.transaction()
+        await transaction.start()
+        nodes = await plan_of(session, SQL["prune_memories"], {**params, **limits}, execute=True)
+        await transaction.rollback()
+        assert not scans_a_table(nodes)
+        assert f"memories{mine}_{index}_idx" in indexes(nodes), indexes(nodes)
+        read = [
+            node["Actual Loops"] * (node["Actual Rows"] + node.get("Rows Removed by Filter", 0))
+            for node in nodes
+            if node.get("Relation Name") == f"memories{mine}"
+        ]
+        assert max(read) == most, (limits, read)
+
+
 async def test_counts_and_text_lengths_use_an_index(session: asyncpg.Connection[Any], agents: dict[str, UUID]) -> None:
     agent = agents["many"]
     for name in ("count_memories", "count_memories_of_rooms", "count_memories_of_entity", "count_memories_of_world"):
@@ -620,6 +655,10 @@ async def test_without_statistics_rows_are_looked_up_one_by_one(
         conditions = [node["Index Cond"] for node in nodes if node.get("Relation Name") == f"memories{mine}"]
         assert any("room_id" in condition for condition in conditions), conditions
         assert any("documentId" in condition for condition in conditions), conditions
+        nodes = await plan_of(session, SQL["prune_memories"], params)
+        conditions = [node["Index Cond"] for node in nodes if node.get("Relation Name") == f"memories{mine}"]
+        for part in ("room_id", "GREATEST", "documentId"):
+            assert any(part in condition for condition in conditions), conditions
         # Where entries of an index cost nothing the sizes of the indexes decide, as they may in another table.
         await session.execute("SET LOCAL cpu_operator_cost = 0; SET LOCAL cpu_index_tuple_cost = 0")
         nodes = await plan_of(session, SQL["delete_all_memories"], params)
@@ -647,7 +686,7 @@ async def test_fragments_of_a_document_are_found_by_an_index(
     session: asyncpg.Connection[Any], agents: dict[str, UUID]
 ) -> None:
     params = {"agent_id": agents["many"], "ids": [uuid4()], "room_ids": [uuid4()], "type": "documents"}
-    for name in ("delete_memories", "delete_all_memories"):
+    for name in ("delete_memories", "delete_all_memories", "prune_memories"):
         nodes = await plan_of(session, SQL[name], params, execute=True)
         assert not scans_a_table(nodes), name
         read = [node["Actual Rows"] for node in nodes if node["Node Type"].endswith("Scan") and "Index Name" in node]

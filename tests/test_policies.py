@@ -114,6 +114,8 @@ async def test_policies_change_no_answer_and_let_no_scan_read_in_vain(make_db: M
     agent = {"agent_id": db.agent_id}
     listed = {**agent, "type": "messages", "only_unique": False, "start_time": LATE, "skip": 0, "count": 20}
     page = {**listed, "start_time": None, "end_time": T0 + timedelta(minutes=3), "count": 3}
+    # The batch is read, all fragments, and what goes twice, to lock it and to delete it.
+    old = {**agent, "type": "messages", "batch_size": 50}
     names = [f"Nobody{i}" for i in range(20)]
     # Of a cursor its own row is read, too, once for each place where its time is needed.
     early = {**agent, "cursor_id": EARLY_ID, "skip": 0, "count": 20}
@@ -139,6 +141,9 @@ async def test_policies_change_no_answer_and_let_no_scan_read_in_vain(make_db: M
         ("get_entities_by_names", {**agent, "names": names}, MANY + 1),
         ("search_entities_by_name", {**agent, "query": "nobody", "count": 7}, 100 + MANY + 1),
         ("get_tasks_by_tags", {**agent, "tags": ["rare"], "skip": 0, "count": 3}, 30 + MANY),
+        ("prune_memories", {**old, "before": T0 + timedelta(minutes=3)}, MANY // 5 + 3 + 2 * 4),
+        ("prune_memories", {**old, "before": T0 + timedelta(minutes=3), "room_id": ROOM}, MANY // 5 + 3 + 2 * 4),
+        ("prune_memories", {**old, "after_time": LATE, "after_id": UUID(int=2**128 - 1)}, MANY // 5 + 4 + 2 * 4),
         ("delete_all_memories", {**agent, "room_ids": [ROOM], "type": "messages"}, 10 * MANY),
     ]
     for name, params, most in cases:

@@ -820,6 +820,10 @@ async def changes(mind: Mind) -> AsyncIterator[str]:
         *(agent, mind.ids[33:36], _codecs.encode_vector(new[17])),
     )
     yield "SQL: vectors inserted with an old number, as a restore does"
+    assert await writer.prune_memories(TABLE, keep=10, room_id=mind.rooms[1]) > 0
+    yield "prune_memories of a room"
+    assert await writer.prune_memories(TABLE, keep=40) > 0
+    yield "prune_memories"
 
 
 async def test_every_change_is_seen_at_once(mind: Mind) -> None:

@@ -190,7 +190,7 @@ TAKEN_APART = {
     "get_agent_run_summaries": ["total", *fields(AgentRunSummary)[:-1], *fields(AgentRunCounts)],
 }
 # These become none, nor does what is of no store.
-NO_MODELS = r"look_at_agent|upsert_components|load_memories|get_cached_embeddings|prune_logs"
+NO_MODELS = r"look_at_agent|upsert_components|load_memories|get_cached_embeddings|prune_logs|prune_memories"
 NO_STORES = {"doctor.sql", "reembeddings.sql", "resident.sql", "server.sql", "transfer.sql"}
 # Behind the fields of a model.
 BESIDE = {"by_hnsw", "ef", "position"}
