@@ -57,6 +57,10 @@ _NOTHING = dict.fromkeys(
 )
 _NO_METADATA = _codecs.encode_json({})
 
+# What the table asks of metadata by their type, and the words without which it asks nothing.
+_NEEDED = {"document": ("timestamp",), "fragment": ("documentId", "position")}
+_DOCUMENT, _FRAGMENT = b'"document"', b'"fragment"'
+
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
@@ -211,7 +215,8 @@ class Memories(Store):
         entity; the new one is then stored with `unique=False`. That costs about one search more.
 
         Args:
-            memory: What to store; `content` is needed.
+            memory: What to store; `content` is needed, and `timestamp` in metadata of type "document", `documentId` and
+                `position` in those of type "fragment".
             table_name: Its type; None: `memory.type`.
             unique: Overrides `memory.unique`.
 
@@ -219,7 +224,6 @@ class Memories(Store):
             ArgumentError, EmbeddingError: Something does not fit; nothing was sent.
             EmbeddingDimensionError: The agent is locked to another width, or to none yet.
             ForeignKeyError: Room, entity, world or agent does not exist.
-            CheckError: Metadata of type "document" lack `timestamp`, or of type "fragment" `documentId` or `position`.
 
         Statement: sql/memories.sql create_memory, create_memory_with_embedding, or
         create_memories_marking_duplicates. One round trip. Source: createMemory.
@@ -1030,6 +1034,8 @@ class Memories(Store):
             for name in ("content", "metadata"):
                 if row.get(name) is not None:
                     row[name] = _codecs.encode_json(row[name], name)
+            if row.get("metadata") is not None:
+                _check_metadata(row["metadata"])
             vector = row.get("embedding")
             if vector is not None:
                 row["width"] = vector.shape[0]
@@ -1249,6 +1255,21 @@ def _unwrap(memory: Any) -> dict[str, Any]:
     if memory.get("unique") is not None:
         fields["unique"] = _codecs.as_bool(memory["unique"], "unique")
     return fields
+
+
+def _check_metadata(encoded: bytes) -> None:
+    """Refuse metadata that the table would refuse, and name what is missing.
+
+    Encoded, as the table sees them: a key or a type may have been written otherwise. Few have to be read for it.
+    """
+    if _DOCUMENT not in encoded and _FRAGMENT not in encoded:
+        return
+    metadata = _codecs.decode_json(encoded)
+    kind = metadata.get("type")
+    if isinstance(kind, str):
+        missing = [name for name in _NEEDED.get(kind, ()) if name not in metadata]
+        if missing:
+            raise ArgumentError(f"metadata of type {kind!r} need {' and '.join(missing)}")
 
 
 async def _find_alike(rows: Sequence[Mapping[str, Any]], left_out: Container[UUID] = ()) -> set[UUID]:

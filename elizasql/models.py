@@ -334,7 +334,7 @@ class Memory(Model):
         world_id: In which world.
         type: The `table_name`, such as "messages"; at most 1,024 bytes.
         content: JSON object; its "text" is what `text_contains`, `get_cached_embeddings` and `reembed` read.
-        metadata: JSON object.
+        metadata: JSON object; of type "document" with `timestamp`, of type "fragment" with `documentId` and `position`.
         unique: False marks a near-duplicate. None on creation: decided by the store.
         created_at: When; made by the server when missing.
         embedding: float32[dimension]; filled in reads only when asked for.

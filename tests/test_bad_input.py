@@ -1309,6 +1309,36 @@ async def test_text_that_an_index_holds_is_checked_in_updates(db: DatabaseAdapte
         await db.update_logs([{"id": uuid4(), "type": "x" * 1025}])
 
 
+@pytest.mark.parametrize(
+    ("metadata", "missing"),
+    [
+        ({"type": "document", "title": "x"}, "'document' need timestamp"),
+        ({"type": "fragment", "documentId": "x"}, "'fragment' need position"),
+        ({"type": "fragment", "position": 0}, "'fragment' need documentId"),
+        ({"type": "fragment"}, "'fragment' need documentId and position"),
+    ],
+)
+async def test_metadata_of_documents_and_fragments_that_lack_something(
+    db: DatabaseAdapter, round_trips: list[str], metadata: dict[str, Any], missing: str
+) -> None:
+    bad = {"id": uuid4(), "content": {"text": "secret"}, "metadata": metadata}
+    both = [{"id": uuid4(), "content": {}, "metadata": {"type": "document", "timestamp": None}}, bad]
+    said = rf"^metadata of type {missing}$"
+    at = rf"^Memory at position 1: {said[1:]}"
+    with refused(ArgumentError, round_trips, "create_memory", said):
+        await db.create_memory(bad, "documents")
+    with refused(ArgumentError, round_trips, "create_memories", at):
+        await db.create_memories(both, "documents")
+    with refused(ArgumentError, round_trips, "load_memories", at):
+        await db.load_memories(both, "documents")
+    with refused(ArgumentError, round_trips, "upsert_memories", at):
+        await db.upsert_memories(both, "documents")
+    with refused(ArgumentError, round_trips, "update_memory", at.replace("1", "0")):
+        await db.update_memory(bad)
+    with refused(ArgumentError, round_trips, "update_memories", at):
+        await db.update_memories(both)
+
+
 async def test_a_document_id_may_be_longer_than_an_index_entry(db: DatabaseAdapter) -> None:
     document = uuid4()
     long = str(document) + "".join(chr(0x4E00 + i * 7919 % 20000) for i in range(9000))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from datetime import datetime, timedelta, timezone
+from enum import Enum
 from types import SimpleNamespace
 from typing import Any
 from uuid import UUID, uuid4
@@ -27,6 +28,7 @@ from elizasql import (
     Room,
     World,
 )
+from elizasql import memories as _memories
 from elizasql._statements import Statement
 
 from .conftest import MakeAdapter, Scene, make_scene
@@ -205,15 +207,62 @@ async def test_broken_references_are_errors(
         assert str(getattr(bad, field)) in str(caught.value)
 
 
-async def test_documents_and_fragments_need_their_keys(db: DatabaseAdapter, agent_world: Scene) -> None:
-    for metadata in (
-        {"type": "document"},
-        {"type": "fragment", "documentId": "x"},
-        {"type": "fragment", "position": 0},
-    ):
-        with pytest.raises(CheckError):
-            await db.create_memory(memory(agent_world, metadata=metadata), "documents")
-    await db.create_memory(memory(agent_world, metadata={"type": "document", "timestamp": 1}), "documents")
+class Kind(Enum):
+    DOCUMENT = "document"
+
+
+METADATA: list[dict[Any, Any]] = [
+    {},
+    {"type": None},
+    {"type": ["document"]},
+    {"type": {"document": 1}},
+    {"type": "Document"},
+    {"type": "message", "of": ["document", "fragment"]},
+    {"about": {"type": "document"}},
+    {"type": "document"},
+    {"type": Kind.DOCUMENT},
+    {"type": "document", "at": "\0"},
+    {"type": "document", "\ud800": 1},
+    {"type": "document", "about": {"timestamp": 1}},
+    {"type": "document", "timestamp": None},
+    {"type": "document", "timestamp": "whenever"},
+    {"type": "fragment"},
+    {"type": "fragment", "timestamp": 1},
+    {"type": "fragment", "documentId": "x"},
+    {"type": "fragment", "position": 0},
+    {"type": "fragment", "documentId": None, "position": None},
+]
+
+
+@pytest.mark.parametrize("metadata", METADATA, ids=repr)
+async def test_metadata_are_refused_that_the_table_refuses(
+    db: DatabaseAdapter, agent_world: Scene, monkeypatch: pytest.MonkeyPatch, metadata: dict[Any, Any]
+) -> None:
+    def change(id: UUID) -> Memory:
+        return memory(agent_world, id=id, metadata=metadata)
+
+    there = await db.create_memory(memory(agent_world), "documents")
+    calls: list[Callable[[], Awaitable[Any]]] = [
+        lambda: db.create_memory(change(uuid4()), "documents"),
+        lambda: db.update_memory(change(there)),
+        lambda: db.upsert_memories([change(there)], "documents"),
+    ]
+
+    async def refusals(error: type[Exception]) -> list[bool]:
+        said: list[bool] = []
+        for call in calls:
+            try:
+                await call()
+            except error:
+                said.append(True)
+            else:
+                said.append(False)
+        return said
+
+    early = await refusals(ArgumentError)
+    monkeypatch.setattr(_memories, "_check_metadata", lambda encoded: None)
+    assert early == await refusals(CheckError)
+    assert len(set(early)) == 1
 
 
 async def test_an_embedding_needs_a_locked_dimension(make_db: MakeAdapter) -> None:
