@@ -35,7 +35,8 @@
     └── InternalError                 anything else the server or the driver said
 
 Each carries `statement` (the name in `sql/`), `sqlstate` and `retryable`; the driver's error is `__cause__`.
-No message holds a password; of an address it shows host, port and database.
+No message holds a password; of an address it shows host, port and database. Nor does one hold the row that a rule
+refused, so that nothing of it is logged: that is in `detail` alone, and no longer in the driver's error.
 """
 
 from __future__ import annotations
@@ -262,7 +263,7 @@ class IntegrityError(ElizaSQLError):
     Attributes:
         constraint: Name of the constraint.
         table: Name of the table; a partition is given by its parent's name.
-        detail: The server's own explanation.
+        detail: The server's own explanation. Of a `NotNullError` or a `CheckError` it may hold the whole row.
     """
 
     constraint: str | None = None
@@ -339,6 +340,9 @@ _BY_SQLSTATE: dict[str, type[ElizaSQLError]] = {
     "58": ServerBusyError,
 }
 
+# What the server explains by the row, in whatever language; the other rules it explains by the key.
+_WITH_ROW = (asyncpg.NotNullViolationError, asyncpg.CheckViolationError)
+
 _ENTITY_MADE_BY = "An entity is made by create_entity(), also the one of the agent's own id, as which it speaks"
 # By the ending of the foreign key's name.
 _MADE_BY: dict[str, str] = {
@@ -357,7 +361,7 @@ def translate(error: BaseException, statement: str | None = None) -> ElizaSQLErr
     """Make this library's error out of the driver's.
 
     Args:
-        error: What asyncpg, asyncio or the operating system raised.
+        error: What asyncpg, asyncio or the operating system raised. A refused row is taken out of it, for tracebacks.
         statement: Name of the statement that was running.
 
     Returns:
@@ -374,6 +378,9 @@ def translate(error: BaseException, statement: str | None = None) -> ElizaSQLErr
             )
         sqlstate = error.sqlstate or ""
         kind = _BY_SQLSTATE.get(sqlstate) or _BY_SQLSTATE.get(sqlstate[:2], InternalError)
+        said = error.detail
+        if isinstance(error, _WITH_ROW):
+            error.detail = None
         detail = ""
         if isinstance(error, asyncpg.InFailedSQLTransactionError):
             detail = ": an error before has ended it; around what may fail, open a savepoint with tx.transaction()"
@@ -384,7 +391,7 @@ def translate(error: BaseException, statement: str | None = None) -> ElizaSQLErr
         if isinstance(made, IntegrityError):
             made.constraint = error.constraint_name
             made.table = _parent_table(error.table_name)
-            made.detail = error.detail
+            made.detail = said
         return made
     # asyncio's TimeoutError is an OSError from Python 3.11 on: it must be asked for first.
     if isinstance(error, (asyncio.TimeoutError, TimeoutError)):

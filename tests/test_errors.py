@@ -10,6 +10,7 @@ import pickle
 import re
 import socket
 import ssl
+import traceback
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -183,6 +184,40 @@ async def test_row_of_a_partition_is_named_by_its_table(raw: asyncpg.Connection[
     assert errors._parent_table("map_p1") == "map_p1"
 
 
+@pytest.mark.parametrize(
+    ("metadata", "kind"),
+    [("null", errors.NotNullError), ('\'{"type": "document"}\'', errors.CheckError)],
+    ids=["not null", "check"],
+)
+async def test_no_message_holds_the_row(
+    raw: asyncpg.Connection[Any], db: DatabaseAdapter, metadata: str, kind: type[errors.IntegrityError]
+) -> None:
+    text = uuid4().hex
+    with pytest.raises(asyncpg.IntegrityConstraintViolationError) as caught:
+        await raw.execute(
+            "INSERT INTO elizasql.memories (agent_id, id, type, content, metadata)"
+            f" VALUES ($1, $1, 'documents', jsonb_build_object('text', $2::text), {metadata})",
+            db.agent_id,
+            text,
+        )
+    assert text in str(caught.value)
+    made = translate(caught.value, "get_thing")
+    assert type(made) is kind
+    assert text not in str(made)
+    assert str(made).startswith("get_thing: ")
+    assert made.detail is not None
+    assert text in made.detail
+    assert text not in str(caught.value), "it is printed, too, as the cause"
+
+
+def test_no_message_holds_the_row_in_another_language() -> None:
+    said = {"C": "23514", "M": "es ging schief", "D": "Fehlgeschlagene Zeile enthält (1, geheim)."}
+    made = translate(asyncpg.CheckViolationError.new(said))
+    assert isinstance(made, errors.CheckError)
+    assert str(made) == "es ging schief"
+    assert made.detail == said["D"]
+
+
 async def test_unique_violation_says_which_row(raw: asyncpg.Connection[Any], db: DatabaseAdapter) -> None:
     with pytest.raises(asyncpg.UniqueViolationError) as caught:
         await raw.execute("INSERT INTO elizasql.agents (id, name) VALUES ($1, 'x')", db.agent_id)
@@ -291,10 +326,18 @@ async def test_broken_reference_of_a_partitioned_table(db: DatabaseAdapter) -> N
 
 
 async def test_broken_rule(db: DatabaseAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is logged of it, with the driver's error as its cause, holds nothing of the memory."""
     monkeypatch.setattr(memories, "_check_metadata", lambda encoded: None)
+    text = uuid4().hex
     with pytest.raises(elizasql.CheckError) as caught:
-        await db.create_memory(Memory(content={}, metadata={"type": "document"}), "documents")
-    assert (caught.value.table, caught.value.constraint) == ("memories", "memories_document_check")
+        await db.create_memory(Memory(content={"text": text}, metadata={"type": "document"}), "documents")
+    error = caught.value
+    assert (error.table, error.constraint) == ("memories", "memories_document_check")
+    assert "memories_document_check" in str(error)
+    assert isinstance(error.__cause__, asyncpg.CheckViolationError)
+    assert text not in "".join(traceback.format_exception(error))
+    assert error.detail is not None
+    assert text in error.detail
 
 
 async def test_missing_row(db: DatabaseAdapter) -> None:
