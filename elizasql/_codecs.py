@@ -228,7 +228,9 @@ def as_id(value: object, name: str = "id") -> UUID:
             return UUID(value)
         except ValueError:
             pass
-    raise ArgumentError(f"{name} must be a UUID, not {show(value)}")
+    text = isinstance(value, str)
+    hint = ": make one of it by uuid.uuid5, or by elizasql.elizaos.string_to_uuid as ElizaOS does" if text else ""
+    raise ArgumentError(f"{name} must be a UUID, not {show(value)}{hint}")
 
 
 def as_optional_id(value: object, name: str) -> UUID | None:

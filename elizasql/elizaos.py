@@ -1,17 +1,21 @@
-"""ElizaOS-shaped doors: `create_database_adapter` and the plugin that registers an adapter with a runtime."""
+"""ElizaOS-shaped doors: the factory of adapters, the plugin that registers one with a runtime, and its ids."""
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
+from urllib.parse import quote
 from uuid import UUID
 
+from ._codecs import as_id
 from .adapter import DatabaseAdapter, open
 from .config import Config
 from .errors import ArgumentError, ConfigurationError, show
 
-__all__ = ["Plugin", "Runtime", "create_database_adapter", "plugin"]
+__all__ = ["Plugin", "Runtime", "create_database_adapter", "create_unique_uuid", "plugin", "string_to_uuid"]
 
 # Names that a configuration may use besides those of `Config` itself: ElizaOS's, and the environment variables'.
 _SETTINGS = {setting.metadata["variable"]: setting.name for setting in fields(Config)} | {
@@ -19,6 +23,9 @@ _SETTINGS = {setting.metadata["variable"]: setting.name for setting in fields(Co
     "postgres_url": "dsn",
     "dataDir": "data_dir",
 }
+
+# The one form of a UUID that ElizaOS leaves as it is; all other text is hashed.
+_UUID = re.compile("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 
 def _read_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,3 +119,61 @@ class Plugin:
 
 
 plugin: Plugin = Plugin()
+
+
+def string_to_uuid(target: str | int | UUID) -> UUID:
+    """Give the id that ElizaOS makes of a text: of the name of a character, or of an id that is no UUID.
+
+    The same text always has the same id. A UUID, or the text of one with its four dashes, is its own.
+
+    Args:
+        target: Any text, also an empty one; or a whole number, which counts as its digits.
+
+    Raises:
+        ArgumentError: Neither text nor a whole number; an unpaired surrogate in the text; or a number from 2**53 on,
+            which JavaScript rounds: give its digits as text.
+
+    Source: stringToUuid of `@elizaos/core` 1.7.2; differs: numbers with a fraction are refused, since the two languages
+    write them differently; a UUID comes without the case of its letters.
+    """
+    text = _spell(target, "target")
+    if _UUID.fullmatch(text):
+        return UUID(text)
+    try:
+        # Through UTF-16, which joins the pairs of surrogates.
+        encoded = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le").encode()
+    except UnicodeDecodeError:
+        raise ArgumentError(f"target has an unpaired surrogate: {show(target)}") from None
+    escaped = quote(encoded, safe="!'()*")
+    digest = bytearray(hashlib.sha1(escaped.encode(), usedforsecurity=False).digest()[:16])
+    digest[6] &= 0x0F  # a version that no other UUID has: 0
+    digest[8] = digest[8] & 0x3F | 0x80
+    return UUID(bytes=bytes(digest))
+
+
+def create_unique_uuid(agent_id: UUID | str, base_id: UUID | str | int) -> UUID:
+    """Give the id that an agent of ElizaOS has for something outside: a user, a channel, a server of a platform.
+
+    Args:
+        agent_id: The agent. Of text the letters count as they are: the original hashes what its runtime has.
+        base_id: The id there; the agent's own stays what it is.
+
+    Raises:
+        ArgumentError: `agent_id` is no UUID; or as `string_to_uuid`.
+
+    Source: createUniqueUuid of `@elizaos/core` 1.7.2; differs: takes the agent's id in place of a runtime.
+    """
+    own = as_id(agent_id, "agent_id")
+    base, agent = _spell(base_id, "base_id"), _spell(agent_id, "agent_id")
+    return own if base == agent else string_to_uuid(f"{base}:{agent}")
+
+
+def _spell(value: object, name: str) -> str:
+    """Write an id as JavaScript would."""
+    if isinstance(value, UUID):
+        return str(value)
+    if isinstance(value, str):
+        return str.__str__(value)  # of an enumeration its value
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
+        return int.__repr__(value)
+    raise ArgumentError(f"{name} must be text, or a whole number below 2**53, not {show(value)}")

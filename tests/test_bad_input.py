@@ -494,6 +494,13 @@ def test_the_usual_texts_of_an_id_are_taken(text: str) -> None:
     assert _codecs.as_id(text) == UUID(int=0x01890A5DAC96774BBCCEB302099A8057)
 
 
+def test_an_outside_id_is_refused_with_a_way_to_a_uuid() -> None:
+    with pytest.raises(ArgumentError, match=r"must be a UUID, not 'telegram:4711': .*uuid5.*string_to_uuid"):
+        _codecs.as_id("telegram:4711")
+    with pytest.raises(ArgumentError, match=r"^id must be a UUID, not 4711$"):
+        _codecs.as_id(4711)
+
+
 @given(st.text(alphabet="0123456789abcdefABCDEF-_+ x{}\n\uff11\u0661", min_size=30, max_size=40))
 def test_an_id_is_taken_only_when_all_its_digits_are(text: str) -> None:
     digits = text.replace("-", "").strip("{}").lower()

@@ -1,9 +1,10 @@
-"""ElizaOS-shaped doors: the factory and the plugin, with a runtime as a program of its own would have it."""
+"""ElizaOS-shaped doors: the factory, the plugin with a runtime as a program of its own would have it, and ids."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from enum import Enum, IntEnum
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -12,6 +13,7 @@ import pytest
 
 import elizasql
 from elizasql import DatabaseAdapter, create_database_adapter, elizaos, plugin
+from elizasql.elizaos import create_unique_uuid, string_to_uuid
 
 NOWHERE = "postgresql://127.0.0.1:1/nowhere"
 
@@ -270,3 +272,97 @@ async def test_another_plugin_that_registers_meanwhile_stays(dsn: str, opened: l
         await task
     assert runtime.registered == [there]
     assert opened[0]._executor._closed
+
+
+# --- ids -------------------------------------------------------------------------------------------------------------
+
+AGENT = "b850bc30-45f8-0041-a00a-83df46d8555d"
+
+
+class Platform(str, Enum):
+    TELEGRAM = "telegram:4711"
+
+
+class Number(IntEnum):
+    ANSWER = 42
+
+
+# Beside each text what stringToUuid of @elizaos/core 1.7.2 gives for it.
+@pytest.mark.parametrize(
+    ("target", "id"),
+    [
+        ("", "da39a3ee-5e6b-0b0d-b255-bfef95601890"),
+        ("telegram:4711", "04f5b725-fe1d-0599-b7c6-0976f36fc54c"),
+        (Platform.TELEGRAM, "04f5b725-fe1d-0599-b7c6-0976f36fc54c"),
+        ("hello world", "f0355dd5-2823-054c-ae66-a0b12842c215"),
+        ("!'()*", "6c8f9af9-85ab-0b1e-b3f5-28c3212c0f5b"),
+        ("-_.~", "7008eaf6-26d9-0454-9acb-263aa74a28ab"),
+        ("a&b=c/d?e#f%20+@$,;:[]", "2b22c1bb-9ad9-037d-aa46-5dae431a43e2"),
+        ("Grüße, Ærø", "d71ca789-943e-0c4e-9daa-0a549e08475e"),
+        ("日本語", "783fc0ab-b904-0759-a125-627bcd50aed7"),
+        ("\U0001f600", "3b1cb9c3-73ce-0f5d-95b7-896b3fd16f69"),
+        ("\ud83d\ude00", "3b1cb9c3-73ce-0f5d-95b7-896b3fd16f69"),  # the same, as JavaScript holds it
+        ("é", "51b673b1-3118-0437-9b1d-d95aa960dbf0"),
+        ("e\u0301", "e1f229ed-4c31-0e46-97ca-57028526a3ae"),
+        ("tab\tline\nzero\0", "e6669de8-2af9-07b4-a783-e756c05b010c"),
+        ("\x7f\x80", "138644bc-0413-0b06-b2c6-95943d4d1fb0"),
+        ("x" * 3000, "f212f0ce-b6b8-0884-b051-5c68d357b3a2"),
+        (AGENT, AGENT),
+        (AGENT.upper(), AGENT),
+        (UUID(AGENT), AGENT),
+        # Of no version and no variant that there is.
+        ("ffffffff-ffff-ffff-ffff-ffffffffffff", "ffffffff-ffff-ffff-ffff-ffffffffffff"),
+        (f"{AGENT}\n", "19156d2e-dd3e-0459-abc2-4330a7c414ac"),
+        (f"{{{AGENT}}}", "81fb2c41-2062-072e-95da-28b03a334937"),
+        (AGENT.replace("-", ""), "3b4a140c-d90b-0ef7-857e-3b83c27334d7"),
+        (0, "b6589fc6-ab0d-082c-b120-99d1c2d40ab9"),
+        (42, "92cfceb3-9d57-0914-ad8b-14d0e37643de"),
+        ("42", "92cfceb3-9d57-0914-ad8b-14d0e37643de"),
+        (Number.ANSWER, "92cfceb3-9d57-0914-ad8b-14d0e37643de"),
+        (-7, "565e8bd1-01bd-0025-b6fe-79ba40584a15"),
+        (2**53 - 1, "183c25f1-2286-0ccb-ab0c-26069be84781"),
+    ],
+)
+def test_text_has_the_id_that_elizaos_gives_it(target: Any, id: str) -> None:
+    made = string_to_uuid(target)
+    assert type(made) is UUID and str(made) == id
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["\ud800", "a\udc00\ud800", None, True, 1.5, 2**53, -(2**53), 10**5000, b"x", ["x"]],
+    ids=lambda target: type(target).__name__,  # Python does not write a number of 5,000 digits
+)
+def test_what_has_no_id_of_elizaos(target: Any) -> None:
+    with pytest.raises(elizasql.ArgumentError, match=r"^target "):
+        string_to_uuid(target)
+    with pytest.raises(elizasql.ArgumentError):
+        create_unique_uuid(AGENT, target)
+
+
+# Beside each id what createUniqueUuid of @elizaos/core 1.7.2 gives for it.
+@pytest.mark.parametrize(
+    ("agent", "base", "id"),
+    [
+        (AGENT, AGENT, AGENT),
+        (UUID(AGENT), AGENT, AGENT),
+        (AGENT, UUID(AGENT), AGENT),
+        (AGENT, AGENT.upper(), "07e3df2b-2497-05e2-a267-701ce038db64"),
+        (AGENT.upper(), "4711", "fbbb7fcd-48cb-00c8-ac49-128847ee1c2b"),
+        (AGENT, "4711", "baa4e824-114a-07d0-99d9-50d29d2eaaea"),
+        (UUID(AGENT), 4711, "baa4e824-114a-07d0-99d9-50d29d2eaaea"),
+        (AGENT, "general", "3d4dc0ca-9441-0da4-9811-1d81e18afa8a"),
+        (AGENT, "0d3c5b6e-0b1a-4e8e-9a1c-3f1f3c2b7a10", "34cafe8f-bd6d-068c-8dc7-7333dc9ef43f"),
+        (AGENT, UUID("0d3c5b6e-0b1a-4e8e-9a1c-3f1f3c2b7a10"), "34cafe8f-bd6d-068c-8dc7-7333dc9ef43f"),
+        (AGENT, "", "af8538cd-76ed-0482-a76f-612fd3bfe66a"),
+        (AGENT, "Zoë \U0001f600", "40b6f2bb-7620-0fc0-847a-c45b9fd27d13"),
+    ],
+)
+def test_what_is_outside_has_an_id_for_each_agent(agent: Any, base: Any, id: str) -> None:
+    made = create_unique_uuid(agent, base)
+    assert type(made) is UUID and str(made) == id
+
+
+def test_an_agent_whose_id_is_none_has_none_for_others() -> None:
+    with pytest.raises(elizasql.ArgumentError, match=r"^agent_id must be a UUID, not 'Ada'.*string_to_uuid"):
+        create_unique_uuid("Ada", "4711")
