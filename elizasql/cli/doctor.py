@@ -504,7 +504,7 @@ def check_tables(rows: Rows) -> Iterator[Finding]:
         when = "never" if row["analyzed_at"] is None else f"{row['analyzed_at']:%Y-%m-%d %H:%M}"
         # Not a share of the rows: one may have changed several times, or be gone.
         said = f"{row['modified']:,} inserts, updates and deletes in {row['name']} since it was analyzed ({when})"
-        said += f"; it has about {row['live']:,} rows, by the server's own count"
+        said += f"; it has about {row['live']:,} rows by the server's estimate"
         yield Finding("statistics", "warning", said, f"ANALYZE {row['name']}")
     bloated = [row for row in rows if row["dead"] > max(10_000, 0.2 * row["live"])]
     for row in bloated:
