@@ -265,8 +265,8 @@ def as_optional_count(value: object, name: str) -> int | None:
     return None if value is None else as_count(value, name)
 
 
-# What `time.time()` gives from 1973 on. Taken for milliseconds, a memory would be older than all others
-# and a range of time hold everything. Only where it is a float: JavaScript's milliseconds are whole.
+# What `time.time()` gives from 1973 on. Taken for milliseconds, a memory would be older than all others,
+# and a range of time would hold everything. Only where it is a float: JavaScript's milliseconds are whole.
 _LEAST_SECONDS, _MOST_SECONDS = 1e8, 1e11
 
 
