@@ -477,9 +477,9 @@ LIMIT
     OFFSET :skip::bigint;
 
 -- name: get_memories_of_room(agent_id, room_id, entity_id, world_id, type, only_unique, start_time, end_time, cursor_time, cursor_id, metadata, text_contains, skip, count, include_embedding)
--- As get_memories, in one room.
+-- As get_memories, in one room. Also for: entity, world.
 SELECT
-    id, entity_id, agent_id, room_id, world_id, type, content, metadata, "unique", created_at,
+    m.id, m.entity_id, m.agent_id, m.room_id, m.world_id, m.type, m.content, m.metadata, m."unique", m.created_at,
     CASE WHEN :include_embedding THEN (
         SELECT coalesce(e.dim_384, e.dim_512, e.dim_768, e.dim_1024, e.dim_1536, e.dim_3072)
         FROM elizasql.embeddings AS e
@@ -492,89 +492,6 @@ WHERE
     agent_id = :agent_id AND room_id = :room_id AND type = :type
     AND (:entity_id::uuid IS NULL OR entity_id = :entity_id)
     AND (:world_id::uuid IS NULL OR world_id = :world_id)
-    AND created_at >= (SELECT coalesce(:start_time::timestamptz, '-infinity'))
-    AND (created_at, id) < (
-        SELECT
-            least(page.starts_at, :end_time::timestamptz + interval '1 microsecond'),
-            CASE
-                WHEN page.starts_at > :end_time THEN '00000000-0000-0000-0000-000000000000'
-                ELSE coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
-            END
-        FROM (
-            SELECT
-                coalesce(
-                    (
-                        SELECT exact.created_at FROM elizasql.memories AS exact
-                        WHERE exact.agent_id = :agent_id AND exact.id = :cursor_id
-                    ),
-                    :cursor_time::timestamptz, 'infinity'
-                ) AS starts_at
-        ) AS page
-    )
-    AND ("unique" OR NOT :only_unique)
-    AND (:metadata::jsonb IS NULL OR metadata @> :metadata)
-    AND (:text_contains::text IS NULL OR strpos(lower(content ->> 'text'), lower(:text_contains)) > 0)
-ORDER BY created_at DESC, id DESC
-LIMIT
-    :count::bigint
-    OFFSET :skip::bigint;
-
--- name: get_memories_of_entity(agent_id, entity_id, world_id, type, only_unique, start_time, end_time, cursor_time, cursor_id, metadata, text_contains, skip, count, include_embedding)
--- As get_memories, of one entity.
-SELECT
-    id, entity_id, agent_id, room_id, world_id, type, content, metadata, "unique", created_at,
-    CASE WHEN :include_embedding THEN (
-        SELECT coalesce(e.dim_384, e.dim_512, e.dim_768, e.dim_1024, e.dim_1536, e.dim_3072)
-        FROM elizasql.embeddings AS e
-        WHERE
-            e.agent_id = :agent_id AND e.memory_id = m.id
-            AND e.dimension = (SELECT a.embedding_dimension FROM elizasql.agents AS a WHERE a.id = :agent_id)
-    ) END AS embedding
-FROM elizasql.memories AS m
-WHERE
-    agent_id = :agent_id AND entity_id = :entity_id AND type = :type
-    AND (:world_id::uuid IS NULL OR world_id = :world_id)
-    AND created_at >= (SELECT coalesce(:start_time::timestamptz, '-infinity'))
-    AND (created_at, id) < (
-        SELECT
-            least(page.starts_at, :end_time::timestamptz + interval '1 microsecond'),
-            CASE
-                WHEN page.starts_at > :end_time THEN '00000000-0000-0000-0000-000000000000'
-                ELSE coalesce(:cursor_id::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff')
-            END
-        FROM (
-            SELECT
-                coalesce(
-                    (
-                        SELECT exact.created_at FROM elizasql.memories AS exact
-                        WHERE exact.agent_id = :agent_id AND exact.id = :cursor_id
-                    ),
-                    :cursor_time::timestamptz, 'infinity'
-                ) AS starts_at
-        ) AS page
-    )
-    AND ("unique" OR NOT :only_unique)
-    AND (:metadata::jsonb IS NULL OR metadata @> :metadata)
-    AND (:text_contains::text IS NULL OR strpos(lower(content ->> 'text'), lower(:text_contains)) > 0)
-ORDER BY created_at DESC, id DESC
-LIMIT
-    :count::bigint
-    OFFSET :skip::bigint;
-
--- name: get_memories_of_world(agent_id, world_id, type, only_unique, start_time, end_time, cursor_time, cursor_id, metadata, text_contains, skip, count, include_embedding)
--- As get_memories, of one world: the memory's own world_id.
-SELECT
-    id, entity_id, agent_id, room_id, world_id, type, content, metadata, "unique", created_at,
-    CASE WHEN :include_embedding THEN (
-        SELECT coalesce(e.dim_384, e.dim_512, e.dim_768, e.dim_1024, e.dim_1536, e.dim_3072)
-        FROM elizasql.embeddings AS e
-        WHERE
-            e.agent_id = :agent_id AND e.memory_id = m.id
-            AND e.dimension = (SELECT a.embedding_dimension FROM elizasql.agents AS a WHERE a.id = :agent_id)
-    ) END AS embedding
-FROM elizasql.memories AS m
-WHERE
-    agent_id = :agent_id AND world_id = :world_id AND type = :type
     AND created_at >= (SELECT coalesce(:start_time::timestamptz, '-infinity'))
     AND (created_at, id) < (
         SELECT

@@ -145,14 +145,15 @@ def test_dimension_texts_differ_in_nothing_but_the_number() -> None:
     assert len({text.sql for text in SQL.texts()}) == len(list(SQL.texts()))
 
 
-def test_scope_texts_differ_in_nothing_but_the_column() -> None:
-    room = SQL["search_memories_of_room"]
-    for scope in ("entity", "world"):
-        other = SQL[f"search_memories_of_{scope}"]
-        assert other.params == tuple(name.replace("room_id", f"{scope}_id") for name in room.params)
-        returned = "m.id, m.entity_id, m.agent_id, m.room_id, m.world_id"
-        assert returned in other.sql
-        assert other.sql.replace(returned, "").replace(f"{scope}_id", "room_id") == room.sql.replace(returned, "")
+@pytest.mark.parametrize("scope", ["entity", "world"])
+@pytest.mark.parametrize("name", ["get_memories", "search_memories", "search_memories_where"])
+def test_scope_texts_differ_in_nothing_but_the_column(name: str, scope: str) -> None:
+    room, other = SQL[f"{name}_of_room"], SQL[f"{name}_of_{scope}"]
+    assert other.params == tuple(param.replace("room_id", f"{scope}_id") for param in room.params)
+    returned = "m.id, m.entity_id, m.agent_id, m.room_id, m.world_id"
+    assert returned in other.sql
+    ours, theirs = (text.sql.replace(returned, "").replace(f"{scope}_id", "room_id") for text in (other, room))
+    assert ours == theirs
 
 
 def test_statements_fit_into_the_cache_of_a_connection() -> None:
