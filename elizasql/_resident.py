@@ -366,8 +366,7 @@ class Resident:
         """End the loads that this adapter has begun. What is loaded stays for other adapters of the process."""
         self._closed = True
         for task in tuple(self._tasks):
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            await end(task)
 
     async def search(self, executor: Executor, vector: Embedding, params: Mapping[str, Any]) -> list[Memory] | None:
         """Search here, where that can be done; None: ask the database.

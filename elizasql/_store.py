@@ -256,6 +256,51 @@ class Store:
         chunks = [{"agent_id": self.agent_id, key: chunk, **about} for chunk in encoded]
         return await self._executor.fetch_chunks(SQL[name], chunks) if chunks else []
 
+    async def _create_in_order(
+        self, name: str, key: str, kind: type[Model], values: Iterable[object], *, needed: Sequence[str]
+    ) -> list[UUID]:
+        """Create rows whose times, where none is given, keep the order given; give their ids in it.
+
+        Args:
+            name, key, kind: As of `_write_rows`.
+            values, needed: As of `_read_all`.
+        """
+        ids, rows = await self._read_all(kind, values, needed=needed)
+        positions = order_by_id(rows)
+        if rows:
+            encoded = zip(self._encode_chunks(kind, rows, ids), self._chunks(positions), strict=True)
+            chunks = [
+                {"agent_id": self.agent_id, key: chunk, "positions": where, "begins": number == 0}
+                for number, (chunk, where) in enumerate(encoded)
+            ]
+            await self._executor.fetch_chunks(SQL[name], chunks)
+        return ids
+
+    async def _create_or_keep(
+        self,
+        name: str,
+        key: str,
+        kind: type[Model],
+        values: Iterable[object],
+        *,
+        needed: Sequence[str],
+        order: Callable[[dict[str, Any]], Any],
+    ) -> list[tuple[UUID, bool]]:
+        """Create rows whose place others may have; give for each the id that is stored, and whether it is new.
+
+        Args:
+            name, key, kind: As of `_write_rows`.
+            values, needed: As of `_read_all`.
+            order: The key to sort by, over all chunks, so that two batches cannot wait for each other.
+        """
+        asked, rows = await self._read_all(kind, values, needed=needed)
+        rows.sort(key=order)
+        answers = await self._write_rows(name, key, kind, rows, asked)
+        stored: dict[UUID, tuple[UUID, bool]] = {}
+        for chunk, (ids, created) in zip(self._chunks(rows), answers, strict=True):
+            stored |= zip((row["id"] for row in chunk), zip(ids, created, strict=True), strict=True)
+        return [stored[id] for id in asked]
+
     def _encode_chunks(
         self,
         kind: type[Model],

@@ -63,18 +63,9 @@ class Components(Store):
 
     async def _create_components(self, components: Iterable[Component | Mapping[str, Any]]) -> list[tuple[UUID, bool]]:
         """Give for each component the id that is stored, and whether it is new."""
-        asked, rows = await self._read_all(Component, components, needed=_NEEDED)
-        rows.sort(key=_lock_order)
-        if not rows:
-            return []
-        chunks = [
-            {"agent_id": self.agent_id, "components": chunk} for chunk in self._encode_chunks(Component, rows, asked)
-        ]
-        stored: dict[UUID, tuple[UUID, bool]] = {}
-        answers = await self._executor.fetch_chunks(SQL["create_components"], chunks)
-        for chunk, (ids, created) in zip(self._chunks(rows), answers, strict=True):
-            stored |= zip((row["id"] for row in chunk), zip(ids, created, strict=True), strict=True)
-        return [stored[id] for id in asked]
+        return await self._create_or_keep(
+            "create_components", "components", Component, components, needed=_NEEDED, order=_lock_order
+        )
 
     async def upsert_components(
         self, components: Iterable[Component | Mapping[str, Any]], *, timeout: float | None = None

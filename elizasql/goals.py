@@ -8,7 +8,7 @@ from uuid import UUID
 
 from . import _codecs
 from ._statements import SQL
-from ._store import Store, as_limit, as_reach, order_by_id
+from ._store import Store, as_limit, as_reach
 from .models import Goal
 from .types import GoalStatus
 
@@ -35,23 +35,14 @@ class Goals(Store):
     async def create_goals(
         self, goals: Iterable[Goal | Mapping[str, Any]], *, timeout: float | None = None
     ) -> list[UUID]:
-        """Create goals, all or none, and give their ids in the order given. Goals without a time keep it.
+        """Create goals, all or none, and give their ids in the order given. Goals without a time keep that order.
 
         Raises:
             As `create_goal`; an ArgumentError names the position of the goal.
 
         Statement: sql/goals.sql create_goals. One round trip a chunk.
         """
-        ids, rows = await self._read_all(Goal, goals, needed=("name",))
-        positions = order_by_id(rows)
-        if rows:
-            encoded = zip(self._encode_chunks(Goal, rows, ids), self._chunks(positions), strict=True)
-            chunks = [
-                {"agent_id": self.agent_id, "goals": chunk, "positions": where, "begins": number == 0}
-                for number, (chunk, where) in enumerate(encoded)
-            ]
-            await self._executor.fetch_chunks(SQL["create_goals"], chunks)
-        return ids
+        return await self._create_in_order("create_goals", "goals", Goal, goals, needed=("name",))
 
     async def get_goal(self, goal_id: UUID | str, *, timeout: float | None = None) -> Goal | None:
         """Get a goal, None where there is none.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias, TypeVar
 from uuid import UUID
 
 from . import _codecs
@@ -11,6 +11,8 @@ from ._statements import SQL
 from ._store import Store, order_by_id, read_each
 from .errors import ArgumentError
 from .models import PairingAllowlistEntry, PairingRequest
+
+T = TypeVar("T")
 
 Query: TypeAlias = "str | Mapping[str, Any]"
 """A channel, or a mapping with `channel` and, when given, `agentId`."""
@@ -35,13 +37,7 @@ class Pairing(Store):
         Statement: sql/pairing.sql get_pairing_requests. One round trip. Source: getPairingRequests; differs: lists of
         requests instead of objects around them.
         """
-        channels = await self._read_pairing_channels(queries)
-        found: list[list[PairingRequest]] = [[] for _ in channels]
-        if channels:
-            rows = await self._executor.fetch(SQL["get_pairing_requests"], agent_id=self.agent_id, channels=channels)
-            for *fields, position in rows:
-                found[position - 1].append(PairingRequest(*fields))
-        return found
+        return await self._get_of_channels("get_pairing_requests", PairingRequest, queries)
 
     async def create_pairing_request(
         self, request: PairingRequest | Mapping[str, Any], *, timeout: float | None = None
@@ -152,13 +148,7 @@ class Pairing(Store):
         Statement: sql/pairing.sql get_pairing_allowlists. One round trip. Source: getPairingAllowlists; differs: lists
         of entries instead of objects around them.
         """
-        channels = await self._read_pairing_channels(queries)
-        found: list[list[PairingAllowlistEntry]] = [[] for _ in channels]
-        if channels:
-            rows = await self._executor.fetch(SQL["get_pairing_allowlists"], agent_id=self.agent_id, channels=channels)
-            for *fields, position in rows:
-                found[position - 1].append(PairingAllowlistEntry(*fields))
-        return found
+        return await self._get_of_channels("get_pairing_allowlists", PairingAllowlistEntry, queries)
 
     async def create_pairing_allowlist_entry(
         self, entry: PairingAllowlistEntry | Mapping[str, Any], *, timeout: float | None = None
@@ -253,8 +243,15 @@ class Pairing(Store):
         """
         return await self._delete_by_ids("delete_pairing_allowlist_entries", entry_ids, "entry_ids")
 
-    async def _read_pairing_channels(self, queries: Iterable[Query]) -> list[str]:
-        return await read_each(queries, "query", self._read_pairing_channel, names="queries")
+    async def _get_of_channels(self, name: str, kind: Callable[..., T], queries: Iterable[Query]) -> list[list[T]]:
+        """Get what each channel has, in the order of the queries."""
+        channels = await read_each(queries, "query", self._read_pairing_channel, names="queries")
+        found: list[list[T]] = [[] for _ in channels]
+        if channels:
+            rows = await self._executor.fetch(SQL[name], agent_id=self.agent_id, channels=channels)
+            for *fields, position in rows:
+                found[position - 1].append(kind(*fields))
+        return found
 
     def _read_pairing_channel(self, query: Query) -> str:
         row = PairingRequest.read(query if isinstance(query, Mapping) else {"channel": query})

@@ -225,8 +225,8 @@ class _Move:
     ) -> None:
         self._store = store
         self._executor = store._background
-        # And when the move began: what every statement of it is about.
-        self._widths: dict[str, Any] = {"agent_id": store.agent_id, "source": source, "target": target, "begun": begun}
+        # What every statement of the move is about.
+        self._about: dict[str, Any] = {"agent_id": store.agent_id, "source": source, "target": target, "begun": begun}
         self._target = target
         self._embed = embed
         self._batch_size = batch_size
@@ -237,12 +237,12 @@ class _Move:
         """Fill and switch; give how many vectors were made."""
         await self._check_textless()
         await self._try_embed()
-        self._widths["begun"] = await self._executor.fetch_value(
-            SQL["begin_reembedding"], skip_missing=self._skip_missing, **self._widths
+        self._about["begun"] = await self._executor.fetch_value(
+            SQL["begin_reembedding"], skip_missing=self._skip_missing, **self._about
         )
         embedded = refused = 0
         while await self._goes_on():
-            await self._executor.execute(SQL["drop_textless_reembeddings"], **self._widths)
+            await self._executor.execute(SQL["drop_textless_reembeddings"], **self._about)
             filled = await self._fill()
             embedded += filled
             # While a long pass ran, much may have come: the switch would find that out with writers waiting.
@@ -259,7 +259,7 @@ class _Move:
         locked, coming, skips = found["locked"], found["target"], found["skip_missing"]
         if locked == self._target:
             return False
-        if coming != self._target or found["begun"] != self._widths["begun"]:
+        if coming != self._target or found["begun"] != self._about["begun"]:
             raise ReembeddingError(
                 f"the move of agent {self._store.agent_id} to {self._target} dimensions was abandoned"
                 if coming in {None, self._target}
@@ -275,9 +275,7 @@ class _Move:
     async def _check_textless(self) -> None:
         if self._skip_missing:
             return
-        rows = await self._executor.fetch(
-            SQL["get_textless"], agent_id=self._store.agent_id, source=self._widths["source"]
-        )
+        rows = await self._executor.fetch(SQL["get_textless"], **self._about)
         if rows:
             missing = [row["id"] for row in rows]
             more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
@@ -290,9 +288,7 @@ class _Move:
 
     async def _try_embed(self) -> None:
         """Embed one text, so that what does not fit begins nothing, and another model does not go on with a move."""
-        made = await self._executor.fetch_row(
-            SQL.at("get_sample_reembedding", self._target), agent_id=self._store.agent_id
-        )
+        made = await self._executor.fetch_row(SQL.at("get_sample_reembedding", self._target), **self._about)
         rows = [made] if made is not None else await self._fetch_left(self._executor, _FIRST, 1)
         if not rows:
             return
@@ -310,7 +306,7 @@ class _Move:
 
     async def _fill(self) -> int:
         """Embed what is left, from the first id to the last, and index it; give how many vectors were stored."""
-        counts = await self._executor.fetch_row(SQL["count_reembedded"], **self._widths)
+        counts = await self._executor.fetch_row(SQL["count_reembedded"], **self._about)
         assert counts is not None
         stored, first = 0, _FIRST
         self._tell(counts["done"], counts["total"])
@@ -330,7 +326,7 @@ class _Move:
             self._progress(done, max(done, total))
 
     async def _fetch_left(self, executor: Executor, first: UUID, count: int) -> list[Any]:
-        return await executor.fetch(SQL["get_left_to_embed"], first=first, count=count, **self._widths)
+        return await executor.fetch(SQL["get_left_to_embed"], first=first, count=count, **self._about)
 
     async def _put(self, executor: Executor, rows: Sequence[Any]) -> int:
         """Embed texts and store the vectors of those that have not changed meanwhile; give how many."""
@@ -338,7 +334,7 @@ class _Move:
         vectors = self._read(answer, [f"memory {row['id']}" for row in rows])
         stored: int = await executor.fetch_value(
             SQL.at("put_reembeddings", self._target),
-            **self._widths,
+            **self._about,
             ids=[row["id"] for row in rows],
             text_hashes=[row["text_hash"] for row in rows],
             embeddings=[_codecs.encode_vector(vector) for vector in vectors],
@@ -362,15 +358,14 @@ class _Move:
 
     async def _index(self) -> None:
         """Move the vectors that were stored into their HNSW index."""
-        about: dict[str, Any] = {"agent_id": self._store.agent_id, "target": self._target}
         size = self._store.config.index_batch_size
-        while await self._executor.fetch_value(SQL["index_reembeddings"], batch_size=size, **about):
+        while await self._executor.fetch_value(SQL["index_reembeddings"], batch_size=size, **self._about):
             pass
 
     async def _switch(self) -> bool:
         """Put the new width in force; False when the server finds that something is missing."""
         try:
-            await self._executor.execute(SQL["switch_dimension"], **self._widths)
+            await self._executor.execute(SQL["switch_dimension"], **self._about)
         except CheckError as error:
             if error.constraint not in _NOT_YET:
                 raise
@@ -383,14 +378,13 @@ class _Move:
         stored = 0
         try:
             async with self._executor.transaction() as tx:
-                await tx.execute(SQL["hold_agent"], agent_id=self._store.agent_id)
+                await tx.execute(SQL["hold_agent"], **self._about)
                 while left := await self._fetch_left(tx, _FIRST, self._batch_size):
-                    about = {"agent_id": self._store.agent_id, "ids": [row["id"] for row in left]}
-                    rows = await tx.fetch(SQL["hold_texts"], **about)
+                    rows = await tx.fetch(SQL["hold_texts"], ids=[row["id"] for row in left], **self._about)
                     if not rows or not (number := await self._put(tx, rows)):
                         return stored  # without text, or abandoned meanwhile, which the next look says
                     stored += number
-                await tx.execute(SQL["switch_dimension"], **self._widths)
+                await tx.execute(SQL["switch_dimension"], **self._about)
         except CheckError as error:
             if error.constraint not in _NOT_YET:
                 raise

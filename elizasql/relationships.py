@@ -60,20 +60,15 @@ class Relationships(Store):
         self, relationships: Iterable[Relationship | Mapping[str, Any]]
     ) -> list[tuple[UUID, bool]]:
         """Give for each relationship the id that is stored, and whether it is new."""
-        asked, rows = await self._read_all(Relationship, relationships, needed=_NEEDED)
-        # By pair, as the statement orders each chunk, over all of them: so two batches cannot wait for each other.
-        rows.sort(key=lambda row: tuple(row[name].int for name in _NEEDED))
-        if not rows:
-            return []
-        chunks = [
-            {"agent_id": self.agent_id, "relationships": chunk}
-            for chunk in self._encode_chunks(Relationship, rows, asked)
-        ]
-        stored: dict[UUID, tuple[UUID, bool]] = {}
-        answers = await self._executor.fetch_chunks(SQL["create_relationships"], chunks)
-        for chunk, (ids, created) in zip(self._chunks(rows), answers, strict=True):
-            stored |= zip((row["id"] for row in chunk), zip(ids, created, strict=True), strict=True)
-        return [stored[id] for id in asked]
+        return await self._create_or_keep(
+            "create_relationships",
+            "relationships",
+            Relationship,
+            relationships,
+            needed=_NEEDED,
+            # By pair, as the statement orders each chunk.
+            order=lambda row: tuple(row[name].int for name in _NEEDED),
+        )
 
     async def update_relationship(
         self, relationship: Relationship | Mapping[str, Any], *, timeout: float | None = None

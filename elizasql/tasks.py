@@ -11,7 +11,7 @@ from uuid import UUID
 from . import _codecs
 from ._listener import Listener
 from ._statements import SQL
-from ._store import Store, as_limit, order_by_id, unwrap
+from ._store import Store, as_limit, unwrap
 from .errors import ArgumentError, DeadlineError, ElizaSQLError, UnknownOutcomeError, show
 from .models import Task
 
@@ -74,16 +74,7 @@ class Tasks(Store):
 
         Statement: sql/tasks.sql create_tasks. One round trip a chunk. Source: createTasks.
         """
-        ids, rows = await self._read_all(Task, tasks, needed=("name",))
-        positions = order_by_id(rows)
-        if rows:
-            encoded = zip(self._encode_chunks(Task, rows, ids), self._chunks(positions), strict=True)
-            chunks = [
-                {"agent_id": self.agent_id, "tasks": chunk, "positions": where, "begins": number == 0}
-                for number, (chunk, where) in enumerate(encoded)
-            ]
-            await self._executor.fetch_chunks(SQL["create_tasks"], chunks)
-        return ids
+        return await self._create_in_order("create_tasks", "tasks", Task, tasks, needed=("name",))
 
     async def get_task(self, task_id: UUID | str, *, timeout: float | None = None) -> Task | None:
         """Get a task, None where there is none.
@@ -188,8 +179,8 @@ class Tasks(Store):
         Statement: sql/tasks.sql update_tasks. One round trip. Source: updateTask; differs: the entity can be changed,
         the answer tells whether there was one.
         """
-        rows = await self._read_patches([_with_id(_codecs.as_id(task_id, "task_id"), task)])
-        return bool(await self._update_tasks(rows, required=False))
+        patch = _with_id(_codecs.as_id(task_id, "task_id"), task)
+        return bool(await self._update_tasks([patch], required=False))
 
     async def update_tasks(self, tasks: Iterable[Task | Mapping[str, Any]], *, timeout: float | None = None) -> None:
         """Change tasks as `update_task` does, all or none.
@@ -203,7 +194,7 @@ class Tasks(Store):
 
         Statement: sql/tasks.sql update_tasks. One round trip a chunk. Source: updateTasks.
         """
-        await self._update_tasks(await self._read_patches(tasks, unwrap(Task, "task")), required=True)
+        await self._update_tasks(tasks, unwrap(Task, "task"), required=True)
 
     async def _read_patches(
         self, tasks: Iterable[Task | Mapping[str, Any]], read: Callable[[Any], dict[str, Any]] | None = None
@@ -211,8 +202,14 @@ class Tasks(Store):
         ids, rows = await self._read_partial(Task, tasks, fixed=("name", "max_attempts"), read=read)
         return ids, [{key: value for key, value in row.items() if key in _CHANGEABLE} for row in rows]
 
-    async def _update_tasks(self, read: tuple[list[UUID], list[dict[str, Any]]], *, required: bool) -> list[Any]:
-        ids, rows = read
+    async def _update_tasks(
+        self,
+        tasks: Iterable[Task | Mapping[str, Any]],
+        read: Callable[[Any], dict[str, Any]] | None = None,
+        *,
+        required: bool,
+    ) -> list[Any]:
+        ids, rows = await self._read_patches(tasks, read)
         return await self._write_rows("update_tasks", "tasks", Task, rows, ids, required=required)
 
     async def update_pending_task(

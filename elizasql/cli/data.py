@@ -20,9 +20,10 @@ from elizasql import DatabaseAdapter, _codecs, _embedded
 from elizasql._indexer import BUILD_TIME
 from elizasql._statements import SQL
 from elizasql.config import Config
-from elizasql.errors import ArgumentError, ConfigurationError, ElizaSQLError, NotFoundError
+from elizasql.errors import ArgumentError, ConfigurationError, ElizaSQLError
 from elizasql.transfer import Archive, Summary, export_archive, import_archive
 from elizasql.transfer._report import Report, naming, open_private, place
+from elizasql.transfer._rows import refuse_missing
 from elizasql.transfer.importer import check_parts
 
 from . import _out, _place, server
@@ -229,8 +230,7 @@ def index_(
             chosen = _read_agents(agent)
             async with place.connect() as connection:
                 rows = await connection.fetch(SQL["list_agents_to_index"].sql, chosen)
-            if missing := set(chosen or ()) - {UUID(bytes=row["id"].bytes) for row in rows}:
-                raise NotFoundError(f"there is no agent {', '.join(sorted(map(str, missing)))}")
+            refuse_missing(chosen, rows)
             moved = []
             built: set[str] = set()  # agents share indexes
             with _out.progress(shown=not json) as advance:

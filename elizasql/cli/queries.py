@@ -68,7 +68,7 @@ def explain(
     async def work() -> dict[str, Any]:
         async with _place.reach(dsn, data_dir) as place:
             chosen = await place.choose_agent(agent)
-            async with place.open(chosen, **_without_resident()) as db:
+            async with place.open(chosen, resident="off") as db:
                 given = {name: await _read(db, value) for name, value in map(_split, arguments or [])}
                 try:
                     inspect.signature(getattr(db, method)).bind(**given)
@@ -122,11 +122,6 @@ def _read_file(path: Path) -> Any:
         raise ArgumentError(f"{path} is neither .npy nor JSON: {error}") from None
 
 
-def _without_resident() -> dict[str, Any]:
-    """Search in the database, whatever else the library may keep in memory."""
-    return {"resident": "off"}
-
-
 class _Explainer:
     """Stands in for an executor: runs each statement, and once more under EXPLAIN.
 
@@ -165,12 +160,6 @@ class _Explainer:
         value = await self._executor.fetch_value(statement, **params)
         await self._explain(statement, params)
         return value
-
-    async def fetch_chunks(self, statement: Statement, chunks: Sequence[dict[str, Any]]) -> Any:
-        rows = []
-        for chunk in chunks:
-            rows += await self.fetch(statement, **chunk)
-        return rows
 
 
 async def _find_plan(connection: Any, sql: str, arguments: Sequence[Any], deadline: float) -> dict[str, Any]:
@@ -312,7 +301,7 @@ async def measure_recall(
     """Search with vectors that are stored, exactly and through the index at one ef_search after the other."""
     now = place.config.ef_search
     steps: list[dict[str, Any]] = []
-    async with place.open(agent_id, **_without_resident()) as db:
+    async with place.open(agent_id, resident="off") as db:
         found, queries = await _sample(db, type, count, sample, advance)
         kind, vectors = found["type"], found["vectors"]
         by_index = await uses_hnsw(db, kind, queries[0][1], count)

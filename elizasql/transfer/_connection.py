@@ -11,6 +11,7 @@ from typing import Any
 import asyncpg
 
 from elizasql import _codecs, _pool
+from elizasql._calls import end
 from elizasql._statements import SQL, Statement
 from elizasql.config import Config
 from elizasql.errors import ElizaSQLError, translate
@@ -68,10 +69,7 @@ class Snapshot:
             if rows:
                 yield rows
         finally:
-            ahead.cancel()
-            await asyncio.wait([ahead])
-            if not ahead.cancelled():
-                ahead.exception()  # nobody else will ask for it
+            await end(ahead)
 
 
 def _weigh(row: asyncpg.Record) -> int:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
+import asyncpg
+
 from elizasql import DatabaseAdapter
 from elizasql._statements import SQL, Statement
+from elizasql.errors import NotFoundError
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +126,12 @@ class Summary:
             }
             for name in self.read
         ]
+
+
+def refuse_missing(asked: Collection[UUID] | None, agents: Iterable[asyncpg.Record]) -> None:
+    """Refuse agents that are asked for and not among those that were found."""
+    if missing := set(asked or ()) - {agent["id"] for agent in agents}:
+        raise NotFoundError(f"there is no agent {', '.join(sorted(map(str, missing)))}")
 
 
 def as_array(lines: Sequence[bytes]) -> bytes:

@@ -21,11 +21,11 @@ import orjson
 from elizasql import DatabaseAdapter, _codecs
 from elizasql._statements import SQL, Statement, Statements, find_folder
 from elizasql.config import Config
-from elizasql.errors import ConfigurationError, EmbeddingError, NotFoundError, PermissionDeniedError
+from elizasql.errors import ConfigurationError, EmbeddingError, PermissionDeniedError
 from elizasql.types import DIMENSIONS
 
 from ._connection import Snapshot, snapshot
-from ._rows import Refused, Summary, put_lines, put_replies
+from ._rows import Refused, Summary, put_lines, put_replies, refuse_missing
 from .export import Advance, _silent
 from .importer import put_vectors
 
@@ -177,8 +177,7 @@ class Taking:
         self.decisions.left = {name: rows for name, rows in tables.items() if name not in known and rows != 0}
         if self._agent_ids is not None:
             agents = await self._source.fetch(reads()["find_agents"], agent_ids=self._agent_ids)
-            if missing_ids := set(self._agent_ids) - {UUID(bytes=row["id"].bytes) for row in agents}:
-                raise NotFoundError(f"there is no agent {', '.join(sorted(map(str, missing_ids)))}")
+            refuse_missing(self._agent_ids, agents)
 
     async def _decide(self) -> None:
         """Look at the widths of the vectors."""

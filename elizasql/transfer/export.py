@@ -14,14 +14,13 @@ import asyncpg
 import numpy as np
 import orjson
 
-from elizasql import _codecs, _migrate
+from elizasql import __version__, _codecs, _migrate
 from elizasql._statements import SQL
 from elizasql.config import Config
-from elizasql.errors import NotFoundError
 
 from . import _archive
 from ._connection import Snapshot, snapshot
-from ._rows import TABLES, Table
+from ._rows import TABLES, Table, refuse_missing
 
 # A part holds at most so many rows, and ends at so many bytes; what is asked for at a time is less.
 _ROWS = 5000
@@ -65,8 +64,7 @@ async def export_archive(
     _archive.fills_folder(Path(path))  # before anything is asked
     async with snapshot(address, config) as source:
         agents = await source.fetch(SQL["list_agents_for_export"], agent_ids=given)
-        if missing := set(given or ()) - {UUID(bytes=agent["id"].bytes) for agent in agents}:
-            raise NotFoundError(f"there is no agent {', '.join(sorted(map(str, missing)))}")
+        refuse_missing(given, agents)
         async with _archive.create(Path(path)) as writer:
             export = _Export(source, writer, advance, agents)
             facts = await export.run(given)
@@ -103,7 +101,7 @@ class _Export:
                 for agent in self._agents:
                     await self._lines(table, agent["id"], f"shared/{agent['id']}/")
         return {
-            "elizasql": _version(),
+            "elizasql": __version__,
             "schema": _migrate.known_versions()[-1],
             "created_at": datetime.now(timezone.utc).isoformat(),
             "agents": [
@@ -168,9 +166,3 @@ class _Export:
                 waiting = waiting[most:]
         if waiting:
             await write(waiting)
-
-
-def _version() -> str:
-    import elizasql  # noqa: PLC0415 - the package imports this module's neighbours
-
-    return elizasql.__version__
