@@ -569,7 +569,8 @@ class Executor:
                 await _send(connection, statement, deadline)
         except BaseException as error:
             # Without the connection the server undoes the transaction, whatever state it is in.
-            logger.debug("a rollback failed, the connection is dropped", exc_info=True)
+            # Without the traceback: that would show the error that led here, with the row that the server refused.
+            logger.debug("a rollback failed, the connection is dropped: %r", error)
             self.lane.drop(connection)
             if not isinstance(error, Exception):
                 raise

@@ -6,6 +6,7 @@ import asyncio
 import builtins
 import copy
 import inspect
+import logging
 import pickle
 import re
 import socket
@@ -18,7 +19,8 @@ import asyncpg
 import pytest
 
 import elizasql
-from elizasql import DatabaseAdapter, Memory, Room, errors, memories
+from elizasql import DatabaseAdapter, Memory, Room, _executor, errors, memories
+from elizasql._statements import Statement
 from elizasql.errors import _BY_SQLSTATE, ElizaSQLError, translate
 from tests.conftest import MakeAdapter
 
@@ -338,6 +340,28 @@ async def test_broken_rule(db: DatabaseAdapter, monkeypatch: pytest.MonkeyPatch)
     assert text not in "".join(traceback.format_exception(error))
     assert error.detail is not None
     assert text in error.detail
+
+
+async def test_broken_rule_whose_transaction_cannot_be_undone(
+    make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is logged of the undoing shows nothing of the memory either."""
+    caplog.set_level(logging.DEBUG)
+    db = await make_db(batch_size=1)
+    monkeypatch.setattr(memories, "_check_metadata", lambda encoded: None)
+    send, text = _executor._send, uuid4().hex
+
+    async def silent(connection: Any, statement: Statement, deadline: float) -> None:
+        if statement.name == "roll_back_transaction":
+            raise asyncio.TimeoutError
+        await send(connection, statement, deadline)
+
+    monkeypatch.setattr(_executor, "_send", silent)
+    batch = [Memory(content={}), Memory(content={"text": text}, metadata={"type": "document"})]
+    with pytest.raises(elizasql.CheckError):
+        await db.create_memories(batch, "documents")
+    assert "a rollback failed" in caplog.text
+    assert text not in caplog.text
 
 
 async def test_missing_row(db: DatabaseAdapter) -> None:
