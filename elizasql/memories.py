@@ -502,8 +502,9 @@ class Memories(Store):
     ) -> int:
         """Delete old memories of a type, oldest first, and the fragments of those that are documents; give how many.
 
-        Each batch of `config.batch_size` is a transaction of its own, so that nobody waits long. When both limits are
-        given, only what is beyond both goes. Fragments go with their document, whatever their own type, room and age.
+        Each batch of `config.batch_size` is a transaction of its own, so that nobody waits long; with fragments it may
+        be two of them, or one document and all that it has. When both limits are given, only what is beyond both goes.
+        Fragments go with their document, whatever their own type, room and age.
 
         Args:
             table_name: The type.
@@ -533,9 +534,9 @@ class Memories(Store):
             params |= {"kept_time": oldest["created_at"], "kept_id": oldest["id"]}
         deleted: int = 0
         while True:
-            [(gone, found, last_time, last_id)] = await self._aside.fetch(SQL["prune_memories"], **params)
+            [(gone, more, last_time, last_id)] = await self._aside.fetch(SQL["prune_memories"], **params)
             deleted += gone
-            if found < self.config.batch_size:
+            if not more:
                 return deleted
             params |= {"after_time": last_time, "after_id": last_id}
 

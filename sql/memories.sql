@@ -696,9 +696,11 @@ SELECT count(*) FROM deleted;
 -- name: prune_memories(agent_id, type, room_id, before, age, kept_time, kept_id, after_time, after_id, batch_size)^
 -- Deletes the oldest memories of a type, where a room is given those of the room, that are before the time, or of the age,
 -- and before the oldest one to keep, and the fragments of those that are documents, wherever they are. Gives how many
--- went, how many it had chosen, and the last of these, after which the next batch begins: what was deleted stays in the
--- index for as long as anybody has an older snapshot.
+-- went, whether there may be more, and the last one that was taken, after which the next batch begins: what was deleted
+-- stays in the index for as long as anybody has an older snapshot.
 -- One of the two branches of "chosen" finds something: each has an index of its own. greatest(): as the index has it.
+-- "taken" ends where the fragments come to a batch: a thousand books are a million rows, and whoever waits for one of them
+-- would wait for all. The first goes with all that it has. No more are counted than that takes.
 -- Locked as by delete_memories; what was changed while the lock was waited for so that it does not fit stays, and so do its
 -- fragments, which are found as by delete_all_memories.
 -- made_time: a time may be the last of the calendar, and must not become infinite on its way.
@@ -744,11 +746,61 @@ chosen AS MATERIALIZED (
     )
 ),
 
+counted AS MATERIALIZED (
+    (
+        SELECT chosen.id AS document_id
+        FROM chosen
+        CROSS JOIN
+            LATERAL (
+                SELECT of_document.id
+                FROM elizasql.memories AS of_document
+                WHERE
+                    NOT row_security_active('elizasql.memories'::regclass)
+                    AND of_document.agent_id = :agent_id AND of_document.metadata ? 'documentId'
+                    AND left(lower(of_document.metadata ->> 'documentId'), 37) = chosen.id::text
+                OFFSET 0
+            ) AS fragment
+        LIMIT :batch_size
+    )
+    UNION ALL
+    SELECT chosen.id AS document_id
+    FROM elizasql.memories AS fragment
+    INNER JOIN chosen ON left(lower(fragment.metadata ->> 'documentId'), 37) = chosen.id::text
+    WHERE
+        row_security_active('elizasql.memories'::regclass)
+        AND fragment.agent_id = :agent_id AND fragment.metadata ? 'documentId'
+),
+
+taken AS MATERIALIZED (
+    SELECT
+        id,
+        created_at
+    FROM (
+        SELECT
+            chosen.id,
+            chosen.created_at,
+            row_number() OVER in_order AS place,
+            sum(coalesce(of_document.fragments, 0)) OVER in_order AS fragments
+        FROM chosen
+        LEFT JOIN
+            (
+                SELECT
+                    document_id,
+                    count(*) AS fragments
+                FROM counted
+                GROUP BY document_id
+            ) AS of_document
+            ON chosen.id = of_document.document_id
+        WINDOW in_order AS (ORDER BY chosen.created_at, chosen.id)
+    ) AS so_far
+    WHERE place = 1 OR fragments < :batch_size
+),
+
 doomed AS (
-    SELECT id FROM chosen
+    SELECT id FROM taken
     UNION
     SELECT fragment.id
-    FROM chosen
+    FROM taken
     CROSS JOIN
         LATERAL (
             SELECT of_document.id
@@ -756,7 +808,7 @@ doomed AS (
             WHERE
                 NOT row_security_active('elizasql.memories'::regclass)
                 AND of_document.agent_id = :agent_id AND of_document.metadata ? 'documentId'
-                AND left(lower(of_document.metadata ->> 'documentId'), 37) = chosen.id::text
+                AND left(lower(of_document.metadata ->> 'documentId'), 37) = taken.id::text
             OFFSET 0
         ) AS fragment
     UNION
@@ -765,7 +817,7 @@ doomed AS (
     WHERE
         row_security_active('elizasql.memories'::regclass)
         AND agent_id = :agent_id AND metadata ? 'documentId'
-        AND (left(lower(metadata ->> 'documentId'), 37) IN (SELECT chosen.id::text FROM chosen)) IS TRUE
+        AND (left(lower(metadata ->> 'documentId'), 37) IN (SELECT taken.id::text FROM taken)) IS TRUE
 ),
 
 locked AS MATERIALIZED (
@@ -783,7 +835,7 @@ locked AS MATERIALIZED (
 there AS MATERIALIZED (
     SELECT locked.id
     FROM locked
-    INNER JOIN chosen ON locked.id = chosen.id AND locked.created_at = chosen.created_at
+    INNER JOIN taken ON locked.id = taken.id AND locked.created_at = taken.created_at
     WHERE locked.is_there
 ),
 
@@ -801,10 +853,10 @@ deleted AS (
 
 SELECT
     (SELECT count(*) FROM deleted) AS deleted,
-    count(*) AS found,
+    (SELECT count(*) FROM chosen) = :batch_size OR count(*) < (SELECT count(*) FROM chosen) AS more,
     max(created_at) AS last_time,
     (array_agg(id ORDER BY created_at DESC, id DESC))[1] AS last_id
-FROM chosen;
+FROM taken;
 
 -- name: get_cached_embeddings(agent_id, type, lengths_from, lengths_to, most)
 -- The texts of a length between the two, and their vectors when they are at most :most.

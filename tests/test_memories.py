@@ -1055,6 +1055,44 @@ async def test_prune_takes_fragments_and_vectors_along(make_db: MakeAdapter, raw
     assert await rows_of(raw, db, "memories") == await rows_of(raw, db, "embeddings") == 0
 
 
+@pytest.mark.parametrize("guarded", [False, True])
+async def test_batches_of_a_prune_end_where_the_fragments_come_to_one(
+    make_db: MakeAdapter, own_database: str, monkeypatch: pytest.MonkeyPatch, *, guarded: bool
+) -> None:
+    """Whoever waits for one of a thousand books should not wait for all their pages."""
+    db = await make_db(dsn=own_database, batch_size=10)
+    if guarded:
+        session = await asyncpg.connect(own_database)
+        await session.execute(
+            "ALTER TABLE elizasql.memories ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;"
+            "CREATE POLICY guard ON elizasql.memories USING (true)"
+        )
+        await session.close()
+    pages = [4, 4, 0, 0, 4, 30, 0, 4, 4]
+    about = {"type": "document", "timestamp": 1}
+    books = [
+        Memory(id=uuid4(), content={}, metadata=about, created_at=T0 + timedelta(days=i)) for i in range(len(pages))
+    ]
+    await db.create_memories(books, "documents")
+    parts = [
+        {"type": "fragment", "documentId": str(book.id), "position": position}
+        for book, number in zip(books, pages, strict=True)
+        for position in range(number)
+    ]
+    await db.create_memories([Memory(content={}, metadata=each) for each in parts], "fragments")
+    went = []
+    fetch = db._background.fetch
+
+    async def told(statement: Statement, **params: Any) -> list[asyncpg.Record]:
+        rows = await fetch(statement, **params)
+        went.append(rows[0]["deleted"])
+        return rows
+
+    monkeypatch.setattr(db._background, "fetch", told)
+    assert await db.prune_memories("documents", keep=0) == sum(pages) + len(pages)
+    assert went == [4 + 8, 1 + 4, 1 + 30, 3 + 8]
+
+
 @pytest.mark.parametrize(
     "change",
     ["room_id = NULL", "type = 'others'", "created_at = created_at + interval '1 day'"],

@@ -141,9 +141,9 @@ async def test_policies_change_no_answer_and_let_no_scan_read_in_vain(make_db: M
         ("get_entities_by_names", {**agent, "names": names}, MANY + 1),
         ("search_entities_by_name", {**agent, "query": "nobody", "count": 7}, 100 + MANY + 1),
         ("get_tasks_by_tags", {**agent, "tags": ["rare"], "skip": 0, "count": 3}, 30 + MANY),
-        ("prune_memories", {**old, "before": T0 + timedelta(minutes=3)}, MANY // 5 + 3 + 2 * 4),
-        ("prune_memories", {**old, "before": T0 + timedelta(minutes=3), "room_id": ROOM}, MANY // 5 + 3 + 2 * 4),
-        ("prune_memories", {**old, "after_time": LATE, "after_id": UUID(int=2**128 - 1)}, MANY // 5 + 4 + 2 * 4),
+        ("prune_memories", {**old, "before": T0 + timedelta(minutes=3)}, 2 * (MANY // 5) + 3 + 2 * 4),
+        ("prune_memories", {**old, "before": T0 + timedelta(minutes=3), "room_id": ROOM}, 2 * (MANY // 5) + 3 + 2 * 4),
+        ("prune_memories", {**old, "after_time": LATE, "after_id": UUID(int=2**128 - 1)}, 2 * (MANY // 5) + 4 + 2 * 4),
         ("delete_all_memories", {**agent, "room_ids": [ROOM], "type": "messages"}, 10 * MANY),
     ]
     for name, params, most in cases:
