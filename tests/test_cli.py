@@ -29,6 +29,7 @@ from uuid import UUID, uuid4
 
 import asyncpg
 import numpy as np
+import orjson
 import pytest
 
 import elizasql
@@ -46,6 +47,8 @@ from elizasql.transfer import _rows as transfer_rows
 from elizasql.types import DIMENSIONS
 from tests.conftest import MakeAdapter, make_scene
 from tests.elizaos_schema import TABLES as ELIZAOS_TABLES
+from tests.shared import share, shared_calls
+from tests.test_isolation import filled
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -1480,6 +1483,30 @@ def test_explain_shows_the_plan_that_is_in_force(on_server: Run, searched: tuple
         assert "agent_id = $" in plan or call[0] == "count_agents", call
 
 
+def test_explain_shows_what_an_application_keeps_sending(on_server: Run, searched: tuple[UUID, UUID]) -> None:
+    """Not the first search, which also measures its scope."""
+    vector = json.dumps([1.0] * 384)
+    call = ("explain", "search_memories", "table_name=facts", f"embedding={vector}", "--agent", searched[0], "--json")
+    (statement,) = on_server(*call).json["statements"]
+    assert statement["statement"] == "search_memories"
+    loops = {node.get("Subplan Name"): node["Actual Loops"] for _, node in queries.walk(statement["plan"]["Plan"])}
+    assert (loops["CTE choice"], loops["CTE scope"], loops["CTE graph"], loops["CTE placed"]) == (1, 0, 0, 0)
+
+
+async def test_every_method_that_reads_can_be_explained(db: DatabaseAdapter) -> None:
+    """With arguments as a command line has them; JSON has no tuples."""
+    own = await filled(db)
+    pair = {"sourceEntityId": own.scene.entity, "targetEntityId": own.scene.other}
+    calls = {**shared_calls(await share(db)), "get_relationships_by_pairs": {"pairs": [pair]}}
+    for method in sorted(queries.methods()):
+        given = {}
+        for name, value in (calls[method] if method in calls else own.arguments(method)).items():
+            text = value if isinstance(value, str) else orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY).decode()
+            given[name] = await queries._read(db, text)
+        told = await queries.explain_call(db, method, given)
+        assert told["index_used"], (method, told)
+
+
 def test_explain_says_when_a_table_is_read_as_a_whole() -> None:
     scan = {
         "Node Type": "Seq Scan",
@@ -1601,6 +1628,9 @@ def test_recall_check_on_an_index_that_is_used(run: Run, empty_database: str, mo
     recalls = [step["recall"] for step in said["steps"]]
     assert min(recalls) < 1  # random vectors are hard for a graph: of 2,000 neighbours some thirty are missed
     assert said["recommended"] is None or said["recommended"] >= 20
+    vector = json.dumps([1.0] * 384)
+    told = run("explain", "search_memories", "table_name=facts", f"embedding={vector}", "--agent", agent, "--json").json
+    assert [plan["statement"] for plan in told["statements"]] == ["search_memories_by_hnsw"]
     # As a rebuild that is interrupted leaves it.
     indexes = (f"elizasql.embeddings_p{number:02}_dim_384_hnsw" for number in range(16))
     asyncio.run(as_admin(empty_database, f"DROP INDEX {', '.join(indexes)}"))

@@ -59,7 +59,10 @@ def explain(
     data_dir: DataDir = None,
     json: Json = False,
 ) -> None:
-    """Run a method that reads, and show its statements' plans. Says of each whether an index was used."""
+    """Run a method that reads, and show its statements' plans. Says of each whether an index was used.
+
+    The plans are those of a second call, as an application goes on: the first search of a scope also measures it.
+    """
     if method not in methods():
         near = difflib.get_close_matches(method, methods())
         others = f"is it {' or '.join(near)}?" if near else f"there are {', '.join(sorted(methods()))}"
@@ -74,6 +77,8 @@ def explain(
                     inspect.signature(getattr(db, method)).bind(**given)
                 except TypeError as error:
                     raise ArgumentError(f"{method}: {error}") from None
+                # What the adapter learns by it, as the size of a search's scope, is not asked for again.
+                await getattr(db, method)(**given)
                 return await explain_call(db, method, given)
 
     told = asyncio.run(work())
