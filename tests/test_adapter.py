@@ -572,6 +572,20 @@ def test_servers_that_are_taken(server: Server) -> None:
     server.check()
 
 
+async def test_an_index_that_the_server_does_not_use_is_named(
+    own_database: str, make_db: MakeAdapter, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a build that broke off leaves it; all works without it, and nobody would ever hear why it is slow."""
+    admin = await asyncpg.connect(own_database.replace("//elizasql@", "//postgres@"))
+    await admin.execute(
+        "UPDATE pg_index SET indisvalid = FALSE WHERE indexrelid = 'elizasql.rooms_world_idx'::regclass"
+    )
+    await admin.close()
+    await make_db(dsn=own_database)
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert sum("does not use rooms_world_idx, whose build" in text for text in said) == 1, said
+
+
 async def test_settings_of_the_role_that_change_what_text_means(make_db: MakeAdapter, dsn: str) -> None:
     given = {
         "DateStyle": "SQL, DMY",
