@@ -19,13 +19,13 @@ import pytest
 from elizasql import DatabaseAdapter
 from tests.conftest import MakeAdapter, Scene, make_scene
 from tests.test_isolation import METHODS, VECTOR, Filled, filled, snapshot
-from tests.test_simulation import ABOUT_ITSELF, given
+from tests.test_simulation import ABOUT_ITSELF
 
 Call = Callable[[DatabaseAdapter, Filled], Awaitable[Any]]
 
 
 def of_method(name: str) -> Call:
-    return lambda db, own: getattr(db, name)(**given(name, own))
+    return lambda db, own: getattr(db, name)(**own.arguments(name))
 
 
 async def in_a_transaction(db: DatabaseAdapter, own: Filled) -> None:

@@ -17,7 +17,6 @@ from elizasql._statements import SQL
 
 from .conftest import MakeAdapter, Scene, make_scene
 from .test_isolation import AGENTS, METHODS, filled
-from .test_simulation import given
 
 V = np.random.default_rng(0).normal(size=(20, 384)).astype(np.float32)
 
@@ -160,7 +159,7 @@ async def test_every_method_takes_one(db: DatabaseAdapter, round_trips: list[str
     }
     for name in METHODS:
         if name not in calls and name not in SEVERAL:
-            calls[name] = functools.partial(getattr(db, name), **given(name, own))
+            calls[name] = functools.partial(getattr(db, name), **own.arguments(name))
     every = {name for name in dir(DatabaseAdapter) if callable(getattr(DatabaseAdapter, name)) and name[0] != "_"}
     assert every - AGENTS == ({name.split()[0] for name in calls} | SEVERAL) - AGENTS
     found = {}

@@ -30,7 +30,6 @@ from elizasql import (
     DatabaseAdapter,
     DeadlineError,
     ElizaSQLError,
-    Task,
     UnknownOutcomeError,
     _codecs,
     _executor,
@@ -38,7 +37,7 @@ from elizasql import (
 from elizasql._statements import SQL
 from tests.conftest import MakeAdapter
 from tests.shared import WITHOUT_A_LIMIT, share, shared_calls
-from tests.test_isolation import METHODS, Filled, filled, snapshot
+from tests.test_isolation import METHODS, filled, snapshot
 
 # What they tell is how the calls went; or they are many calls, each with tries of its own.
 ABOUT_ITSELF = {"stats", "health", "index_memories", "reembed", "abandon_reembedding"}
@@ -246,13 +245,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def given(name: str, own: Filled) -> dict[str, Any]:
-    found = own.arguments(name)
-    if found.get("task") is not None and isinstance(found["task"], Task):
-        found["task"] = Task(id=own.ids["task"], claim_token=uuid4())
-    return found
-
-
 @dataclass(frozen=True)
 class Recorded:
     """What an agent's methods did: the arguments of each, what each operation gave, and what it gave itself."""
@@ -270,7 +262,7 @@ def recorded(dsn: str) -> Recorded:
             await db.ensure_agent_exists({"name": "recorded"})
             await db.ensure_embedding_dimension(384)
             own = await filled(db)
-            calls = {name: given(name, own) for name in METHODS} | shared_calls(await share(db))
+            calls = {name: own.arguments(name) for name in METHODS} | shared_calls(await share(db))
             public = (name for name, _ in inspect.getmembers(DatabaseAdapter, inspect.isfunction) if name[0] != "_")
             assert set(public) == {*calls, "is_ready"} | WITHOUT_A_LIMIT
             methods = {name: await record(db, name, calls[name]) for name in calls if name not in ABOUT_ITSELF}
@@ -494,12 +486,7 @@ async def test_reply_that_is_lost(make_db: MakeAdapter, raw: asyncpg.Connection[
     once, again = [await make_db(base_delay=0.0, jitter_max=0.0) for _ in range(2)]
     results: list[Any] = []
     for db in (once, again):
-        own = await filled(db)
-        if name in ("complete_task", "fail_task", "heartbeat_task", "release_task"):
-            claimed = (await db.claim_tasks())[0]
-            arguments_of = {**own.arguments(name), "task": claimed}
-        else:
-            arguments_of = given(name, own)
+        arguments_of = (await filled(db)).arguments(name)
         with first_reply_lost() if db is again else nullcontext():
             try:
                 results.append(await getattr(db, name)(**arguments_of))
