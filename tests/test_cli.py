@@ -12,7 +12,9 @@ import re
 import resource
 import shutil
 import signal
+import socketserver
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -42,10 +44,10 @@ from elizasql.cli import _app, _keeper, _out, data, doctor, look, queries
 from elizasql.cli import server as cli_server
 from elizasql.cli._destructive import find_destructive, split_migration
 from elizasql.errors import ElizaSQLError
-from elizasql.transfer import _report
+from elizasql.transfer import _report, export_archive
 from elizasql.transfer import _rows as transfer_rows
 from elizasql.types import DIMENSIONS
-from tests.conftest import MakeAdapter, make_scene
+from tests.conftest import MakeAdapter, database, make_scene
 from tests.elizaos_schema import TABLES as ELIZAOS_TABLES
 from tests.shared import share, shared_calls
 from tests.test_isolation import filled
@@ -319,17 +321,132 @@ def test_letters_that_the_terminal_has_not(dsn: str, tmp_path: Path) -> None:
         assert said.returncode == 0 and f"{tmp_path.name}/\ufffd" in said.stdout, said
 
 
-@pytest.mark.parametrize("command", ["stats", "tail", "tasks", "status", "psql", "migrate up", "migrate status"])
-def test_no_server_is_3(run: Run, command: str) -> None:
-    said = run(*command.split(), "--dsn", f"postgres://a:{SECRET}@127.0.0.1:1/x")
-    assert said.code == 3
-    assert SECRET not in said.out + said.err
-    if command != "psql":  # whose words are its own
-        said.fails(3, "127.0.0.1:1")
+# Every command that reaches a server, with as little as it takes; and those that a database without our schema is good
+# enough for: they make it, or tell that it is not there.
+REACHING = (
+    *("status", "psql", "demo", "stats", "tail", "tasks", "export out", "export out.tar"),
+    *("import ARCHIVE", "import ARCHIVE --report report.jsonl", "import --from ADDRESS", "index"),
+    *("reembed --abandon", "reembed --to 512 --with json:dumps", "doctor", "explain count_memories", "recall-check"),
+    *("bench", "migrate up", "migrate down", "migrate status"),
+)
+WITHOUT_SCHEMA = {
+    command for command in REACHING if command.split()[0] in ("status", "psql", "demo", "doctor", "migrate")
+}
+WITHOUT_SCHEMA |= {command for command in REACHING if "ARCHIVE" in command}
 
 
-@pytest.mark.parametrize("command", ["stats", "tail", "tasks", "psql", "migrate down", "migrate status"])
-def test_no_embedded_server_is_3_and_none_is_made(run: Run, command: str, tmp_path: Path) -> None:
+def test_every_command_that_reaches_a_server_is_known() -> None:
+    def reaching(group: Any, *before: str) -> Iterator[str]:
+        for name, command in group.commands.items():
+            if hasattr(command, "commands"):
+                yield from reaching(command, *before, name)
+            elif any(param.name == "dsn" for param in command.params):
+                yield " ".join((*before, name))
+
+    commands = [*reaching(_app._command()), "demo"]  # whose options are its own
+    assert len(commands) > 15
+    assert [name for name in commands if not any(each.startswith(name) for each in REACHING)] == []
+
+
+@pytest.fixture(scope="module")
+def nobody_listens() -> str:
+    """Give an address at which there is no server."""
+    return f"postgres://a:{SECRET}@127.0.0.1:1/x"
+
+
+@pytest.fixture(scope="module")
+def wrong_password() -> Iterator[str]:
+    """Give the address of a server that takes no password; of the protocol it knows no more than that."""
+
+    class Refuse(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            while True:
+                length, code = struct.unpack("!II", self.rfile.read(8))
+                self.rfile.read(length - 8)
+                if code == 3 << 16:
+                    break
+                self.wfile.write(b"N")  # it speaks neither TLS nor GSS
+            self.wfile.write(struct.pack("!cII", b"R", 8, 3))
+            (length,) = struct.unpack("!xI", self.rfile.read(5))
+            self.rfile.read(length - 4)
+            said = b'SFATAL\0VFATAL\0C28P01\0Mpassword authentication failed for user "a"\0\0'
+            self.wfile.write(struct.pack("!cI", b"E", 4 + len(said)) + said)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Refuse) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"postgres://a:{SECRET}@127.0.0.1:{server.server_address[1]}/x"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def no_schema(dsn: str) -> Iterator[str]:
+    """Give the address of a database without anything of ours."""
+    with database(dsn) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def archive(dsn: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give an archive of an agent that has nothing."""
+    path = tmp_path_factory.mktemp("archive") / "agent.tar"
+
+    async def export(db: DatabaseAdapter) -> None:
+        await export_archive(dsn, path, db.config, agent_ids=[db.agent_id])
+
+    with_agent(dsn, export)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("server", "command"),
+    [
+        (server, command)
+        for server in ("nobody_listens", "wrong_password", "no_schema")
+        for command in REACHING
+        if server != "no_schema" or command not in WITHOUT_SCHEMA
+    ],
+)
+def test_a_server_that_is_of_no_use(
+    run: Run,
+    request: pytest.FixtureRequest,
+    archive: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    server: str,
+    command: str,
+) -> None:
+    address = request.getfixturevalue(server)
+    monkeypatch.setenv("POSTGRES_URL", address)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    said = run(*(word.replace("ARCHIVE", str(archive)).replace("ADDRESS", address) for word in command.split()))
+    code, pattern = {
+        "nobody_listens": (3, "127.0.0.1:1/x: "),
+        "wrong_password": (1, '^elizasql: password authentication failed for user "a"$'),
+        "no_schema": (1, "no database of ElizaOS" if "--from" in command else "elizasql migrate up"),
+    }[server]
+    if command == "psql":  # whose words are its own, and which only tells that it is not connected
+        assert (said.code, said.out, said.err) == (3, "", "")
+    elif command == "demo":  # which tells what it does
+        Said(said.code, "", said.err.replace("elizasql demo: ", "elizasql: ")).fails(code, pattern)
+    else:
+        said.fails(code, pattern)
+    assert SECRET not in said.out
+    assert list(tmp_path.iterdir()) == []
+    if server == "no_schema":
+        assert asyncio.run(tables_of(address, "elizasql")) == set()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [command for command in REACHING if command.split()[0] not in ("status", "demo", "import", "migrate")]
+    + ["migrate down", "migrate status"],
+)
+def test_no_embedded_server_is_3_and_none_is_made(
+    run: Run, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
     run(*command.split()).fails(3, "no embedded server in pglite")
     assert list(tmp_path.iterdir()) == []
 
@@ -340,12 +457,6 @@ def test_a_role_that_may_not_enter_is_1(run: Run, dsn: str) -> None:
 
 def test_a_missing_database_is_1(run: Run, dsn: str) -> None:
     run("stats", "--dsn", urlunsplit(urlsplit(dsn)._replace(path="/missing"))).fails(1, "missing")
-
-
-@pytest.mark.parametrize("command", ["stats", "tail", "tasks"])
-def test_a_database_without_the_schema_is_1_and_stays_empty(run: Run, command: str, empty_database: str) -> None:
-    run(command, "--dsn", empty_database).fails(1, "elizasql migrate up")
-    assert asyncio.run(tables_of(empty_database, "elizasql")) == set()
 
 
 # --- up, down, status ------------------------------------------------------------------------------------------------
