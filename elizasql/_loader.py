@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Sized
 from contextlib import aclosing
@@ -12,7 +11,7 @@ from uuid import UUID
 
 from . import _codecs
 from ._calls import end, within
-from ._store import READ_AT_ONCE
+from ._store import READ_AT_ONCE, name_row
 from .errors import ArgumentError, ElizaSQLError, IntegrityError
 from .models import LoadSummary
 
@@ -26,11 +25,6 @@ _LARGE = 10_000
 
 # Seconds of reading without leaving the event loop.
 _READ_FOR = 0.005
-
-# What the server says of a key, its columns and their values; and of a row that breaks a rule, which begins with the
-# agent and the id, and may name other memories behind them.
-_KEY = re.compile(r"[^(]*\(([\w, ]+)\)=\(([^()]*)\)")
-_ROW = re.compile(r"[^(]*\([0-9a-f-]{36}, ([0-9a-f-]{36}),")
 
 
 class Loader:
@@ -147,9 +141,7 @@ class Loader:
                 await self._make_way(len(rows), vectors)
                 stored = await self._store._load(rows, skip=self._skip)
         except IntegrityError as error:
-            position = _find(error, batch)
-            if position is not None:
-                error.args = (f"Memory at position {position}: {error}",)
+            name_row(error, "Memory", rows, ((position, id) for id, (position, _) in batch.items()))
             raise
         self._kept += count
         self._vectors += vectors
@@ -196,19 +188,3 @@ async def _each(memories: Iterable[Any] | AsyncIterable[Any]) -> AsyncGenerator[
     else:
         for memory in memories:
             yield memory
-
-
-def _find(error: IntegrityError, batch: dict[UUID, tuple[int, Row]]) -> int | None:
-    """Give the position of the memory that the server's refusal is about, None where it does not tell."""
-    detail = error.detail or ""
-    if (key := _KEY.match(detail)) is not None:
-        named = dict(zip(key[1].split(", "), key[2].split(", "), strict=False))
-    elif (failing := _ROW.match(detail)) is not None:
-        named = {"id": failing[1]}
-    else:
-        return None
-    for name in ("id", "entity_id", "room_id", "world_id"):
-        for position, row in batch.values():
-            if str(row[name]) == named.get(name):
-                return position
-    return None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -17,7 +18,7 @@ from ._executor import Executor
 from ._indexer import Indexer
 from ._statements import SQL
 from .config import Config
-from .errors import ArgumentError, UniqueViolationError, show
+from .errors import ArgumentError, IntegrityError, UniqueViolationError, show
 from .models import Model
 
 T = TypeVar("T")
@@ -30,6 +31,11 @@ _CHUNK_BYTES = 1 << 26
 # Rows that are checked and encoded without leaving the event loop, which takes 15 to 30 us for a memory: other calls of
 # the process must not wait for a whole batch.
 READ_AT_ONCE = 64
+
+# What the server says of a key, its columns and their values; and of a row that breaks a rule, which begins with the
+# agent and the id, and may name other rows behind them.
+_KEY = re.compile(r"[^(]*\(([\w, ]+)\)=\((.*)\)", re.DOTALL)
+_ROW = re.compile(r"[^(]*\([0-9a-f-]{36}, ([0-9a-f-]{36}),")
 
 # A greater age leads out of the server's calendar, and there is nothing as old.
 _LONGEST_AGE = timedelta(days=365 * 1000)
@@ -254,7 +260,9 @@ class Store:
         """
         encoded = self._encode_chunks(kind, rows, ids, form=form)
         chunks = [{"agent_id": self.agent_id, key: chunk, **about} for chunk in encoded]
-        return await self._executor.fetch_chunks(SQL[name], chunks) if chunks else []
+        if not chunks:
+            return []
+        return await naming_row(self._executor.fetch_chunks(SQL[name], chunks), kind.__name__, rows, ids)
 
     async def _create_in_order(
         self, name: str, key: str, kind: type[Model], values: Iterable[object], *, needed: Sequence[str]
@@ -273,7 +281,7 @@ class Store:
                 {"agent_id": self.agent_id, key: chunk, "positions": where, "begins": number == 0}
                 for number, (chunk, where) in enumerate(encoded)
             ]
-            await self._executor.fetch_chunks(SQL[name], chunks)
+            await naming_row(self._executor.fetch_chunks(SQL[name], chunks), kind.__name__, rows, ids)
         return ids
 
     async def _create_or_keep(
@@ -354,6 +362,67 @@ async def read_each(values: Any, name: str, read: Callable[[Any], T], *, names: 
         if len(found) % READ_AT_ONCE == 0:
             await asyncio.sleep(0)
     return found
+
+
+async def naming_row(write: Awaitable[T], name: str, rows: Iterable[Mapping[str, Any]], ids: Iterable[UUID]) -> T:
+    """Wait for the write of a batch; the error of a row that the server refuses names its position.
+
+    Args:
+        write: What writes it.
+        name: What errors call a row.
+        rows: What is written, each with its id.
+        ids: The id of every value in the order given.
+    """
+    try:
+        return await write
+    except IntegrityError as error:
+        name_row(error, name, rows, enumerate(ids))
+        raise
+
+
+def name_row(
+    error: IntegrityError, name: str, rows: Iterable[Mapping[str, Any]], places: Iterable[tuple[int, UUID]]
+) -> None:
+    """Put before the server's refusal of a batch where the row stands, of several that are refused the first one.
+
+    Where the server does not tell which row it means, as when the role may not see its key, the error stays as it is.
+
+    Args:
+        error: The refusal.
+        name, rows: As of `naming_row`.
+        places: The positions and ids of what was given.
+    """
+    refused = {row["id"] for row in _find_refused(error.detail or "", rows)}
+    positions: dict[UUID, list[str]] = {}
+    for position, id in places:
+        if id in refused:
+            positions.setdefault(id, []).append(str(position))
+    if positions:
+        # One row may be made of several values; of very many the first ones do.
+        where = ", ".join(next(iter(positions.values()))[:10])
+        error.args = (f"{name} at position {where}: {error}",)
+
+
+def _find_refused(detail: str, rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Give the rows of a batch that are what the server has refused, by its explanation."""
+    if (key := _KEY.match(detail)) is not None:
+        columns, values = key[1].split(", "), key[2].split(", ")
+        if len(columns) != len(values):
+            return []  # a text with a comma in it
+        named = dict(zip(columns, values, strict=True))
+        named.pop("agent_id", None)
+    else:
+        failing = _ROW.match(detail)
+        named = {} if failing is None else {"id": failing[1]}
+    found: list[Mapping[str, Any]] = []
+    whole = True
+    for row in rows:
+        given = {name: "null" if row[name] is None else str(row[name]) for name in named.keys() & row.keys()}
+        if given and given.items() <= named.items():
+            found.append(row)
+            whole = whole and len(given) == len(named)
+    # An update may give a part of a key, whose rest stands in the table: of two such rows either may be the one.
+    return found if whole or len(found) == 1 else []
 
 
 def need(row: Mapping[str, Any], *names: str) -> None:

@@ -10,7 +10,7 @@ from uuid import UUID
 
 from . import _codecs
 from ._statements import SQL
-from ._store import Store, need, read_each
+from ._store import Store, naming_row, need, read_each
 from .errors import ArgumentError, show
 from .models import Component
 
@@ -93,7 +93,8 @@ class Components(Store):
         chunks = [
             {"agent_id": self.agent_id, "components": chunk} for chunk in self._encode_chunks(Component, in_order, ids)
         ]
-        stored = {_natural_key(row): row["id"] for row in await self._write_under_two_keys("upsert_components", chunks)}
+        write = self._write_under_two_keys("upsert_components", chunks)
+        stored = {_natural_key(row): row["id"] for row in await naming_row(write, "Component", in_order, ids)}
         return [stored[key] for key in keys]
 
     async def update_component(self, component: Component | Mapping[str, Any], *, timeout: float | None = None) -> bool:

@@ -37,6 +37,10 @@
 Each carries `statement` (the name in `sql/`), `sqlstate` and `retryable`; the driver's error is `__cause__`.
 No message holds a password; of an address it shows host, port and database. Nor does one hold the row that a rule
 refused, so that nothing of it is logged: that is in `detail` alone, and no longer in the driver's error.
+
+Nothing of a batch is written when one row is wrong, and the message begins with its place in the order given, counted
+from 0: "Memory at position 17: ...". So do the server's refusals, where it tells which row it means; of several that
+are wrong the first one is named, and of a row that several values make, each of these.
 """
 
 from __future__ import annotations

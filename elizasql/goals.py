@@ -38,7 +38,7 @@ class Goals(Store):
         """Create goals, all or none, and give their ids in the order given. Goals without a time keep that order.
 
         Raises:
-            As `create_goal`; an ArgumentError names the position of the goal.
+            As `create_goal`; errors of a goal name its position.
 
         Statement: sql/goals.sql create_goals. One round trip a chunk.
         """

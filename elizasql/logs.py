@@ -9,7 +9,7 @@ from uuid import UUID
 
 from . import _codecs
 from ._statements import SQL
-from ._store import Store, as_limit, order_by_id, read_cursor, read_limits, unwrap
+from ._store import Store, as_limit, naming_row, order_by_id, read_cursor, read_limits, unwrap
 from .errors import ArgumentError, show
 from .models import AgentRunCounts, AgentRunSummary, AgentRunSummaryResult, Log
 from .types import RunStatus
@@ -49,7 +49,7 @@ class Logs(Store):
         Logs without a time keep the order given. Ids that are there already keep their rows.
 
         Raises:
-            As `log`; an ArgumentError names the position of the log.
+            As `log`; errors of a log name its position.
 
         Statement: sql/logs.sql create_logs. One round trip a chunk. Source: createLogs; differs: gives the ids.
         """
@@ -74,7 +74,7 @@ class Logs(Store):
             for number, chunk in enumerate(self._chunks(placed, lambda each: len(bodies[each[0]["id"]])))
         ]
         executor = self._aside if self.config.log_lane == "background" else self._executor
-        await executor.fetch_chunks(SQL["create_logs"], chunks)
+        await naming_row(executor.fetch_chunks(SQL["create_logs"], chunks), "Log", rows, ids)
         return ids
 
     async def update_logs(self, logs: Iterable[Log | Mapping[str, Any]], *, timeout: float | None = None) -> None:
@@ -102,7 +102,7 @@ class Logs(Store):
             }
             for chunk in self._chunks(rows, lambda row: len(bodies.get(row["id"], b"")))
         ]
-        await self._executor.fetch_chunks(SQL["update_logs"], chunks)
+        await naming_row(self._executor.fetch_chunks(SQL["update_logs"], chunks), "Log", rows, ids)
 
     async def delete_log(self, log_id: UUID | str, *, timeout: float | None = None) -> bool:
         """Delete a log; False when there was none.

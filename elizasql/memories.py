@@ -23,9 +23,9 @@ from ._executor import Fetch
 from ._loader import Loader
 from ._resident import Resident
 from ._statements import SQL
-from ._store import Store, as_limit, order_by_id, read_cursor, read_limits
+from ._store import Store, as_limit, name_row, order_by_id, read_cursor, read_limits
 from .config import Config
-from .errors import ArgumentError, DeadlineError, EmbeddingDimensionError, NotFoundError, show
+from .errors import ArgumentError, DeadlineError, EmbeddingDimensionError, IntegrityError, NotFoundError, show
 from .models import LoadSummary, Memory
 from .types import DIMENSIONS, Embedding, EmbeddingInput, Recall
 
@@ -259,7 +259,7 @@ class Memories(Store):
             table_name: Their type; None: each memory's own.
 
         Raises:
-            As `create_memory`; an ArgumentError names the position of the memory.
+            As `create_memory`; errors of a memory name its position.
 
         Statement: sql/memories.sql create_memories or create_memories_marking_duplicates, one round trip a chunk; where
         near-duplicates are looked for, and are in several chunks or in the batch itself, find_near_duplicates and
@@ -275,7 +275,8 @@ class Memories(Store):
         in_order = tuple(rows)
         chunks = self._batch(rows, undecided=bool(undecided))
         if not undecided:
-            await self._write(self._executor.fetch_chunks(SQL.at("create_memories", given or 384), chunks), given)
+            write = self._executor.fetch_chunks(SQL.at("create_memories", given or 384), chunks)
+            await self._write(write, given, rows, ids)
             return ids
         for chunk in chunks:
             chunk |= {"lock_types": [], "lock_rooms": []}
@@ -286,7 +287,7 @@ class Memories(Store):
         alike = await _find_alike(in_order)
         if len(chunks) == 1 and not alike:
             statement = SQL.at("create_memories_marking_duplicates", width)
-            await self._write(self._executor.fetch_in_turn(statement, locks, **chunks[0]), given)
+            await self._write(self._executor.fetch_in_turn(statement, locks, **chunks[0]), given, rows, ids)
             return ids
         look, create = SQL.at("find_near_duplicates", width), SQL.at("create_memories", width)
 
@@ -305,7 +306,7 @@ class Memories(Store):
                 await fetch(create, **chunk | {"uniques": list(islice(uniques, len(chunk["ids"])))})
             return []
 
-        await self._write(self._executor.fetch_together(create, work, locks), given)
+        await self._write(self._executor.fetch_together(create, work, locks), given, rows, ids)
         return ids
 
     @lasting(86_400.0)
@@ -346,7 +347,7 @@ class Memories(Store):
             timeout: Seconds for the whole of it; None: a day.
 
         Raises:
-            As `create_memory`. Errors of a memory name its position, the server's where it tells which one it means.
+            As `create_memories`.
             UniqueViolationError: An id is there already, and `on_conflict` is "error".
 
         Statement: sql/memories.sql load_memories, `config.batch_size` rows a round trip, three for each transaction;
@@ -398,7 +399,8 @@ class Memories(Store):
             kept = {row["id"] for row in rows if row[name] is None}
             for chunk in chunks:
                 chunk[f"keep_{name}"] = [id for id in chunk["ids"] if id in kept]
-        await self._write(self._executor.fetch_chunks(SQL.at("upsert_memories", given or 384), chunks), given)
+        write = self._executor.fetch_chunks(SQL.at("upsert_memories", given or 384), chunks)
+        await self._write(write, given, rows, ids)
         if any(row["unique"] is not None for row in rows):
             self._indexer.wake()
         return ids
@@ -433,7 +435,7 @@ class Memories(Store):
 
     async def _update(self, memories: Iterable[Memory | Mapping[str, Any]], *, required: bool) -> list[Any]:
         reader = self._reader(Memory.read)
-        _, rows = await self._read_all(Memory, memories, read=reader, new_ids=False, twice="together")
+        ids, rows = await self._read_all(Memory, memories, read=reader, new_ids=False, twice="together")
         if not rows:
             return []
         rows.sort(key=lambda row: row["id"].int)
@@ -455,7 +457,7 @@ class Memories(Store):
             for chunk in self._chunks(rows, _weigh)
         ]
         write = self._executor.fetch_chunks(SQL.at("update_memories", given or 384), chunks)
-        changed = await self._write(write, given)
+        changed = await self._write(write, given, rows, ids)
         if any(not _SCOPE.isdisjoint(row) for row in rows):
             self._indexer.wake()
         return changed
@@ -1104,19 +1106,33 @@ class Memories(Store):
             chunks.append(about | columns)
         return chunks
 
-    async def _write(self, write: Awaitable[list[Any]], given: int | None) -> list[Any]:
-        """Wait for a write, and tell the indexer; `given`: the width of the vectors in it that go to the tail.
+    async def _write(
+        self,
+        write: Awaitable[list[Any]],
+        given: int | None,
+        rows: Sequence[Mapping[str, Any]] = (),
+        ids: Sequence[UUID] = (),
+    ) -> list[Any]:
+        """Wait for a write, and tell the indexer.
 
         The server refuses it when the agent has moved to another width meanwhile.
+
+        Args:
+            write: What writes.
+            given: The width of the vectors in it that go to the tail.
+            rows, ids: Of a batch, as of `naming_row`.
         """
         try:
-            rows = await write
+            stored = await write
         except EmbeddingDimensionError as error:
             self._learn(error.locked)
             raise
+        except IntegrityError as error:
+            name_row(error, "Memory", rows, enumerate(ids))
+            raise
         if given is not None:
             self._indexer.wake()
-        return rows
+        return stored
 
     def _filters(
         self,

@@ -13,7 +13,7 @@ from uuid import UUID
 
 from . import _codecs
 from ._statements import SQL
-from ._store import Store, read_cursor
+from ._store import Store, naming_row, read_cursor
 from .errors import ArgumentError, NotFoundError
 from .models import Channel, ChannelMessage, MessageServer, Model
 
@@ -331,7 +331,7 @@ class Messaging(Store):
         Messages without `created_at` stand in the channel in the order given. One may answer another one before it.
 
         Raises:
-            As `create_message`; an ArgumentError names the position of the message.
+            As `create_message`; errors of a message name its position.
 
         Statement: sql/messaging.sql create_messages. One round trip a chunk.
         """
@@ -342,7 +342,8 @@ class Messaging(Store):
             {"messages": chunk, "first": number * self.config.batch_size, "begins": number == 0}
             for number, chunk in enumerate(self._encode_chunks(ChannelMessage, rows, ids))
         ]
-        stored = await self._executor.fetch_chunks(SQL["create_messages"], chunks)
+        write = self._executor.fetch_chunks(SQL["create_messages"], chunks)
+        stored = await naming_row(write, "ChannelMessage", rows, ids)
         found = {row["id"]: ChannelMessage(*row) for row in stored}
         return [found[id] for id in ids]
 

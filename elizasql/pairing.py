@@ -8,7 +8,7 @@ from uuid import UUID
 
 from . import _codecs
 from ._statements import SQL
-from ._store import Store, order_by_id, read_each
+from ._store import Store, naming_row, order_by_id, read_each
 from .errors import ArgumentError
 from .models import PairingAllowlistEntry, PairingRequest
 
@@ -70,7 +70,8 @@ class Pairing(Store):
                 {"agent_id": self.agent_id, "requests": chunk}
                 for chunk in self._encode_chunks(PairingRequest, rows, ids)
             ]
-            await self._write_under_two_keys("create_pairing_requests", chunks)
+            write = self._write_under_two_keys("create_pairing_requests", chunks)
+            await naming_row(write, "PairingRequest", rows, ids)
         return ids
 
     async def update_pairing_request(
@@ -184,7 +185,8 @@ class Pairing(Store):
             {"agent_id": self.agent_id, "entries": chunk}
             for chunk in self._encode_chunks(PairingAllowlistEntry, rows, ids)
         ]
-        listed: dict[UUID, UUID] = dict(await self._write_under_two_keys("create_pairing_allowlist_entries", chunks))
+        write = self._write_under_two_keys("create_pairing_allowlist_entries", chunks)
+        listed: dict[UUID, UUID] = dict(await naming_row(write, "PairingAllowlistEntry", rows, ids))
         return [listed[id] for id in ids]
 
     async def update_pairing_allowlist_entry(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias, get_args
 from uuid import UUID
 
 from . import _codecs
 from ._statements import SQL
-from ._store import Store, need, read_each
+from ._store import Store, naming_row, need, read_each
 from .errors import ArgumentError, show
 from .models import Entity, Participant
 from .types import UserState
@@ -53,7 +53,10 @@ class Participants(Store):
         room = _codecs.as_id(room_id, "room_id")
         if not entities:
             return False
-        await self._executor.execute(SQL["add_participants"], agent_id=self.agent_id, room_id=room, entity_ids=entities)
+        write = self._executor.execute(
+            SQL["add_participants"], agent_id=self.agent_id, room_id=room, entity_ids=entities
+        )
+        await naming_row(write, "entity", _rows_of(entities), entities)
         return True
 
     async def create_room_participants(
@@ -73,10 +76,10 @@ class Participants(Store):
         room = _codecs.as_id(room_id, "room_id")
         if not entities:
             return []
-        rows = await self._executor.fetch(
+        write = self._executor.fetch(
             SQL["create_room_participants"], agent_id=self.agent_id, room_id=room, entity_ids=entities
         )
-        return [row[0] for row in rows]
+        return [row[0] for row in await naming_row(write, "entity", _rows_of(entities), entities)]
 
     async def remove_participant(
         self, entity_id: UUID | str, room_id: UUID | str, *, timeout: float | None = None
@@ -380,6 +383,11 @@ def _as_key(value: Any, change: str) -> dict[str, Any]:
     if refused:
         raise ArgumentError(f"{', '.join(sorted(refused))} beside {change}: give entityId and roomId alone")
     return key
+
+
+def _rows_of(entities: list[UUID]) -> Iterator[dict[str, UUID]]:
+    """Give what the server knows the entities of a room by."""
+    return ({"id": id, "entity_id": id} for id in entities)
 
 
 def _columns_of(pairs: list[tuple[UUID, UUID]]) -> dict[str, list[UUID]]:

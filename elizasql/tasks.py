@@ -70,7 +70,7 @@ class Tasks(Store):
         Tasks without a time keep the order given.
 
         Raises:
-            As `create_task`; an ArgumentError names the position of the task.
+            As `create_task`; errors of a task name its position.
 
         Statement: sql/tasks.sql create_tasks. One round trip a chunk. Source: createTasks.
         """
