@@ -78,6 +78,9 @@ class DatabaseAdapter(
 ):
     """An agent's memory on PostgreSQL. Made by `elizasql.connect` or `elizasql.open`; bound to their event loop.
 
+    Every method refuses an argument of a wrong type and a number out of range by an `ArgumentError`, before any I/O.
+    Its own `Raises` names that error where a method has more rules than these.
+
     Attributes:
         agent_id: The agent whose rows are read and written.
         config: The settings in force.

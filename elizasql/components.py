@@ -282,6 +282,9 @@ class Components(Store):
             keys: Mappings with `entityId`, `type` and, unless they are None, `worldId` and `sourceEntityId`; None is a
                 value here: it finds the component that has none.
 
+        Raises:
+            ArgumentError: A key lacks `entity_id` or `type`, or does not fit; names its position.
+
         Statement: sql/components.sql get_components_by_natural_keys. One round trip. Source:
         getComponentsByNaturalKeys; differs: None is a value.
         """

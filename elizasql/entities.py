@@ -211,6 +211,9 @@ class Entities(Store):
             names: The names; none give no entities.
             agent_id: The adapter's agent; another one is refused.
 
+        Raises:
+            ArgumentError: `agent_id` is another one, or a value does not fit; nothing was sent.
+
         Statement: sql/entities.sql get_entities_by_names. One round trip. Source: getEntitiesByNames; differs: no
         names give no entities.
         """
@@ -238,6 +241,9 @@ class Entities(Store):
             query: Plain text: `%` and `_` mean themselves. Blank: the first entities by id.
             limit: At most so many, default 10; None: all.
             agent_id: The adapter's agent; another one is refused.
+
+        Raises:
+            ArgumentError: `agent_id` is another one, or a value does not fit; nothing was sent.
 
         Statement: sql/entities.sql search_entities_by_name, get_first_entities where the query is blank. One round
         trip. Source: searchEntitiesByName; differs: in order of relevance, no wildcards, indexed.
@@ -281,7 +287,7 @@ class Entities(Store):
                 where no type is given.
 
         Raises:
-            ArgumentError: Neither a filter nor a limit is given.
+            ArgumentError: Neither a filter nor a limit is given, or `agent_id` is another one.
 
         Statement: sql/entities.sql query_entities. One round trip. Source: queryEntities; differs: every filter
         filters, and the order is total.

@@ -79,6 +79,9 @@ class Goals(Store):
             limit: Another name of `count`.
             offset: Leave out so many of the oldest.
 
+        Raises:
+            ArgumentError: `count` and `limit` differ, or a value does not fit; nothing was sent.
+
         Statement: sql/goals.sql get_goals, get_goals_of_room or get_goals_of_entity. One round trip. Source: getGoals;
         differs: only this agent's, whose goals in every room come without a room_id.
         """
@@ -123,6 +126,7 @@ class Goals(Store):
 
         Raises:
             NotFoundError: A goal does not exist; names it. Nothing was changed.
+            As `update_goal`; errors of a goal name its position.
 
         Statement: sql/goals.sql update_goals. One round trip a chunk.
         """

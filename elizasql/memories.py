@@ -145,7 +145,7 @@ class Memories(Store):
     """Remember, recall, change and forget.
 
     Methods that create, list, count or search take `table_name`, the type of memory, such as "messages", "facts" or
-    "documents"; at most 1,024 bytes.
+    "documents"; not empty, at most 1,024 bytes, and where `config.memory_types` is set one of these.
 
     Where an adapter does not know yet that the agent has the width of an embedding, as when another adapter has locked
     it since, a call with one asks first: one round trip more.
@@ -428,6 +428,7 @@ class Memories(Store):
 
         Raises:
             NotFoundError: A memory does not exist; names it. Nothing was changed.
+            As `update_memory`; errors of a memory name its position.
 
         Statement: sql/memories.sql update_memories. One round trip a chunk. Source: updateMemories.
         """
@@ -480,6 +481,9 @@ class Memories(Store):
         self, room_id: UUID | str | Iterable[UUID | str], table_name: str, *, timeout: float | None = None
     ) -> int:
         """Delete every memory of a type in a room or in several, and the fragments of documents; give how many went.
+
+        Raises:
+            ArgumentError: `table_name` or an id does not fit; nothing was sent.
 
         Statement: sql/memories.sql delete_all_memories. Source: deleteAllMemories; differs: this agent's only.
         """
@@ -584,7 +588,8 @@ class Memories(Store):
             include_embedding: Fill `embedding`.
 
         Raises:
-            ArgumentError: A value does not fit; nothing was sent.
+            ArgumentError: `cursor` and `offset` are both given, `count` and `limit` differ, `agent_id` is another one,
+                or a value does not fit; nothing was sent.
 
         Statement: sql/memories.sql get_memories, get_memories_of_room, _of_entity or _of_world. One round trip.
         Source: getMemories; differs: every filter filters, the embedding comes only when asked for.
@@ -631,6 +636,9 @@ class Memories(Store):
             table_name: Only of this type; None: of any.
             include_embedding: Fill `embedding`.
 
+        Raises:
+            As `get_memories`.
+
         Statement: sql/memories.sql get_memories_by_ids. One round trip. Source: getMemoriesByIds.
         """
         ids = _codecs.as_ids(memory_ids, "memory_ids")
@@ -655,6 +663,9 @@ class Memories(Store):
         Args:
             room_ids: The rooms; none give no memories.
             table_name, count, limit, include_embedding: As in `get_memories`.
+
+        Raises:
+            As `get_memories`.
 
         Statement: sql/memories.sql get_memories_by_room_ids. One round trip. Source: getMemoriesByRoomIds.
         """
@@ -686,7 +697,7 @@ class Memories(Store):
             count, limit, include_embedding: As in `get_memories`.
 
         Raises:
-            ArgumentError: Neither `world_id` nor `world_ids` is given, or both.
+            ArgumentError: Neither `world_id` nor `world_ids` is given, or both; or as `get_memories`.
 
         Statement: sql/memories.sql get_memories_by_world_id. One round trip. Source: getMemoriesByWorldId; differs:
         the memory's own `world_id` counts, too.
@@ -728,6 +739,10 @@ class Memories(Store):
             table_name: The type; default "messages".
             room_ids: Only of these rooms, instead of `room_id`.
             entity_id, world_id, agent_id, start, end, metadata, text_contains: As in `get_memories`.
+
+        Raises:
+            ArgumentError: `room_id` and `room_ids` are both given, `agent_id` is another one, or a value does not fit;
+                nothing was sent.
 
         Statement: sql/memories.sql count_memories, count_memories_of_rooms, _of_entity or _of_world. One round trip.
         Source: countMemories; differs: `unique` is False by default in every form, so that it agrees with get_memories.
@@ -798,6 +813,8 @@ class Memories(Store):
             Memories with `similarity`; [] for an agent that has no width yet, or that does not exist.
 
         Raises:
+            ArgumentError: `count` and `limit` differ, `ef_search` is given beside `recall="exact"`, or a value does not
+                fit; nothing was sent.
             EmbeddingError: Not a vector that can be compared; nothing was sent.
             EmbeddingDimensionError: The agent is locked to another width.
 
@@ -905,6 +922,9 @@ class Memories(Store):
     ) -> list[Memory]:
         """Find the memories nearest in meaning: `search_memories` with the embedding in front.
 
+        Raises:
+            As `search_memories`.
+
         Source: searchMemoriesByEmbedding.
         """
         return await self.search_memories(
@@ -948,6 +968,10 @@ class Memories(Store):
 
         Returns:
             `{"embedding": float32[dimension], "levenshtein_score": int}`, nearest first; equal ones ordered by id.
+
+        Raises:
+            ArgumentError: `query_field_name` is neither "content" nor "metadata", `query_field_sub_name` is empty, or a
+                value does not fit; nothing was sent.
 
         Statement: sql/memories.sql get_cached_embeddings, _by_content or _by_metadata. One round trip; a second one,
         get_cached_vectors, when more than 256 texts have about the length. Source: getCachedEmbeddings; differs: texts

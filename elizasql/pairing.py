@@ -34,6 +34,9 @@ class Pairing(Store):
         Args:
             queries: Channels, or mappings with `channel` and, when given, `agentId`.
 
+        Raises:
+            ArgumentError: A query is about another agent, or does not fit; names its position.
+
         Statement: sql/pairing.sql get_pairing_requests. One round trip. Source: getPairingRequests; differs: lists of
         requests instead of objects around them.
         """
@@ -134,6 +137,9 @@ class Pairing(Store):
     ) -> list[PairingAllowlistEntry]:
         """Get who may write to the agent on a channel, oldest entry first.
 
+        Raises:
+            ArgumentError: `agent_id` is another one, or a value does not fit.
+
         Statement: sql/pairing.sql get_pairing_allowlists. Source: getPairingAllowlist.
         """
         return (await self.get_pairing_allowlists([{"channel": channel, "agent_id": agent_id}]))[0]
@@ -145,6 +151,9 @@ class Pairing(Store):
 
         Args:
             queries: Channels, or mappings with `channel` and, when given, `agentId`.
+
+        Raises:
+            ArgumentError: A query is about another agent, or does not fit; names its position.
 
         Statement: sql/pairing.sql get_pairing_allowlists. One round trip. Source: getPairingAllowlists; differs: lists
         of entries instead of objects around them.

@@ -105,6 +105,9 @@ class Participants(Store):
         Args:
             participants: (entity_id, room_id), or mappings with `entityId` and `roomId`.
 
+        Raises:
+            ArgumentError: Names the position of the pair that is wrong.
+
         Statement: sql/participants.sql delete_participants. One round trip. Source: deleteParticipants; differs: does
         not stop at the first pair that was no membership.
         """
@@ -217,6 +220,9 @@ class Participants(Store):
         Args:
             pairs: (entity_id, room_id), or mappings with `entityId` and `roomId`.
 
+        Raises:
+            ArgumentError: Names the position of the pair that is wrong.
+
         Statement: sql/participants.sql are_room_participants. One round trip. Source: areRoomParticipants.
         """
         given = await self._read_memberships(pairs)
@@ -249,6 +255,9 @@ class Participants(Store):
 
         Args:
             pairs: (entity_id, room_id), or mappings with `entityId` and `roomId`.
+
+        Raises:
+            ArgumentError: Names the position of the pair that is wrong.
 
         Statement: sql/participants.sql get_participant_user_states. One round trip. Source: getParticipantUserStates.
         """

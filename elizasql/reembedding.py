@@ -170,6 +170,7 @@ class Reembedding(Store):
             timeout: Seconds for the whole of it; None: an hour.
 
         Raises:
+            ArgumentError: It is called in a transaction.
             NotFoundError: The agent does not exist.
 
         Statement: sql/reembeddings.sql abandon_reembedding, drop_leaving_embeddings. Source: none, ours.

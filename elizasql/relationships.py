@@ -208,6 +208,9 @@ class Relationships(Store):
         Args:
             pairs: Source and target: mappings with `sourceEntityId` and `targetEntityId`, or tuples.
 
+        Raises:
+            ArgumentError: Names the position of the pair that is wrong.
+
         Statement: sql/relationships.sql get_relationships_by_pairs. One round trip. Source: getRelationshipsByPairs.
         """
         wanted = await read_each(pairs, "pair", _read_pair, names="pairs")

@@ -114,6 +114,10 @@ class Tasks(Store):
             limit: Another name of `count`.
             offset: Leave out so many of the oldest.
 
+        Raises:
+            ArgumentError: One of `agent_ids` is another one, `count` and `limit` differ, or a value does not fit;
+                nothing was sent.
+
         Statement: sql/tasks.sql get_tasks, get_tasks_by_tags, get_tasks_of_room, get_tasks_of_entity or
         get_tasks_of_world. One round trip. Source: getTasks; differs: the entity filters, in a fixed order.
         """
@@ -148,6 +152,9 @@ class Tasks(Store):
         Args:
             name: Exactly this.
             count, limit, offset: As in `get_tasks`.
+
+        Raises:
+            ArgumentError: `count` and `limit` differ, or a value does not fit; nothing was sent.
 
         Statement: sql/tasks.sql get_tasks_by_name. One round trip. Source: getTasksByName; differs: in a fixed order.
         """

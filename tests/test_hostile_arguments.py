@@ -22,7 +22,17 @@ from uuid import UUID
 import numpy as np
 import pytest
 
-from elizasql import Config, ConfigurationError, DatabaseAdapter, ElizaSQLError, Model, _codecs, elizaos, models
+from elizasql import (
+    ArgumentError,
+    Config,
+    ConfigurationError,
+    DatabaseAdapter,
+    ElizaSQLError,
+    Model,
+    _codecs,
+    elizaos,
+    models,
+)
 from elizasql._statements import Statement
 
 from .conftest import MakeAdapter
@@ -393,6 +403,110 @@ async def test_what_a_call_raises_is_documented(make_db: MakeAdapter, there: boo
                 raise ZeroDivisionError
     assert not hidden, "\n".join(hidden)
     assert raised >= ({"NotFoundError", "ForeignKeyError"} if there else {"ForeignKeyError"})
+
+
+# What makes a row of each model that has the id of all arguments that fit, each after what it points at.
+CREATED_BY = {
+    "agent": "create_agent",
+    "world": "create_world",
+    "room": "create_room",
+    "entity": "create_entity",
+    "component": "create_component",
+    "relationship": "create_relationship",
+    "memory": "create_memory",
+    "task": "create_task",
+    "log": "log",
+    "goal": "create_goal",
+    "server": "create_message_server",
+    "channel": "create_channel",
+    "message": "create_message",
+    "request": "create_pairing_request",
+    "entry": "create_pairing_allowlist_entry",
+}
+
+
+def dangling(method: str) -> Iterator[dict[str, Any]]:
+    """Give arguments that fit; and with each field of a model that may point at something pointing at nothing."""
+    given = good(method)
+    yield given
+    for name in given:
+        kind, row = model_of(method, name) or (Model, {})
+        for field in dataclasses.fields(kind):
+            if field.name.endswith("_id") and field.name != "agent_id" and "UUID" in str(field.type):
+                changed = row | {field.name: UUID(int=8)}
+                yield given | {name: changed if is_single(name) else [changed]}
+
+
+async def test_what_a_call_raises_about_rows_that_are_there_is_documented(db: DatabaseAdapter) -> None:
+    """Arguments that fit, about what exists, and with references to what does not."""
+    hidden, raised = set(), set()
+    with suppress(ZeroDivisionError):
+        async with db.transaction() as outer:
+            for model, create in CREATED_BY.items():
+                await getattr(outer, create)(MODELS[model][1] | {"id": ID})
+            await outer.add_participant(ID, ID)
+            for method in (name for names in methods().values() for name in names if name not in NOT_UNDONE):
+                for arguments in dangling(method):
+                    with suppress(ZeroDivisionError):
+                        async with outer.transaction() as tx:
+                            try:
+                                await getattr(tx, method)(**arguments)
+                            except ElizaSQLError as error:
+                                raised.add((method, type(error).__name__))
+                                if type(error).__name__ not in documented(method):
+                                    hidden.add(f"{method}: {type(error).__name__}: {error}")
+                            raise ZeroDivisionError
+            raise ZeroDivisionError
+    assert not hidden, "\n".join(sorted(hidden))
+    for kind in ("memories", "rooms", "components", "goals"):
+        assert (f"update_{kind}", "ForeignKeyError") in raised
+
+
+# Arguments of a right type that break a rule of the method, wherever one takes them.
+OTHER_AGENT = UUID(int=9)
+BROKEN: list[dict[str, Any]] = [
+    {"count": 1, "limit": 2},
+    {"agent_id": OTHER_AGENT},
+    {"agent_ids": [OTHER_AGENT]},
+    {"room_id": ID, "room_ids": [ID]},
+    {"entity_id": ID, "entity_ids": [ID]},
+    {"world_id": ID, "world_ids": [ID]},
+    {"cursor": (datetime.min.replace(tzinfo=timezone.utc), ID), "offset": 1},
+    {"table_name": "x" * 1025},
+    {"query_table_name": ""},
+    {"query_field_name": "text"},
+    {"recall": "exact", "ef_search": 9},
+    {"status": "LOST"},
+    {"state": "LOST"},
+    {"pairs": [(ID, ID), {"entity_id": ID}]},
+    {"participants": [(ID, ID), {"entity_id": ID}]},
+    {"queries": [{"channel": "x", "agent_id": OTHER_AGENT}]},
+    {"older_than": None, "keep": None},
+]
+
+
+async def test_the_rules_of_a_method_are_documented(db: DatabaseAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def send(*_: object, **__: object) -> NoReturn:
+        raise Sent
+
+    hidden, broken = set(), 0
+    with monkeypatch.context() as patch:
+        for executor in (db._executor, db._background):
+            patch.setattr(executor, "_attempts", send)
+        for method in (name for names in methods().values() for name in names):
+            taken = {parameter.name for parameter in parameters(method)}
+            for rule in BROKEN:
+                if rule.keys() <= taken:
+                    try:
+                        await getattr(db, method)(**good(method) | rule)
+                    except Sent:
+                        continue  # it has no such rule
+                    except ArgumentError as error:
+                        broken += 1
+                        if "ArgumentError" not in documented(method):
+                            hidden.add(f"{method}: {error}")
+    assert broken > 40
+    assert not hidden, "\n".join(sorted(hidden))
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Config)])

@@ -15,6 +15,7 @@ from elizasql import CheckError, DatabaseAdapter, ForeignKeyError, UniqueViolati
 from elizasql import memories as _memories
 
 from .conftest import MakeAdapter, Scene, make_scene
+from .test_hostile_arguments import documented
 
 MANY, AT = 1000, 517
 VECTORS = np.random.default_rng(11).normal(size=(8, 384)).astype(np.float32)
@@ -52,6 +53,14 @@ CASES = [
     for verb in verbs.split()
     for field in fields.split()
 ]
+
+
+# Where what all rows point at can be missing, the agent or the channel, and no row is worse than another.
+ALL_ALIKE = {
+    "add_channel_participants",
+    *("create_worlds", "upsert_worlds", "create_entities", "upsert_entities", "create_tasks", "set_caches"),
+    *("create_pairing_requests", "create_pairing_allowlist_entries"),
+}
 
 
 async def fill(db: DatabaseAdapter, kind: str, scene: Scene) -> list[dict[str, Any]]:
@@ -99,6 +108,24 @@ async def test_the_entity_that_is_not_there_is_named(db: DatabaseAdapter, agent_
         await getattr(db, method)(entities, agent_world.room)
     with pytest.raises(ForeignKeyError, match=r"^\w+participants: .*A room is made by"):
         await getattr(db, method)([agent_world.entity], GONE)
+
+
+def test_every_batch_method_that_can_meet_one_is_tried() -> None:
+    tried = {method for method, _ in CASES} | {"add_participants_room", "create_room_participants"}
+    plural = {
+        name
+        for name in dir(DatabaseAdapter)
+        if name.startswith(("create_", "upsert_", "update_", "load_", "set_", "add_"))
+        and any(annotation.startswith("Iterable[") for annotation in given_types(name))
+        and "ForeignKeyError" in documented(name)
+    }
+    assert plural == tried | ALL_ALIKE
+
+
+def given_types(name: str) -> list[str]:
+    """Give the types of what a method takes, without what stands beside the rows."""
+    types: dict[str, str] = getattr(DatabaseAdapter, name).__annotations__
+    return [each for key, each in types.items() if key not in ("participant_ids", "return")]
 
 
 @pytest.mark.parametrize("alike", [False, True], ids=["in one statement", "looked up before"])
