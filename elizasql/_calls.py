@@ -72,6 +72,13 @@ def current_deadline(default: float, meter: Meter | None = None) -> float:
     return min(running.deadline, time.monotonic() + default)
 
 
+def count_replaced_text() -> None:
+    """Count a text of which a part cannot be stored, for the adapter whose method it was given to."""
+    running = _current_call()
+    if running is not None and running.meter is not None:
+        running.meter.replaced_texts += 1
+
+
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
     """Give what runs in the block so many seconds, and never more than the running call has left."""
@@ -241,6 +248,7 @@ class Meter:
 
     Attributes:
         retries: Tries that were made again, of all methods.
+        replaced_texts: Texts of which a part cannot be stored, and was replaced.
     """
 
     def __init__(
@@ -250,6 +258,7 @@ class Meter:
         self._observe = observe
         self._methods: dict[str, _Method] = {}
         self.retries = 0
+        self.replaced_texts = 0
 
     def record(
         self, name: str, started: float, seconds: float, error: BaseException | None, *, may_last: bool = False

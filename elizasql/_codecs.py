@@ -6,7 +6,7 @@ Everything is checked and encoded here, before a connection is taken, so that ba
 Text follows one policy wherever it is stored, in a text column or anywhere inside JSON, keys included: PostgreSQL can
 hold every character but U+0000 and unpaired surrogates. A surrogate pair is joined to the character that it stands for;
 U+0000 and an unpaired surrogate become U+FFFD, one for one; nothing else is altered. Of keys that become one, the last
-counts.
+counts. How many texts this has altered, the adapter's `stats` tell.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import numpy as np
 import orjson
 from pgvector import HalfVector, Vector
 
+from ._calls import count_replaced_text
 from ._statements import SQL
 from .errors import ArgumentError, EmbeddingError, show
 from .types import DIMENSIONS
@@ -79,7 +80,10 @@ def clean_text(text: str) -> str:
         return text
     # UTF-16 joins the pairs of surrogates; what is left of them is unpaired and becomes U+FFFD.
     paired = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return paired.replace("\x00", "\ufffd")
+    clean = paired.replace("\x00", "\ufffd")
+    if clean.count("\ufffd") > text.count("\ufffd"):
+        count_replaced_text()
+    return clean
 
 
 def as_text(value: object, name: str, *, empty: bool = True) -> str:

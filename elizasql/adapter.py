@@ -163,11 +163,13 @@ class DatabaseAdapter(
 
         Returns:
             `methods`: of each public method that was called its `count`, `errors` by type, `mean`, `p50`, `p95`, `p99`
-            and `longest` in seconds; `retries`: tries that were made again; `unindexed`: vectors of the agent that are
-            not in the HNSW index yet; `indexing`: `failures` in a row of the background's looks at them, and the last
-            `error`; `resident`: searches that memories in the process answered (`hits`, of these `checks` with nothing
-            to fetch) or left to the database (`misses`), what was merged and loaded, and the `vectors` and `bytes`
-            held; and `breaker`, `pool` and `background` as in `health`.
+            and `longest` in seconds; `retries`: tries that were made again; `replaced_texts`: texts given to methods,
+            also as keys of JSON, in which U+0000 or an unpaired surrogate, which PostgreSQL cannot store, became
+            U+FFFD; `unindexed`: vectors of the agent that are not in the HNSW index yet; `indexing`: `failures` in a
+            row of the background's looks at them, and the last `error`; `resident`: searches that memories in the
+            process answered (`hits`, of these `checks` with nothing to fetch) or left to the database (`misses`), what
+            was merged and loaded, and the `vectors` and `bytes` held; and `breaker`, `pool` and `background` as in
+            `health`.
 
         Statement: sql/embeddings.sql count_unindexed_embeddings. One round trip.
         """
@@ -175,6 +177,7 @@ class DatabaseAdapter(
         return {
             "methods": self._meter.snapshot(),
             "retries": self._meter.retries,
+            "replaced_texts": self._meter.replaced_texts,
             "unindexed": unindexed,
             "indexing": {"failures": self._indexer.failures, "error": self._indexer.error},
             "resident": self._resident.snapshot(),

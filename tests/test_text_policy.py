@@ -99,6 +99,28 @@ def test_what_cannot_be_stored_becomes_the_replacement_character(name: str) -> N
     assert _codecs.clean_text(clean) is clean, "text that can be stored is left alone, not copied"
 
 
+async def test_the_texts_that_were_altered_are_counted(db: DatabaseAdapter, make_db: MakeAdapter) -> None:
+    async def count() -> int:
+        found: int = (await db.stats())["replaced_texts"]
+        return found
+
+    assert await count() == 0
+    harmless = [name for name, text in TEXTS.items() if policy(text).count(REPLACEMENT) == text.count(REPLACEMENT)]
+    assert {"a pair", "astral", "escapes that are only text", "the replacement character itself"} <= {*harmless}
+    await db.create_memory({"content": {TEXTS[name]: TEXTS[name] for name in harmless}}, "messages")
+    assert await count() == 0
+    altered = [text for name, text in TEXTS.items() if name not in harmless]
+    for number, text in enumerate(altered, 1):
+        await db.create_memory({"content": {"text": text, "n": ["x"]}}, "messages")
+        assert await count() == number
+    await db.create_memories([{"content": {}}, {"content": {"a\x00": "b\ud800"}, "metadata": {"c": "\x00"}}], "facts")
+    assert await count() == len(altered) + 3
+    await db.load_memories([{"content": {"text": "\ude00"}}], "facts")
+    await db.create_room({"source": "a\x00", "type": "b", "metadata": {"c": "d\x00"}})
+    assert await count() == len(altered) + 6
+    assert (await (await make_db(db.agent_id)).stats())["replaced_texts"] == 0, "of another adapter"
+
+
 ANY_TEXT = st.text(st.characters() | st.sampled_from("\x00\ud800\udbff\udc00\udfff\ud83d\ude00\ufffd\\u0"))
 ANY_JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | ANY_TEXT,
