@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.peers import tables
 from benchmarks.peers.suite import CALLERS, last_run
-from benchmarks.report import FOLDER, JUDGED, Report, keep, percentile
+from benchmarks.report import FOLDER, Report, keep, percentile
 
 Results = dict[str, Any]
 
@@ -392,7 +392,7 @@ def _table(header: list[str], rows: list[list[Any]]) -> str:
 
 def _told(results: Results, before: Results | None) -> Report:
     """Give what the peers' results say."""
-    report = Report(judged=results["setup"]["rows"] >= JUDGED)
+    report = Report(size=results["setup"]["rows"])
     tables.fill(report, results, before)
     return report
 

@@ -87,7 +87,10 @@ def generate(rows: int, queries: int = QUERIES, seed: int = 7, width: int = WIDT
     spread = ((1.0 + axis) ** -0.175 * np.exp(-axis / 260)).astype(np.float32)
 
     def directions(count: int) -> Floats:
-        return _unit(rng.standard_normal((count, width), dtype=np.float32) * spread)
+        made = np.empty((count, width), np.float32)
+        for some in _parts(count):  # a part at a time: a million are 1.5 GB
+            made[some] = _unit(rng.standard_normal((some.stop - some.start, width), dtype=np.float32) * spread)
+        return made
 
     total = rows + queries
     growth = max(1.0, total / 101_000)
@@ -95,20 +98,25 @@ def generate(rows: int, queries: int = QUERIES, seed: int = 7, width: int = WIDT
     topics = np.sort(rng.choice(45, total, p=weights / weights.sum()))
     group = topics
     shares = {0: 0.06, 45: 0.09, 1000: 0.10, 100: 0.13, 10: 0.16, 2: 0.13}
-    vectors = directions(total) * np.float32((1 - sum(shares.values())) ** 0.5)
+    vectors = directions(total)
+    vectors *= np.float32((1 - sum(shares.values())) ** 0.5)
     for size, share in shares.items():
         if size == 0:
-            common = directions(1)
+            vectors += directions(1) * np.float32(share**0.5)
         else:
             if size != 45:
                 # Split each group into groups of about `size`, the first ones smaller.
                 parts = np.ceil(np.bincount(group)[group] / (size * growth))
                 part = (rng.random(total) ** 1.5 * parts).astype(np.int64)
                 group = np.unique(group * total + part, return_inverse=True)[1]
-            common = directions(int(group.max()) + 1)[group]
-        vectors += common * np.float32(share**0.5)
+            common = directions(int(group.max()) + 1)
+            for some in _parts(total):
+                vectors[some] += common[group[some]] * np.float32(share**0.5)
+            del common
+    for some in _parts(total):
+        vectors[some] = _unit(vectors[some])
     order = rng.permutation(total)
-    vectors, topics = _unit(vectors)[order], topics[order]
+    vectors, topics = vectors[order], topics[order]
     return Data(
         source="generated clusters",
         vectors=vectors[:rows],
@@ -116,6 +124,10 @@ def generate(rows: int, queries: int = QUERIES, seed: int = 7, width: int = WIDT
         queries=vectors[rows:],
         query_topics=topics[rows:],
     )
+
+
+def _parts(count: int, size: int = 10_000) -> list[slice]:
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _unit(vectors: NDArray[Any]) -> Floats:

@@ -19,12 +19,12 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 Call = Callable[[int], Awaitable[Any]]
 
 FOLDER = Path(__file__).parents[1] / ".benchmarks"
-# Memories from which on the goals are judged.
+# Memories of which a goal speaks that names no other number.
 JUDGED = 100_000
 # Parts of a run, one after the other, in which a ratio is looked at once more: so its spread tells how steady it was.
 STRETCHES = 5
@@ -200,6 +200,26 @@ def micro(seconds: float) -> str:
     return f"{seconds * 1e6:,.0f}"
 
 
+class Goal(NamedTuple):
+    """What is to be reached, and what was measured.
+
+    Attributes:
+        what: Its name; what stands in brackets at the end may be another in each run.
+        measured: As it is shown.
+        goal: As it is shown.
+        met: None: it could not be measured.
+        size: Memories with which it was measured; None: as many as the run has.
+        of: Memories of which the goal speaks; 0: of no number.
+    """
+
+    what: str
+    measured: str
+    goal: str
+    met: bool | None
+    size: int | None = None
+    of: int = JUDGED
+
+
 @dataclass
 class Report:
     """What a run has found, as tables; printed at its end and kept as JSON.
@@ -207,13 +227,15 @@ class Report:
     Attributes:
         setup: On what it was found.
         tables, goals: What.
-        judged: Whether the sizes are those of which the goals speak.
+        size: Memories of the run.
+        judged: Whether enough was measured to judge at all; a quick run has a call or two of each.
         before: What the last run measured for each goal.
     """
 
     setup: dict[str, Any] = field(default_factory=dict)
     tables: list[dict[str, Any]] = field(default_factory=list)
     goals: list[dict[str, Any]] = field(default_factory=list)
+    size: int = JUDGED
     judged: bool = True
     before: dict[str, str] = field(default_factory=dict)
 
@@ -221,10 +243,17 @@ class Report:
         """Add a table."""
         self.tables.append({"title": title, "header": list(header), "rows": [list(row) for row in rows]})
 
-    def goal(self, what: str, measured: str, goal: str, met: bool | None) -> None:
-        """Add a line to the summary. Small sizes are not judged; `met` is None for what could not be measured."""
+    def goal(
+        self, what: str, measured: str, goal: str, met: bool | None, size: int | None = None, of: int = JUDGED
+    ) -> None:
+        """Add a line to the summary, see Goal. What was measured with fewer memories than that is not judged."""
+        size = self.size if size is None else size
         last = self.before.get(named(what), "")
-        verdict = {True: "yes", False: "NO", None: "not measured"}[met] if self.judged else "not judged: small sizes"
+        verdict = {True: "yes", False: "NO", None: "not measured"}[met]
+        if met is not None and size < of:
+            verdict = f"not judged: {size:,} of {of:,}"
+        elif met is not None and not self.judged:
+            verdict = "not judged: a quick run"
         self.goals.append({"what": what, "measured": measured, "last run": last, "goal": goal, "met": verdict})
 
     def text(self) -> str:

@@ -23,6 +23,8 @@ from elizasql import DatabaseAdapter, Entity, Memory, Room
 pytestmark = pytest.mark.benchmark(timer=played_back, group="load")
 
 _STEP = 5000
+# The goals of a load and of growth speak of so many.
+_MILLION = 1_000_000
 
 
 @asynccontextmanager
@@ -121,9 +123,10 @@ def test_load_memories(benchmark: Any, run: Run, folder: Path, vectors: data.Dat
     )
     rates = sorted(size / seconds for seconds in whole["load_memories"])
     measured = f"{size / after:,.0f} rows/s ({rates[0]:,.0f}-{rates[-1]:,.0f})"
-    report.goal("load_memories, index and all", measured, "≥ 4,000 rows/s", size / after >= 4_000)
-    measured = comparison.times(comparison.first, "load_memories")
-    report.goal("load_memories over create_memories", measured, "≥ 1 x", before >= after)
+    what = f"load_memories of {size:,} into a new agent, index and all"
+    report.goal(what, measured, "≥ 4,000 rows/s", size / after >= 4_000, size, _MILLION)
+    what, measured = f"load_memories of {size:,} over create_memories", comparison.times("load_memories")
+    report.goal(what, measured, "≤ 1 x", after <= before, size, 50_000)
 
 
 def test_growth(benchmark: Any, run: Run, folder: Path, report: Report) -> None:
@@ -139,6 +142,7 @@ def test_growth(benchmark: Any, run: Run, folder: Path, report: Report) -> None:
     memories = _memories(given.vectors, room, entity)
     comparisons: dict[int, Comparison] = {}
     rows: list[list[str]] = []
+    loading = 0.0
 
     async def prepare(dsn: str) -> None:
         async with _opened(dsn, agent) as db:
@@ -181,6 +185,7 @@ def test_growth(benchmark: Any, run: Run, folder: Path, report: Report) -> None:
             if not before:
                 run(prepare(dsn))
             stored, taken = run(load(dsn, size - before))
+        loading += taken
         with served(run, place) as dsn:
             comparison, recalls = run(search(dsn, size))
         comparisons[size] = comparison
@@ -199,10 +204,14 @@ def test_growth(benchmark: Any, run: Run, folder: Path, report: Report) -> None:
     header += ["ef_search twice: recall@10", "p50 us"]
     report.table(f"Growth of one agent by load_memories, {given.source}, 384 dimensions", header, rows)
     record(benchmark, comparisons[sizes[-1]], "search")
+    # An index for each step: somewhat harder than one load of as many.
+    rate, steps_taken = sizes[-1] / loading, f"{len(sizes)} step{'s' * (len(sizes) > 1)}"
+    what = f"load_memories of {sizes[-1]:,} into one agent in {steps_taken}, index and all"
+    report.goal(what, f"{rate:,.0f} rows/s", "≥ 4,000 rows/s", rate >= 4_000, sizes[-1], _MILLION)
     if len(sizes) > 1:
         small, large = (comparisons[size] for size in (sizes[0], sizes[-1]))
         growth = large.median("search") / small.median("search")
         # The two were measured apart: any stretch of the one against any of the other.
         parts = [b / a for a in small.stretches("search") for b in large.stretches("search")]
         what = f"growth of one agent, {sizes[0]:,} to {sizes[-1]:,}"
-        report.goal(what, with_spread(growth, parts), "≤ 2.5 x", growth <= 2.5)
+        report.goal(what, with_spread(growth, parts), "≤ 2.5 x", growth <= 2.5, sizes[-1], _MILLION)

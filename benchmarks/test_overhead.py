@@ -168,6 +168,8 @@ def test_open(benchmark: Any, run: Run, report: Report, vectors: data.Data) -> N
         shutil.rmtree(folder, ignore_errors=True)
     record(benchmark, Comparison({"later": later}), "later")
     benchmark.extra_info["first"] = first
-    report.goal("first open of an empty data directory to the first answer", f"{first:.2f} s", "≤ 5 s", first <= 5)
+    report.goal(
+        "first open of an empty data directory to the first answer", f"{first:.2f} s", "≤ 5 s", first <= 5, of=0
+    )
     worst = max(later)
-    report.goal("later opens to the first answer, the slowest", f"{worst:.2f} s", "≤ 1 s", worst <= 1)
+    report.goal("later opens to the first answer, the slowest", f"{worst:.2f} s", "≤ 1 s", worst <= 1, of=0)

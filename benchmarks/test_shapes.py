@@ -34,8 +34,11 @@ from elizasql import DatabaseAdapter, Memory, _embedded
 
 pytestmark = pytest.mark.benchmark(timer=played_back, group="shapes")
 
-# Memories of an agent here; an index of 3,072 dimensions is built at some hundred rows a second.
+# Memories of an agent here, and those of which goals speak that name no other number.
 SIZE = int(os.environ.get("ELIZASQL_BENCH_SHAPES") or max(ROWS // 10, 200))
+JUDGED = 10_000
+# Memories of each width; an index of 3,072 dimensions is built at some hundred rows a second.
+WIDE = int(os.environ.get("ELIZASQL_BENCH_WIDE") or SIZE)
 WIDTHS = (384, 768, 1536, 3072)
 
 
@@ -55,6 +58,7 @@ async def _agents(dsn: str, vectors: data.Data, name: str, agents: int = 1) -> A
     """Load agents, index what they have, and delete them at the end."""
     async with AsyncExitStack() as stack:
         stored = [await load_agent(dsn, vectors, stack, number, agents, name=name) for number in range(agents)]
+        del vectors  # each has a copy of its own
         for agent in stored:
             stack.push_async_callback(agent.db.delete_agent, agent.db.agent_id)
         await stored[0].db.index_memories(rebuild=True)
@@ -101,10 +105,11 @@ def test_widths(benchmark: Any, run: Run, dsn: str, report: Report) -> None:
             found: dict[int, dict[int, list[Memory]]] = {}
             variants: dict[str, Call] = {}
             for width in WIDTHS:
-                made = data.generate(SIZE, sized(200, 5), width=width)
+                made = data.generate(WIDE, sized(200, 5), width=width)
                 (agent,) = await stack.enter_async_context(_agents(dsn, made, f"of {width}"))
-                stored[width], asked[width], found[width] = agent, made.queries, {}
-                variants[str(width)] = _search(agent, made.queries, found[width])
+                stored[width], asked[width], found[width] = agent, made.queries.copy(), {}
+                variants[str(width)] = _search(agent, asked[width], found[width])
+                del made  # 1.2 GB of 100,000 of the widest; the agent's own are a copy
             # The first is what the others are compared with: the goal speaks of 768.
             variants = {name: variants[name] for name in ("768", "384", "1536", "3072")}
             comparison = await interleave(variants, sized(200, 3), warmup=sized(20, 1))
@@ -118,15 +123,15 @@ def test_widths(benchmark: Any, run: Run, dsn: str, report: Report) -> None:
                     name = str(width)
                     rows.append(
                         [
-                            *(name, f"{SIZE:,}", f"{recall:.4f}", micro(comparison.median(name))),
+                            *(name, f"{WIDE:,}", f"{recall:.4f}", micro(comparison.median(name))),
                             *(micro(comparison.p95(name)), f"{comparison.ratio(name):.2f}", f"{bytes_each:,.0f}"),
                         ]
                     )
                     if width == 3072:
                         ratio = comparison.ratio(name)
-                        what = f"3,072 dimensions, {SIZE:,} memories"
-                        report.goal(f"{what}: recall@10", f"{recall:.4f}", "≥ 0.98", recall >= 0.98)
-                        report.goal(f"{what}: p50 over that of 768", comparison.times(name), "≤ 3 x", ratio <= 3)
+                        what, times = f"3,072 dimensions, {WIDE:,} memories", comparison.times(name)
+                        report.goal(f"{what}: recall@10", f"{recall:.4f}", "≥ 0.98", recall >= 0.98, size=WIDE)
+                        report.goal(f"{what}: p50 over that of 768", times, "≤ 3 x", ratio <= 3, size=WIDE)
             return comparison
 
     comparison = run(measure())
@@ -270,7 +275,7 @@ def test_while_others_write(
         ratio = percentile(slowest, 0.95) / idle
         parts = [percentile(part, 0.95) / idle for part in in_stretches(slowest)]
         what = f"search p95 while a load and the indexer run in {where}, over idle, resident={resident}"
-        report.goal(what, with_spread(ratio, parts), "≤ 3 x", ratio <= 3)
+        report.goal(what, with_spread(ratio, parts), "≤ 3 x", ratio <= 3, size=SIZE, of=JUDGED)
     busy = {"search": [each for what, (_, times) in taken.items() if what != "idle" for each in times]}
     record(benchmark, Comparison(busy), "search")
 

@@ -145,6 +145,39 @@ def test_the_page_judges_no_small_run() -> None:
     assert "not judged" in small
 
 
+def test_a_goal_is_judged_only_where_as_many_memories_were_measured_as_it_speaks_of() -> None:
+    report = Report(size=100_000)
+    report.goal("search", "1.2 x", "≤ 3 x", True)
+    report.goal("growth to a million", "2.1 x", "≤ 2.5 x", True, of=1_000_000)
+    report.goal("3,072 dimensions", "0.97", "≥ 0.98", False, size=10_000)
+    report.goal("while others write", "9.0 x", "≤ 3 x", False, size=10_000, of=10_000)
+    report.goal("pgbench", "not measured", "≤ 1.15 x", None, size=10_000)
+    verdicts = ["yes", "not judged: 100,000 of 1,000,000", "not judged: 10,000 of 100,000", "NO", "not measured"]
+    assert [goal["met"] for goal in report.goals] == verdicts
+    assert [goal["measured"] for goal in report.goals] == ["1.2 x", "2.1 x", "0.97", "9.0 x", "not measured"]
+    quick = Report(size=2_000, judged=False)
+    quick.goal("to the first answer", "1 s", "≤ 5 s", True, of=0)
+    assert quick.goals[0]["met"] == "not judged: a quick run"
+
+
+def test_the_growth_of_the_peers_begins_at_ten_thousand() -> None:
+    given = results(100_000)
+    given["growth"] = [
+        {"rows": rows, "peers": {"elizasql": {"p50": p50, "recall": 1.0}}}
+        for rows, p50 in ((1_000, 0.001), (10_000, 0.002), (100_000, 0.003), (1_000_000, 0.004))
+    ]
+
+    def growth() -> tuple[str, bool | None, str]:
+        (goal,) = [each for each in tables.goals(given) if each.what.startswith("growth of one agent, elizasql,")]
+        report = Report()
+        report.goal(*goal)
+        return goal.what, goal.met, report.goals[0]["met"]
+
+    assert growth() == ("growth of one agent, elizasql, 10,000 to 1,000,000", True, "yes")
+    del given["growth"][-1]
+    assert growth() == ("growth of one agent, elizasql, 10,000 to 100,000", True, "not judged: 100,000 of 1,000,000")
+
+
 def test_a_row_that_comes_twice_is_found_once(tmp_path: Path) -> None:
     task = driver.make_task(tmp_path, 40, 2, 2, 5)
     mine = task.members[0]
@@ -168,7 +201,7 @@ def test_what_could_not_be_measured_stands_among_the_goals_as_such() -> None:
         "16 callers, throughput against pgbench -c 16",
         "create_memory, unique given, against the original",
         "create_memories against the original",
-        "bulk load of 100,000 with the index",
+        "load_memories of 100,000, 10 agents one after the other, index and all",
         "growth of one agent, elizasql",
     ):
         assert verdicts[what] == "not measured", what
@@ -188,7 +221,7 @@ def test_what_is_faster_than_the_fastest_that_was_measured_may_not_be_faster_tha
     single, batch = "create_memory against the fastest peer with HNSW", "create_memories against the fastest peer"
 
     def judged() -> dict[str, tuple[str, bool | None]]:
-        found = {what.partition(" (")[0]: (measured, met) for what, measured, _, met in tables.goals(given)}
+        found = {each.what.partition(" (")[0]: (each.measured, each.met) for each in tables.goals(given)}
         return {each: found[each] for each in (goal, above, single, f"{batch} with HNSW in place")}
 
     assert [*judged().values()] == [("5.0 x", True), ("5.0 x", True), ("10.0 x", True), ("30.0 x", True)]
@@ -290,7 +323,7 @@ def test_a_room_is_held_to_the_original() -> None:
     room = {"seconds": [0.001], "medians": [0.001], "recalls": [1.0]}
     given["peers"]["elizasql-resident"] = given["peers"]["elizasql"] | {"title": "resident", "room": room}
     given["peers"]["elizaos"] = given["peers"]["peer"] | {"room": room | {"seconds": [0.0105]}}
-    goals = {what: (measured, met) for what, measured, _, met in tables.goals(given)}
+    goals = {each.what: (each.measured, each.met) for each in tables.goals(given)}
     assert goals["search in a room of 1,000, resident, against the original"] == ("10.5 x", True)
     report = Report()
     tables.fill(report, given, None)
@@ -338,7 +371,7 @@ def test_goals_are_told_with_the_spread_of_their_turns() -> None:
         {"rows": rows, "peers": {"elizasql": {"p50": p50, "medians": [p50, 2 * p50]}}}
         for rows, p50 in ((10_000, 0.001), (100_000, 0.002))
     ]
-    measured = {what: measured for what, measured, *_ in tables.goals(given)}
+    measured = {each.what: each.measured for each in tables.goals(given)}
     assert measured["search, elizasql, against the original on the same server"] == "50.0 x (40.0-60.0)"
     assert measured["create_memory, unique given, against the original"] == "4.0 x (2.0-5.0)"
     assert measured["create_memories against the original"] == "30.0 x (25.0-40.0)"
