@@ -26,6 +26,8 @@ Call = Callable[[int], Awaitable[Any]]
 FOLDER = Path(__file__).parents[1] / ".benchmarks"
 # Memories of which a goal speaks that names no other number.
 JUDGED = 100_000
+# Of which the goals of growth and of a bulk load speak.
+MILLION = 1_000_000
 # Parts of a run, one after the other, in which a ratio is looked at once more: so its spread tells how steady it was.
 STRETCHES = 5
 
@@ -195,6 +197,21 @@ def with_spread(ratio: float, parts: Sequence[float], digits: int = 2) -> str:
     return f"{ratio:.{digits}f} x{spread}"
 
 
+def grown(what: str, ratio: float, parts: Sequence[float], recalls: tuple[float, float], size: int) -> Goal:
+    """Make the goal of growth: what a search takes at the end over the beginning, where it finds as much at both.
+
+    Args:
+        what: Its name.
+        ratio: Of the medians.
+        parts: The same for parts of the run.
+        recalls: Recall at the beginning and at the end.
+        size: Memories at the end.
+    """
+    measured = f"{with_spread(ratio, parts)}, recall {recalls[0]:.4f} and {recalls[1]:.4f}"
+    met = ratio <= 2.5 and min(recalls) >= 0.99
+    return Goal(what, measured, "≤ 2.5 x, recall ≥ 0.99 at both ends", met, size, MILLION)
+
+
 def micro(seconds: float) -> str:
     """Write seconds as microseconds."""
     return f"{seconds * 1e6:,.0f}"
@@ -255,6 +272,21 @@ class Report:
         elif met is not None and not self.judged:
             verdict = "not judged: a quick run"
         self.goals.append({"what": what, "measured": measured, "last run": last, "goal": goal, "met": verdict})
+
+    def recall(
+        self, what: str, found: Mapping[str, float], least: float = 0.99, size: int | None = None, of: int = JUDGED
+    ) -> None:
+        """Add the goal of what was found, beside one of speed: what is fast because rows are missing is not fast.
+
+        Args:
+            what: Of what.
+            found: The recall of each state or scope; the worst is judged.
+            least: What it has to be.
+            size, of: As in Goal.
+        """
+        worst = min(found, key=found.__getitem__)
+        name = f"{what}: recall@10" + (f", the worst ({worst})" if len(found) > 1 else "")
+        self.goal(name, f"{found[worst]:.4f}", f"≥ {least:g}", found[worst] >= least, size, of)
 
     def text(self) -> str:
         """Write everything as markdown."""

@@ -386,6 +386,7 @@ def test_tail(benchmark: Any, run: Run, ten: Database, vectors: data.Data, repor
     pick = np.random.default_rng(4).permutation(len(strange))
     rounds = sized(500, 3)
     rows: list[list[str]] = []
+    means: dict[str, float] = {}
     comparisons: dict[int, Comparison] = {}
     added: list[UUID] = []
     whole = agent
@@ -412,6 +413,7 @@ def test_tail(benchmark: Any, run: Run, ten: Database, vectors: data.Data, repor
         comparisons[tail] = comparison
         scope = _Scope(whole)
         recalls = [scope.recall(vectors.queries[n], hits) for n, hits in found.items() if n >= 0]
+        means[f"{len(added):,}"] = float(np.mean(recalls))
         rows.append(
             [
                 f"{len(added):,}",
@@ -428,3 +430,4 @@ def test_tail(benchmark: Any, run: Run, ten: Database, vectors: data.Data, repor
         rows,
     )
     record(benchmark, comparisons[sized(500, 5)], "agent")
+    report.recall("10 agents, with a tail of new vectors", means)

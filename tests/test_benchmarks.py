@@ -160,6 +160,16 @@ def test_a_goal_is_judged_only_where_as_many_memories_were_measured_as_it_speaks
     assert quick.goals[0]["met"] == "not judged: a quick run"
 
 
+def test_of_several_states_the_one_that_finds_least_is_judged() -> None:
+    report = Report()
+    report.recall("after deletes", {"whole": 0.995, "half deleted": 0.989, "vacuumed": 0.999})
+    report.recall("3,072 dimensions", {"3072": 0.985}, 0.98)
+    assert [[*goal.values()] for goal in report.goals] == [
+        ["after deletes: recall@10, the worst (half deleted)", "0.9890", "", "≥ 0.99", "NO"],
+        ["3,072 dimensions: recall@10", "0.9850", "", "≥ 0.98", "yes"],
+    ]
+
+
 def test_the_growth_of_the_peers_begins_at_ten_thousand() -> None:
     given = results(100_000)
     given["growth"] = [
@@ -174,6 +184,13 @@ def test_the_growth_of_the_peers_begins_at_ten_thousand() -> None:
         return goal.what, goal.met, report.goals[0]["met"]
 
     assert growth() == ("growth of one agent, elizasql, 10,000 to 1,000,000", True, "yes")
+    # What has become no slower because it finds less is missed.
+    ends = [given["growth"][place]["peers"]["elizasql"] for place in (1, -1)]
+    for end in ends:
+        end["recall"] = 0.9899
+        assert growth()[1:] == (False, "NO")
+        end["recall"] = 0.99
+    assert growth()[1:] == (True, "yes")
     del given["growth"][-1]
     assert growth() == ("growth of one agent, elizasql, 10,000 to 100,000", True, "not judged: 100,000 of 1,000,000")
 
@@ -368,14 +385,16 @@ def test_goals_are_told_with_the_spread_of_their_turns() -> None:
     ours |= {"insert_many": [900.0], "insert_many_medians": [800.0, 1000.0]}
     other |= {"insert_many": [30.0], "insert_many_medians": [20.0, 40.0]}
     given["growth"] = [
-        {"rows": rows, "peers": {"elizasql": {"p50": p50, "medians": [p50, 2 * p50]}}}
+        {"rows": rows, "peers": {"elizasql": {"p50": p50, "recall": 1.0, "medians": [p50, 2 * p50]}}}
         for rows, p50 in ((10_000, 0.001), (100_000, 0.002))
     ]
     measured = {each.what: each.measured for each in tables.goals(given)}
     assert measured["search, elizasql, against the original on the same server"] == "50.0 x (40.0-60.0)"
     assert measured["create_memory, unique given, against the original"] == "4.0 x (2.0-5.0)"
     assert measured["create_memories against the original"] == "30.0 x (25.0-40.0)"
-    assert measured["growth of one agent, elizasql, 10,000 to 100,000"] == "2.00 x (1.00-4.00)"
+    assert (
+        measured["growth of one agent, elizasql, 10,000 to 100,000"] == "2.00 x (1.00-4.00), recall 1.0000 and 1.0000"
+    )
 
 
 def test_a_ratio_is_told_with_its_spread_over_the_stretches_of_the_run() -> None:
