@@ -36,8 +36,9 @@ QUICK = os.environ.get("ELIZASQL_BENCH") == "quick"
 ROWS = int(os.environ.get("ELIZASQL_BENCH_ROWS") or (2_000 if QUICK else 100_000))
 TABLE = "messages"
 
-# Shares of an agent's memories that are in each world.
+# Shares of an agent's memories that are in each world; there is one more, of ten memories.
 WORLDS = (0.001, 0.01, 0.05, 0.2, 0.739)
+TINY = 10
 
 # When an agent remembered the first thing; it went on at one a second.
 BEGUN = datetime(2025, 1, 1, tzinfo=timezone.utc)
@@ -125,7 +126,7 @@ class Stored:
         topics: int[n].
         rooms: The room of each topic.
         entities: Who said it.
-        worlds: Of sizes that WORLDS tells, without regard to the topic.
+        worlds: Of sizes that WORLDS tells, without regard to the topic; the last one has TINY memories.
         world_of: int[n], the world of each vector, as its place in `worlds`.
     """
 
@@ -228,11 +229,16 @@ async def _load(dsn: str, vectors: data.Data, agents: int, stack: AsyncExitStack
     return Database(dsn, stored)
 
 
+def agent_named(name: str, number: int = 0, agents: int = 1) -> UUID:
+    """Give the id of the agent that `load_agent` makes."""
+    return uuid5(NAMESPACE_OID, f"benchmark {name} {number} of {agents}")
+
+
 async def load_agent(
     dsn: str, vectors: data.Data, stack: AsyncExitStack, number: int = 0, agents: int = 1, *, name: str = "agent"
 ) -> Stored:
     """Open an agent's adapter and let it remember its share, rooms mixed as in life."""
-    agent_id = uuid5(NAMESPACE_OID, f"benchmark {name} {number} of {agents}")
+    agent_id = agent_named(name, number, agents)
     db = await open_adapter(dsn, agent_id)
     stack.push_async_callback(db.close)
     await db.delete_agent(agent_id)  # left behind by a run that was broken off
@@ -244,13 +250,14 @@ async def load_agent(
     await db.create_rooms([Room(id=id, source="benchmark", type="GROUP") for id in rooms.values()])
     entities = [uuid5(agent_id, f"entity {each}") for each in range(20)]
     await db.create_entities([Entity(id=id, names=[f"Entity {each}"]) for each, id in enumerate(entities)])
-    worlds = [uuid5(agent_id, f"world {each}") for each in range(len(WORLDS))]
+    worlds = [uuid5(agent_id, f"world {each}") for each in range(len(WORLDS) + 1)]
     await db.create_worlds([World(id=id, name=f"World {each}") for each, id in enumerate(worlds)])
     # Dealt topic by topic, so that every agent has its share of the smallest.
     random = np.random.default_rng(number)
     share = random.permutation(np.argsort(vectors.topics, kind="stable")[number::agents])
     mine, topics = np.ascontiguousarray(vectors.vectors[share]), vectors.topics[share]
     world_of = random.choice(len(WORLDS), len(mine), p=WORLDS)
+    world_of[random.choice(len(mine), min(TINY, len(mine)), replace=False)] = len(WORLDS)
     ids: list[UUID] = []
     for start in range(0, len(mine), 5000):
         batch = [

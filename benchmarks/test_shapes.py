@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
-from itertools import count
+from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid5
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from benchmarks import data
-from benchmarks.conftest import QUICK, ROWS, TABLE, Run, Stored, bare, load_agent, open_adapter, sized
+from benchmarks.conftest import QUICK, ROWS, TABLE, Run, Stored, agent_named, bare, load_agent, open_adapter, sized
 from benchmarks.report import (
     Call,
     Comparison,
@@ -161,7 +161,8 @@ def test_many_agents(benchmark: Any, run: Run, dsn: str, vectors: data.Data, rep
                 kept[name] = [(agent, {}) for agent in stored]
 
                 async def search(number: int, among: list[tuple[Stored, dict[int, list[Memory]]]] = kept[name]) -> None:
-                    agent, found = among[number % len(among)]
+                    # A hundred of them, so that each is asked again.
+                    agent, found = among[number % min(len(among), 100)]
                     await _search(agent, part.queries, found)(number)
 
                 variants[name] = search
@@ -177,6 +178,95 @@ def test_many_agents(benchmark: Any, run: Run, dsn: str, vectors: data.Data, rep
     report.table("Search by the number of agents", ["agents", "memories", "recall", "p50 us", "p95 us"], rows)
     report.recall(f"1 to {many:,} agents", means, size=SIZE, of=JUDGED)
     record(benchmark, comparison, f"{many:,} agents")
+
+
+def test_skewed_agents(benchmark: Any, run: Run, dsn: str, vectors: data.Data, report: Report) -> None:
+    """One agent of half the rows of a partition, and many of 50 to 2,000, so that HNSW walks through what is others'.
+
+    Each is asked again and again, as agents are: whether its scope is searched exactly or through HNSW is remembered
+    from its first search. Beside them the large one when that was forgotten, and the same rows alone in a partition.
+    """
+    most, among = max(50, min(2000, ROWS // 50)), np.linspace(0, 1, min(100, ROWS // 250))
+    sizes = [int(size) for size in 50 * (most / 50) ** among**3]
+    large = sum(sizes)
+    asked: dict[str, list[tuple[Stored, dict[int, list[Memory]]]]] = {}
+
+    def part(start: int, size: int) -> data.Data:
+        mine = slice(start, start + size)
+        return replace(vectors, vectors=vectors.vectors[mine], topics=vectors.topics[mine])
+
+    def asking(name: str, agents: list[Stored], *, forgets: bool = False) -> Call:
+        kept: list[tuple[Stored, dict[int, list[Memory]]]] = [(agent, {}) for agent in agents]
+        asked[name] = kept
+
+        async def search(number: int) -> None:
+            agent, found = kept[number % len(kept)]
+            if forgets:
+                agent.db._measured.clear()
+            await _search(agent, vectors.queries, found)(number)
+
+        return search
+
+    async def measure() -> Comparison:
+        async with AsyncExitStack() as stack:
+            stored: list[Stored] = []
+
+            async def load(name: str, start: int, size: int) -> None:
+                agent = await load_agent(dsn, part(start, size), stack, name=name)
+                stack.push_async_callback(agent.db.delete_agent, agent.db.agent_id)
+                stored.append(agent)
+
+            await load("skewed, large", 0, large)
+            connection = await stack.enter_async_context(bare(dsn))
+            partition = await _partition(connection, stored[0].db.agent_id)
+            (alone,) = await _names(connection, "skewed, alone", partition, 1, inside=False)
+            await load(alone, 0, large)
+            names = await _names(connection, "skewed, small", partition, len(sizes))
+            for name, start, size in zip(names, accumulate(sizes[:-1], initial=large), sizes, strict=True):
+                await load(name, start, size)
+            for agent in stored[:2]:
+                await agent.db.index_memories(rebuild=True)
+            await _vacuum(dsn)
+            variants = {
+                "the large one": asking("the large one", stored[:1]),
+                "the large one, forgotten how": asking("the large one, forgotten how", stored[:1], forgets=True),
+                "alone in a partition": asking("alone in a partition", stored[1:2]),
+                "the small ones": asking("the small ones", stored[2:]),
+            }
+            return await interleave(variants, sized(300, 8), warmup=sized(100, 8))
+
+    comparison = run(measure())
+    rows: list[list[str]] = []
+    worst: dict[str, float] = {}
+    searches = 0
+    for name, kept in asked.items():
+        recalls = [_recall(agent, vectors.queries, found) for agent, found in kept if found]
+        worst[name] = min(recalls)
+        searches += sum(len(found) for _, found in kept)
+        counts = sorted({len(agent.ids) for agent, _ in kept})
+        rows.append(
+            [
+                *(name, f"{len(kept):,}", f"{counts[0]:,}" + (f"-{counts[-1]:,}" if len(counts) > 1 else "")),
+                *(f"{np.mean(recalls):.4f}", f"{worst[name]:.4f}", micro(comparison.median(name))),
+                *(micro(comparison.p95(name)), f"{comparison.ratio(name):.2f}"),
+            ]
+        )
+    header = [
+        "asked",
+        "agents",
+        "memories of each",
+        "recall",
+        "worst agent",
+        "p50 us",
+        "p95 us",
+        "p50 over the large one",
+    ]
+    report.table(f"Search in a partition of {2 * large:,} memories, half of them one agent's", header, rows)
+    record(benchmark, comparison, "the large one")
+    report.recall("one large agent among many small ones", worst)
+    # `_recall` has seen to it for every search.
+    what = "one large agent among many small ones: fewer than min(10, matches) rows"
+    report.goal(what, f"0 of {searches:,}", "never", True)
 
 
 def test_after_deletes(benchmark: Any, run: Run, dsn: str, vectors: data.Data, report: Report) -> None:
@@ -292,15 +382,32 @@ def test_while_others_write(
 
 async def _partner(connection: Any, agent: UUID, *, same: bool) -> UUID:
     """Find an id for an agent whose rows lie in the same partition as an agent's, or in another one."""
+    home = await _partition(connection, agent)
+    for number in count():
+        other = uuid5(agent, f"writes {number}")
+        if (await _partition(connection, other) == home) == same:
+            return other
+    raise AssertionError
+
+
+async def _partition(connection: Any, agent: UUID) -> Any:
+    """Give the number of the partition in which an agent's rows lie."""
     place = """
         SELECT r FROM generate_series(0, 15) AS r
         WHERE satisfies_hash_partition('elizasql.embeddings'::regclass, 16, r, $1::uuid)
     """
-    home = await connection.fetchval(place, agent)
+    return await connection.fetchval(place, agent)
+
+
+async def _names(connection: Any, stem: str, partition: int, many: int, *, inside: bool = True) -> list[str]:
+    """Find names for agents whose rows lie in a partition, or elsewhere."""
+    names: list[str] = []
     for number in count():
-        other = uuid5(agent, f"writes {number}")
-        if (await connection.fetchval(place, other) == home) == same:
-            return other
+        if len(names) == many:
+            return names
+        name = f"{stem} {number}"
+        if (await _partition(connection, agent_named(name)) == partition) == inside:
+            names.append(name)
     raise AssertionError
 
 
