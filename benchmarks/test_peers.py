@@ -12,7 +12,18 @@ import pytest
 
 from benchmarks.conftest import PEERS_KEPT, QUICK, ROWS, Run
 from benchmarks.peers import tables
-from benchmarks.peers.driver import ASYNCPG, CHECKED, ELIZAOS_CHECKED, IN_PROCESS, OURS, PEERS, PSYCOPG, RESIDENT, Spec
+from benchmarks.peers.driver import (
+    ASYNCPG,
+    BY_HAND,
+    CHECKED,
+    ELIZAOS_CHECKED,
+    IN_PROCESS,
+    OURS,
+    PEERS,
+    PSYCOPG,
+    RESIDENT,
+    Spec,
+)
 from benchmarks.peers.suite import Sizes, Suite, find_faults, find_pgbench, last_run
 from benchmarks.report import Report
 
@@ -22,7 +33,7 @@ def _specs() -> list[Spec]:
     ours = [OURS, RESIDENT]
     if QUICK:
         # Nothing is installed and no Node is asked for: these run in this environment.
-        here = [replace(ASYNCPG, packages=())]
+        here = [replace(ASYNCPG, packages=()), replace(BY_HAND, packages=())]
         if importlib.util.find_spec("psycopg") and importlib.util.find_spec("psycopg_pool"):
             here.append(replace(PSYCOPG, packages=()))
         return [*ours, *here, IN_PROCESS[0]]

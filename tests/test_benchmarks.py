@@ -261,6 +261,32 @@ def test_what_is_faster_than_the_fastest_that_was_measured_may_not_be_faster_tha
     assert report.before[goal] == "1.5 x, without psycopg, vecs"
 
 
+def test_the_floor_is_no_peer_and_has_goals_of_its_own() -> None:
+    """What was written for this task alone is faster than any peer: the goals are held to it apart, and told."""
+    given = results(100_000)
+    peers = given["peers"]
+    peer = peers.pop("peer")
+    for spec in driver.PEERS:
+        peers[spec.name] = {**peer, "title": spec.title, "failed": None, "equal": point("x", 0.99, 0.01, enough=True)}
+        peers[spec.name] |= {"insert_one": [0.01], "insert_many": [30.0]}
+    peers["by-hand"] |= {"equal": point("x", 0.99, 0.002, enough=True), "insert_one": [0.003], "insert_many": [300.0]}
+    peers["elizasql"] |= {"insert_one": [0.001], "insert_many": [900.0]}
+
+    def judged(*names: str) -> list[tuple[str, bool | None]]:
+        found = {each.what.partition(" (")[0]: (each.measured, each.met) for each in tables.goals(given)}
+        return [found[name] for name in names]
+
+    floor = "search, elizasql, against the floor written by hand"
+    search = "search, elizasql, against the fastest Python peer at that recall"
+    writes = [f"{what} against the floor written by hand" for what in ("create_memory", "create_memories")]
+    assert judged(search, floor, *writes) == [("5.0 x", True), ("1.0 x", False), ("3.0 x", False), ("3.0 x", False)]
+    # Nothing is told of the times of what finds less.
+    peers["by-hand"]["equal"]["enough"] = False
+    assert judged(floor) == [("not measured", None)]
+    del peers["by-hand"]
+    assert judged(search, floor) == [("5.0 x", True), ("not measured", None)]
+
+
 def test_the_goals_of_the_other_benchmarks_stand_on_the_page_once(tmp_path: Path) -> None:
     path = tmp_path / "peers-202601010000-100000.json"
     path.write_text(json.dumps(results(100_000)), encoding="utf-8")

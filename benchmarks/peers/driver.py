@@ -104,6 +104,15 @@ PSYCOPG = Spec(
     ("psycopg[binary,pool]==3.3.9", "pgvector==0.5.1", "numpy"),
     how=f"asynchronous pool, binary; {_B_TREE}",
 )
+BY_HAND = Spec(
+    "by-hand",
+    "by hand on asyncpg: a floor, no product",
+    "on_asyncpg:ByHand",
+    ("asyncpg==0.32.0", "numpy", "orjson"),
+    how="what a careful hand writes for this task alone: a LIST partition for each agent, known beforehand; HNSW over "
+    "halfvec (m 16, ef_construction 128, ef_search 100), generic plans, no reset of connections; no checks, retries, "
+    "foreign keys or other filters",
+)
 PEERS = (
     ASYNCPG,
     Spec(
@@ -114,6 +123,7 @@ PEERS = (
         "partitions",
         "as asyncpg, LIST partition for each agent, what pgvector's README advises for filters of few values",
     ),
+    BY_HAND,
     PSYCOPG,
     Spec(
         "sqlalchemy",

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.report import MILLION, Goal, Report, grown, named, percentile, with_spread
 
-from .driver import PEERS
+from .driver import BY_HAND, PEERS
 from .suite import CALLERS
 
 Results = dict[str, Any]
@@ -204,7 +204,7 @@ def _limits(results: Results) -> list[list[str]]:
             both = [show(statistics.median(bench[key])) for key in (f"ours_{kind}", kind)]
             rows.append([what, *both, f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f}-{max(ratios):.2f}"])
     ours = _at(results["peers"], OURS)
-    for name in ("numpy", "usearch"):
+    for name in (BY_HAND.name, "numpy", "usearch"):
         limit = _at(results["peers"], name)
         if limit and ours:
             rows.append(
@@ -260,9 +260,9 @@ def _change(results: Results, before: Results) -> list[list[str]]:
 
 # From so many memories on growth is told.
 _FROM = 10_000
-# What has no database, or is ours, is no peer.
-_NO_PEER = ("elizasql", "elizaos", "numpy", "usearch")
-# The floor: nothing above the driver, one table, no foreign keys.
+# What has no database, is ours, or was written for this task alone, is no peer.
+_NO_PEER = ("elizasql", "elizaos", "numpy", "usearch", BY_HAND.name)
+# Nothing above the driver, one table, no foreign keys.
 _DRIVERS = ("asyncpg", "psycopg")
 
 
@@ -310,6 +310,7 @@ def goals(results: Results) -> list[Goal]:
     above = {name for name in python if not name.startswith(_DRIVERS)}
     # Who was measured and does not find as much is no candidate.
     worse = {name for name in python if not peers.get(name, {}).get("equal", {"enough": True})["enough"]}
+    floor = BY_HAND.name if peers.get(BY_HAND.name, {}).get("equal", {"enough": False})["enough"] else ""
     title, best, without = fastest(_searches, python - worse)
     title_above, best_above, without_above = fastest(_searches, above - worse)
     for name, least in ((OURS, 45.0), (RESIDENT, 100.0)):
@@ -327,6 +328,7 @@ def goals(results: Results) -> list[Goal]:
             faster(room, _room_searches, name, "elizaos", 10)
         what = f"search, {ours}, against the fastest Python peer at that recall ({title})"
         faster(what, _searches, name, best, 3, without)
+        faster(f"search, {ours}, against the floor written by hand", _searches, name, floor, 3)
         what = f"search, {ours}, against the fastest above a bare driver ({title_above})"
         faster(what, _searches, name, best_above, 3, without_above)
     for what, ratios, goal, least, most in (
@@ -341,6 +343,7 @@ def goals(results: Results) -> list[Goal]:
     title, best, without = fastest(_inserts, python)
     faster("create_memory, unique given, against the original", _inserts, OURS, "elizaos", 3)
     faster(f"create_memory against the fastest peer with HNSW ({title})", _inserts, OURS, best, 5, without)
+    faster("create_memory against the floor written by hand", _inserts, OURS, BY_HAND.name, 5)
     title, best, without = fastest(_inserts, above)
     faster(f"create_memory against the fastest above a bare driver ({title})", _inserts, OURS, best, 5, without)
     what = "create_memory with the near-duplicate check, against the original"
@@ -349,6 +352,7 @@ def goals(results: Results) -> list[Goal]:
     faster("create_memories against the original", _batches, OURS, "elizaos", 30)
     what = f"create_memories against the fastest peer with HNSW in place ({title})"
     faster(what, _batches, OURS, best, 20, without)
+    faster("create_memories against the floor written by hand", _batches, OURS, BY_HAND.name, 20)
     what = f"load_memories of {size:,}, {results['setup']['agents']} agents one after the other, index and all"
     if peers[OURS].get("load"):
         rate = load_rate(peers[OURS])
