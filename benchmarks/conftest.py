@@ -286,6 +286,16 @@ def _memory(
     )
 
 
+async def partition_of(connection: asyncpg.Connection[Any], agent: UUID) -> int:
+    """Give the number of the partition in which an agent's rows lie."""
+    place = """
+        SELECT r FROM generate_series(0, 15) AS r
+        WHERE satisfies_hash_partition('elizasql.embeddings'::regclass, 16, r, $1::uuid)
+    """
+    number: int = await connection.fetchval(place, agent)
+    return number
+
+
 @dataclass(frozen=True)
 class Sent:
     """What a method gives to the executor: one statement with its parameters."""

@@ -17,7 +17,19 @@ import numpy as np
 import pytest
 
 from benchmarks import data
-from benchmarks.conftest import QUICK, ROWS, TABLE, Run, Stored, agent_named, bare, load_agent, open_adapter, sized
+from benchmarks.conftest import (
+    QUICK,
+    ROWS,
+    TABLE,
+    Run,
+    Stored,
+    agent_named,
+    bare,
+    load_agent,
+    open_adapter,
+    partition_of,
+    sized,
+)
 from benchmarks.report import (
     Call,
     Comparison,
@@ -218,7 +230,7 @@ def test_skewed_agents(benchmark: Any, run: Run, dsn: str, vectors: data.Data, r
 
             await load("skewed, large", 0, large)
             connection = await stack.enter_async_context(bare(dsn))
-            partition = await _partition(connection, stored[0].db.agent_id)
+            partition = await partition_of(connection, stored[0].db.agent_id)
             (alone,) = await _names(connection, "skewed, alone", partition, 1, inside=False)
             await load(alone, 0, large)
             names = await _names(connection, "skewed, small", partition, len(sizes))
@@ -382,21 +394,12 @@ def test_while_others_write(
 
 async def _partner(connection: Any, agent: UUID, *, same: bool) -> UUID:
     """Find an id for an agent whose rows lie in the same partition as an agent's, or in another one."""
-    home = await _partition(connection, agent)
+    home = await partition_of(connection, agent)
     for number in count():
         other = uuid5(agent, f"writes {number}")
-        if (await _partition(connection, other) == home) == same:
+        if (await partition_of(connection, other) == home) == same:
             return other
     raise AssertionError
-
-
-async def _partition(connection: Any, agent: UUID) -> Any:
-    """Give the number of the partition in which an agent's rows lie."""
-    place = """
-        SELECT r FROM generate_series(0, 15) AS r
-        WHERE satisfies_hash_partition('elizasql.embeddings'::regclass, 16, r, $1::uuid)
-    """
-    return await connection.fetchval(place, agent)
 
 
 async def _names(connection: Any, stem: str, partition: int, many: int, *, inside: bool = True) -> list[str]:
@@ -406,7 +409,7 @@ async def _names(connection: Any, stem: str, partition: int, many: int, *, insid
         if len(names) == many:
             return names
         name = f"{stem} {number}"
-        if (await _partition(connection, agent_named(name)) == partition) == inside:
+        if (await partition_of(connection, agent_named(name)) == partition) == inside:
             names.append(name)
     raise AssertionError
 
