@@ -149,9 +149,9 @@ class Scene:
     other: UUID
 
 
-async def make_scene(db: DatabaseAdapter) -> Scene:
-    """Create a world, a room and two entities for an adapter's agent."""
-    scene = Scene(uuid4(), uuid4(), uuid4(), uuid4())
+async def make_scene(db: DatabaseAdapter, ids: Scene | None = None) -> Scene:
+    """Create a world, a room and two entities for an adapter's agent; with the ids of another's scene, where given."""
+    scene = ids or Scene(uuid4(), uuid4(), uuid4(), uuid4())
     await db.create_world(World(id=scene.world, name="world"))
     await db.create_room(Room(id=scene.room, source="test", type="GROUP", world_id=scene.world))
     await db.create_entities([Entity(id=scene.entity, names=["Ann"]), Entity(id=scene.other, names=["Bob"])])

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID, uuid4, uuid5
 
 import asyncpg
 import numpy as np
@@ -30,6 +30,7 @@ from .conftest import MakeAdapter, Scene, make_scene
 
 VECTOR = np.random.default_rng(3).normal(size=384).astype(np.float32)
 SECRET = "a secret of the other agent"
+OWN = "something of the agent's own"
 
 # What is shared by all agents, by its nature; what looks after agents as such; what needs no ids.
 SHARED = {
@@ -50,38 +51,43 @@ PLAIN = {
 }
 
 
-async def fill(db: DatabaseAdapter, scene: Scene) -> dict[str, Any]:
+async def fill(db: DatabaseAdapter, scene: Scene, text: str = SECRET) -> dict[str, Any]:
     """Give an agent one of everything; give the ids."""
-    kinds = ("memory", "document", "component", "relationship", "task", "claimed", "goal", "log")
-    ids: dict[str, Any] = {name: uuid4() for name in kinds}
+    ids = {
+        name: uuid5(scene.world, name)
+        for name in ("memory", "fragment", "component", "relationship", "task", "goal", "log")
+    }
     place = {"entity_id": scene.entity, "room_id": scene.room}
     await db.create_memory(
-        Memory(id=ids["memory"], content={"text": SECRET}, world_id=scene.world, embedding=VECTOR, **place), "messages"
+        Memory(id=ids["memory"], content={"text": text}, world_id=scene.world, embedding=VECTOR, **place), "messages"
     )
-    fragment = {"type": "fragment", "documentId": str(ids["document"]), "position": 0}
-    await db.create_memory(Memory(content={"text": SECRET}, metadata=fragment, **place), "fragments")
+    fragment = {"type": "fragment", "documentId": str(ids["memory"]), "position": 0}
+    await db.create_memory(Memory(id=ids["fragment"], content={"text": text}, metadata=fragment, **place), "fragments")
     await db.create_component(
-        Component(id=ids["component"], type="profile", data={"n": 1, "secret": SECRET}, world_id=scene.world, **place)
+        Component(id=ids["component"], type="profile", data={"n": 1, "secret": text}, world_id=scene.world, **place)
     )
     await db.create_relationship(
         Relationship(id=ids["relationship"], source_entity_id=scene.entity, target_entity_id=scene.other, tags=["t"])
     )
     await db.create_task(
-        Task(id=ids["task"], name="task", description=SECRET, tags=["queue"], world_id=scene.world, **place)
+        Task(id=ids["task"], name="task", description=text, tags=["queue"], world_id=scene.world, **place)
     )
-    await db.create_task(Task(id=ids["claimed"], name="claimed", description=SECRET, tags=["queue"]))
-    [claimed] = await db.claim_tasks(lease=3600.0, names=["claimed"])
-    ids["claim_token"] = claimed.claim_token
-    await db.create_goal(Goal(id=ids["goal"], name=SECRET, objectives=[], **place))
-    await db.create_logs([Log(id=ids["log"], type="run_event", body={"runId": "r", "secret": SECRET}, **place)])
-    await db.set_cache("key", SECRET)
+    await db.create_goal(Goal(id=ids["goal"], name=text, objectives=[], **place))
+    await db.create_logs([Log(id=ids["log"], type="run_event", body={"runId": "r", "secret": text}, **place)])
+    await db.set_cache("key", text)
     await db.set_participant_user_state(scene.room, scene.entity, "MUTED")
-    await db.create_pairing_request({"channel": "c", "senderId": "s", "code": "code"})
-    await db.create_pairing_allowlist_entry({"channel": "c", "senderId": "s"})
+    for kind, create, more in (
+        ("request", db.create_pairing_request, {"code": "code"}),
+        ("entry", db.create_pairing_allowlist_entry, {}),
+    ):
+        pairing = {"id": uuid5(scene.world, kind), "channel": "c", "senderId": "s", "metadata": {"secret": text}}
+        await create({**pairing, **more})
     return ids
 
 
-def arguments(name: str, scene: Scene, ids: dict[str, Any], pairing: dict[str, UUID]) -> dict[str, Any]:
+def arguments(
+    name: str, scene: Scene, ids: dict[str, Any], pairing: dict[str, UUID], text: str = SECRET
+) -> dict[str, Any]:
     """Give what a method is called with: the other agent's ids wherever it takes ids."""
     method = getattr(DatabaseAdapter, name)
     place = {"entity_id": scene.entity, "room_id": scene.room, "world_id": scene.world}
@@ -125,14 +131,14 @@ def arguments(name: str, scene: Scene, ids: dict[str, Any], pairing: dict[str, U
         "embedding": VECTOR,
         "query_table_name": "messages",
         "query_threshold": 50,
-        "query_input": SECRET,
+        "query_input": text,
         "names": ["Ann", "Bob", "task"],
         "name": "task",
         "query": "Ann",
         "key": "key",
         "keys": ["key"],
         "value": "taken",
-        "expected": SECRET,
+        "expected": text,
         "entries": {"key": "taken"},
         "pairs": [pair],
         "participants": [pair],
@@ -247,21 +253,23 @@ class Filled:
     scene: Scene
     ids: dict[str, Any]
     pairing: dict[str, UUID]
+    text: str = SECRET
 
     def arguments(self, name: str) -> dict[str, Any]:
         """Give what a method is called with, to reach what is this agent's."""
-        return arguments(name, self.scene, self.ids, self.pairing)
+        return arguments(name, self.scene, self.ids, self.pairing, self.text)
 
 
-async def filled(db: DatabaseAdapter) -> Filled:
-    """Fill the agent of an adapter."""
-    scene = await make_scene(db)
-    ids = await fill(db, scene)
+async def filled(db: DatabaseAdapter, twin: Filled | None = None) -> Filled:
+    """Fill the agent of an adapter; as a twin of another agent, whose ids its rows have, with a text of its own."""
+    scene = await make_scene(db, twin and twin.scene)
+    text = OWN if twin else SECRET
+    ids = await fill(db, scene, text)
     pairing = {
         "request": (await db.get_pairing_requests([{"channel": "c"}]))[0][0].id,
         "entry": (await db.get_pairing_allowlist("c"))[0].id,
     }
-    return Filled(db.agent_id, scene, ids, pairing)  # type: ignore[arg-type]
+    return Filled(db.agent_id, scene, ids, pairing, text)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -292,18 +300,27 @@ async def test_method_leaves_the_other_agent_alone(
     assert str(theirs.agent) not in repr(result)
 
 
-async def test_the_same_calls_do_reach_the_own_rows(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
-    """The calls above are no empty gestures: most change or return something for the agent that has the rows."""
+async def test_the_same_calls_do_reach_the_own_rows_alone(
+    make_db: MakeAdapter, theirs: Filled, raw: asyncpg.Connection[Any]
+) -> None:
+    """The calls above are no empty gestures: most change or return something for the agent that has the rows.
+
+    The other agent has rows with all the same ids, and these stay out of it.
+    """
     silent = []
     db: DatabaseAdapter | None = None
+    untouched = await snapshot(raw, theirs.agent)
     for name in METHODS:
         if db is None:
             db = await make_db()
-            own = await filled(db)
+            own = await filled(db, twin=theirs)
             before = await snapshot(raw, db.agent_id)
         result: Any = None
         with suppress(ElizaSQLError):
             result = await getattr(db, name)(**own.arguments(name))
+        assert await snapshot(raw, theirs.agent) == untouched, name
+        assert SECRET not in repr(result), name
+        assert str(theirs.agent) not in repr(result), name
         if await snapshot(raw, db.agent_id) != before:
             # The next method finds everything again, with a new agent.
             db = None
