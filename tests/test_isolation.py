@@ -6,7 +6,7 @@ import asyncio
 import inspect
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 from typing import Any
 from uuid import UUID, uuid4, uuid5
 
@@ -16,6 +16,8 @@ import pytest
 
 import elizasql
 from elizasql import (
+    AgentRunSummaryResult,
+    ArgumentError,
     Component,
     DatabaseAdapter,
     ElizaSQLError,
@@ -24,6 +26,7 @@ from elizasql import (
     Memory,
     Relationship,
     Task,
+    UniqueViolationError,
 )
 
 from .conftest import MakeAdapter, Scene, make_scene
@@ -31,6 +34,7 @@ from .conftest import MakeAdapter, Scene, make_scene
 VECTOR = np.random.default_rng(3).normal(size=384).astype(np.float32)
 SECRET = "a secret of the other agent"
 OWN = "something of the agent's own"
+CLAIM = uuid4()
 
 # What is shared by all agents, by its nature; what looks after agents as such; what needs no ids.
 SHARED = {
@@ -38,7 +42,11 @@ SHARED = {
     for name in dir(DatabaseAdapter)
     if any(word in name for word in ("channel", "message_server", "message_by", "replies", "get_message"))
 } | {"create_message", "create_messages", "update_message", "delete_message", "delete_messages"}
-AGENTS = {name for name in dir(DatabaseAdapter) if name.endswith(("_agent", "_agents")) or name.startswith("get_agent")}
+AGENTS = {
+    name
+    for name in dir(DatabaseAdapter)
+    if name.endswith(("_agent", "_agents")) or (name.startswith("get_agent") and name != "get_agent_run_summaries")
+}
 PLAIN = {
     "close",
     "transaction",
@@ -59,7 +67,15 @@ async def fill(db: DatabaseAdapter, scene: Scene, text: str = SECRET) -> dict[st
     }
     place = {"entity_id": scene.entity, "room_id": scene.room}
     await db.create_memory(
-        Memory(id=ids["memory"], content={"text": text}, world_id=scene.world, embedding=VECTOR, **place), "messages"
+        Memory(
+            id=ids["memory"],
+            content={"text": text, "title": text},
+            metadata={"title": text},
+            world_id=scene.world,
+            embedding=VECTOR,
+            **place,
+        ),
+        "messages",
     )
     fragment = {"type": "fragment", "documentId": str(ids["memory"]), "position": 0}
     await db.create_memory(Memory(id=ids["fragment"], content={"text": text}, metadata=fragment, **place), "fragments")
@@ -74,7 +90,8 @@ async def fill(db: DatabaseAdapter, scene: Scene, text: str = SECRET) -> dict[st
     )
     await db.create_goal(Goal(id=ids["goal"], name=text, objectives=[], **place))
     await db.create_logs([Log(id=ids["log"], type="run_event", body={"runId": "r", "secret": text}, **place)])
-    await db.set_cache("key", text)
+    await db.set_caches({"key": text, "another": text})
+    await db.set_cache("expired", text, ttl=1e-6)
     await db.set_participant_user_state(scene.room, scene.entity, "MUTED")
     for kind, create, more in (
         ("request", db.create_pairing_request, {"code": "code"}),
@@ -119,6 +136,8 @@ def arguments(
     }
     creating = name.startswith(("create", "upsert", "ensure", "load", "log"))
     one = full if creating else changed
+    if name.startswith("upsert"):
+        full["memory"]["id"] = ids["memory"]
     pair = (scene.entity, scene.room)
     known: dict[str, Any] = {
         **place,
@@ -156,6 +175,7 @@ def arguments(
         "to": 512,
         "embed": lambda texts: np.ones((len(texts), 512)),
         "skip_missing": True,
+        "include_embedding": True,
         **one,
     }
     if name in (
@@ -185,7 +205,7 @@ def arguments(
     if name == "get_logs":
         known["type"] = "run_event"
     if name.endswith("_task") and name.split("_")[0] in ("complete", "fail", "heartbeat", "release"):
-        known["task"] = Task(id=ids["claimed"], claim_token=ids["claim_token"])
+        known["task"] = Task(id=ids["task"], claim_token=CLAIM)
     given: dict[str, Any] = {}
     for parameter in list(inspect.signature(method).parameters.values())[1:]:
         word = parameter.name
@@ -245,6 +265,9 @@ async def snapshot(raw: asyncpg.Connection[Any], agent: UUID) -> dict[str, list[
     return {table: sorted(rows) for table, rows in found.items()}
 
 
+SCOPES = ("room_id", "room_ids", "entity_id", "entity_ids", "world_id", "world_ids")
+
+
 @dataclass(frozen=True)
 class Filled:
     """An agent that has one of everything."""
@@ -259,6 +282,35 @@ class Filled:
         """Give what a method is called with, to reach what is this agent's."""
         return arguments(name, self.scene, self.ids, self.pairing, self.text)
 
+    def calls(self, name: str) -> list[dict[str, Any]]:
+        """Give what a method is called with to run each of its statements.
+
+        With all its scopes; where these can be left out, with each alone and with none; and by what else it looks for.
+        """
+        given, parameters = self.arguments(name), inspect.signature(getattr(DatabaseAdapter, name)).parameters
+        scopes = [word for word in SCOPES if word in given and parameters[word].default is not inspect.Parameter.empty]
+        unscoped = {word: value for word, value in given.items() if word not in scopes}
+        less = [{**unscoped, word: given[word]} for word in scopes] + [unscoped] if scopes else []
+        also: dict[str, list[dict[str, Any]]] = {
+            "claim_tasks": [{**unscoped, "names": ["task"]}],
+            "complete_task": [{**given, "again_in": 60}],
+            "get_cached_embeddings": [
+                {**given, "query_field_name": field, "query_field_sub_name": "title"}
+                for field in ("content", "metadata")
+            ],
+            "get_relationships": [{"entity_ids": [self.scene.entity, self.scene.other]}],
+            "get_tasks": [{"tags": ["queue"]}],
+            "prune_memories": [{"table_name": "messages", "keep": 0}],
+            "query_entities": [
+                {"component_type": "profile"},
+                {"component_type": "profile", "world_id": self.scene.world},
+                {"world_id": self.scene.world},
+                {"component_data_filter": {"n": 1}},
+            ],
+            "search_entities_by_name": [{"query": ""}],
+        }
+        return [given, *less, *also.get(name, [])]
+
 
 async def filled(db: DatabaseAdapter, twin: Filled | None = None) -> Filled:
     """Fill the agent of an adapter; as a twin of another agent, whose ids its rows have, with a text of its own."""
@@ -272,17 +324,43 @@ async def filled(db: DatabaseAdapter, twin: Filled | None = None) -> Filled:
     return Filled(db.agent_id, scene, ids, pairing, text)  # type: ignore[arg-type]
 
 
+async def claim(raw: asyncpg.Connection[Any], agent: UUID) -> None:
+    """Let an agent's task be claimed, under the token that all of these tests know."""
+    await raw.execute("UPDATE elizasql.tasks SET claim_token = $2, attempts = 1 WHERE agent_id = $1", agent, CLAIM)
+
+
 @pytest.fixture(scope="module")
 def theirs(dsn: str) -> Filled:
-    """Give the other agent, which every test leaves as it was."""
+    """Give the other agent, which every test leaves as it was; its id is low, so that its rows are found first."""
 
     async def make() -> Filled:
-        async with elizasql.connect(agent_id=uuid4(), dsn=dsn, indexing="manual", pool_min_size=0) as db:
+        agent = UUID(int=uuid4().int >> 64)
+        async with elizasql.connect(agent_id=agent, dsn=dsn, indexing="manual", pool_min_size=0) as db:
             await db.ensure_agent_exists({"name": "theirs"})
             await db.ensure_embedding_dimension(384)
-            return await filled(db)
+            made = await filled(db)
+        raw = await asyncpg.connect(dsn)
+        await claim(raw, agent)
+        await raw.close()
+        return made
 
     return asyncio.run(make())
+
+
+@pytest.fixture
+async def db(make_db: MakeAdapter, theirs: Filled, raw: asyncpg.Connection[Any]) -> DatabaseAdapter:
+    """Give an adapter of a new agent in the other one's partitions: what reads an agent's rows looks into no others."""
+    return await make_db(await neighbour_of(theirs.agent, raw))
+
+
+async def neighbour_of(agent: UUID, raw: asyncpg.Connection[Any]) -> UUID:
+    """Give the id of a new agent in the same partitions."""
+    found: UUID = await raw.fetchval(
+        """SELECT id FROM (SELECT gen_random_uuid() AS id FROM generate_series(1, 1000)) AS new
+        WHERE elizasql.partition_of(id) = elizasql.partition_of($1) LIMIT 1""",
+        agent,
+    )
+    return found
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -298,37 +376,91 @@ async def test_method_leaves_the_other_agent_alone(
     assert await snapshot(raw, theirs.agent) == before
     assert SECRET not in repr(result)
     assert str(theirs.agent) not in repr(result)
+    if name.startswith(("are_", "count_", "get_", "is_", "query_", "search_")):
+        assert not any(parts_of(result))
 
 
+def parts_of(result: Any) -> list[Any]:
+    """Give what a result is made of, whatever it comes in."""
+    if isinstance(result, AgentRunSummaryResult):
+        return [*(result.runs or ()), result.total]
+    if isinstance(result, dict):
+        return parts_of(list(result.values()))
+    return [part for one in result for part in parts_of(one)] if isinstance(result, list) else [result]
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["free", "held"])
 async def test_the_same_calls_do_reach_the_own_rows_alone(
-    make_db: MakeAdapter, theirs: Filled, raw: asyncpg.Connection[Any]
+    make_db: MakeAdapter, theirs: Filled, raw: asyncpg.Connection[Any], dsn: str, held: bool
 ) -> None:
     """The calls above are no empty gestures: most change or return something for the agent that has the rows.
 
-    The other agent has rows with all the same ids, and these stay out of it.
+    The other agent has rows with all the same ids, in the same partitions, and these stay out of it: they are neither
+    given nor changed, and while somebody has them locked nobody waits.
     """
+    holder = await asyncpg.connect(dsn)
+    await holder.execute("BEGIN")
+    untouched = await snapshot(raw, theirs.agent)
+    if held:
+        for table in untouched:
+            await holder.execute(f"SELECT FROM elizasql.{table} WHERE agent_id = $1 FOR UPDATE", theirs.agent)
     silent = []
     db: DatabaseAdapter | None = None
-    untouched = await snapshot(raw, theirs.agent)
     for name in METHODS:
-        if db is None:
-            db = await make_db()
-            own = await filled(db, twin=theirs)
-            before = await snapshot(raw, db.agent_id)
-        result: Any = None
-        with suppress(ElizaSQLError):
-            result = await getattr(db, name)(**own.arguments(name))
-        assert await snapshot(raw, theirs.agent) == untouched, name
-        assert SECRET not in repr(result), name
-        assert str(theirs.agent) not in repr(result), name
-        if await snapshot(raw, db.agent_id) != before:
-            # The next method finds everything again, with a new agent.
-            db = None
-        elif not result:
-            silent.append(name)
+        for number in range(len(theirs.calls(name)) if not held else 1):
+            if db is None:
+                db = await make_db(await neighbour_of(theirs.agent, raw))
+                own = await filled(db, twin=theirs)
+                await claim(raw, db.agent_id)
+                before = await snapshot(raw, db.agent_id)
+            result: Any = None
+            with suppress(ArgumentError, UniqueViolationError):
+                result = await getattr(db, name)(**own.calls(name)[number])
+            assert await snapshot(raw, theirs.agent) == untouched, (name, number)
+            assert SECRET not in repr(result), (name, number)
+            assert str(theirs.agent) not in repr(result), (name, number)
+            # What has no agent_id to be told by comes twice where it comes from both.
+            ids = [part for part in parts_of(result) if isinstance(part, UUID)]
+            assert len(set(ids)) == len(ids), (name, number)
+            if name == "count_memories":
+                assert result == 1, number
+            if name == "get_cached_embeddings":
+                assert len(result) == 1, number
+            if await snapshot(raw, db.agent_id) != before:
+                # The next method finds everything again, with a new agent.
+                db = None
+            elif not result and number == 0:
+                silent.append(name)
+    await holder.close()
     # What exists already is not created again.
-    assert set(silent) <= {
-        "abandon_reembedding",
-        "sweep_cache",
-        *(name for name in METHODS if name.startswith("create_")),
-    }, silent
+    assert set(silent) <= {"abandon_reembedding", *(name for name in METHODS if name.startswith("create_"))}, silent
+
+
+async def test_a_page_begins_behind_the_own_row(
+    make_db: MakeAdapter, theirs: Filled, raw: asyncpg.Connection[Any]
+) -> None:
+    """The time of a cursor is read from the row that it names: from the agent's own one."""
+    db = await make_db(await neighbour_of(theirs.agent, raw))
+    own = await filled(db, twin=theirs)
+    now = datetime.now(timezone.utc)
+    scene = own.scene
+    place: dict[str, Any] = {"entity_id": scene.entity, "room_id": scene.room}
+    memory, log = uuid4(), uuid4()
+    await db.create_memory(
+        Memory(id=memory, content={}, created_at=now - timedelta(1), world_id=scene.world, **place), "messages"
+    )
+    await db.create_logs([Log(id=log, type="run_event", body={}, created_at=now - timedelta(1), **place)])
+    pages: dict[str, Any] = {
+        "room_id": scene.room,
+        "entity_id": scene.entity,
+        "world_id": scene.world,
+        "type": "run_event",
+    }
+    for kept in (*pages, None):
+        scope = {word: value for word, value in pages.items() if word == kept}
+        if kept != "type":
+            found = await db.get_memories(table_name="messages", cursor=(now, own.ids["memory"]), **scope)
+            assert [each.id for each in found] == [memory], kept
+        if kept != "world_id":
+            logs = await db.get_logs(cursor=(now, own.ids["log"]), **scope)
+            assert [each.id for each in logs] == [log], kept

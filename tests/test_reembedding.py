@@ -468,6 +468,57 @@ async def test_reads_and_searches_see_the_old_width_alone_until_the_switch(
     assert stale is not None and stale.embedding is not None and stale.embedding.shape == (NEW,)
 
 
+async def test_every_read_gives_the_vector_in_force_where_there_are_two(db: DatabaseAdapter) -> None:
+    scene = await make_scene(db)
+    place: dict[str, Any] = {"room_id": scene.room, "entity_id": scene.entity, "world_id": scene.world}
+    title = {"title": "title"}
+    fields: dict[str, Any] = {**place, "content": {"text": "text", **title}, "metadata": title}
+    ids = await db.create_memories([memory("text", **fields) for _ in range(2)], "messages")
+    looks = 0
+
+    async def check(width: int) -> None:
+        asked: dict[str, Any] = {"table_name": "messages", "include_embedding": True}
+        expected = [vector_of("text", width).tolist()] * 2
+        found: list[list[Any]] = [
+            [await db.get_memory_by_id(id, include_embedding=True) for id in ids],
+            await db.get_memories_by_ids(ids, include_embedding=True),
+            await db.get_memories_by_room_ids(room_ids=[scene.room], **asked),
+            await db.get_memories_by_world_id(world_id=scene.world, **asked),
+        ]
+        for kept in (*place, None):
+            scope = {word: value for word, value in place.items() if word == kept}
+            search: dict[str, Any] = {**scope, **asked, "embedding": vector_of("text", width)}
+            found += [
+                await db.get_memories(**scope, **asked),
+                await db.search_memories(**search),
+                await db.search_memories(**search, metadata=title),
+            ]
+        assert [[each.embedding.tolist() for each in memories] for memories in found] == [expected] * 16
+        for field, key, text in (
+            ("content", "text", "text"),
+            ("content", "title", "title"),
+            ("metadata", "title", "title"),
+        ):
+            cached = await db.get_cached_embeddings(
+                query_table_name="messages",
+                query_threshold=0,
+                query_input=text,
+                query_field_name=field,
+                query_field_sub_name=key,
+            )
+            assert [each["embedding"].tolist() for each in cached] == expected, (field, key)
+
+    async def embed(texts: list[str]) -> Any:
+        nonlocal looks
+        looks += 1
+        await check(OLD)
+        return [vector_of(text, NEW) for text in texts]
+
+    await db.reembed(NEW, embed, batch_size=1)
+    assert looks == 3, "one text is tried; at the second batch, the first memory has two vectors"
+    await check(NEW)
+
+
 async def test_an_export_holds_the_width_in_force(db: DatabaseAdapter, raw: Raw, dsn: str, tmp_path: Path) -> None:
     from elizasql.transfer import Archive, export_archive
 
