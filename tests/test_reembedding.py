@@ -468,12 +468,14 @@ async def test_reads_and_searches_see_the_old_width_alone_until_the_switch(
     assert stale is not None and stale.embedding is not None and stale.embedding.shape == (NEW,)
 
 
-async def test_every_read_gives_the_vector_in_force_where_there_are_two(db: DatabaseAdapter) -> None:
+async def test_every_read_gives_the_vector_in_force_where_there_are_two(make_db: MakeAdapter) -> None:
+    # To the smaller width: what takes any one of the two takes the first.
+    db = await make_db(dimension=NEW)
     scene = await make_scene(db)
     place: dict[str, Any] = {"room_id": scene.room, "entity_id": scene.entity, "world_id": scene.world}
     title = {"title": "title"}
     fields: dict[str, Any] = {**place, "content": {"text": "text", **title}, "metadata": title}
-    ids = await db.create_memories([memory("text", **fields) for _ in range(2)], "messages")
+    ids = await db.create_memories([memory("text", NEW, **fields) for _ in range(2)], "messages")
     looks = 0
 
     async def check(width: int) -> None:
@@ -511,12 +513,12 @@ async def test_every_read_gives_the_vector_in_force_where_there_are_two(db: Data
     async def embed(texts: list[str]) -> Any:
         nonlocal looks
         looks += 1
-        await check(OLD)
-        return [vector_of(text, NEW) for text in texts]
+        await check(NEW)
+        return [vector_of(text, OLD) for text in texts]
 
-    await db.reembed(NEW, embed, batch_size=1)
+    await db.reembed(OLD, embed, batch_size=1)
     assert looks == 3, "one text is tried; at the second batch, the first memory has two vectors"
-    await check(NEW)
+    await check(OLD)
 
 
 async def test_an_export_holds_the_width_in_force(db: DatabaseAdapter, raw: Raw, dsn: str, tmp_path: Path) -> None:
