@@ -139,6 +139,16 @@ async def db(make_db: MakeAdapter) -> DatabaseAdapter:
     return await make_db()
 
 
+async def neighbour_of(agent: UUID, raw: asyncpg.Connection[Any]) -> UUID:
+    """Give the id of a new agent in the same partitions: what reads an agent's rows looks into no others."""
+    found: UUID = await raw.fetchval(
+        """SELECT id FROM (SELECT gen_random_uuid() AS id FROM generate_series(1, 1000)) AS new
+        WHERE elizasql.partition_of(id) = elizasql.partition_of($1) LIMIT 1""",
+        agent,
+    )
+    return found
+
+
 @dataclass(frozen=True)
 class Scene:
     """A world with a room in it and two entities that take part."""

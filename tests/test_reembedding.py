@@ -32,7 +32,7 @@ from elizasql import reembedding as module
 from elizasql._executor import Executor
 from elizasql._statements import SQL
 
-from .conftest import MakeAdapter, Scene, make_scene
+from .conftest import MakeAdapter, Scene, make_scene, neighbour_of
 from .locking import blocked_pid
 from .reembed_worker import embedder, vector_of
 from .test_adapter import with_query
@@ -110,7 +110,8 @@ async def check_search(db: DatabaseAdapter, raw: Raw, width: int = NEW, **scope:
 
 
 async def test_a_move_gives_every_memory_a_vector_of_the_new_width(make_db: MakeAdapter, raw: Raw) -> None:
-    db, other = await make_db(), await make_db()
+    db = await make_db()
+    other = await make_db(await neighbour_of(db.agent_id, raw))
     await remember(db, 25)
     await db.create_memories([memory(f"fact {number}") for number in range(5)], "facts")
     bare = await db.create_memory({"content": {"text": "never embedded"}}, "messages")
