@@ -118,6 +118,10 @@ def test_one_failure_opens_it_again(breaker: CircuitBreaker, clock: Clock) -> No
     assert breaker.retry_after == pytest.approx(60)
     breaker.succeed(permits[2])  # too late to count
     assert breaker.state == "open"
+    clock.now += 60
+    for _ in range(2):
+        breaker.succeed(breaker.enter())
+    assert state(breaker) == "half_open"  # the success of the last time does not count
 
 
 def test_a_probe_that_is_cancelled_makes_room_and_neither_closes_nor_opens(
