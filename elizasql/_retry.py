@@ -91,7 +91,7 @@ def classify(error: BaseException, *, sent: bool, lost: bool) -> Outcome:
     ):
         outcome = Outcome.UNKNOWN
     elif isinstance(error, asyncpg.InterfaceError):
-        outcome = Outcome.UNKNOWN if lost or not sent else Outcome.PERMANENT
+        outcome = Outcome.UNKNOWN if lost else Outcome.PERMANENT
     else:
         outcome = Outcome.PERMANENT
     return Outcome.NOT_APPLIED if outcome is Outcome.UNKNOWN and not sent else outcome
