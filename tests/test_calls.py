@@ -216,6 +216,7 @@ async def test_call_inside_another_does_not_outlast_it() -> None:
             return _calls.current_deadline(60.0) - time.monotonic()
 
         async def ask(self, called: Any, *, timeout: float | None = None, **limit: float) -> Any:
+            await called.left(timeout=0.5)
             return await called.left(**limit)
 
     _calls.bound_methods(Adapter)
@@ -243,6 +244,9 @@ def test_time_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
             assert deadlines() == [120.0, 120.0, 120.0]
         with _calls.within(60.0):
             assert deadlines() == [130.0, 130.0, 130.0]
+        assert deadlines() == [130.0, 130.0, 130.0]
+        with pytest.raises(KeyError), _calls.within(20.0):
+            raise KeyError
         assert deadlines() == [130.0, 130.0, 130.0]
         outlives = contextvars.copy_context()
     assert deadlines() == outlives.run(deadlines) == [105.0, 105.0, 105.0]
@@ -300,6 +304,25 @@ async def test_wait_for_ends_what_takes_longer() -> None:
     assert ended
     with pytest.raises(ZeroDivisionError):
         await _calls.wait_for(_divide(), 60.0, "test")
+
+
+async def test_wait_for_ends_what_nobody_waits_for_any_more() -> None:
+    begun, ended = asyncio.Event(), asyncio.Event()
+
+    async def work() -> None:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    task = asyncio.create_task(_calls.wait_for(work(), 60.0, "test"))
+    await begun.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.sleep(0)
+    assert ended.is_set()
 
 
 async def test_end_of_a_task() -> None:
@@ -386,6 +409,15 @@ def test_quantiles_are_right_within_a_bucket() -> None:
         assert abs(found[name] * 1e6 / wanted - 1) < 0.05, name
     assert found["longest"] == pytest.approx(0.01)
     assert found["mean"] == pytest.approx(0.0050005)
+
+
+def test_quantiles_of_two_calls_are_the_two() -> None:
+    meter = _calls.Meter(1e9, None)
+    for seconds in (0.001, 1.0):
+        meter.record("m", 0.0, seconds, None)
+    found = meter.snapshot()["m"]
+    assert found["p50"] == pytest.approx(0.001, rel=0.05)
+    assert found["p95"] == pytest.approx(1.0, rel=0.05)
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1e-9, 1e-6, 1.0, 3600.0, 1e9])
