@@ -8,6 +8,7 @@ import re
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, nullcontext, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -17,10 +18,12 @@ import numpy as np
 import pytest
 
 import elizasql
-from elizasql import DatabaseAdapter, Memory, Room, World, _executor
+from elizasql import DatabaseAdapter, Memory, Task, _executor
 from elizasql._statements import Statement
 from tests.conftest import MakeAdapter, Scene, make_scene
 from tests.locking import blocked_pid, locked
+from tests.shared import share, shared_calls
+from tests.test_isolation import METHODS, filled
 
 VECTOR = np.ones(384, dtype=np.float32)
 
@@ -119,18 +122,72 @@ async def test_error_before_any_io_ends_nothing(db: DatabaseAdapter) -> None:
     assert await texts(db) == ["a", "b"]
 
 
-async def test_every_domain_runs_inside(db: DatabaseAdapter, make_db: MakeAdapter) -> None:
-    other = await make_db(db.agent_id)
-    world, room = uuid4(), uuid4()
-    with pytest.raises(ZeroDivisionError):
-        async with db.transaction() as tx:
-            await tx.create_world(World(id=world, name="w"))
-            await tx.create_room(Room(id=room, source="s", type="GROUP", world_id=world))
-            assert await tx.get_room(room) is not None
-            assert await other.get_room(room) is None
-            raise ZeroDivisionError
-    assert await db.get_world(world) is None
-    assert await db.get_room(room) is None
+def refused_in_a_transaction() -> set[str]:
+    sources = "".join(path.read_text(encoding="utf-8") for path in Path(elizasql.__file__).parent.glob("*.py"))
+    return set(re.findall(r"_refuse_in_transaction\(\"(\w+)\"\)", sources))
+
+
+async def every_row(connection: asyncpg.Connection[Any]) -> dict[str, list[str]]:
+    """Give all rows of all tables, as a connection sees them."""
+    tables = await connection.fetch(
+        "SELECT relname FROM pg_class WHERE relnamespace = 'elizasql'::regnamespace"
+        " AND relkind IN ('r', 'p') AND NOT relispartition"
+    )
+    found: dict[str, list[str]] = {table: [] for (table,) in tables}
+    parts = (f"SELECT '{table}', t::text FROM elizasql.{table} AS t" for table in found)
+    for table, row in await connection.fetch(" UNION ALL ".join(parts)):
+        found[table].append(row)
+    return {table: sorted(rows) for table, rows in found.items()}
+
+
+def anew(value: Any, others: dict[str, Any]) -> Any:
+    """Give what a method that creates is called with, changed so that it is not there yet."""
+    if isinstance(value, list):
+        return [anew(row, others) for row in value]
+    if isinstance(value, dict):
+        return {name: others.get(name, field) for name, field in value.items()} | {"id": uuid4()}
+    return value
+
+
+# They write only where something is missing, or is past its time.
+WRITES_NOTHING = {"ensure_agent_exists", "ensure_embedding_dimension", "sweep_cache"}
+ASKS = ("get_", "count_", "search_", "query_", "are_", "is_", "health", "stats")
+
+
+async def test_every_method_runs_inside_and_is_undone(make_db: MakeAdapter, own_database: str) -> None:
+    db = await make_db(dsn=own_database)
+    raw = await asyncpg.connect(own_database)
+    own, shared = await filled(db), await share(db)
+    entity, other, room = own.scene.entity, own.scene.other, own.scene.room
+    others = {"source_entity_id": other, "target_entity_id": entity}
+    others |= dict.fromkeys(("type", "sender_id", "code"), "another")
+    calls = {name: own.arguments(name) for name in METHODS} | shared_calls(shared)
+    calls |= {
+        "cleanup_agents": {"older_than": timedelta(microseconds=1)},
+        "delete_agents": {"agent_ids": [shared["other"]]},
+    }
+    before = await every_row(raw)
+    assert all(len(before[table]) for table in before.keys() - {"servers", "reembeddings", "memory_rewrites"})
+    refused = refused_in_a_transaction()
+    for name, arguments in calls.items():
+        if name in refused:
+            continue
+        if name.startswith(("create_", "ensure_entity")) and name not in shared_calls(shared):
+            arguments = {key: anew(value, others) for key, value in arguments.items()}
+        with pytest.raises(ZeroDivisionError):
+            async with db.transaction() as tx:
+                if name.startswith(("add_participant", "create_room_participants")):
+                    await tx.delete_participants([(entity, room), (other, room)])
+                elif isinstance(arguments.get("task"), Task) and name != "create_task":
+                    [arguments["task"]] = await tx.claim_tasks()
+                prepared = await every_row(_connection(tx))
+                await getattr(tx, name)(**arguments)
+                wrote = await every_row(_connection(tx)) != prepared
+                assert wrote is (not name.startswith(ASKS) and name not in WRITES_NOTHING), name
+                raise ZeroDivisionError
+        assert await every_row(raw) == before, name
+    await raw.close()
+    await assert_sound(db)
 
 
 async def test_dimension_that_was_rolled_back_is_not_remembered(make_db: MakeAdapter) -> None:
@@ -648,8 +705,7 @@ async def test_what_does_not_run_in_a_transaction_is_refused_and_documented(db: 
                 await call()
         await add(tx)
     assert await texts(db) == ["x"]
-    sources = "".join(path.read_text(encoding="utf-8") for path in Path(elizasql.__file__).parent.glob("*.py"))
-    assert set(re.findall(r"_refuse_in_transaction\(\"(\w+)\"\)", sources)) == calls.keys()
+    assert refused_in_a_transaction() == calls.keys()
     assert all(f"`{name}`" in (DatabaseAdapter.transaction.__doc__ or "") for name in calls)
 
 
