@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Awaitable, Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from enum import Enum
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 from uuid import UUID, uuid4
@@ -596,6 +598,44 @@ async def test_get_memories_filters_and_orders(db: DatabaseAdapter, agent_world:
     assert await db.get_memories(table_name="nothing") == []
     assert await db.count_memories(room_ids=[room, uuid4()]) == await db.count_memories(room)
     assert await db.count_memories(room_ids=[]) == 0
+
+
+# Each filter, as it is given and as it is meant.
+FILTERS: dict[str, tuple[dict[str, Any], Callable[[Any], bool]]] = {
+    "unique": ({"unique": True}, lambda m: m.unique),
+    "metadata": ({"metadata": {"tag": {"x": 1}}}, lambda m: m.metadata["tag"] == {"x": 1}),
+    "start": ({"start": T0 + timedelta(seconds=5)}, lambda m: m.created_at >= T0 + timedelta(seconds=5)),
+    "end": (
+        {"end": T0 + timedelta(seconds=9, microseconds=1)},
+        lambda m: m.created_at <= T0 + timedelta(seconds=9, microseconds=1),
+    ),
+    "text_contains": ({"text_contains": "NEEDLE"}, lambda m: "needle" in m.content["text"]),
+}
+
+
+@pytest.mark.parametrize("names", [[], *([name] for name in FILTERS), list(FILTERS)], ids=" and ".join)
+async def test_every_filter_holds_in_every_scope(db: DatabaseAdapter, library: list[Memory], names: list[str]) -> None:
+    """Whatever else is given; and what is listed is what is counted."""
+    await db.create_memories([dataclasses.replace(memory, id=uuid4()) for memory in library], "facts")
+    filters: dict[str, Any] = {"table_name": "messages"}
+    for name in names:
+        filters |= FILTERS[name][0]
+    places = ("room_id", "entity_id", "world_id")
+    values = [{None, *(getattr(memory, place) for memory in library)} for place in places]
+    rooms = values[0] - {None}
+    for ids in product(*values):
+        scope = {place: id for place, id in zip(places, ids, strict=True) if id is not None}
+        inside = [m for m in library if all(getattr(m, place) == id for place, id in scope.items())]
+        wanted = [m for m in inside if all(FILTERS[name][1](m) for name in names)]
+        assert len(wanted) < len(inside) or not names or not inside, scope
+        assert ids_of(await db.get_memories(**scope, **filters)) == ids_of(wanted), scope
+        assert await db.count_memories(**scope, **filters) == len(wanted), scope
+        room = scope.pop("room_id", None)
+        given = [*rooms, *rooms] if room is None else [room, uuid4()]
+        assert await db.count_memories(room_ids=given, **scope, **filters) == len(wanted), (given, scope)
+        page = [m for m in wanted if m in library[21:]]
+        found = await db.get_memories(room_id=room, cursor=library[20], **scope, **filters)
+        assert ids_of(found) == ids_of(page), (room, scope)
 
 
 async def test_end_in_milliseconds_is_the_end_of_the_last_one(db: DatabaseAdapter, agent_world: Scene) -> None:
