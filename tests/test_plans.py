@@ -193,8 +193,11 @@ async def test_search_of_many_goes_through_hnsw(
     [
         ("search_memories_of_room", {"room_id": SMALL}, "agent_id_room_id_type"),
         ("search_memories_of_entity", {"entity_id": RARE}, "agent_id_entity_id_type"),
+        ("search_memories_of_world", {"world_id": WORLDS[0]}, "agent_id_world_id_type"),
         ("search_memories_of_several", {"room_id": BIG, "entity_id": RARE}, "agent_id_entity_id_type"),
         ("search_memories_of_several", {"room_id": SMALL, "world_id": WORLD}, "agent_id_room_id_type"),
+        ("search_memories_of_several", {"room_id": BIG, "world_id": WORLDS[2]}, "agent_id_world_id_type"),
+        ("search_memories_of_several", {"entity_id": ENTITY, "world_id": WORLDS[2]}, "agent_id_world_id_type"),
     ],
 )
 async def test_search_of_a_small_scope_is_exact(
@@ -206,9 +209,12 @@ async def test_search_of_a_small_scope_is_exact(
     index: str,
 ) -> None:
     nodes = await plan_of(session, SQL[name], search_params(agents["many"], vectors[-1], **scope), execute=True)
-    assert any(index in used for used in indexes(nodes))
     assert not any("hnsw" in used for used in indexes(nodes))
     assert not scans_a_table(nodes)
+    # Each scope was counted, off its index alone; one of them has its vectors read.
+    fetched = indexes([node for node in nodes if node["Node Type"] != "Index Only Scan"])
+    [compared] = [used for used in fetched if used.startswith("embeddings")]
+    assert index in compared
     # How large the graph is makes no difference here, so nobody looks.
     assert {node["Actual Loops"] for node in nodes if node.get("Subplan Name") == "CTE graph"} == {0}
 
