@@ -1114,25 +1114,6 @@ async def test_lists_come_off_their_index_in_order(session: asyncpg.Connection[A
     assert "Sort" not in plan, plan
 
 
-@pytest.mark.parametrize(
-    ("table", "column", "index"),
-    [
-        ("message_server_agents", "agent_id", "message_server_agents_agent_idx"),
-        ("message_server_agents", "message_server_id", "message_server_agents_pkey"),
-        ("channels", "message_server_id", "channels_message_server_idx"),
-        ("channel_participants", "channel_id", "channel_participants_pkey"),
-        ("central_messages", "channel_id", "central_messages_channel_idx"),
-        ("central_messages", "in_reply_to_root_message_id", "central_messages_reply_idx"),
-    ],
-)
-async def test_foreign_keys_have_an_index(
-    session: asyncpg.Connection[Any], table: str, column: str, index: str
-) -> None:
-    """What the server runs when the row that is pointed at is deleted."""
-    plan = await explain(session, f"DELETE FROM ONLY elizasql.{table} WHERE $1::uuid = {column}", 1)
-    assert index in plan, plan
-
-
 async def test_a_deep_page_reads_one_page(db: DatabaseAdapter, session: asyncpg.Connection[Any]) -> None:
     channel = await make_channel(db)
     made = await db.create_messages([message(channel) for _ in range(300)])

@@ -728,6 +728,48 @@ async def test_no_statement_reads_a_whole_table(
         assert tables <= {"pg_class", "pg_extension", "pg_index", "pg_namespace"}, tables
 
 
+INDEXES = """
+    SELECT
+        i.indrelid AS of_table, i.indexrelid::regclass::text AS name, pg_get_expr(i.indpred, i.indrelid) AS predicate,
+        ARRAY(
+            SELECT a.attname::text
+            FROM unnest(string_to_array(i.indkey::text, ' ')::smallint[]) WITH ORDINALITY AS k (number, place)
+            LEFT JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = k.number
+            WHERE k.place <= i.indnkeyatts
+            ORDER BY k.place
+        ) AS columns
+    FROM pg_index AS i
+    INNER JOIN pg_class AS c ON c.oid = i.indexrelid
+    INNER JOIN pg_am AS m ON m.oid = c.relam
+    WHERE c.relnamespace = 'elizasql'::regnamespace AND i.indisvalid AND m.amname = 'btree'
+"""
+FOREIGN_KEYS = """
+    SELECT
+        conrelid AS of_table, conrelid::regclass::text || ' ' || conname AS name,
+        ARRAY(SELECT attname::text FROM pg_attribute WHERE attrelid = conrelid AND attnum = ANY(conkey)) AS columns
+    FROM pg_constraint
+    WHERE contype = 'f' AND connamespace = 'elizasql'::regnamespace
+"""
+
+
+def serves(index: asyncpg.Record, key: asyncpg.Record) -> bool:
+    """Tell whether an index finds the rows that point at one which is deleted."""
+    columns = set(key["columns"])
+    # Of an expression the column is None. A row that points at another has all the columns of the key.
+    return (
+        index["of_table"] == key["of_table"]
+        and set(index["columns"][: len(columns)]) == columns
+        and (index["predicate"] is None or index["predicate"] in {f"({column} IS NOT NULL)" for column in columns})
+    )
+
+
+async def test_every_foreign_key_has_an_index(raw: asyncpg.Connection[Any]) -> None:
+    """So that no cascade reads a table."""
+    indexes, keys = await raw.fetch(INDEXES), await raw.fetch(FOREIGN_KEYS)
+    assert len(keys) > 30
+    assert [key["name"] for key in keys if not any(serves(index, key) for index in indexes)] == []
+
+
 OF_ONE_AGENT = {name: statement for name, statement in PLANNED.items() if statement.of_one_agent}
 
 
