@@ -151,7 +151,6 @@ CREATE TABLE elizasql.rooms (
     REFERENCES elizasql.worlds (agent_id, id) ON DELETE SET NULL (world_id)
 );
 CREATE INDEX rooms_world_idx ON elizasql.rooms (agent_id, world_id, created_at, id);
-CREATE INDEX rooms_message_server_idx ON elizasql.rooms (agent_id, message_server_id);
 
 CREATE TABLE elizasql.entities (
     agent_id uuid NOT NULL,
@@ -162,7 +161,6 @@ CREATE TABLE elizasql.entities (
     CONSTRAINT entities_pkey PRIMARY KEY (agent_id, id),
     CONSTRAINT entities_agent_fkey FOREIGN KEY (agent_id) REFERENCES elizasql.agents (id) ON DELETE CASCADE
 );
-CREATE INDEX entities_created_at_idx ON elizasql.entities (agent_id, created_at, id);
 
 CREATE TABLE elizasql.participants (
     agent_id uuid NOT NULL,

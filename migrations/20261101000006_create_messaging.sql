@@ -55,7 +55,6 @@ CREATE TABLE elizasql.channel_participants (
     CONSTRAINT channel_participants_channel_fkey FOREIGN KEY (channel_id)
     REFERENCES elizasql.channels (id) ON DELETE CASCADE
 );
-CREATE INDEX channel_participants_entity_idx ON elizasql.channel_participants (entity_id);
 
 CREATE TABLE elizasql.central_messages (
     id uuid NOT NULL DEFAULT gen_random_uuid(),

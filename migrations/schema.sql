@@ -3088,8 +3088,6 @@ CREATE INDEX central_messages_channel_idx ON elizasql.central_messages USING btr
 
 CREATE INDEX central_messages_reply_idx ON elizasql.central_messages USING btree (in_reply_to_root_message_id, created_at, id) WHERE (in_reply_to_root_message_id IS NOT NULL);
 
-CREATE INDEX channel_participants_entity_idx ON elizasql.channel_participants USING btree (entity_id);
-
 CREATE UNIQUE INDEX channels_dm_key ON elizasql.channels USING btree (message_server_id, name) WHERE ((type = 'DM'::text) AND (name ~ '^DM-[0-9a-f-]{36}-[0-9a-f-]{36}$'::text));
 
 CREATE INDEX channels_message_server_idx ON elizasql.channels USING btree (message_server_id, created_at, id);
@@ -3464,8 +3462,6 @@ CREATE INDEX embeddings_p15_dim_512_hnsw ON elizasql.embeddings_p15 USING hnsw (
 
 CREATE INDEX embeddings_p15_dim_768_hnsw ON elizasql.embeddings_p15 USING hnsw (((dim_768)::public.halfvec(768)) public.halfvec_cosine_ops) WITH (m='16', ef_construction='128') WHERE indexed;
 
-CREATE INDEX entities_created_at_idx ON elizasql.entities USING btree (agent_id, created_at, id);
-
 CREATE INDEX entities_name_grams_idx ON elizasql.entities USING gin (elizasql.name_grams(agent_id, names)) WITH (gin_pending_list_limit='256');
 
 CREATE INDEX goals_entity_idx ON elizasql.goals USING btree (agent_id, entity_id, status, created_at, id);
@@ -3703,8 +3699,6 @@ CREATE INDEX participants_entity_idx ON elizasql.participants USING btree (agent
 CREATE INDEX relationships_source_idx ON elizasql.relationships USING btree (agent_id, source_entity_id, created_at, id);
 
 CREATE INDEX relationships_target_idx ON elizasql.relationships USING btree (agent_id, target_entity_id, created_at, id);
-
-CREATE INDEX rooms_message_server_idx ON elizasql.rooms USING btree (agent_id, message_server_id);
 
 CREATE INDEX rooms_world_idx ON elizasql.rooms USING btree (agent_id, world_id, created_at, id);
 

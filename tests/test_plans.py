@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import elizasql
-from elizasql import DatabaseAdapter, Entity, Memory, Room, World, _codecs
+from elizasql import Config, DatabaseAdapter, Entity, Memory, Room, World, _codecs, _pool
 from elizasql._statements import SQL, Statement
 
 from .conftest import MakeAdapter
@@ -731,6 +731,8 @@ async def test_no_statement_reads_a_whole_table(
 INDEXES = """
     SELECT
         i.indrelid AS of_table, i.indexrelid::regclass::text AS name, pg_get_expr(i.indpred, i.indrelid) AS predicate,
+        i.indisunique AS is_unique, m.amname::text AS method,
+        (SELECT inhparent::regclass::text FROM pg_inherits WHERE inhrelid = i.indexrelid) AS parent,
         ARRAY(
             SELECT a.attname::text
             FROM unnest(string_to_array(i.indkey::text, ' ')::smallint[]) WITH ORDINALITY AS k (number, place)
@@ -741,7 +743,7 @@ INDEXES = """
     FROM pg_index AS i
     INNER JOIN pg_class AS c ON c.oid = i.indexrelid
     INNER JOIN pg_am AS m ON m.oid = c.relam
-    WHERE c.relnamespace = 'elizasql'::regnamespace AND i.indisvalid AND m.amname = 'btree'
+    WHERE c.relnamespace = 'elizasql'::regnamespace AND i.indisvalid
 """
 FOREIGN_KEYS = """
     SELECT
@@ -757,7 +759,7 @@ def serves(index: asyncpg.Record, key: asyncpg.Record) -> bool:
     columns = set(key["columns"])
     # Of an expression the column is None. A row that points at another has all the columns of the key.
     return (
-        index["of_table"] == key["of_table"]
+        (index["method"], index["of_table"]) == ("btree", key["of_table"])
         and set(index["columns"][: len(columns)]) == columns
         and (index["predicate"] is None or index["predicate"] in {f"({column} IS NOT NULL)" for column in columns})
     )
@@ -768,6 +770,41 @@ async def test_every_foreign_key_has_an_index(raw: asyncpg.Connection[Any]) -> N
     indexes, keys = await raw.fetch(INDEXES), await raw.fetch(FOREIGN_KEYS)
     assert len(keys) > 30
     assert [key["name"] for key in keys if not any(serves(index, key) for index in indexes)] == []
+
+
+# Of few rows another one looks as good. Tests of many name these: those of searches, and of the summaries of runs.
+READ_OF_MANY = {"embeddings_room_idx", "embeddings_entity_idx", "logs_run_event_time_idx"}
+
+
+async def test_every_index_is_of_use(own_database: str) -> None:
+    """Each costs every write: it is unique, serves a foreign key that no unique one does, or a statement needs it.
+
+    Nothing is stored there: which of two indexes is cheaper by a hair does not hang on other tests.
+    """
+    session = await asyncpg.connect(own_database, server_settings=_pool.session_settings(Config.load(environ={})))
+    found, keys = await session.fetch(INDEXES), await session.fetch(FOREIGN_KEYS)
+    useful = {index["name"] for index in found if index["is_unique"]} | READ_OF_MANY
+    for key in keys:
+        serving = [index for index in found if serves(index, key)]
+        if not any(index["is_unique"] for index in serving):
+            useful |= {index["name"] for index in serving}
+    first = {index["name"]: index["columns"][0] for index in found}
+    for name, statement in SQL.items():
+        if name.endswith(("_transaction", "_savepoint")):
+            continue
+        nodes = await plan_of(session, statement, {"agent_id": uuid4()})
+        is_sorted = "ORDER BY" not in statement.sql or any(node["Node Type"].endswith("Sort") for node in nodes)
+        in_order = {key.split(".")[-1] for node in nodes for key in node.get("Presorted Key", ())}
+        for node in nodes:
+            index, bounds = node.get("Index Name"), node.get("Index Cond", "")
+            # Whatever begins with the agent finds what is an agent's.
+            finds = bounds and (" AND " in bounds or "(agent_id = " not in bounds)
+            if index and (finds or not is_sorted or first.get(index) in in_order):
+                useful.add(index)
+    await session.close()
+    needed = {index["parent"] or index["name"] for index in found if index["name"] in useful}
+    left = {index["name"] for index in found if index["parent"] is None and index["method"] != "hnsw"} - needed
+    assert left == set()
 
 
 OF_ONE_AGENT = {name: statement for name, statement in PLANNED.items() if statement.of_one_agent}
