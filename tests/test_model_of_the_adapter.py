@@ -12,10 +12,11 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 from uuid import UUID, uuid4
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 import elizasql.sync
 from elizasql import (
@@ -37,7 +38,7 @@ from elizasql import (
 
 # Small pools, the same for both agents: ids collide within an agent and across.
 IDS = {
-    kind: [UUID(int=1000 * n + i) for i in range(3)]
+    kind: [UUID(int=1000 * n + i) for i in range(5 if kind == "memory" else 3)]
     for n, kind in enumerate(("world", "room", "entity", "memory", "task", "goal", "log", "request", "entry"), 1)
 }
 T0 = datetime(2026, 1, 1, tzinfo=timezone.utc)
@@ -47,6 +48,10 @@ texts = st.sampled_from(("a", "b", "O'Hara; --", "π", ""))
 tags = st.lists(st.sampled_from(("x", "y", "queue")), unique=True, max_size=3)
 objects = st.dictionaries(st.sampled_from(("k", "l")), st.sampled_from((1, None, "v", [1], {"m": 2})), max_size=2)
 times = st.integers(0, 5).map(lambda second: T0 + timedelta(seconds=second))
+# Few directions, one of them in two lengths: what is equally similar, too.
+VECTORS = np.zeros((5, 384), np.float32)
+VECTORS[:, :2] = ((1, 0), (3, 0), (1, 1), (0, 1), (-1, 0.5))
+vectors = st.sampled_from(range(len(VECTORS)))
 log_types = st.sampled_from(("action", "run_event"))
 ENDINGS = ("completed", "error")
 # Of what is shared, and so not by the same id in every run.
@@ -103,13 +108,16 @@ class AdapterMachine(RuleBasedStateMachine):
     """Calls a real adapter and a model, and compares what both say."""
 
     dsn: str
+    in_the_process: list[int]  # how many searches were answered there, of each machine
 
     def __init__(self) -> None:
         super().__init__()
         self.dbs = []
-        for _ in range(2):
-            db = elizasql.sync.open(agent_id=uuid4(), dsn=self.dsn, indexing="manual", pool_max_size=2, pool_min_size=0)
+        settings: dict[str, Any] = {"dsn": self.dsn, "indexing": "manual", "pool_max_size": 2, "pool_min_size": 0}
+        for resident in ("off", "required"):
+            db = elizasql.sync.open(agent_id=uuid4(), resident=resident, **settings)
             db.ensure_agent_exists({"name": "agent"})
+            db.ensure_embedding_dimension(VECTORS.shape[1])
             self.dbs.append(db)
         self.stores = [Stores(), Stores()]
         self.server = self.dbs[0].create_message_server({"name": "s", "sourceType": "test"}).id
@@ -119,6 +127,7 @@ class AdapterMachine(RuleBasedStateMachine):
         self.steps = 0
 
     def teardown(self) -> None:
+        self.in_the_process.append(self.dbs[1].stats()["resident"]["hits"])
         for channel in self.dbs[0].get_channels_for_message_server(self.server):
             self.dbs[0].delete_channel(channel.id)
         for db in self.dbs:
@@ -133,6 +142,24 @@ class AdapterMachine(RuleBasedStateMachine):
         else:
             call()
         return possible
+
+    @initialize(
+        rows=st.lists(
+            st.tuples(
+                ids("memory"), *(maybe(ids(kind)) for kind in ("room", "entity", "world")), st.booleans(), vectors
+            ),
+            max_size=8,
+        )
+    )
+    def begin(self, rows: list[Any]) -> None:
+        """Begin with nothing, or with a place for everything and memories that can be found: few steps make some."""
+        for agent in (0, 1) if rows else ():
+            for number in range(3):
+                self.create_world(agent, IDS["world"][number], "a")
+                self.create_room(agent, IDS["room"][number], None, "a")
+                self.create_entity(agent, IDS["entity"][number], ["a"], {})
+            for id, room, entity, world, unique, vector in rows:
+                self.store_memory(agent, id, room, entity, world, "a", {}, T0, unique, vector, upsert=True)
 
     # --- worlds, rooms, entities, participants ---
 
@@ -257,6 +284,7 @@ class AdapterMachine(RuleBasedStateMachine):
         metadata=objects,
         time=times,
         unique=st.booleans(),
+        vector=maybe(vectors),
         upsert=st.booleans(),
     )
     def store_memory(
@@ -270,30 +298,36 @@ class AdapterMachine(RuleBasedStateMachine):
         metadata: dict[str, Any],
         time: datetime,
         unique: bool,
+        vector: int | None,
         upsert: bool,
     ) -> None:
         store, db = self.stores[agent], self.dbs[agent]
         row = {"room_id": room, "entity_id": entity, "world_id": world, "created_at": time}
         row |= {"content": {"text": text}, "metadata": metadata, "unique": unique}
         possible = id in store.memories or store.has(room_id=room, entity_id=entity, world_id=world)
-        memory = Memory(id=id, **deepcopy(row))
+        memory = Memory(id=id, **deepcopy(row), embedding=None if vector is None else VECTORS[vector])
         call = db.upsert_memories if upsert else db.create_memories
         if self.refused_unless(possible, lambda: call([memory], "messages")):
             if id not in store.memories:
-                store.memories[id] = row
+                store.memories[id] = row | {"vector": vector}
             elif upsert:
                 store.memories[id] |= {name: row[name] for name in ("content", "metadata", "unique")}
+                if vector is not None:
+                    store.memories[id]["vector"] = vector
 
-    @rule(agent=agents, id=ids("memory"), text=texts, room=maybe(ids("room")))
-    def update_memory(self, agent: int, id: UUID, text: str, room: UUID | None) -> None:
+    @rule(agent=agents, id=ids("memory"), text=texts, room=maybe(ids("room")), vector=maybe(vectors))
+    def update_memory(self, agent: int, id: UUID, text: str, room: UUID | None, vector: int | None) -> None:
         store, db = self.stores[agent], self.dbs[agent]
         change = {"id": id, "content": {"text": text}, "roomId": room}
+        change["embedding"] = None if vector is None else VECTORS[vector]
         if id not in store.memories:
             assert db.update_memory(change) is False
         elif self.refused_unless(store.has(room_id=room), lambda: db.update_memory(change)):
             store.memories[id]["content"] = {"text": text}
             if room is not None:
                 store.memories[id]["room_id"] = room
+            if vector is not None:
+                store.memories[id]["vector"] = vector
 
     @rule(agent=agents, id=ids("memory"))
     def delete_memory(self, agent: int, id: UUID) -> None:
@@ -341,6 +375,68 @@ class AdapterMachine(RuleBasedStateMachine):
         found = db.get_memories(table_name="messages", **filters)
         assert [(m.created_at, m.id) for m in found] == sorted(wanted, reverse=True)
         assert db.count_memories(table_name="messages", **filters) == len(wanted)
+
+    @rule(agent=agents)
+    def index_memories(self, agent: int) -> None:
+        self.dbs[agent].index_memories()
+
+    @rule(
+        agent=agents,
+        vector=vectors,
+        room=maybe(ids("room")),
+        entity=maybe(ids("entity")),
+        world=maybe(ids("world")),
+        unique=st.booleans(),
+        count=st.integers(0, 3),
+        threshold=maybe(st.sampled_from((-0.5, 0.3, 0.9))),
+    )
+    def search_memories(
+        self,
+        agent: int,
+        vector: int,
+        room: UUID | None,
+        entity: UUID | None,
+        world: UUID | None,
+        unique: bool,
+        count: int,
+        threshold: float | None,
+    ) -> None:
+        scope = {"room_id": room, "entity_id": entity, "world_id": world}
+        self.search_agrees(agent, vector, scope, unique, count, threshold)
+
+    def search_agrees(
+        self,
+        agent: int,
+        vector: int,
+        scope: dict[str, UUID | None],
+        unique: bool = False,
+        count: int = 3,
+        threshold: float | None = None,
+    ) -> None:
+        exact = VECTORS.astype(np.float64)
+        exact /= np.linalg.norm(exact, axis=1, keepdims=True)
+        to_each = (exact @ exact[vector]).round(5).tolist()
+        similar = {
+            id: to_each[row["vector"]]
+            for id, row in self.stores[agent].memories.items()
+            if row["vector"] is not None
+            and (row["unique"] or not unique)
+            and all(wanted in (None, row[name]) for name, wanted in scope.items())
+        }
+        best = sorted(similar.values(), reverse=True)[:count]
+        found = self.dbs[agent].search_memories(
+            embedding=VECTORS[vector],
+            table_name="messages",
+            unique=unique,
+            count=count,
+            match_threshold=threshold,
+            **scope,
+        )
+        # Of those that are equally similar any one may be the last.
+        similarities = [round(memory.similarity or 0, 5) for memory in found]
+        assert similarities == [each for each in best if threshold is None or each >= threshold]
+        assert [similar[memory.id] for memory in found] == similarities
+        assert len({memory.id for memory in found}) == len(found)
 
     # --- components, relationships ---
 
@@ -764,6 +860,20 @@ class AdapterMachine(RuleBasedStateMachine):
             self.what_is_shared_agrees(self.dbs[0])
         else:
             self.an_agent_agrees(self.dbs[turn], self.stores[turn])
+            self.searches_agree(turn)
+
+    def searches_agree(self, agent: int) -> None:
+        """Search all that there is, one place, be it gone, and where two memories are, which may be the same."""
+        turn, rows = self.steps // 3, [*self.stores[agent].memories.values()]
+        vector, unique = turn % len(VECTORS), turn % 2 == 0
+        self.search_agrees(agent, vector, {}, unique)
+        for kind in ("room", "entity", "world"):
+            self.search_agrees(agent, vector, {f"{kind}_id": IDS[kind][turn % 3]}, not unique)
+        pairs = ("room_id", "entity_id"), ("room_id", "world_id"), ("entity_id", "world_id")
+        for first, second in pairs if rows else ():
+            one, other = rows[turn % len(rows)][first], rows[turn // 2 % len(rows)][second]
+            if one and other:
+                self.search_agrees(agent, vector, {first: one, second: other})
 
     def what_is_shared_agrees(self, db: elizasql.sync.DatabaseAdapter) -> None:
         channels = {channel.id: channel.name for channel in db.get_channels_for_message_server(self.server)}
@@ -791,7 +901,8 @@ class AdapterMachine(RuleBasedStateMachine):
         memories = {m.id: m for m in db.get_memories_by_ids(IDS["memory"])}
         assert memories.keys() == store.memories.keys()
         for id, row in store.memories.items():
-            assert {name: getattr(memories[id], name) for name in row} == row
+            stored = {name: value for name, value in row.items() if name != "vector"}
+            assert {name: getattr(memories[id], name) for name in stored} == stored
         components = db.get_components_for_entities(IDS["entity"])
         assert {
             (c.entity_id, c.type, c.world_id): {
@@ -824,13 +935,15 @@ def contains(whole: Any, part: Any) -> bool:
 
 # Few long runs: what a store does with what was there before needs many calls on the same rows.
 def run(dsn: str, examples: int, steps: int) -> None:
-    machine = type("Machine", (AdapterMachine,), {"dsn": dsn})
+    in_the_process: list[int] = []
+    machine = type("Machine", (AdapterMachine,), {"dsn": dsn, "in_the_process": in_the_process})
     run_state_machine_as_test(
         machine,
         settings=settings(
             max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
+    assert sum(in_the_process) > 0
 
 
 # What differs is made small first, which takes a while.
