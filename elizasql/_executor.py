@@ -8,13 +8,24 @@ server is asked at all, `_pool` where the connections come from.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import itertools
 import logging
 import random
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from uuid import UUID
@@ -33,6 +44,8 @@ from .errors import (
     ConnectionLostError,
     DeadlineError,
     ElizaSQLError,
+    ForeignKeyError,
+    LockTimeoutError,
     PermissionDeniedError,
     PoolTimeoutError,
     TransactionError,
@@ -49,6 +62,12 @@ Fetch = Callable[..., Awaitable[list[asyncpg.Record]]]
 # What speaks of the connection, where another one does better: it leads to a standby since a failover, or what it knows
 # of types and statements is no longer so.
 _OUTDATED = (asyncpg.ReadOnlySQLTransactionError, asyncpg.InvalidCachedStatementError, asyncpg.InternalServerError)
+
+# What a call meets that waits for a transaction, or does not see what that has done.
+_OF_BESIDE = (DeadlineError, ForeignKeyError, LockTimeoutError, PoolTimeoutError)
+
+# The transactions in whose blocks the caller's code runs, the outermost first.
+_around: contextvars.ContextVar[tuple[Executor, ...]] = contextvars.ContextVar("elizasql_around", default=())
 
 # Seconds that a rollback has in any case, also when the call that failed has none left.
 _UNDO_TIME = 0.5
@@ -328,10 +347,28 @@ class Executor:
                 await asyncio.sleep(pause)
                 if self._closed:
                     raise ClosedError(f"{name}: the adapter was closed meanwhile", statement=name)
+        except _OF_BESIDE as error:
+            self._point_out(error)
+            raise
         finally:
             for turn in turns:
                 turn.pass_on()
             self._leave()
+
+    def _point_out(self, error: ElizaSQLError) -> None:
+        """Say with an error that a transaction of the adapter is open around the call, which was not made on it.
+
+        Such a call may wait for what waits for it, and the server cannot tell.
+        """
+        if any(each.meter is self.meter and not each._closed and not self._is_in(each) for each in _around.get()):
+            error.args = (
+                f"{str(error).rstrip('.')}; the call stands in a transaction of this adapter and is no part of it: "
+                "was the adapter meant that transaction() gave?",
+            )
+
+    def _is_in(self, transaction: Executor) -> bool:  # noqa: ARG002
+        """Tell whether this is a transaction, or a savepoint in it."""
+        return False
 
     def _turn_of(self, key: Hashable) -> _Turn:
         """Give whose turn it is at what a key stands for; it lasts as long as somebody has it or waits for it."""
@@ -502,7 +539,8 @@ class Executor:
             connection = await self._attempts("transaction", begin, Outcome.NOT_APPLIED, hold=True)
             inner = _TransactionExecutor(self, connection)
             try:
-                yield inner
+                with around(inner):
+                    yield inner
                 await inner.end(self._commit_on)
             except GeneratorExit:
                 # Perhaps of a task that nobody held and the garbage collector has ended: nothing more can be awaited.
@@ -615,6 +653,17 @@ class Executor:
             self.lane.drop(connection)
 
 
+@contextmanager
+def around(transaction: Executor) -> Iterator[None]:
+    """Let what runs in the block, and the tasks that it begins, know of the transaction around it."""
+    token = _around.set((*_around.get(), transaction))
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # whoever leaves it is in another context, such as the garbage collector
+            _around.reset(token)
+
+
 class _TransactionExecutor(Executor):
     """Runs statements on the one connection of a transaction, one after the other; a transaction in it is a savepoint.
 
@@ -667,8 +716,14 @@ class _TransactionExecutor(Executor):
                 if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
                     _tell_read_only(error, self._connection, name)
                 raise self._explain(_as_lost(error, self._connection), name) from error
+        except _OF_BESIDE as error:
+            self._point_out(error)
+            raise
         finally:
             self._turn.pass_on()
+
+    def _is_in(self, transaction: Executor) -> bool:
+        return transaction is self or self._outer._is_in(transaction)
 
     async def probe(self) -> None:
         """Ask the server for a sign of life, on the transaction's connection."""

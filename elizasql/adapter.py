@@ -228,6 +228,8 @@ class DatabaseAdapter(
         undoes what it did, and what was before can go on; without one, an error that the server raised ends the whole
         transaction: later calls are refused, and so is the end of the block if it is reached. `tx` has one connection:
         concurrent calls on it run one after the other, and while a savepoint is open only its own adapter may be used.
+        What is called on `db` in the block is no part of it: it is kept whatever becomes of the block, and what needs a
+        row that the block has changed waits in vain, until its time limit; the error says which adapter was meant.
         `load_memories`, `index_memories`, `reembed`, `abandon_reembedding`, `wait_for_tasks` and `close` are refused on
         `tx` by an ArgumentError: they have transactions, or a connection, of their own.
 

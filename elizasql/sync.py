@@ -21,6 +21,7 @@ from uuid import UUID
 
 from . import _codecs, _embedded, _shutdown
 from . import adapter as _asynchronous
+from ._executor import around
 from .config import Config, Settings
 from .errors import ArgumentError, ClosedError, ElizaSQLError, WrongLoopError
 
@@ -168,7 +169,9 @@ class DatabaseAdapter:
         """Open a transaction: every method of what it gives runs in it; see the asynchronous one."""
         context = self._adapter.transaction()
         try:
-            yield DatabaseAdapter(self._loop, self._loop.run(context.__aenter__()))
+            bound = self._loop.run(context.__aenter__())
+            with around(bound._executor):  # in the caller's thread, from where calls take it along
+                yield DatabaseAdapter(self._loop, bound)
         except BaseException:
             # It may have begun when an interrupt came, and lasts as long as the traceback that holds it.
             self._loop.leave(_leave(context.gen))

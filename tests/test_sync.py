@@ -12,7 +12,7 @@ import threading
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -618,6 +618,16 @@ def test_exit_while_the_adapter_closes(make: Callable[..., sync.DatabaseAdapter]
     assert isinstance(results[0], SystemExit)
     assert results[1] is None
     assert threads() == before
+
+
+def test_error_of_a_call_beside_the_transaction_around_it_says_so(db: sync.DatabaseAdapter) -> None:
+    beside = "is no part of it"
+    with pytest.raises(elizasql.ForeignKeyError, match=beside), db.transaction() as tx:
+        db.create_memory(memory(room_id=tx.create_room({"source": "test", "type": "GROUP"})), "messages")
+    for where in (db.transaction, lambda: nullcontext(db)):
+        with pytest.raises(elizasql.ForeignKeyError) as caught, where() as tx:
+            tx.create_memory(memory(room_id=uuid4()), "messages")
+        assert beside not in str(caught.value)
 
 
 # --- close -----------------------------------------------------------------------------------------------------------

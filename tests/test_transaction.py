@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import elizasql
-from elizasql import DatabaseAdapter, Memory, Task, _executor
+from elizasql import DatabaseAdapter, Memory, Room, Task, _executor
 from elizasql._statements import Statement
 from tests.conftest import MakeAdapter, Scene, make_scene
 from tests.locking import blocked_pid, locked
@@ -1135,3 +1135,83 @@ async def test_savepoints_have_names_of_their_own(db: DatabaseAdapter, round_tri
         "ROLLBACK TO SAVEPOINT nested_3",
         "RELEASE SAVEPOINT nested_3",
     ]
+
+
+# --- calls that stand in a transaction and are no part of it ---------------------------------------------------------
+
+BESIDE = "is no part of it"
+
+
+async def to_what_it_has_made(db: DatabaseAdapter, tx: DatabaseAdapter) -> None:
+    room_id = await tx.create_room(Room(source="test", type="GROUP"))
+    await add(db, room_id=room_id)
+
+
+async def to_what_it_has_changed(db: DatabaseAdapter, tx: DatabaseAdapter) -> None:
+    id = await add(db)
+    await tx.update_memory(memory("ours", id=id))
+    await asyncio.gather(db.update_memory(memory("theirs", id=id), timeout=0.3))
+
+
+async def to_its_connection(db: DatabaseAdapter, tx: DatabaseAdapter) -> None:
+    await db.transaction().__aenter__()
+
+
+async def from_another_one(db: DatabaseAdapter, tx: DatabaseAdapter) -> None:
+    id = await add(db)
+    await tx.update_memory(memory("ours", id=id))
+    async with db.transaction() as second, second.transaction() as inner:
+        await inner.update_memory(memory("theirs", id=id), timeout=0.3)
+
+
+@pytest.mark.parametrize(
+    ("call", "connections", "error"),
+    [
+        (to_what_it_has_made, 2, elizasql.ForeignKeyError),
+        (to_what_it_has_changed, 2, elizasql.DeadlineError),
+        (to_its_connection, 1, elizasql.PoolTimeoutError),
+        (from_another_one, 2, elizasql.DeadlineError),
+    ],
+)
+async def test_error_of_a_call_beside_the_transaction_around_it_says_so(
+    make_db: MakeAdapter,
+    call: Callable[[DatabaseAdapter, DatabaseAdapter], Awaitable[None]],
+    connections: int,
+    error: type[elizasql.ElizaSQLError],
+) -> None:
+    db = await make_db(pool_max_size=connections, connection_timeout=1.0)
+    with pytest.raises(error, match=BESIDE):
+        async with db.transaction() as tx:
+            await call(db, tx)
+
+
+async def test_error_of_another_call_says_nothing_of_a_transaction(db: DatabaseAdapter, make_db: MakeAdapter) -> None:
+    other = await make_db()
+    entered, ended = asyncio.Event(), asyncio.Event()
+
+    async def homeless(db: DatabaseAdapter) -> str:
+        with pytest.raises(elizasql.ForeignKeyError) as caught:
+            await add(db, "homeless", room_id=uuid4())
+        return str(caught.value)
+
+    async def later() -> str:
+        await ended.wait()
+        return await homeless(db)
+
+    async def apart() -> str:
+        await entered.wait()
+        return await homeless(db)
+
+    outside = asyncio.create_task(apart())
+    said = []
+    async with db.transaction() as tx:
+        outliving = asyncio.create_task(later())
+        entered.set()
+        said += [await outside, await homeless(other)]
+        with suppress(elizasql.TransactionError):
+            async with tx.transaction() as inner:
+                said.append(await homeless(inner))
+    ended.set()
+    said += [await outliving, await homeless(db)]
+    assert len(said) == 5
+    assert not [each for each in said if BESIDE in each]
