@@ -146,15 +146,17 @@ class DatabaseAdapter(
         Statement: sql/server.sql ping. One round trip.
         """
         began = time.monotonic()
-        error: str | None = None
         try:
             await self._executor.probe()
         except ElizaSQLError as failure:
-            error = f"{type(failure).__name__}: {failure}"
+            return self._tell_health(failure)
+        return self._tell_health(None, time.monotonic() - began)
+
+    def _tell_health(self, failure: ElizaSQLError | None, latency: float | None = None) -> dict[str, Any]:
         return {
-            "ready": error is None,
-            "latency": time.monotonic() - began if error is None else None,
-            "error": error,
+            "ready": failure is None,
+            "latency": latency,
+            "error": None if failure is None else f"{type(failure).__name__}: {failure}",
             **self._connections.snapshot(),
         }
 

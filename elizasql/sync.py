@@ -164,6 +164,20 @@ class DatabaseAdapter:
         """The settings in force."""
         return self._adapter.config
 
+    def is_ready(self, *, timeout: float | None = None) -> bool:
+        """Tell whether the server answers, by one try; False, too, after `close` and in a forked child."""
+        try:
+            return self._loop.run(self._adapter.is_ready(timeout=timeout))
+        except ClosedError:
+            return False
+
+    def health(self, *, timeout: float | None = None) -> dict[str, Any]:
+        """Tell how the server and the connections to it are; raises as little as the asynchronous one."""
+        try:
+            return self._loop.run(self._adapter.health(timeout=timeout))
+        except ClosedError as failure:
+            return self._adapter._tell_health(failure)
+
     @contextmanager
     def transaction(self) -> Iterator[DatabaseAdapter]:
         """Open a transaction: every method of what it gives runs in it; see the asynchronous one."""

@@ -640,7 +640,7 @@ def test_use_after_close(make: Callable[..., sync.DatabaseAdapter]) -> None:
     assert threads() == before
     db.close()
     for call in (
-        db.is_ready,
+        db.get_agents,
         lambda: db.create_memory(memory(), "messages"),
         lambda: db.transaction().__enter__(),
         lambda: db.with_entity_context(None, lambda tx: None),
@@ -648,6 +648,17 @@ def test_use_after_close(make: Callable[..., sync.DatabaseAdapter]) -> None:
         with pytest.raises(elizasql.ClosedError):
             call()
     assert isinstance(db.agent_id, UUID)
+
+
+def test_health_after_close(make: Callable[..., sync.DatabaseAdapter]) -> None:
+    """What a readiness check asks of a program that is about to end is no error, as little as with `await`."""
+    db = make()
+    open_keys = list(db.health())
+    db.close()
+    assert db.is_ready() is False
+    health = db.health()
+    assert list(health) == open_keys
+    assert (health["ready"], health["latency"], health["error"]) == (False, None, "ClosedError: the adapter is closed")
 
 
 def test_closing_from_many_threads(make: Callable[..., sync.DatabaseAdapter]) -> None:
@@ -775,7 +786,9 @@ if pid == 0:
     signal.alarm(30)  # what hangs must not outlive the test
     if how != "exit":
         try:
-            db.close() if how == "close" else db.is_ready()
+            if how == "health":
+                sys.exit(8 if db.is_ready() or not db.health()["error"].startswith("WrongLoopError: ") else 0)
+            db.close() if how == "close" else db.get_agents()
         except elizasql.WrongLoopError:
             sys.exit(7)
     sys.exit(0)
@@ -785,7 +798,7 @@ db.close()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
-@pytest.mark.parametrize(("how", "code"), [("call", 7), ("close", 0), ("exit", 0)])
+@pytest.mark.parametrize(("how", "code"), [("call", 7), ("health", 0), ("close", 0), ("exit", 0)])
 def test_forked_child_is_refused_and_ends(dsn: str, how: str, code: int) -> None:
     run = _run(FORK, dsn, how)
     assert (run.returncode, run.stdout, run.stderr) == (0, f"{code} True\n", "")
