@@ -1721,6 +1721,25 @@ def test_recall_check_sees_what_is_missed(
     assert said["recommended"] == 20 and "ELIZASQL_EF_SEARCH=20:" in said["advice"]
 
 
+def test_recall_check_times_no_search_with_a_vector_that_is_new_to_the_server(
+    on_server: Run, searched: tuple[UUID, UUID], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of the ladder would pay for reading the index, and look slower than what is larger."""
+    asked: list[tuple[bytes, int]] = []
+    real = DatabaseAdapter.search_memories
+
+    async def search(self: DatabaseAdapter, **given: Any) -> Any:
+        if "ef_search" in given:  # else it is only looked at which way it goes
+            asked.append((given["embedding"].tobytes(), given["ef_search"]))
+        return await real(self, **given)
+
+    monkeypatch.setattr(DatabaseAdapter, "search_memories", search)
+    said = on_server("recall-check", "--agent", searched[0], "--sample", 5, "--json").json
+    begun, timed = asked[:5], asked[5:]
+    assert len({vector for vector, _ in begun}) == 5 and {ef for _, ef in begun} == {100}
+    assert timed == [(vector, step["ef_search"]) for step in said["steps"] for vector, _ in begun]
+
+
 def test_recall_check_on_an_index_that_is_used(run: Run, empty_database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # A database of its own: beside a large agent in its partition this one would be compared exactly.
     monkeypatch.setenv("POSTGRES_URL", empty_database)
