@@ -40,6 +40,10 @@ _ROW = re.compile(r"[^(]*\([0-9a-f-]{36}, ([0-9a-f-]{36}),")
 # A greater age leads out of the server's calendar, and there is nothing as old.
 _LONGEST_AGE = timedelta(days=365 * 1000)
 
+# Below it a number is no time in milliseconds that anything would be older than, but an age: of years even in
+# milliseconds. Taken for a time in 1970 it would delete nothing, and nobody would notice.
+_LEAST_TIME = 1e11
+
 
 class Store:
     """A part of the adapter: statements of one domain, scoped to one agent.
@@ -494,6 +498,11 @@ def read_limits(older_than: object, keep: object) -> dict[str, Any]:
         if older_than < timedelta(0):
             raise ArgumentError(f"older_than must not be negative, not {show(older_than)}")
         limits["age"] = min(older_than, _LONGEST_AGE)
+    elif _codecs.is_number(older_than) and 0 <= older_than < _LEAST_TIME:
+        raise ArgumentError(
+            f"older_than: {show(older_than)} milliseconds since 1970 are a time before 1973; "
+            "give an age as a timedelta, and a time as an aware datetime"
+        )
     else:
         limits["before"] = _codecs.as_optional_time(older_than, "older_than")
     _codecs.as_optional_count(keep, "keep")

@@ -466,6 +466,8 @@ async def test_prune_never_defaults_to_everything(db: DatabaseAdapter, round_tri
         {"keep": 1.5},
         {"older_than": "soon"},
         {"older_than": timedelta(seconds=-1)},
+        {"older_than": 30 * 86400},  # an age in seconds, and one in milliseconds
+        {"older_than": 365 * 86_400_000.0},
         {"older_than": datetime(2026, 1, 1)},  # noqa: DTZ001
     ):
         with pytest.raises(ArgumentError):
