@@ -330,9 +330,14 @@ async def open(  # noqa: A001
         EmbeddedServerError: The embedded server does not start.
         MigrationError: The schema could not be brought up to date, or it is not and `migrate=False`.
         UnavailableError: The server does not answer.
+        WrongLoopError: No event loop of asyncio runs here.
     """
     id = _codecs.as_id(agent_id, "agent_id")
     config = Config.load(dsn=dsn, data_dir=data_dir, **settings)
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:  # under trio, which drives coroutines by itself
+        raise WrongLoopError("no event loop of asyncio runs here, and elizasql works in no other") from None
     if config.handle_signals:
         _shutdown.install()  # before there is anything that would be left behind
     embedded = await _embedded.acquire(config.data_dir) if config.dsn is None else None

@@ -159,6 +159,13 @@ def test_each_event_loop_has_its_own(dsn: str) -> None:
         loop.close()
 
 
+def test_opening_where_no_loop_of_asyncio_runs(tmp_path: Path) -> None:
+    """As in trio, which drives coroutines by itself: nothing is begun."""
+    with pytest.raises(elizasql.WrongLoopError, match="asyncio"):
+        elizasql.open(agent_id=uuid4(), data_dir=tmp_path / "pg").send(None)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 def test_loops_that_were_closed_before_their_adapters_are_let_go_of(dsn: str) -> None:
     name = f"left-{uuid4().hex}"
