@@ -1109,7 +1109,10 @@ def test_an_agent_that_is_not_there(on_server: Run, command: str) -> None:
 def test_which_agent(on_server: Run, busy: UUID, run: Run, empty_database: str) -> None:
     with_agent(os.environ["POSTGRES_URL"], lambda db: db.set_cache("a", 1))  # type: ignore[arg-type, return-value]
     on_server("tail").fails(2, "which agent.*--agent")
-    on_server("tail", "--agent", "x").fails(2, "must be a UUID")
+    for command in ("tail", "stats", "export ada.tar.gz"):
+        on_server(*command.split(), "--agent", "Ada").fails(
+            2, "--agent must be a UUID, not 'Ada': `elizasql stats` lists"
+        )
     assert run("migrate", "up", "--dsn", empty_database).code == 0
     run("tail", "--dsn", empty_database).fails(2, "no agent")
     only = with_agent(empty_database, lambda db: db.set_cache("a", 1))  # type: ignore[arg-type, return-value]

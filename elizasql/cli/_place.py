@@ -22,6 +22,7 @@ from elizasql.errors import (
     EmbeddedServerError,
     NotFoundError,
     SchemaError,
+    show,
     translate,
 )
 
@@ -70,7 +71,7 @@ class Place:
 
     async def choose_agent(self, given: str | None) -> UUID:
         """Give the agent that is meant: the one that is given, else the only one that there is."""
-        id = None if given is None else _codecs.as_id(given, "--agent")
+        id = None if given is None else read_agent(given)
         async with self.connect() as connection:
             rows = await connection.fetch(SQL["get_first_agents"].sql, id, 10)
         if not rows and id is not None:
@@ -88,6 +89,14 @@ class Place:
         settings = {"migrate": False, "indexing": "manual", "pool_min_size": 0, "handle_signals": False, **settings}
         async with elizasql.connect(agent_id=agent_id, dsn=self.address, **settings) as adapter:
             yield adapter
+
+
+def read_agent(given: str) -> UUID:
+    """Read what --agent gives; of an agent people know the name."""
+    try:
+        return _codecs.as_id(given, "--agent")
+    except ArgumentError:
+        raise ArgumentError(f"--agent must be a UUID, not {show(given)}: `elizasql stats` lists the agents") from None
 
 
 def check_ready(pending: list[str]) -> None:

@@ -16,7 +16,7 @@ from uuid import UUID
 
 import typer
 
-from elizasql import DatabaseAdapter, _codecs, _embedded
+from elizasql import DatabaseAdapter, _embedded
 from elizasql._indexer import BUILD_TIME
 from elizasql._statements import SQL
 from elizasql.config import Config
@@ -85,7 +85,7 @@ def export(
 
 
 def _read_agents(given: list[str] | None) -> list[UUID] | None:
-    return [_codecs.as_id(text, "--agent") for text in given] if given else None
+    return [_place.read_agent(text) for text in given] if given else None
 
 
 def import_(

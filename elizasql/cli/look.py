@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import orjson
 import typer
 
-from elizasql import DatabaseAdapter, Log, Task, _codecs
+from elizasql import DatabaseAdapter, Log, Task
 from elizasql._statements import SQL
 from elizasql.errors import NotFoundError
 
@@ -34,7 +34,7 @@ def stats(agent: OneAgent = None, dsn: Dsn = None, data_dir: DataDir = None, jso
 
     async def work() -> None:
         async with _place.reach(dsn, data_dir) as place, place.connect() as connection:
-            chosen = None if agent is None else _codecs.as_id(agent, "--agent")
+            chosen = None if agent is None else _place.read_agent(agent)
             agents = [dict(row) for row in await connection.fetch(SQL["count_rows_of_agents"].sql, chosen)]
             types = []
             if chosen is not None and not agents:
