@@ -284,7 +284,7 @@ def as_time(value: object, name: str) -> datetime:
             raise ArgumentError(f"{name} is not a time: {show(value)}") from None
     if isinstance(value, datetime):
         if value.utcoffset() is None:
-            raise ArgumentError(f"{name} must have a time zone")
+            raise ArgumentError(f"{name} must have a time zone, as datetime.now(timezone.utc) has")
         try:
             return value.astimezone(timezone.utc)
         except OverflowError:
@@ -372,7 +372,8 @@ def as_embedding(value: object, name: str = "embedding") -> Embedding:
     if type(value) is not np.ndarray and np.ma.is_masked(value):
         raise EmbeddingError(f"{name} has components that are masked out")
     if value.ndim != 1:
-        raise EmbeddingError(f"{name} must have one axis, not shape {value.shape}")
+        hint = ": what a model gives for several texts is taken row by row" if value.ndim == 2 else ""
+        raise EmbeddingError(f"{name} must have one axis, not shape {value.shape}{hint}")
     if value.dtype.kind not in "fiu":
         raise EmbeddingError(f"{name} must hold real numbers, not {value.dtype}")
     if value.shape[0] not in _HEADERS:

@@ -176,6 +176,7 @@ async def test_embeddings_that_no_agent_can_have_are_refused(
         ("minus zeros", "a zero vector"),
         ("just below -65504", "a component of magnitude 65505; at most 65504"),
         ("all below the smallest", "no component above"),
+        ("two axes", r"one axis, not shape \(1, 384\): .* row by row"),
     ],
 )
 def test_of_an_embedding_the_error_says_what_is_wrong(case: str, reason: str) -> None:
