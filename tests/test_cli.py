@@ -316,7 +316,7 @@ def test_letters_that_the_terminal_has_not(dsn: str, tmp_path: Path) -> None:
     # A folder whose name is not UTF-8 can be named in a message all the same.
     for options in ([], ["--json"]):
         said = shell("", "stats", "--data-dir", os.fsdecode(b"\xff"), *options, cwd=tmp_path)
-        assert said.returncode == 3 and "\ufffd: `elizasql up` makes one" in said.stderr, said
+        assert said.returncode == 3 and "\ufffd: --data-dir names another" in said.stderr, said
         said = shell("", "down", "--data-dir", os.fsdecode(b"\xff"), *options, cwd=tmp_path)
         assert said.returncode == 0 and f"{tmp_path.name}/\ufffd" in said.stdout, said
 
@@ -447,7 +447,9 @@ def test_no_embedded_server_is_3_and_none_is_made(
     run: Run, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
-    run(*command.split()).fails(3, "no embedded server in pglite")
+    run(*command.split()).fails(
+        3, f"no embedded server in {tmp_path.resolve()}/pglite: --data-dir names another folder"
+    )
     assert list(tmp_path.iterdir()) == []
 
 

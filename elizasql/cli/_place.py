@@ -139,7 +139,8 @@ async def reach(dsn: str | None, data_dir: str | None, *, create: bool = False) 
         return
     if not create and not has_cluster(config):
         raise EmbeddedServerError(
-            f"there is no embedded server in {config.data_dir}: `elizasql up` makes one, or set POSTGRES_URL"
+            f"there is no embedded server in {config.data_dir.resolve()}: --data-dir names another folder, "
+            "`elizasql up` makes one, or set POSTGRES_URL"
         )
     server = await _embedded.acquire(config.data_dir)
     try:
