@@ -15,7 +15,7 @@ import os
 import re
 import struct
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from datetime import datetime, timedelta, timezone
 from enum import Enum
@@ -130,7 +130,8 @@ def as_collection(values: Any, wanted: str) -> Iterator[Any]:
     # An array without axes says that it can be iterated over, and cannot.
     empty = isinstance(values, np.ndarray) and not values.ndim
     if empty or isinstance(values, (str, bytes, bytearray, Mapping)) or not isinstance(values, Iterable):
-        raise ArgumentError(f"{wanted}, not {type(values).__name__}")
+        hint = ": make a list of it, [each async for each in it]" if isinstance(values, AsyncIterable) else ""
+        raise ArgumentError(f"{wanted}, not {type(values).__name__}{hint}")
     return iter(values)
 
 

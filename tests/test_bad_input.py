@@ -7,7 +7,7 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone, tzinfo
 from typing import Any
@@ -1224,6 +1224,15 @@ async def test_others_have_their_turn_while_a_large_batch_is_checked(
             await getattr(db, name)(produce(value, seen))
         assert len(set(seen)) == 4, name
     others.cancel()
+
+
+async def test_what_is_iterated_over_asynchronously_is_no_batch(db: DatabaseAdapter, round_trips: list[str]) -> None:
+    async def produce() -> AsyncIterator[Any]:
+        yield {"content": {}}
+
+    for method in (db.create_memories, db.upsert_memories, db.delete_memories):
+        with refused(ArgumentError, round_trips, method.__name__, "not async_generator: make a list .*async for"):
+            await method(produce())
 
 
 class CountedId(UUID):
