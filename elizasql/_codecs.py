@@ -249,6 +249,11 @@ def as_ids(values: Iterable[object], name: str = "ids") -> list[UUID]:
     return [as_id(value, one) for value in as_collection(values, f"{name} must be a collection of UUIDs")]
 
 
+def as_distinct_ids(values: Iterable[object], name: str = "ids") -> list[UUID]:
+    """Check a collection of ids; give each once, in the order given."""
+    return list(dict.fromkeys(as_ids(values, name)))
+
+
 def is_number(value: object) -> TypeGuard[float]:
     """Tell whether a value is a real number: a boolean is none, nor is a duration of numpy, which says that it is."""
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, (bool, np.timedelta64))

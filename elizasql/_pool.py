@@ -568,7 +568,7 @@ class Lane:
         elif not self._hand_over(connection):
             self._kept.append(connection)
             if self._sweep is None:
-                self._sweep = asyncio.get_running_loop().call_later(_KEEP, self._begin_sweep)
+                self._sweep = asyncio.get_running_loop().call_later(_KEEP, self._sweep_kept)
 
     def give_back(
         self,
@@ -643,8 +643,7 @@ class Lane:
 
     async def let_go(self) -> None:
         """Give the connections that are kept back to asyncpg's pool, and wait for those that are on their way."""
-        while self._kept:
-            self.give_back(self._kept.pop(), sound=True)
+        self._release_kept()
         while self._returning:
             await asyncio.wait(self._returning)
 
@@ -653,8 +652,7 @@ class Lane:
         if self._is_inherited():
             return
         self._generation += 1
-        while self._kept:
-            self.give_back(self._kept.pop(), sound=True)
+        self._release_kept()
         await self.pool.expire_connections()
 
     def _is_inherited(self) -> bool:
@@ -682,8 +680,11 @@ class Lane:
         while self._hand_over(None):
             pass  # whoever waits hears of it
 
-    def _begin_sweep(self) -> None:
+    def _sweep_kept(self) -> None:
         self._sweep = None
+        self._release_kept()
+
+    def _release_kept(self) -> None:
         while self._kept:
             self.give_back(self._kept.pop(), sound=True)
 

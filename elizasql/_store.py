@@ -189,7 +189,7 @@ class Store:
             ids: As the caller gave them.
             what: What an error calls them.
         """
-        wanted = list(dict.fromkeys(_codecs.as_ids(ids, what)))
+        wanted = _codecs.as_distinct_ids(ids, what)
         if not wanted:
             return []
         return [kind(*row) for row in await self._executor.fetch(SQL[name], agent_id=self.agent_id, ids=wanted)]
@@ -208,10 +208,13 @@ class Store:
             raise ArgumentError(f"{name}() does not run in a transaction: call it on the adapter that was opened")
 
     def _check_agent(self, row: dict[str, Any]) -> None:
-        """Refuse a row that names another agent: it would be written to this one."""
-        given = row.pop("agent_id", None)
-        if given is not None and given != self.agent_id:
-            raise ArgumentError(f"agent_id is {given}, but this adapter belongs to agent {self.agent_id}")
+        """Take the agent out of a row, and refuse another one: it would be written to this one."""
+        self._check_agent_id(row.pop("agent_id", None))
+
+    def _check_agent_id(self, agent_id: UUID | None) -> None:
+        """Refuse another agent than the adapter's; None is this one."""
+        if agent_id is not None and agent_id != self.agent_id:
+            raise ArgumentError(f"agent_id is {agent_id}, but this adapter belongs to agent {self.agent_id}")
 
     def _chunks(self, rows: Sequence[T], weigh: Callable[[T], int] | None = None) -> Iterator[Sequence[T]]:
         """Cut a batch into the pieces that one statement takes.

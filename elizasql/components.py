@@ -252,7 +252,7 @@ class Components(Store):
 
         Statement: sql/components.sql get_components_for_entities. One round trip. Source: getComponentsForEntities.
         """
-        ids = list(dict.fromkeys(_codecs.as_ids(entity_ids, "entity_ids")))
+        ids = _codecs.as_distinct_ids(entity_ids, "entity_ids")
         filters = {
             "world_id": _codecs.as_optional_id(world_id, "world_id"),
             "source_entity_id": _codecs.as_optional_id(source_entity_id, "source_entity_id"),

@@ -155,7 +155,7 @@ class Entities(Store):
         Statement: sql/entities.sql get_entities_by_ids. One round trip. Source: getEntitiesByIds; differs: this
         agent's only, in order, and components only when asked for.
         """
-        ids = list(dict.fromkeys(_codecs.as_ids(entity_ids, "entity_ids")))
+        ids = _codecs.as_distinct_ids(entity_ids, "entity_ids")
         include = _codecs.as_bool(include_components, "include_components")
         if not ids:
             return []
@@ -217,7 +217,7 @@ class Entities(Store):
         Statement: sql/entities.sql get_entities_by_names. One round trip. Source: getEntitiesByNames; differs: no
         names give no entities.
         """
-        self._check_agent({"agent_id": _codecs.as_optional_id(agent_id, "agent_id")})
+        self._check_agent_id(_codecs.as_optional_id(agent_id, "agent_id"))
         wanted = list(dict.fromkeys(_codecs.as_texts(names, "names")))
         if not wanted:
             return []
@@ -248,7 +248,7 @@ class Entities(Store):
         Statement: sql/entities.sql search_entities_by_name, get_first_entities where the query is blank. One round
         trip. Source: searchEntitiesByName; differs: in order of relevance, no wildcards, indexed.
         """
-        self._check_agent({"agent_id": _codecs.as_optional_id(agent_id, "agent_id")})
+        self._check_agent_id(_codecs.as_optional_id(agent_id, "agent_id"))
         text = _codecs.as_text(query, "query")
         count = _codecs.as_optional_count(limit, "limit")
         count = _ALL if count is None else count
@@ -292,14 +292,14 @@ class Entities(Store):
         Statement: sql/entities.sql query_entities. One round trip. Source: queryEntities; differs: every filter
         filters, and the order is total.
         """
-        self._check_agent({"agent_id": _codecs.as_optional_id(agent_id, "agent_id")})
+        self._check_agent_id(_codecs.as_optional_id(agent_id, "agent_id"))
         filters = {
             "component_type": _codecs.as_optional_text(component_type, "component_type"),
             "data": None
             if component_data_filter is None
             else _codecs.encode_object(component_data_filter, "component_data_filter"),
             "world_id": _codecs.as_optional_id(world_id, "world_id"),
-            "entity_ids": None if entity_ids is None else list(dict.fromkeys(_codecs.as_ids(entity_ids, "entity_ids"))),
+            "entity_ids": None if entity_ids is None else _codecs.as_distinct_ids(entity_ids, "entity_ids"),
         }
         page = {
             "count": _codecs.as_optional_count(limit, "limit"),

@@ -594,7 +594,7 @@ class Memories(Store):
         Statement: sql/memories.sql get_memories, get_memories_of_room, _of_entity or _of_world. One round trip.
         Source: getMemories; differs: every filter filters, the embedding comes only when asked for.
         """
-        self._check_agent({"agent_id": _codecs.as_optional_id(agent_id, "agent_id")})
+        self._check_agent_id(_codecs.as_optional_id(agent_id, "agent_id"))
         params = self._filters(table_name, start, end, unique, metadata, text_contains)
         if cursor is not None and offset:
             raise ArgumentError("cursor and offset exclude each other")
@@ -669,7 +669,7 @@ class Memories(Store):
 
         Statement: sql/memories.sql get_memories_by_room_ids. One round trip. Source: getMemoriesByRoomIds.
         """
-        rooms = list(dict.fromkeys(_codecs.as_ids(room_ids, "room_ids")))
+        rooms = _codecs.as_distinct_ids(room_ids, "room_ids")
         params = {
             "type": self._type(table_name),
             "count": as_limit(count, limit),
@@ -707,7 +707,7 @@ class Memories(Store):
         if world_ids is None:
             worlds = [_codecs.as_id(world_id, "world_id")]
         else:
-            worlds = list(dict.fromkeys(_codecs.as_ids(world_ids, "world_ids")))
+            worlds = _codecs.as_distinct_ids(world_ids, "world_ids")
         params = {
             "type": self._type(table_name),
             "count": as_limit(count, limit),
@@ -749,13 +749,13 @@ class Memories(Store):
         """
         if room_id is not None and room_ids is not None:
             raise ArgumentError("room_id and room_ids exclude each other")
-        self._check_agent({"agent_id": _codecs.as_optional_id(agent_id, "agent_id")})
+        self._check_agent_id(_codecs.as_optional_id(agent_id, "agent_id"))
         params = self._filters(table_name, start, end, unique, metadata, text_contains)
         scope: dict[str, Any] = _scope(room_id, entity_id, world_id)
         path = _path(scope)
         scope["room_ids"] = [scope.pop("room_id")] if room_id is not None else None
         if room_ids is not None:
-            scope["room_ids"] = list(dict.fromkeys(_codecs.as_ids(room_ids, "room_ids")))
+            scope["room_ids"] = _codecs.as_distinct_ids(room_ids, "room_ids")
             path = "room_id"
         counted: int = await self._executor.fetch_value(
             SQL[_BY_SCOPE["count_memories"][path]], agent_id=self.agent_id, **params, **scope

@@ -811,8 +811,6 @@ def _plain(value: Any) -> Any:
         return value.tolist()
     if isinstance(value, Model):
         return value.to_dict()
-    if isinstance(value, list) and value and isinstance(value[0], Model):
-        return [item.to_dict() for item in value]
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return value

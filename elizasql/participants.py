@@ -140,7 +140,7 @@ class Participants(Store):
         Statement: sql/participants.sql get_participants_for_entities. One round trip. Source:
         getParticipantsForEntities; differs as `get_participants_for_entity`.
         """
-        entities = list(dict.fromkeys(_codecs.as_ids(entity_ids, "entity_ids")))
+        entities = _codecs.as_distinct_ids(entity_ids, "entity_ids")
         if not entities:
             return []
         rows = await self._executor.fetch(
@@ -190,7 +190,7 @@ class Participants(Store):
 
         Statement: sql/participants.sql get_rooms_for_participants. One round trip. Source: getRoomsForParticipants.
         """
-        entities = list(dict.fromkeys(_codecs.as_ids(entity_ids, "entity_ids")))
+        entities = _codecs.as_distinct_ids(entity_ids, "entity_ids")
         if not entities:
             return []
         rows = await self._executor.fetch(

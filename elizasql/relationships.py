@@ -182,7 +182,7 @@ class Relationships(Store):
             id = _codecs.as_id(entity_id, "entity_id")
             rows = await self._executor.fetch(SQL["get_relationships"], entity_id=id, **params)
         else:
-            ids = list(dict.fromkeys(_codecs.as_ids(entity_ids, "entity_ids")))
+            ids = _codecs.as_distinct_ids(entity_ids, "entity_ids")
             if not ids:
                 return []
             rows = await self._executor.fetch(SQL["get_relationships_of_entities"], entity_ids=ids, **params)

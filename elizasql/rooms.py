@@ -102,7 +102,7 @@ class Rooms(Store):
         Statement: sql/rooms.sql get_rooms_by_worlds. One round trip. Source: getRoomsByWorlds; differs: the order is
         total, so that pages neither repeat nor skip.
         """
-        worlds = list(dict.fromkeys(_codecs.as_ids(world_ids, "world_ids")))
+        worlds = _codecs.as_distinct_ids(world_ids, "world_ids")
         count = _codecs.as_optional_count(limit, "limit")
         skipped = _codecs.as_optional_count(offset, "offset")
         if not worlds or count == 0:

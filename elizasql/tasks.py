@@ -123,7 +123,7 @@ class Tasks(Store):
         """
         agents = None if agent_ids is None else _codecs.as_ids(agent_ids, "agent_ids")
         for agent_id in agents or ():
-            self._check_agent({"agent_id": agent_id})
+            self._check_agent_id(agent_id)
         params: dict[str, Any] = {
             "room_id": _codecs.as_optional_id(room_id, "room_id"),
             "entity_id": _codecs.as_optional_id(entity_id, "entity_id"),

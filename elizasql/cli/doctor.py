@@ -381,7 +381,6 @@ def check_schema(rows: Rows) -> Iterator[Finding]:
             continue  # it went with its table
         lost.setdefault(kind, []).append(name)
     for kind, names in lost.items():
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         what, price = {
             "index": ("missing index", ": calls that it serves, where there are any, read whole tables"),
             "constraint": ("missing constraint, or one that was not validated", ": rows may break its rule"),
@@ -389,7 +388,7 @@ def check_schema(rows: Rows) -> Iterator[Finding]:
         yield Finding(
             "schema",
             "warning" if kind == "index" else "error",
-            f"{what}: {', '.join(names[:3])}{more}{price}",
+            f"{what}: {_some(names)}{price}",
             "make it again as migrations/schema.sql has it; where much is missing, restore a backup",
         )
     if not lost:
@@ -449,27 +448,31 @@ def check_indexes(rows: Rows) -> Iterator[Finding]:
         yield Finding("indexes", "ok", f"{len(rows)} indexes are valid, {len(vectors)} of them HNSW")
 
 
+def _some(names: Sequence[str]) -> str:
+    """Name three, and say how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"
+
+
 def check_privileges(rows: Rows) -> Iterator[Finding]:
     """Find what the role may not do with the tables and functions."""
     lacking = [f"{'/'.join(row['lacking'])} on {row['name']}" for row in rows]
     if lacking:
-        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
         rights = "EXECUTE ON ALL FUNCTIONS"
         if any("EXECUTE" not in row["lacking"] for row in rows):
             rights = "SELECT, INSERT, UPDATE, DELETE ON ALL TABLES"
         remedy = f"GRANT {rights} IN SCHEMA elizasql TO the role"
-        yield Finding("privileges", "error", f"the role lacks {', '.join(lacking[:3])}{more}", remedy)
+        yield Finding("privileges", "error", f"the role lacks {_some(lacking)}", remedy)
 
 
 def check_policies(rows: Rows) -> Iterator[Finding]:
     """Find tables that look empty to the role, without any error."""
     if rows:
-        more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
-        tables = ", ".join(row["name"] for row in rows[:3])
+        tables = _some([row["name"] for row in rows])
         yield Finding(
             "policies",
             "error",
-            f"row level security hides every row of {tables}{more} from the role",
+            f"row level security hides every row of {tables} from the role",
             "CREATE POLICY for what it may see, or ALTER TABLE ... DISABLE ROW LEVEL SECURITY",
         )
 
