@@ -13,6 +13,7 @@ import itertools
 import logging
 import random
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import (
     AsyncIterator,
@@ -66,8 +67,11 @@ _OUTDATED = (asyncpg.ReadOnlySQLTransactionError, asyncpg.InvalidCachedStatement
 # What a call meets that waits for a transaction, or does not see what that has done.
 _OF_BESIDE = (DeadlineError, ForeignKeyError, LockTimeoutError, PoolTimeoutError)
 
-# The transactions in whose blocks the caller's code runs, the outermost first.
-_around: contextvars.ContextVar[tuple[Executor, ...]] = contextvars.ContextVar("elizasql_around", default=())
+# The transactions in whose blocks the caller's code runs, the outermost first. A task or a timer that is begun in one
+# takes this along, and may outlive it by far.
+_around: contextvars.ContextVar[tuple[weakref.ref[Executor], ...]] = contextvars.ContextVar(
+    "elizasql_around", default=()
+)
 
 # Seconds that a rollback has in any case, also when the call that failed has none left.
 _UNDO_TIME = 0.5
@@ -360,7 +364,8 @@ class Executor:
 
         Such a call may wait for what waits for it, and the server cannot tell.
         """
-        if any(each.meter is self.meter and not each._closed and not self._is_in(each) for each in _around.get()):
+        found = (transaction() for transaction in _around.get())
+        if any(each and each.meter is self.meter and not each._closed and not self._is_in(each) for each in found):
             error.args = (
                 f"{str(error).rstrip('.')}; the call stands in a transaction of this adapter and is no part of it: "
                 "was the adapter meant that transaction() gave?",
@@ -656,7 +661,7 @@ class Executor:
 @contextmanager
 def around(transaction: Executor) -> Iterator[None]:
     """Let what runs in the block, and the tasks that it begins, know of the transaction around it."""
-    token = _around.set((*_around.get(), transaction))
+    token = _around.set((*_around.get(), weakref.ref(transaction)))
     try:
         yield
     finally:

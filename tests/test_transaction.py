@@ -1215,3 +1215,15 @@ async def test_error_of_another_call_says_nothing_of_a_transaction(db: DatabaseA
     said += [await outliving, await homeless(db)]
     assert len(said) == 5
     assert not [each for each in said if BESIDE in each]
+
+
+async def test_a_task_that_outlives_the_block_does_not_hold_the_transaction(db: DatabaseAdapter) -> None:
+    ended = asyncio.Event()
+    async with db.transaction() as tx:
+        outliving = asyncio.create_task(ended.wait())
+        held = weakref.ref(tx._executor)
+    del tx
+    gc.collect()
+    assert held() is None
+    ended.set()
+    await outliving
