@@ -51,8 +51,6 @@ def _one_of(*allowed: str) -> Callable[[Any], str]:
 
 
 def _boolean(value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
     if str(value).lower() in ("1", "true", "yes", "on"):
         return True
     if str(value).lower() in ("0", "false", "no", "off"):
@@ -260,7 +258,7 @@ class Config:
             except (TypeError, ValueError, OverflowError, RuntimeError) as error:
                 shown = "" if not setting.repr else f" {show(raw)}"
                 raise ConfigurationError(f"{origin}{shown}: {error}") from None
-        if given.get("dsn") is None and given.get("data_dir") is not None:
+        if given.get("data_dir") is not None:
             # A folder that the call names means the embedded server, whatever the environment says.
             values.pop("dsn", None)
         if "dsn" not in values or (given.get("dsn") is not None and given.get("migration_dsn") is None):
@@ -274,7 +272,7 @@ class Config:
                 continue
             try:
                 values[name] = known[name].metadata["parse"](said[parameter])
-            except (TypeError, ValueError, OverflowError) as error:
+            except ValueError as error:
                 raise ConfigurationError(f"{parameter} of dsn {show(said[parameter])}: {error}") from None
         config = cls(**values)
         if config.pool_min_size > config.pool_max_size:

@@ -128,6 +128,11 @@ def test_none_counts_as_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Config.load(pool_max_size=None).pool_max_size == 7
 
 
+@pytest.mark.parametrize("word", ["1", "true", "YES", "On"])
+def test_words_for_true(word: str) -> None:
+    assert Config.load(environ={VARIABLES["telemetry"]: word}).telemetry is True
+
+
 def test_names_of_the_original_are_kept() -> None:
     config = Config.load(
         environ={
@@ -195,6 +200,11 @@ def test_file_is_found_upwards_and_environment_is_left_alone(bare: Path, monkeyp
     assert dict(os.environ) == before
 
 
+def test_name_without_a_value_in_the_file_counts_as_unset(bare: Path) -> None:
+    (bare / ".env").write_text("POSTGRES_POOL_MIN\nPOSTGRES_POOL_MAX=7\n")
+    assert (Config.load().pool_min_size, Config.load().pool_max_size) == (FIELDS["pool_min_size"].default, 7)
+
+
 def test_file_that_begins_with_a_byte_order_mark(bare: Path) -> None:
     (bare / ".env").write_text("POSTGRES_POOL_MAX=7\n", encoding="utf-8-sig")
     assert Config.load().pool_max_size == 7
@@ -211,6 +221,15 @@ def test_file_that_is_no_text(bare: Path) -> None:
     with pytest.raises(ConfigurationError, match=rf"^{re.escape(str(bare / '.env'))} cannot be read") as caught:
         Config.load()
     assert SECRET not in "".join(traceback.format_exception(caught.value))
+
+
+def test_working_folder_that_is_gone(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = bare / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(ConfigurationError, match=r"^\.env cannot be read: FileNotFoundError$"):
+        Config.load()
 
 
 @pytest.mark.parametrize(
@@ -252,6 +271,7 @@ def test_file_that_is_no_text(bare: Path) -> None:
         ("batch_size", "5001", "at most 5,000"),
         ("memory_types", "", "memory type"),
         ("memory_types", "a,,b", "none may be empty"),
+        ("memory_types", [], "at least one memory type"),
         ("memory_types", 5, "iterable"),
         ("memory_types", b"a", "names"),
         ("application_name", "x" * 64, "63"),
@@ -289,6 +309,7 @@ def test_sizes_that_contradict_each_other() -> None:
     ):
         with pytest.raises(ConfigurationError, match=f"^{message}$"):
             Config.load(environ=environ, **options)
+    assert Config.load(environ={}, pool_min_size=5, pool_max_size=5).pool_min_size == 5
 
 
 def test_unknown_setting() -> None:
@@ -337,6 +358,7 @@ def test_address_is_not_shown() -> None:
         f"postgres://ann:{SECRET}\u2100@host/db",
         f"postgres://ann:{SECRET}@[::1/db",
         f"postgres://ann:p@host/db?{SECRET}",
+        f"postgres://ann:p@host/db#{SECRET}",
         f"mysql://ann:{SECRET}@host/db",
         f"{SECRET}",
         f"postgres:/ann:{SECRET}@host/db",
