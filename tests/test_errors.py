@@ -220,6 +220,28 @@ def test_no_message_holds_the_row_in_another_language() -> None:
     assert made.detail == said["D"]
 
 
+def test_no_message_holds_what_is_told_of_a_value() -> None:
+    made = translate(asyncpg.PostgresError.new({"C": "22P02", "M": "it went wrong", "D": "Token geheim is invalid."}))
+    assert type(made) is errors.DataError
+    assert str(made) == "it went wrong"
+
+
+@pytest.mark.parametrize(
+    ("constraint", "detail"),
+    [
+        ("embeddings_dimension_fkey", "Key (agent_id, dimension)=(1, 384) is not present."),
+        ("embeddings_dimension_fkey", None),
+        ("rooms_agent_fkey", '{"locked": null}'),
+    ],
+)
+def test_reference_that_the_server_refuses_by_itself(constraint: str, detail: str | None) -> None:
+    """The words of a width that is not the agent's are those of the schema's own check."""
+    said = {"C": "23503", "M": "it went wrong", "n": constraint, **({} if detail is None else {"D": detail})}
+    made = translate(asyncpg.PostgresError.new(said))
+    assert type(made) is errors.ForeignKeyError
+    assert (made.constraint, made.detail) == (constraint, detail)
+
+
 async def test_unique_violation_says_which_row(raw: asyncpg.Connection[Any], db: DatabaseAdapter) -> None:
     with pytest.raises(asyncpg.UniqueViolationError) as caught:
         await raw.execute("INSERT INTO elizasql.agents (id, name) VALUES ($1, 'x')", db.agent_id)
