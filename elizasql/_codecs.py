@@ -16,6 +16,7 @@ import re
 import struct
 import time
 from collections.abc import AsyncIterable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from datetime import datetime, timedelta, timezone
 from enum import Enum
@@ -283,11 +284,9 @@ _LEAST_SECONDS, _MOST_SECONDS = 1e8, 1e11
 def as_time(value: object, name: str) -> datetime:
     """Check that an argument is an aware datetime, ISO-8601 text, or milliseconds since 1970."""
     if isinstance(value, str):
-        try:
+        with suppress(ValueError):
             # Python 3.10 does not read the "Z" that JavaScript writes.
             value = datetime.fromisoformat(value.removesuffix("Z") + "+00:00" if value.endswith("Z") else value)
-        except ValueError:
-            raise ArgumentError(f"{name} is not a time: {show(value)}") from None
     if isinstance(value, datetime):
         if value.utcoffset() is None:
             raise ArgumentError(f"{name} must have a time zone, as datetime.now(timezone.utc) has")

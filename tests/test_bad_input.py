@@ -492,7 +492,9 @@ async def test_one_id_is_no_collection_of_ids(db: DatabaseAdapter, round_trips: 
     ],
 )
 def test_the_usual_texts_of_an_id_are_taken(text: str) -> None:
-    assert _codecs.as_id(text) == UUID(int=0x01890A5DAC96774BBCCEB302099A8057)
+    id = UUID(int=0x01890A5DAC96774BBCCEB302099A8057)
+    assert _codecs.as_id(text) == id
+    assert _codecs.as_ids(np.array([text, id], object)) == [id, id]
 
 
 def test_an_outside_id_is_refused_with_a_way_to_a_uuid() -> None:

@@ -179,6 +179,11 @@ def test_text_within_other_values_follows_it_too(text: str) -> None:
     assert orjson.loads(_codecs.encode_json(nul)[1:]) == {"note": {"text": REPLACEMENT, "more": []}, "mood": "a\ufffd"}
 
 
+def test_a_time_within_json_is_written_as_javascript_writes_it() -> None:
+    value = {"at": datetime(2026, 1, 1, tzinfo=timezone.utc)}
+    assert _codecs.encode_json(value) == b'\x01{"at":"2026-01-01T00:00:00Z"}'
+
+
 # --- every field that holds text ---
 
 
