@@ -25,7 +25,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 import elizasql
-from elizasql import DatabaseAdapter, Memory, _calls, _telemetry
+from elizasql import DatabaseAdapter, Memory, _calls, _hosts, _telemetry
 from elizasql._store import Store
 from tests.conftest import MakeAdapter
 from tests.locking import locked
@@ -446,6 +446,33 @@ async def test_health_of_a_closed_adapter_is_no_error(make_db: MakeAdapter) -> N
     health = await db.health()
     assert (health["ready"], health["latency"]) == (False, None)
     assert health["error"].startswith("ClosedError")
+
+
+async def test_health_where_the_server_gives_no_sign_of_life(
+    make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    db = await make_db(pool_max_size=1)
+    lane = db._executor.lane
+    connection, _ = await lane.acquire(5)
+    await connection.execute("BEGIN")
+    with pytest.raises(asyncpg.DivisionByZeroError):
+        await connection.execute("SELECT 1 / 0")
+    lane.keep(connection)
+    health = await db.health()
+    assert (health["ready"], health["latency"]) == (False, None)
+    assert health["error"].startswith("TransactionError: ping: ")
+    assert await db.is_ready(), "what failed is not kept as it is"
+
+    async def refuse(*args: Any, **options: Any) -> None:
+        raise ConnectionResetError
+
+    monkeypatch.setattr(_hosts, "_ask_driver", refuse)
+    await lane.replace()
+    health = await db.health()
+    assert (health["ready"], health["latency"]) == (False, None)
+    assert health["error"].startswith("ConnectionLostError: ping: ")
+    assert not await db.is_ready()
+    assert db._executor.in_flight == 0
 
 
 async def test_open_circuit_answers_without_the_server(db: DatabaseAdapter, round_trips: list[str]) -> None:
