@@ -365,10 +365,18 @@ async def test_many_without_text_are_all_in_the_error(db: DatabaseAdapter) -> No
     assert sorted(caught.value.missing) == sorted(bare)
 
 
+@pytest.mark.parametrize("writers", ["go on", "wait"])
 @pytest.mark.parametrize("skip_missing", [True, False])
 async def test_a_text_that_goes_away_meanwhile(
-    db: DatabaseAdapter, make_db: MakeAdapter, raw: Raw, skip_missing: bool
+    db: DatabaseAdapter,
+    make_db: MakeAdapter,
+    raw: Raw,
+    skip_missing: bool,
+    writers: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if writers == "wait":
+        monkeypatch.setattr(module, "_TRIES", 0)
     ids = sorted(await remember(db, 4))
     other = await make_db(db.agent_id)
 
