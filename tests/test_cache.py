@@ -608,9 +608,10 @@ async def test_a_batch_sweeps_when_it_waits_for_nobody_any_more(
     ],
 )
 async def test_compare_and_set(db: DatabaseAdapter, now: Any, expected: Any, equal: bool) -> None:
-    await db.set_cache("key", now)
+    await db.set_caches({"key": now, "another of the same value": now})
     assert await db.compare_and_set_cache("key", expected, "new") is equal
     assert await db.get_cache("key") == ("new" if equal else now)
+    assert await db.get_cache("another of the same value") == now
 
 
 async def test_compare_and_set_where_nothing_is(db: DatabaseAdapter) -> None:

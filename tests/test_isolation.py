@@ -547,3 +547,19 @@ async def test_a_run_is_told_by_the_own_events(make_db: MakeAdapter, raw: asyncp
         ]
     )
     assert [await db.get_agent_run_summaries(**filters) for filters in narrow] == before
+
+
+async def test_a_batch_is_of_the_own_rows(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
+    """Another agent's rows that come before them take none of the places in it."""
+    db = await make_db(batch_size=1)
+    other = await make_db(await neighbour_of(db.agent_id, raw))
+    scene = await make_scene(db)
+    await make_scene(other, scene)
+    place: dict[str, Any] = {"entity_id": scene.entity, "room_id": scene.room}
+    for each in (other, db):
+        await each.create_memory(Memory(content={}, **place), "messages")
+        await each.create_logs([Log(type="t", body={}, **place)])
+        await each.set_cache("expired", None, ttl=1e-6)
+    assert await db.sweep_cache(1) == 1
+    assert await db.prune_logs(keep=0) == await db.prune_memories("messages", keep=0) == 1
+    assert await other.sweep_cache() == await other.count_memories() == len(await other.get_logs()) == 1

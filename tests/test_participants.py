@@ -136,10 +136,15 @@ async def test_a_join_that_waits_for_another_gives_its_id(db: DatabaseAdapter, r
 
 
 async def test_leaving(db: DatabaseAdapter, agent_world: Scene) -> None:
+    elsewhere = await db.create_room({"source": "test", "type": "DM"})
+    await db.add_participant(agent_world.entity, elsewhere)
     assert await db.remove_participant(agent_world.entity, agent_world.room) is True
     assert await db.remove_participant(agent_world.entity, agent_world.room) is False
     assert await db.remove_participant(agent_world.room, agent_world.other) is False
-    assert await db.get_participants_for_room(agent_world.room) == [agent_world.other]
+    assert await db.get_participants_for_rooms([agent_world.room, elsewhere]) == [
+        [agent_world.other],
+        [agent_world.entity],
+    ]
 
 
 async def test_deleting_pairs_does_not_stop_at_one_that_is_missing(

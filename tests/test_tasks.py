@@ -582,6 +582,28 @@ async def test_a_claim_by_names_steps_over_many_locked_tasks(make_db: MakeAdapte
         assert [task.id for task in await other.claim_tasks(500, names=["b", "c"])] == ids[153::2]
 
 
+async def test_behind_many_locked_tasks_only_what_fits_is_claimed(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any]
+) -> None:
+    db, stranger = await make_db(), await make_db()
+    other = await make_db(db.agent_id)
+    tags, never = ["queue", "t"], datetime(2100, 1, 1, tzinfo=timezone.utc)
+    async with db.transaction() as tx:
+        await queue(db, *["a"] * 101, tags=tags)
+        assert len(await tx.claim_tasks(101, names="a")) == 101
+        await queue(db, "b", tags=tags, due_at=at(200))
+        await queue(db, "a", tags=["t"], due_at=at(200))
+        await queue(db, "a", tags=["queue"], due_at=at(200))
+        await queue(db, "a", tags=tags, due_at=never)
+        await queue(stranger, "a", tags=tags, due_at=at(200))
+        exhausted, moved, fit = await queue(db, *["a"] * 3, tags=tags, due_at=at(200))
+        await raw.execute("UPDATE elizasql.tasks SET attempts = max_attempts WHERE id = $1", exhausted)
+        await raw.execute("UPDATE elizasql.tasks SET due_at = $2 WHERE id = $1", moved, never)
+        await raw.execute("UPDATE elizasql.tasks SET ready_at = $2 WHERE id = $1", fit, at(300))
+        claimed = [await other.claim_tasks(1, names="a", tags="t") for _ in range(2)]
+        assert [[task.id for task in each] for each in claimed] == [[fit], []]
+
+
 async def test_an_ended_lease_hands_the_task_over(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
     db = await make_db()
     other = await make_db(db.agent_id)
