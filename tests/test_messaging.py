@@ -577,8 +577,10 @@ async def test_direct_channels_of_others_are_others(db: DatabaseAdapter) -> None
 
 async def test_users_may_have_more_direct_channels_with_titles(db: DatabaseAdapter) -> None:
     """Clients open a direct channel for each conversation, and titles repeat."""
-    server, ann, bob = await make_server(db), uuid4(), uuid4()
+    server, (ann, bob) = await make_server(db), sorted([uuid4(), uuid4()])
+    first = await make_channel(db, server, name=f"DM-{ann}-{bob}", type="GROUP")
     direct = await db.find_or_create_dm_channel(ann, bob, server)
+    assert (direct.type, direct.name, direct.id == first) == ("DM", f"DM-{ann}-{bob}", False)
     chats = [await make_channel(db, server, name=name, type="DM") for name in ("Chat", "Chat", "DM-Ann-Bob")]
     await db.update_channel(chats[0], {"name": "DM-Ann-Bob"})
     assert (await db.find_or_create_dm_channel(ann, bob, server)).id == direct.id

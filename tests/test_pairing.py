@@ -216,6 +216,8 @@ async def test_the_id_that_comes_back_is_the_real_one(make_db: MakeAdapter, raw:
     assert listed == [one.id, one.id], "which the batch itself has listed"
     await db.delete_pairing_allowlist_entry(one.id or "")
     assert await count(raw, "pairing_allowlist", db) == 3
+    both = [entry(channel, senderId="of both") for channel in ("one", "two")]
+    assert await db.create_pairing_allowlist_entries(both) == [each["id"] for each in both]
 
 
 async def test_concurrent_creates_of_one_entry_give_one_id(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
