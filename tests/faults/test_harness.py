@@ -29,6 +29,7 @@ from tests.faults.harness import (
     Row,
     Workload,
     check,
+    check_indexes,
     compare,
     content_of,
     embedding_of,
@@ -210,6 +211,21 @@ async def test_check_finds_a_batch_that_was_stored_in_part(make_db: MakeAdapter,
 
 
 # --- the workload ----------------------------------------------------------------------------------------------------
+
+
+async def test_an_index_without_a_row_of_its_table_is_found(make_db: MakeAdapter, server: FaultServer) -> None:
+    db = await make_db()
+    async with server.admin() as admin:
+        assert await check_indexes(admin) == []
+        # As a crash might leave it: what was stored meanwhile, it does not know.
+        ready = "UPDATE pg_index SET indisready = {} WHERE indexrelid = 'elizasql.worlds_created_at_idx'::regclass"
+        await admin.execute(ready.format("FALSE"))
+        await db.create_world({"name": "a"})
+        await admin.execute(ready.format("TRUE"))
+        [found] = await check_indexes(admin)
+        assert found.startswith("worlds_created_at_idx: ")
+        await admin.execute("REINDEX INDEX elizasql.worlds_created_at_idx")
+        assert await check_indexes(admin) == []
 
 
 async def test_workload_on_a_server_that_is_well(make_db: MakeAdapter, server: FaultServer, seed: int) -> None:

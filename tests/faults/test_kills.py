@@ -26,7 +26,7 @@ import elizasql
 from elizasql import DatabaseAdapter, _embedded
 from elizasql._statements import SQL
 from tests.faults.conftest import MakeAdapter, make_room
-from tests.faults.harness import TYPE, Ledger, Workload, check, memory_of, new_id, pool_is_whole
+from tests.faults.harness import TYPE, Ledger, Workload, check, check_indexes, memory_of, new_id, pool_is_whole
 from tests.faults.server import FaultServer, count, until
 from tests.test_embedded import running
 
@@ -58,6 +58,8 @@ async def under_load(
         await server.no_idle_transactions(work.db.config.application_name)
         await tail_is_indexed(work.db)
         await pool_is_whole(work.db)
+    async with server.admin() as admin:
+        assert await check_indexes(admin) == []
 
 
 async def tail_is_indexed(db: DatabaseAdapter) -> None:
