@@ -149,8 +149,8 @@ def anew(value: Any, others: dict[str, Any]) -> Any:
     return value
 
 
-# They write only where something is missing, or is past its time.
-WRITES_NOTHING = {"ensure_agent_exists", "ensure_embedding_dimension", "sweep_cache"}
+# They write only where something is missing.
+WRITES_NOTHING = {"ensure_agent_exists", "ensure_embedding_dimension"}
 ASKS = ("get_", "count_", "search_", "query_", "are_", "is_", "health", "stats")
 
 
