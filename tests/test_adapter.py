@@ -951,6 +951,35 @@ async def test_a_probe_makes_room_for_the_next_one_whatever_it_meets(
     assert await db.get_tasks() == []
 
 
+@pytest.mark.parametrize(
+    ("met", "state"),
+    [
+        (elizasql.PoolTimeoutError("none became free"), "half_open"),
+        (asyncio.CancelledError(), "half_open"),
+        (ConnectionResetError("connection lost"), "open"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else value,
+)
+async def test_a_probe_that_gets_no_connection_makes_room_for_the_next_one(
+    make_db: MakeAdapter, met: BaseException, state: str
+) -> None:
+    db = await make_db(failure_threshold=1, reset_timeout=0.0, half_open_max_attempts=1, max_retries=1)
+    breaker = db._connections.breaker
+    breaker.fail(breaker.enter())
+
+    async def meets(*args: Any) -> Any:
+        raise met
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(db._executor.lane, "take", lambda: None)
+        patch.setattr(db._executor.lane, "acquire", meets)
+        with pytest.raises((elizasql.UnavailableError, asyncio.CancelledError)):
+            await db.get_tasks()
+    assert breaker.state == state
+    assert await db.get_tasks() == []
+    assert breaker.state == "closed"
+
+
 async def test_result_is_given_even_if_the_connection_breaks_on_its_way_back(
     db: DatabaseAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
