@@ -565,6 +565,30 @@ async def test_close_that_cuts_a_transaction_is_said_to_its_calls(
     assert [(type(error), error.statement) for error in said] == [(elizasql.ClosedError, "update_memories")] * 2
 
 
+async def test_close_ends_a_call_that_waits_to_be_tried_again(
+    make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    db, other = [await make_db(base_delay=0.001, jitter_max=0.0) for _ in range(2)]
+    lane = db._executor.lane
+    assert other._executor.lane is lane  # so that another try would find a connection
+    take = lane.take
+    closing: list[asyncio.Task[None]] = []
+
+    async def refuse(*args: Any) -> None:
+        closing.append(asyncio.create_task(db.close(timeout=0.0)))
+        raise ConnectionResetError
+
+    monkeypatch.setattr(lane, "take", lambda: take() if closing else None)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(elizasql.ClosedError, match="get_tasks: the adapter was closed meanwhile"),
+    ):
+        patch.setattr(lane, "acquire", refuse)
+        await db.get_tasks()
+    await closing[0]
+    assert await other.get_tasks() == []
+
+
 async def test_a_connection_that_is_cut_between_the_steps_of_a_statement_is_lost(
     make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
