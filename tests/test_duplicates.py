@@ -19,7 +19,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elizasql import DatabaseAdapter, DeadlineError, Entity, Memory, Room, World, _codecs, _duplicates, memories
+from elizasql import (
+    ClosedError,
+    DatabaseAdapter,
+    DeadlineError,
+    Entity,
+    Memory,
+    Room,
+    World,
+    _codecs,
+    _duplicates,
+    memories,
+)
 from elizasql._duplicates import find_alike
 
 from .conftest import MakeAdapter
@@ -251,3 +262,26 @@ async def test_who_waits_for_a_room_leaves_the_connections_to_others(
     assert await db.count_memories(table_name="messages", unique=True) == 4
     gc.collect()
     assert not db._executor.connections.turns
+
+
+async def test_who_waits_for_a_room_of_others_stores_nothing_after_its_close(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any]
+) -> None:
+    db = await make_db(pool_max_size=4)
+    other = await make_db(db.agent_id, pool_max_size=4)
+    lock = "SELECT pg_advisory_xact_lock(hashtextextended($1::text || ' - messages', 0))"
+    async with raw.transaction():
+        await raw.execute(lock, str(db.agent_id))
+        creating = [
+            asyncio.ensure_future(each.create_memory(Memory(content={}, embedding=_AXES[axis]), "messages"))
+            for axis, each in enumerate((other, other, db))
+        ]
+        await blocked_pid(raw, creating[0])
+        closing = asyncio.ensure_future(db.close(timeout=0.0))
+        while not db._executor._cut:
+            await asyncio.sleep(0)
+    with pytest.raises(ClosedError, match="the adapter was closed meanwhile"):
+        await creating[2]
+    await closing
+    await asyncio.gather(*creating[:2])
+    assert await other.count_memories(table_name="messages", unique=False) == 2
