@@ -38,6 +38,7 @@ from elizasql._indexer import Indexer
 from elizasql._statements import SQL
 
 from .conftest import MakeAdapter, Scene, make_scene
+from .locking import blocked_pid
 
 V = np.random.default_rng(0).normal(size=(600, 384)).astype(np.float32)
 T0 = datetime(2026, 1, 1, tzinfo=timezone.utc)
@@ -478,6 +479,24 @@ async def test_a_cancelled_load_keeps_whole_batches(db: DatabaseAdapter, raw: as
     memories, embeddings, _ = await stored(raw, db.agent_id)
     assert memories == embeddings and memories in (30, 40)  # the fourth batch was perhaps under way
     assert (await db.load_memories(some(5), "messages")).loaded == 5
+
+
+async def test_a_cancelled_load_leaves_no_batch_behind(db: DatabaseAdapter, raw: asyncpg.Connection[Any]) -> None:
+    async def produce() -> AsyncIterator[Memory]:
+        for memory in some(10):
+            yield memory
+        await asyncio.Event().wait()
+
+    async with raw.transaction():
+        await raw.execute("SELECT FROM elizasql.agents WHERE id = $1 FOR UPDATE", db.agent_id)
+        load = asyncio.create_task(db.load_memories(produce(), "messages", batch_size=10, build_index=False))
+        await blocked_pid(raw, load)
+        load.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await load
+        assert not [task for task in asyncio.all_tasks() if "_store_batch" in str(task)]
+    assert (await db.load_memories(some(5), "messages")).loaded == 5
+    assert await stored(raw, db.agent_id) == (5, 5, 0)
 
 
 async def test_callers_keep_their_connections(make_db: MakeAdapter) -> None:
