@@ -6,6 +6,7 @@ import asyncio
 import sys
 import tracemalloc
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from itertools import pairwise
 from pathlib import Path
@@ -457,6 +458,16 @@ async def test_a_load_has_the_time_that_it_is_given(db: DatabaseAdapter, raw: as
         with pytest.raises(DeadlineError) as caught:
             await db.load_memories(some(20), "messages", batch_size=10, timeout=0.3)
         assert caught.value.kept == 0
+
+
+async def test_a_batch_has_the_time_of_a_call(db: DatabaseAdapter, raw: asyncpg.Connection[Any]) -> None:
+    """A load may take a day, and its server be gone within the first minute."""
+    db.config = replace(db.config, timeout=0.2)
+    async with raw.transaction():
+        await raw.execute("SELECT FROM elizasql.agents WHERE id = $1 FOR UPDATE", db.agent_id)
+        with pytest.raises(DeadlineError) as caught:
+            await asyncio.wait_for(db.load_memories(some(20), "messages", batch_size=10, build_index=False), 20)
+    assert caught.value.kept == 0
 
 
 # --- how it ends early, and what it costs others ---------------------------------------------------------------------
