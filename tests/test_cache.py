@@ -395,9 +395,13 @@ async def test_what_has_expired_is_deleted_by_its_key(skew: Skew) -> None:
 
 
 async def test_setting_entries_that_expire_sweeps_in_small_bits(
-    db: DatabaseAdapter, raw: asyncpg.Connection[Any]
+    db: DatabaseAdapter, make_db: MakeAdapter, raw: asyncpg.Connection[Any]
 ) -> None:
     old = [f"old {i}" for i in range(100)]
+    other = await make_db(dimension=None)
+    await other.set_caches(dict.fromkeys(old, 2))
+    await expire(raw, other, *old[50:])
+    untouched = await stored(raw, other)
     await db.set_caches(dict.fromkeys(old, 1))
     await expire(raw, db, *old)
     for i in range(30):
@@ -414,6 +418,7 @@ async def test_setting_entries_that_expire_sweeps_in_small_bits(
     for i in range(100):
         await db.set_cache(f"live {i % 20}", i, HOUR)
     assert set(await stored(raw, db)) == {"for ever", "live", *(f"live {i}" for i in range(20))}
+    assert await stored(raw, other) == untouched, "another agent's entries, of the same keys"
 
 
 async def test_adapters_that_set_few_entries_sweep_too(

@@ -306,7 +306,10 @@ class Filled:
                 {**given, "query_field_name": field, "query_field_sub_name": "title"}
                 for field in ("content", "metadata")
             ],
-            "get_relationships": [{"entity_ids": [self.scene.entity, self.scene.other]}],
+            "get_relationships": [
+                {"entity_id": self.scene.other},
+                {"entity_ids": [self.scene.entity, self.scene.other]},
+            ],
             "get_tasks": [{"tags": ["queue"]}, {"tags": ["queue"], "limit": 1}],
             "prune_memories": [{"table_name": "messages", "keep": 0}],
             "query_entities": [
@@ -519,33 +522,25 @@ async def test_a_run_is_told_by_the_own_events(make_db: MakeAdapter, raw: asyncp
     other = await make_db(await neighbour_of(db.agent_id, raw))
     scene = await make_scene(db)
     await make_scene(other, scene)
-    now = datetime.now(timezone.utc)
+    now, run = datetime.now(timezone.utc), str(uuid4())
 
-    async def tell(adapter: DatabaseAdapter, status: str, seconds: int) -> None:
-        place: dict[str, Any] = {"entity_id": scene.entity, "room_id": scene.room}
-        body = {"runId": "r", "status": status, "messageId": status, "metadata": {"by": status}}
+    async def tell(adapter: DatabaseAdapter, run: str, status: str, seconds: int) -> None:
+        own = adapter is db
+        place: dict[str, Any] = {"entity_id": scene.entity if own else scene.other, "room_id": scene.room}
+        body = {"runId": run, "status": status, "messageId": f"{own}", "metadata": {"own": own}}
         when = now + timedelta(seconds=seconds)
         await adapter.create_logs([Log(type="run_event", body=body, created_at=when, **place)])
         await adapter.create_logs(
-            [Log(type=kind, body={"runId": "r", "promptCount": 1}, **place) for kind in ("action", "evaluator")]
+            [Log(type=kind, body={"runId": run, "promptCount": 1}, **place) for kind in ("action", "evaluator")]
         )
 
-    await tell(db, "started", 0)
+    await tell(db, run, "started", 0)
     narrow: list[dict[str, Any]] = [{}, {"room_id": scene.room}, {"entity_id": scene.entity}]
     before = [await db.get_agent_run_summaries(**filters) for filters in narrow]
-    await tell(other, "started", -1)
-    await tell(other, "error", 1)
+    await tell(other, run, "started", -1)
+    await tell(other, run, "error", 1)
     assert [await db.get_agent_run_summaries(**filters) for filters in narrow] == before
-    await other.create_logs(
-        [
-            Log(
-                type="run_event",
-                body={"runId": "other", "status": "started"},
-                entity_id=scene.entity,
-                room_id=scene.room,
-            )
-        ]
-    )
+    await tell(other, str(uuid4()), "started", 0)
     assert [await db.get_agent_run_summaries(**filters) for filters in narrow] == before
 
 

@@ -24,7 +24,7 @@ from elizasql import ArgumentError, DatabaseAdapter, EmbeddingDimensionError, En
 from elizasql._statements import SQL, Statement
 from elizasql.memories import _Where, contains
 
-from .conftest import MakeAdapter, Scene, database, make_scene
+from .conftest import MakeAdapter, Scene, database, make_scene, neighbour_of
 
 Vectors = NDArray[np.float32]
 
@@ -466,6 +466,85 @@ async def test_other_worlds_and_entities_are_left_out(db: DatabaseAdapter, agent
 
 
 # --- filters of time and metadata ------------------------------------------------------------------------------------
+
+
+class AlwaysByIndex(dict[Any, Any]):
+    """What is measured of scopes, as if all were large."""
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return (True, "1000", float("inf"))
+
+
+@pytest.mark.parametrize("way", ["measured", "index", "exact"])
+async def test_nothing_that_does_not_belong_takes_a_place(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any], way: str
+) -> None:
+    """The nearest are another agent's, and of the own those of another type, room, entity and world, and not unique."""
+    db = await make_db()
+    other = await make_db(await neighbour_of(db.agent_id, raw))
+    scene = await make_scene(db)
+    await make_scene(other, scene)
+    room, world = uuid4(), uuid4()
+    await db.create_world(World(id=world, name="elsewhere"))
+    await db.create_room(Room(id=room, source="t", type="DM"))
+    await raw.execute("SELECT elizasql.build_index($1)", db.agent_id)
+    rng = np.random.default_rng(11)
+    query, away = rng.normal(size=(2, 384)).astype(np.float32)
+    began = datetime(2026, 1, 1, microsecond=500, tzinfo=timezone.utc)
+    fit: dict[str, Any] = {"room_id": scene.room, "entity_id": scene.entity, "world_id": scene.world, "unique": True}
+    fit |= {"metadata": {"fits": True}, "created_at": began}
+    misfits: list[dict[str, Any]] = [
+        {"room_id": room},
+        {"entity_id": scene.other},
+        {"world_id": world},
+        {"unique": False},
+        {"metadata": {"fits": False}},
+        {"created_at": began - timedelta(microseconds=1)},
+        {"created_at": began + timedelta(microseconds=1)},
+    ]
+    stored: list[tuple[float, UUID, dict[str, Any]]] = []
+    for _ in range(2):  # in the index, then in the tail
+        wrong = [{**fit, **misfit} for misfit in misfits]
+        for fields in [*wrong, *[fit] * 4]:
+            distance = 0.001 * (1 + len(stored) % 11)
+            id = await db.create_memory(
+                Memory(content={}, embedding=query + np.float32(distance) * away, **fields), "messages"
+            )
+            stored.append((distance, id, fields))
+        await db.create_memory(Memory(content={}, embedding=query, **fit), "facts")
+        await other.create_memories([Memory(content={}, embedding=query, **fit) for _ in range(60)], "messages")
+        if len(stored) == 11:
+            await db.index_memories()
+            await other.index_memories()
+    if way == "index":
+        db._measured = AlwaysByIndex()
+    scopes = ("room_id", "entity_id", "world_id")
+    for kept in itertools.product([False, True], repeat=3):
+        scope = {word: fit[word] for word, keep in zip(scopes, kept, strict=True) if keep}
+        for unique, where, count in itertools.product([False, True], [None, "metadata", "start", "end"], [3, 30]):
+            if where and way != "exact":
+                continue
+            tells = {"metadata": fit["metadata"], "start": began, "end": began}
+            asked = {where: tells[where]} if where else {}
+            expected = [
+                (distance, id)
+                for distance, id, fields in stored
+                if all(fields[word] == value for word, value in scope.items())
+                and (fields["unique"] or not unique)
+                and (where != "metadata" or fields["metadata"] == fit["metadata"])
+                and (where != "start" or fields["created_at"] >= began)
+                and (where != "end" or fields["created_at"] <= began)
+            ]
+            found = await db.search_memories(
+                embedding=query,
+                table_name="messages",
+                count=count,
+                unique=unique,
+                recall="exact" if way == "exact" else "balanced",
+                **scope,
+                **asked,
+            )
+            assert [memory.id for memory in found] == [id for _, id in sorted(expected)][:count], (scope, unique, asked)
 
 
 @pytest.mark.parametrize("resident", ["off", "required"])
