@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import elizasql
-from elizasql import ArgumentError, DatabaseAdapter, EmbeddingDimensionError, Entity, Memory, Room, World
+from elizasql import ArgumentError, DatabaseAdapter, EmbeddingDimensionError, Entity, Memory, Room, World, _codecs
 from elizasql._statements import SQL, Statement
-from elizasql.memories import _Where, contains
+from elizasql.memories import _Where, check_search, contains
 
 from .conftest import MakeAdapter, Scene, database, make_scene, neighbour_of
 
@@ -479,9 +479,9 @@ class AlwaysByIndex(dict[Any, Any]):
 async def test_nothing_that_does_not_belong_takes_a_place(
     make_db: MakeAdapter, raw: asyncpg.Connection[Any], way: str
 ) -> None:
-    """The nearest are another agent's, and of the own those of another type, room, entity and world, and not unique."""
-    db = await make_db()
-    other = await make_db(await neighbour_of(db.agent_id, raw))
+    """The nearest are another agent's, of the same ids or not, and of the own those that a filter leaves out."""
+    other = await make_db(UUID(int=uuid4().int >> 64))  # whose rows come first by the agent's id
+    db = await make_db(await neighbour_of(other.agent_id, raw))
     scene = await make_scene(db)
     await make_scene(other, scene)
     room, world = uuid4(), uuid4()
@@ -494,26 +494,27 @@ async def test_nothing_that_does_not_belong_takes_a_place(
     fit: dict[str, Any] = {"room_id": scene.room, "entity_id": scene.entity, "world_id": scene.world, "unique": True}
     fit |= {"metadata": {"fits": True}, "created_at": began}
     misfits: list[dict[str, Any]] = [
+        {"unique": False},
         {"room_id": room},
         {"entity_id": scene.other},
         {"world_id": world},
-        {"unique": False},
         {"metadata": {"fits": False}},
         {"created_at": began - timedelta(microseconds=1)},
         {"created_at": began + timedelta(microseconds=1)},
     ]
+    # The smallest of several scopes is the one that is gone through.
+    misfits.append(misfits[["", "measured", "index", "exact"].index(way)])
     stored: list[tuple[float, UUID, dict[str, Any]]] = []
-    for _ in range(2):  # in the index, then in the tail
-        wrong = [{**fit, **misfit} for misfit in misfits]
-        for fields in [*wrong, *[fit] * 4]:
-            distance = 0.001 * (1 + len(stored) % 11)
-            id = await db.create_memory(
-                Memory(content={}, embedding=query + np.float32(distance) * away, **fields), "messages"
-            )
+    for number in range(2):  # in the index, then in the tail
+        for place, fields in enumerate([*({**fit, **misfit} for misfit in misfits), *[fit] * 4]):
+            distance, id = 0.001 * (1 + place), uuid4()
+            vector = query + np.float32(distance) * away
+            await other.create_memory(Memory(id=id, content={}, embedding=query, **fit), "messages")
+            await db.create_memory(Memory(id=id, content={}, embedding=vector, **fields), "messages")
             stored.append((distance, id, fields))
         await db.create_memory(Memory(content={}, embedding=query, **fit), "facts")
         await other.create_memories([Memory(content={}, embedding=query, **fit) for _ in range(60)], "messages")
-        if len(stored) == 11:
+        if number == 0:
             await db.index_memories()
             await other.index_memories()
     if way == "index":
@@ -521,7 +522,7 @@ async def test_nothing_that_does_not_belong_takes_a_place(
     scopes = ("room_id", "entity_id", "world_id")
     for kept in itertools.product([False, True], repeat=3):
         scope = {word: fit[word] for word, keep in zip(scopes, kept, strict=True) if keep}
-        for unique, where, count in itertools.product([False, True], [None, "metadata", "start", "end"], [3, 30]):
+        for unique, where, count in itertools.product([False, True], [None, "metadata", "start", "end"], [3, 8, 30]):
             if where and way != "exact":
                 continue
             tells = {"metadata": fit["metadata"], "start": began, "end": began}
@@ -541,10 +542,37 @@ async def test_nothing_that_does_not_belong_takes_a_place(
                 count=count,
                 unique=unique,
                 recall="exact" if way == "exact" else "balanced",
+                include_embedding=True,
                 **scope,
                 **asked,
             )
             assert [memory.id for memory in found] == [id for _, id in sorted(expected)][:count], (scope, unique, asked)
+            assert {memory.agent_id for memory in found} <= {db.agent_id}
+            if way == "index" and not scope:
+                # The statement that measures goes by the index, too, where it finds much more than there is here.
+                params = check_search(
+                    db.agent_id,
+                    db.config,
+                    "messages",
+                    None,
+                    count,
+                    None,
+                    unique,
+                    None,
+                    None,
+                    None,
+                    False,
+                    "balanced",
+                    None,
+                ).params
+                rows = await db._executor.fetch(
+                    SQL.at("search_memories", 384),
+                    embedding=_codecs.encode_vector(query),
+                    by_hnsw=True,
+                    known_ef="1000",
+                    **params,
+                )
+                assert [row["id"] for row in rows] == [memory.id for memory in found], (unique, count)
 
 
 @pytest.mark.parametrize("resident", ["off", "required"])

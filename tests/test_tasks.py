@@ -604,6 +604,41 @@ async def test_behind_many_locked_tasks_only_what_fits_is_claimed(
         assert [[task.id for task in each] for each in claimed] == [[fit], []]
 
 
+async def test_workers_wait_for_what_they_may_take(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
+    """By the time from which a task is ready, and by the one at which it is due, where that is later."""
+    db, stranger = await make_db(), await make_db()
+    hours = [datetime.now(timezone.utc) + timedelta(hours=n) for n in range(4)]
+    tags = ["queue", "t"]
+
+    async def put(ready_at: datetime, due_at: datetime | None, on: DatabaseAdapter = db, **fields: Any) -> UUID:
+        (id,) = await on.create_tasks([Task(**{"name": "a", "tags": tags, **fields})])
+        await raw.execute("UPDATE elizasql.tasks SET (ready_at, due_at) = ($2, $3) WHERE id = $1", id, ready_at, due_at)
+        return id
+
+    async def wait(**chosen: Any) -> int:
+        asked = {"agent_id": db.agent_id, "names": None, "tags": None, **chosen}
+        seconds: float = await db._executor.fetch_value(SQL["get_seconds_to_next_task"], **asked)
+        return round(seconds / 3600)
+
+    for ready_at, due_at in ((hours[1], None), (START, hours[1])):
+        await put(ready_at, due_at, name="b")
+        await put(ready_at, due_at, tags=["queue"])
+        await put(ready_at, due_at, tags=["t"])
+        await put(ready_at, due_at, on=stranger)
+        exhausted = await put(ready_at, due_at)
+        await raw.execute("UPDATE elizasql.tasks SET attempts = max_attempts WHERE id = $1", exhausted)
+    await put(START, None)
+    await put(START - timedelta(hours=1), START)
+    await put(hours[1], hours[3])
+    await put(hours[3], hours[1])
+    for ready_at, due_at in ((hours[2], None), (START, hours[2])):
+        id = await put(ready_at, due_at)
+        assert await wait(names=["a"], tags=["t"]) == 2
+        await db.delete_task(id)
+        assert await wait(names=["a"], tags=["t"]) == 3
+        assert [await wait(names=["a"]), await wait(tags=["t"]), await wait()] == [1, 1, 1]
+
+
 async def test_an_ended_lease_hands_the_task_over(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
     db = await make_db()
     other = await make_db(db.agent_id)
