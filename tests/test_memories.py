@@ -1318,6 +1318,23 @@ async def test_cached_embeddings_beyond_one_round_trip(
     assert len(round_trips) == 2
 
 
+@pytest.mark.parametrize(("field", "key"), [("content", "text"), ("content", "title"), ("metadata", "title")])
+async def test_a_cached_embedding_is_of_the_type_and_the_memory(db: DatabaseAdapter, field: str, key: str) -> None:
+    texts = [("a", "facts"), ("a", "messages"), ("something else", "messages")]
+    for seed, (text, kind) in enumerate(texts):
+        await db.create_memory(
+            Memory(**{"content": {}, field: {key: text}}, embedding=vector(seed), unique=True), table_name=kind
+        )
+    found = await db.get_cached_embeddings(
+        query_table_name="messages",
+        query_threshold=1,
+        query_input="b",
+        query_field_name=field,
+        query_field_sub_name=key,
+    )
+    assert [each["embedding"].tolist() for each in found] == [vector(1).tolist()]
+
+
 @pytest.mark.parametrize("field", ["content", "metadata"])
 async def test_a_cached_embedding_is_that_of_the_text_which_was_compared(
     db: DatabaseAdapter, monkeypatch: pytest.MonkeyPatch, field: str

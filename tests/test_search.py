@@ -519,19 +519,24 @@ async def test_nothing_that_does_not_belong_takes_a_place(
             await other.index_memories()
     if way == "index":
         db._measured = AlwaysByIndex()
+    far = (query + np.float32(0.0055) * away).astype(np.float64)
+    between = float(far @ query / np.linalg.norm(far) / np.linalg.norm(query.astype(np.float64)))
     scopes = ("room_id", "entity_id", "world_id")
     for kept in itertools.product([False, True], repeat=3):
         scope = {word: fit[word] for word, keep in zip(scopes, kept, strict=True) if keep}
-        for unique, where, count in itertools.product([False, True], [None, "metadata", "start", "end"], [3, 8, 30]):
-            if where and way != "exact":
+        for unique, where, count in itertools.product(
+            [False, True], [None, "match_threshold", "metadata", "start", "end"], [3, 8, 30]
+        ):
+            if where not in {None, "match_threshold"} and way != "exact":
                 continue
-            tells = {"metadata": fit["metadata"], "start": began, "end": began}
+            tells = {"metadata": fit["metadata"], "start": began, "end": began, "match_threshold": between}
             asked = {where: tells[where]} if where else {}
             expected = [
                 (distance, id)
                 for distance, id, fields in stored
                 if all(fields[word] == value for word, value in scope.items())
                 and (fields["unique"] or not unique)
+                and (where != "match_threshold" or distance < 0.0055)
                 and (where != "metadata" or fields["metadata"] == fit["metadata"])
                 and (where != "start" or fields["created_at"] >= began)
                 and (where != "end" or fields["created_at"] <= began)
@@ -548,7 +553,7 @@ async def test_nothing_that_does_not_belong_takes_a_place(
             )
             assert [memory.id for memory in found] == [id for _, id in sorted(expected)][:count], (scope, unique, asked)
             assert {memory.agent_id for memory in found} <= {db.agent_id}
-            if way == "index" and not scope:
+            if way == "index" and not scope and not where:
                 # The statement that measures goes by the index, too, where it finds much more than there is here.
                 params = check_search(
                     db.agent_id,
