@@ -460,6 +460,27 @@ async def test_the_same_calls_do_reach_the_own_rows_alone(
     assert set(silent) <= {"abandon_reembedding", *(name for name in METHODS if name.startswith("create_"))}, silent
 
 
+async def test_the_resident_tier_gives_the_own_rows(
+    make_db: MakeAdapter, theirs: Filled, raw: asyncpg.Connection[Any]
+) -> None:
+    """When it loads them, when it has them, and when they or the other agent's have changed since."""
+    other = await make_db(theirs.agent)
+    db = await make_db(await neighbour_of(theirs.agent, raw), resident="required")
+    own = await filled(db, twin=theirs)
+    late = [uuid4() for _ in range(2)]
+    for change in range(4):
+        if change == 2:
+            await db.update_memory({"id": own.ids["memory"], "content": {"text": OWN}, "embedding": OWN_VECTOR})
+        if change == 3:
+            await other.create_memories([Memory(id=id, content={}, embedding=OWN_VECTOR) for id in late], "messages")
+        found = [await db.search_memories(**given) for given in own.calls("search_memories")]
+        assert [[memory.id for memory in memories] for memories in found] == [[own.ids["memory"]]] * len(found), change
+        for memory in [each for memories in found for each in memories]:
+            assert (memory.agent_id, (memory.content or {})["text"]) == (db.agent_id, OWN)
+            assert memory.embedding is not None and memory.embedding.tolist() == OWN_VECTOR.tolist()
+    await other.delete_memories(late)
+
+
 async def test_a_page_begins_behind_the_own_row(
     make_db: MakeAdapter, theirs: Filled, raw: asyncpg.Connection[Any]
 ) -> None:
