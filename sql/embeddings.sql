@@ -11,12 +11,14 @@
 -- WHERE it would make the index walk everything.
 --
 -- Exact or HNSW. HNSW under a selective filter loses rows (recall 0.41 for a room of 37 rows among 100,000). So the
--- statements measure the scope first, which costs 0.1 us a row: up to 2,000 rows, or up to 20,000 that are less than
--- 0.3 of the graph, are scanned exactly through the b-tree. The size of the graph is its partition's, found by the
--- type's oldest row: without an order the generic plan made a bitmap of all the agent's rows for it, 5 ms for 100,000.
+-- statements measure the scope first, which costs 0.1 us a row, no further than decides: up to 2,000 rows, or up to
+-- 20,000 that are less than 0.3 of the graph, are scanned exactly through the b-tree. The size of the graph is its
+-- partition's, found by the type's oldest row: without an order the generic plan made a bitmap of all the agent's rows
+-- for it, 5 ms for 100,000.
 -- One that was never counted, -1, is taken for 100,000: as a small one it would be asked for any scope of 2,001.
 -- Of what has hardly any in the graph, as a type whose rows wait in the tail, HNSW would walk all the others for nothing:
--- up to 2,000 rows that are indexed do not count as large either.
+-- up to 2,000 rows that are indexed do not count as large either. Where little waits that follows from both counts; else
+-- those that are indexed are counted, which no index alone can tell, 0.3 us a row.
 -- Whatever was chosen, when HNSW yields fewer rows than asked for, the same statement scans the scope exactly: never
 -- fewer than min(count, matches) rows. Those of the tail do not count for that: they may make up the number, and be
 -- further than what HNSW has not reached. Who measured a moment ago says what was chosen then, by_hnsw: 1.4 ms instead of
@@ -33,16 +35,7 @@
 
 -- name: search_memories(embedding, agent_id, type, by_hnsw, known_ef, ef_search, only_unique, threshold, count, candidates, include_embedding)
 -- The nearest memories of a type, over everything that the agent has; and whether HNSW was the way.
-WITH scope AS MATERIALIZED (
-    SELECT count(*) AS size
-    FROM (
-        SELECT FROM elizasql.embeddings
-        WHERE agent_id = :agent_id AND type = :type
-        LIMIT 20001
-    ) AS counted
-),
-
-graph AS MATERIALIZED (
+WITH graph AS MATERIALIZED (
     SELECT CASE WHEN reltuples < 0 THEN 100000 ELSE reltuples END AS size FROM pg_class
     WHERE oid = (
         SELECT one.tableoid FROM elizasql.embeddings AS one
@@ -52,13 +45,36 @@ graph AS MATERIALIZED (
     )
 ),
 
-placed AS MATERIALIZED (
+scope AS MATERIALIZED (
     SELECT count(*) AS size
     FROM (
         SELECT FROM elizasql.embeddings
-        WHERE agent_id = :agent_id AND type = :type AND indexed
-        LIMIT 2001
+        WHERE agent_id = :agent_id AND type = :type
+        LIMIT (SELECT least(20001, greatest(2001, ceil(0.3 * graph.size)))::bigint FROM graph)
     ) AS counted
+),
+
+placed AS MATERIALIZED (
+    SELECT
+        CASE
+            WHEN (
+                SELECT count(*)
+                FROM (
+                    SELECT FROM elizasql.embeddings
+                    WHERE agent_id = :agent_id AND type = :type AND NOT indexed
+                    LIMIT 501
+                ) AS waiting
+            ) <= least(500, scope.size - 2001) THEN TRUE
+            ELSE (
+                SELECT count(*) > 2000
+                FROM (
+                    SELECT FROM elizasql.embeddings
+                    WHERE agent_id = :agent_id AND type = :type AND indexed
+                    LIMIT 2001
+                ) AS counted
+            )
+        END AS many
+    FROM scope
 ),
 
 choice AS MATERIALIZED (
@@ -69,7 +85,7 @@ choice AS MATERIALIZED (
                     scope.size > 20000
                     OR (scope.size > 2000 AND scope.size >= 0.3 * (SELECT graph.size FROM graph))
                 )
-                AND (SELECT placed.size > 2000 FROM placed)
+                AND (SELECT placed.many FROM placed)
             FROM scope
         )) AS by_hnsw,
         CASE
@@ -261,16 +277,7 @@ ORDER BY best.distance, m.id;
 
 -- name: search_memories_of_room(embedding, agent_id, type, room_id, by_hnsw, known_ef, ef_search, only_unique, threshold, count, candidates, include_embedding)
 -- As search_memories, in one room. Also for: entity, world.
-WITH scope AS MATERIALIZED (
-    SELECT count(*) AS size
-    FROM (
-        SELECT FROM elizasql.embeddings
-        WHERE agent_id = :agent_id AND room_id = :room_id AND type = :type
-        LIMIT 20001
-    ) AS counted
-),
-
-graph AS MATERIALIZED (
+WITH graph AS MATERIALIZED (
     SELECT CASE WHEN reltuples < 0 THEN 100000 ELSE reltuples END AS size FROM pg_class
     WHERE oid = (
         SELECT one.tableoid FROM elizasql.embeddings AS one
@@ -280,13 +287,36 @@ graph AS MATERIALIZED (
     )
 ),
 
-placed AS MATERIALIZED (
+scope AS MATERIALIZED (
     SELECT count(*) AS size
     FROM (
         SELECT FROM elizasql.embeddings
-        WHERE agent_id = :agent_id AND room_id = :room_id AND type = :type AND indexed
-        LIMIT 2001
+        WHERE agent_id = :agent_id AND room_id = :room_id AND type = :type
+        LIMIT (SELECT least(20001, greatest(2001, ceil(0.3 * graph.size)))::bigint FROM graph)
     ) AS counted
+),
+
+placed AS MATERIALIZED (
+    SELECT
+        CASE
+            WHEN (
+                SELECT count(*)
+                FROM (
+                    SELECT FROM elizasql.embeddings
+                    WHERE agent_id = :agent_id AND type = :type AND NOT indexed
+                    LIMIT 501
+                ) AS waiting
+            ) <= least(500, scope.size - 2001) THEN TRUE
+            ELSE (
+                SELECT count(*) > 2000
+                FROM (
+                    SELECT FROM elizasql.embeddings
+                    WHERE agent_id = :agent_id AND room_id = :room_id AND type = :type AND indexed
+                    LIMIT 2001
+                ) AS counted
+            )
+        END AS many
+    FROM scope
 ),
 
 choice AS MATERIALIZED (
@@ -297,7 +327,7 @@ choice AS MATERIALIZED (
                     scope.size > 20000
                     OR (scope.size > 2000 AND scope.size >= 0.3 * (SELECT graph.size FROM graph))
                 )
-                AND (SELECT placed.size > 2000 FROM placed)
+                AND (SELECT placed.many FROM placed)
             FROM scope
         )) AS by_hnsw,
         CASE

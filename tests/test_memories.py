@@ -1190,8 +1190,8 @@ async def test_prune_does_not_go_through_what_it_has_deleted_batch_by_batch(
         where = {"room_id": scene.room} if of_room else {}
         assert await tx.prune_memories("messages", keep=0, **where) == 300
         read = await tx._executor.fetch_value(count)
-    # Each once as chosen by its batch, and in some plans again as locked and as deleted, which an index with the id in it
-    # serves as well as the primary key does; thirty batches from the start would be 4,650 for the choosing alone.
+    # Each once as chosen by its batch, and in some plans again as locked and as deleted, which an index with the id in
+    # it serves as well as the primary key does; thirty batches from the start would be 4,650 for the choosing alone.
     assert 300 <= read <= 1000
 
 

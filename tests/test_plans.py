@@ -211,12 +211,13 @@ async def test_search_of_a_small_scope_is_exact(
     nodes = await plan_of(session, SQL[name], search_params(agents["many"], vectors[-1], **scope), execute=True)
     assert not any("hnsw" in used for used in indexes(nodes))
     assert not scans_a_table(nodes)
-    # Each scope was counted, off its index alone; one of them has its vectors read.
+    # Each scope was counted, off its index alone; one of them has its vectors read. What is the oldest says which graph
+    # it is, on whose size depends how far is counted.
     fetched = indexes([node for node in nodes if node["Node Type"] != "Index Only Scan"])
-    [compared] = [used for used in fetched if used.startswith("embeddings")]
+    [compared] = [used for used in fetched if used.startswith("embeddings") and "_xid_" not in used]
     assert index in compared
-    # How large the graph is makes no difference here, so nobody looks.
-    assert {node["Actual Loops"] for node in nodes if node.get("Subplan Name") == "CTE graph"} == {0}
+    # What of it is indexed makes no difference here, so nobody looks.
+    assert {node["Actual Loops"] for node in nodes if node.get("Subplan Name") == "CTE placed"} == {0}
 
 
 @pytest.mark.parametrize(
@@ -253,6 +254,22 @@ async def test_what_waits_in_the_tail_is_not_looked_for_in_the_graph(
             assert not scans_a_table(nodes)
     finally:
         await transaction.rollback()
+
+
+@pytest.mark.parametrize(("name", "scope"), LARGE)
+async def test_a_scope_is_counted_no_further_than_decides(
+    session: asyncpg.Connection[Any],
+    agents: dict[str, UUID],
+    vectors: np.ndarray[Any, Any],
+    name: str,
+    scope: dict[str, UUID],
+) -> None:
+    """In a graph of 6,000 the 2,001st is more than 0.3 of it; and where nothing waits they all are in it."""
+    nodes = await plan_of(session, SQL[name], search_params(agents["many"], vectors[-1], **scope), execute=True)
+    read = [node for node in nodes if node.get("Index Name", "").startswith("embeddings") and node["Actual Loops"]]
+    assert sorted(node["Actual Rows"] for node in read if node["Node Type"] == "Index Only Scan") == [0, 2001]
+    # Else only its oldest row, and what HNSW gives.
+    assert max(node["Actual Rows"] for node in read if node["Node Type"] == "Index Scan") == 30
 
 
 @pytest.mark.parametrize("by_hnsw", [False, True])
