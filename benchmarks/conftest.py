@@ -354,13 +354,12 @@ async def sent_by(db: DatabaseAdapter, call: Callable[[], Awaitable[Any]]) -> li
 
 
 async def open_adapter(dsn: str, agent_id: UUID, *, resident: str = "off", **options: Any) -> DatabaseAdapter:
-    """Open an adapter that indexes by hand; building an index takes longer than a call usually may."""
+    """Open an adapter that indexes by hand, if not told otherwise; to build an index takes longer than a call may."""
     return await elizasql.open(
         agent_id=agent_id,
         dsn=dsn,
-        indexing="manual",
         resident=resident,
-        **{"pool_min_size": 1, "pool_max_size": 4, "timeout": 3600.0} | options,
+        **{"indexing": "manual", "pool_min_size": 1, "pool_max_size": 4, "timeout": 3600.0} | options,
     )
 
 

@@ -52,6 +52,7 @@ JUDGED = 10_000
 # Memories of each width; an index of 3,072 dimensions is built at some hundred rows a second.
 WIDE = int(os.environ.get("ELIZASQL_BENCH_WIDE") or SIZE)
 WIDTHS = (384, 768, 1536, 3072)
+IDLE = "idle"
 
 
 @pytest.fixture(scope="module")
@@ -361,23 +362,24 @@ def test_while_others_write(
 
             for number in range(sized(50, 1)):
                 await search(-number)
-            await beside("idle", asyncio.sleep(0), sized(500, 3))
+            await beside(IDLE, asyncio.sleep(0), sized(500, 3))
             for where in ("another partition", "the same partition"):
                 other = await _partner(connection, agent.db.agent_id, same=where == "the same partition")
                 async with _writer(dsn, other) as db:
                     await beside(f"a load into {where}, and its index", db.load_memories(_new(part.vectors), TABLE))
                     await beside(f"new memories in {where}, row by row", _store_and_index(db, part.vectors[:1000]))
+            await beside("idle again", asyncio.sleep(0), sized(500, 3))
 
     run(measure())
-    idle = percentile(taken["idle"][1], 0.95)
+    idle = percentile(taken[IDLE][1], 0.95)
     rows = [
         [
             *(what, str(len(times)), f"{recall:.4f}", micro(percentile(times, 0.5)), micro(percentile(times, 0.95))),
-            f"{percentile(times, 0.95) / idle:.2f}",
+            *(micro(max(times)), f"{percentile(times, 0.95) / idle:.2f}"),
         ]
         for what, (recall, times) in taken.items()
     ]
-    header = ["meanwhile", "searches", "recall", "p50 us", "p95 us", "p95 over idle"]
+    header = ["meanwhile", "searches", "recall", "p50 us", "p95 us", "longest us", "p95 over idle"]
     report.table(f"Search among {SIZE:,} while another agent writes, resident={resident}", header, rows)
     for where in ("another partition", "the same partition"):
         slowest = max((times for what, (_, times) in taken.items() if where in what), key=lambda t: percentile(t, 0.95))
@@ -388,7 +390,7 @@ def test_while_others_write(
     recalls = {what: recall for what, (recall, _) in taken.items()}
     least = 0.99 if resident == "off" else 1.0
     report.recall(f"while others write, resident={resident}", recalls, least, size=SIZE, of=JUDGED)
-    busy = {"search": [each for what, (_, times) in taken.items() if what != "idle" for each in times]}
+    busy = {"search": [each for what, (_, times) in taken.items() if IDLE not in what for each in times]}
     record(benchmark, Comparison(busy), "search")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -13,8 +14,8 @@ import asyncpg
 import numpy as np
 import pytest
 
-from benchmarks.conftest import TABLE, Database, Run, Sent, Stored, bare, sent_by, sized
-from benchmarks.report import HEADER, Comparison, Report, interleave, micro, played_back, record
+from benchmarks.conftest import TABLE, Database, Run, Sent, Stored, bare, open_adapter, sent_by, sized
+from benchmarks.report import HEADER, Comparison, Report, interleave, micro, percentile, played_back, record
 from elizasql import DatabaseAdapter, Memory, _codecs
 
 pytestmark = pytest.mark.benchmark(timer=played_back, group="writes")
@@ -351,4 +352,76 @@ def test_index_memories(benchmark: Any, run: Run, ten: Database, source: Source,
         f"index_memories of a tail of {size:,}",
         ["way", "seconds", "rows/s of the tail"],
         [[way, f"{times[0]:.2f}", f"{size / times[0]:,.0f}"] for way, times in seconds.items()],
+    )
+
+
+def test_flow(benchmark: Any, run: Run, ten: Database, source: Source, report: Report) -> None:
+    """Batches one after the other, and a search of the same agent after the other, until all is in the index.
+
+    In the background the index falls behind, and searches go through a tail that grows first; inline each batch waits
+    for it. Twice each, in turns.
+    """
+    agent, size, batches = source.agent, sized(100, 10), sized(20, 2)
+    seconds: dict[str, list[tuple[float, float]]] = {"background": [], "inline": []}
+    searches: dict[str, list[float]] = {"idle": [], **{way: [] for way in seconds}}
+    created: list[UUID] = []
+    longest_tail = 0
+
+    async def search(number: int, kept: list[float]) -> None:
+        begun = time.perf_counter()
+        hits = await agent.db.search_memories(embedding=agent.vectors[number % len(agent.vectors)], table_name=TABLE)
+        kept.append(time.perf_counter() - begun)
+        assert len(hits) == 10
+
+    async def write(db: DatabaseAdapter, memories: list[Memory], connection: Any) -> tuple[float, float]:
+        nonlocal longest_tail
+        begun = time.perf_counter()
+        for start in range(0, len(memories), size):
+            created.extend(await db.create_memories(memories[start : start + size], TABLE))
+        stored = time.perf_counter() - begun
+        tail = "SELECT count(*) FROM elizasql.embeddings WHERE agent_id = $1 AND NOT indexed"
+        while waiting := await connection.fetchval(tail, db.agent_id):
+            longest_tail = max(longest_tail, waiting)
+            await asyncio.sleep(0.02)
+        return stored, time.perf_counter() - begun
+
+    async def measure(way: str) -> None:
+        memories = source.take(size * batches)
+        async with bare(ten.dsn) as connection:
+            db = await open_adapter(ten.dsn, agent.db.agent_id, indexing=way)
+            try:
+                task = asyncio.ensure_future(write(db, memories, connection))
+                while not task.done():
+                    await search(len(searches[way]), searches[way])
+                seconds[way].append(await task)
+            finally:
+                await db.close()
+            await agent.db.delete_memories(created)
+            created.clear()
+
+    async def idle() -> None:
+        for number in range(sized(220, 2)):
+            await search(number, searches["idle"])
+        del searches["idle"][: sized(20, 1)]
+
+    for way in [*seconds, *seconds]:
+        run(_tidy(ten))
+        run(idle())
+        run(measure(way))
+    run(_tidy(ten))
+    record(benchmark, Comparison({"background": searches["background"]}), "background")
+    total = size * batches
+    rows = [
+        [
+            *(way, f"{total / stored:,.0f}", f"{total / indexed:,.0f}"),
+            *(micro(percentile(searches[way], 0.5)), micro(percentile(searches[way], 0.95))),
+            f"{percentile(searches[way], 0.5) / percentile(searches['idle'], 0.5):.2f}",
+        ]
+        for way, times in seconds.items()
+        for stored, indexed in [np.median(times, axis=0)]
+    ]
+    report.table(
+        f"{batches} batches of {size} beside searches of the agent, until indexed; longest tail {longest_tail:,}",
+        ["indexing", "rows/s stored", "rows/s, index and all", "search p50 us", "search p95 us", "p50 over idle"],
+        rows,
     )

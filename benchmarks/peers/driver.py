@@ -479,6 +479,11 @@ SELECT indexrelid::regclass::text, pg_get_indexdef(indexrelid) FROM pg_index
 WHERE pg_get_indexdef(indexrelid) ~ 'USING hnsw'
 """
 
+_TABLES = """
+SELECT oid::regclass::text FROM pg_class
+WHERE relkind = 'r' AND relnamespace::regnamespace::text NOT IN ('pg_catalog', 'information_schema')
+"""
+
 
 @dataclass(frozen=True)
 class Server:
@@ -551,6 +556,15 @@ class Server:
         try:
             for statement in statements:
                 await connection.execute(statement, timeout=3600)
+        finally:
+            await connection.close()
+
+    async def count(self, spec: Spec) -> int:
+        """Count the rows of all tables in a peer's database."""
+        connection = await self.admin(self.of(spec).database)
+        try:
+            tables = await connection.fetch(_TABLES)
+            return sum([await connection.fetchval(f"SELECT count(*) FROM {name}") for (name,) in tables])
         finally:
             await connection.close()
 

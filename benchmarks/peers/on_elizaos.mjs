@@ -168,8 +168,10 @@ const requests = {
     const before = asked.slice(0, Math.min(callers, 20)).map(([query, number]) => [true, [slice(queries, query), number]]);
     await atOnce(before, callers);
     const begun = seconds();
-    const [searches, inserts] = await atOnce(work, callers);
-    return { total: seconds() - begun, searches, inserts };
+    const [searches, inserts, answers] = await atOnce(work, callers);
+    const total = seconds() - begun;
+    const fewest = answers.reduce((least, answer) => Math.min(least ?? Infinity, answer.length), null);
+    return { total, searches, inserts, fewest };
   },
 
   async knob() {
@@ -204,18 +206,19 @@ async function loadPGlite(client, first, last, begun) {
 }
 
 async function atOnce(work, callers) {
-  const [searches, inserts] = [[], []];
+  const [searches, inserts, answers] = [[], [], []];
   let next = 0;
   const caller = async () => {
     while (next < work.length) {
       const [isSearch, given] = work[next++];
       const started = seconds();
-      await (isSearch ? search : insert)(given);
+      const answer = await (isSearch ? search : insert)(given);
       (isSearch ? searches : inserts).push(seconds() - started);
+      if (isSearch) answers.push(answer);
     }
   };
   await Promise.all(Array.from({ length: callers }, caller));
-  return [searches, inserts];
+  return [searches, inserts, answers];
 }
 
 async function timed(call, ready) {

@@ -71,10 +71,9 @@ class OnElizaSQL(Peer):
         finally:
             await connection.close()
 
-    async def catch_up(self) -> None:
+    async def catch_up(self) -> int:
         """Move it row by row, as the background indexer does."""
-        for db in self.adapters:
-            await db.index_memories()
+        return sum([await db.index_memories() for db in self.adapters])
 
     def vector(self, vector: Any) -> Any:
         return vector

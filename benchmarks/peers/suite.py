@@ -14,6 +14,7 @@ import shutil
 import statistics
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -116,6 +117,9 @@ class Suite:
         self._order = random.Random(0)
         self.folder = Path(tempfile.mkdtemp(prefix="esql-"))
         self.processes: dict[str, Process] = {}
+        # By database: the rows of all tables before what is written, and the memories that were sent.
+        self._counted: dict[str, int] = {}
+        self._sent: Counter[str] = Counter()
         self._embedded: Any = None
         self.server: Server
         self.task: Task
@@ -420,7 +424,11 @@ class Suite:
                 answer = self.processes[spec.name].ask("mixed", asked=asked, rows=[], callers=callers)
                 kept = self.results["peers"][spec.name].setdefault("concurrency", {})
                 kept.setdefault(str(callers), []).append(
-                    {"rate": count / answer["total"], "p95": percentile(answer["searches"], 0.95)}
+                    {
+                        "rate": count / answer["total"],
+                        "p95": percentile(answer["searches"], 0.95),
+                        "fewest": answer["fewest"],
+                    }
                 )
 
             self.turns(specs, 2, turn)
@@ -429,6 +437,8 @@ class Suite:
         """Single inserts and batches, with everything that was loaded indexed."""
         specs = self.alive(all_kinds=True, stores=False)
         specs = [spec for spec in specs if spec.stores or "pglite" in spec.name]
+        for spec in specs:
+            self._guard(spec, lambda spec=spec: self._count(spec))  # type: ignore[misc]
         start, sizes = self.task.loaded, self.sizes
         rounds = 10 if sizes.inserts >= 100 else 2
         each = sizes.inserts // rounds
@@ -442,6 +452,7 @@ class Suite:
         def one(spec: Spec, number: int) -> None:
             first = start + shifts[spec.name] * sizes.inserts + number * each
             answer = self.processes[spec.name].ask("insert_one", rows=list(range(first, first + each)))
+            self._sent[self.server.of(spec).database] += each
             kept = self.results["peers"][spec.name]
             kept.setdefault("insert_one", []).extend(answer["seconds"])
             kept.setdefault("insert_one_medians", []).append(statistics.median(answer["seconds"]))
@@ -463,6 +474,7 @@ class Suite:
                 first = half + (number * AT_ONCE + which) * sizes.batch
                 answer = self.processes[spec.name].ask("insert_many", first=first, last=first + sizes.batch)
                 taken += answer["seconds"]
+                self._sent[self.server.of(spec).database] += sizes.batch
                 stored += sizes.batch * (spec is OURS)
                 rates.append(sizes.batch / answer["seconds"])
             # The first turn, not counted, meets statements and pages that nobody has touched since the load.
@@ -476,8 +488,10 @@ class Suite:
         if OURS.name in self.processes:
             # What the background indexer would have done meanwhile.
             answer = self.processes[OURS.name].ask("catch_up")
-            moved = sizes.inserts * sum(_is_ours(spec.name) for spec in specs) + stored
-            self.results["peers"][OURS.name]["indexing"] = moved / answer["seconds"]
+            expected = sizes.inserts * sum(_is_ours(spec.name) for spec in specs) + stored
+            if answer["moved"] != expected:
+                raise RuntimeError(f"{answer['moved']} of {expected} new memories were not in the index")
+            self.results["peers"][OURS.name]["indexing"] = expected / answer["seconds"]
 
     def mixed(self) -> None:
         """Eight callers, four searches to one insert."""
@@ -493,17 +507,33 @@ class Suite:
             asked = [(query, query % sizes.agents) for query in queries]
             rows = list(range(first, first + writes))
             answer = self.processes[spec.name].ask("mixed", asked=asked, rows=rows, callers=8)
+            self._sent[self.server.of(spec).database] += writes
             self.results["peers"][spec.name].setdefault("mixed", []).append(
                 {
                     "rate": 5 * writes / answer["total"],
+                    "fewest": answer["fewest"],
                     "search_p95": percentile(answer["searches"], 0.95),
                     "insert_p95": percentile(answer["inserts"], 0.95),
                 }
             )
 
         self.turns(specs, 2, turn)
+        for spec in specs:
+            self._guard(spec, lambda spec=spec: self._check_written(spec))  # type: ignore[misc]
         for name, process in self.processes.items():
             self.results["peers"][name]["peak"] = process.peak or None
+
+    def _count(self, spec: Spec) -> None:
+        if spec.stores:
+            self._counted[self.server.of(spec).database] = self._run(self.server.count(spec))
+
+    def _check_written(self, spec: Spec) -> None:
+        """See that what a peer was sent is there: to store nothing is quick."""
+        if spec.stores:
+            database = self.server.of(spec).database
+            more = self._run(self.server.count(spec)) - self._counted[database]
+            if more < self._sent[database]:
+                raise PeerError(f"was sent {self._sent[database]:,} memories, and has {more:,} rows more")
 
     # --- the limit ---------------------------------------------------------------------------------------------------
 
@@ -552,6 +582,7 @@ class Suite:
         scripts: list[str] = []
         dsn = self.server.of(OURS).url()
         opened: dict[int, elizasql.DatabaseAdapter] = {}
+        connection = await asyncpg.connect(dsn, server_settings=_pool.session_settings(Config()))
         try:
             for number in range(20):
                 agent = number % self.sizes.agents
@@ -570,11 +601,15 @@ class Suite:
                 values = ", ".join("NULL" if value is None else f"'{value}'" for value in given)
                 # A statement is one line, else pgbench sends nothing: comments end with their lines.
                 lines = [line for line in sent.sql.splitlines() if not line.lstrip().startswith("--")]
-                scripts.append(
-                    f"\\if :ready{number} = 0\nPREPARE s{number} AS {' '.join(lines).rstrip().rstrip(';')};\n"
-                    f"\\set ready{number} 1\n\\endif\nEXECUTE s{number} ({values});\n"
-                )
+                prepare = f"PREPARE s{number} AS {' '.join(lines).rstrip().rstrip(';')};"
+                execute = f"EXECUTE s{number} ({values});"
+                await connection.execute(prepare)
+                rows = await connection.fetch(execute)
+                if len(rows) < 10:
+                    raise RuntimeError(f"pgbench would get {len(rows)} rows")
+                scripts.append(f"\\if :ready{number} = 0\n{prepare}\n\\set ready{number} 1\n\\endif\n{execute}\n")
         finally:
+            await connection.close()
             for db in opened.values():
                 await db.close()
         return scripts
@@ -732,6 +767,9 @@ def find_faults(results: dict[str, Any], *, all_succeed: bool = False) -> list[s
             searched = [*((point["label"], point) for point in kept["points"]), ("at equal recall", kept.get("equal"))]
             searched += [("in a room", kept.get("room")), *grown]
             found += [f"{name}, {what}: {each['short']} short" for what, each in searched if each and each["short"]]
+            at_once = [each for runs in kept.get("concurrency", {}).values() for each in runs] + kept.get("mixed", [])
+            few = [each["fewest"] for each in at_once if each["fewest"] < 10]
+            found += [f"{name}, several callers: a search gave {fewest}" for fewest in few]
     return found
 
 

@@ -74,8 +74,8 @@ class Worker:
     def catch_up(self) -> dict[str, Any]:
         """Bring what was stored since into the index."""
         begun = time.perf_counter()
-        self._call(self.peer.catch_up)
-        return {"seconds": time.perf_counter() - begun}
+        moved = self._call(self.peer.catch_up)
+        return {"seconds": time.perf_counter() - begun, "moved": moved}
 
     def search(self, asked: list[tuple[int, int]], warmup: int, room: bool = False) -> dict[str, Any]:
         """Search one after the other: [query, agent] each; the first `warmup` ones are not counted."""
@@ -112,29 +112,35 @@ class Worker:
         at_once = self._at_once_async if self.peer.asynchronous else self._at_once_in_threads
         at_once(before, callers)
         begun = time.perf_counter()
-        searches, inserts = at_once(work, callers)
-        return {"total": time.perf_counter() - begun, "searches": searches, "inserts": inserts}
+        searches, inserts, answers = at_once(work, callers)
+        total = time.perf_counter() - begun
+        fewest = min((len(self.peer.found(answer)) for answer in answers), default=None)
+        return {"total": total, "searches": searches, "inserts": inserts, "fewest": fewest}
 
-    def _at_once_async(self, work: list[Any], callers: int) -> tuple[list[float], list[float]]:
+    def _at_once_async(self, work: list[Any], callers: int) -> tuple[list[float], list[float], list[Any]]:
         searches: list[float] = []
         inserts: list[float] = []
+        answers: list[Any] = []
         left = iter(work)
 
         async def caller() -> None:
             for is_search, arguments in left:
                 begun = time.perf_counter()
-                await (self.peer.search if is_search else self.peer.insert_one)(*arguments)
+                answer = await (self.peer.search if is_search else self.peer.insert_one)(*arguments)
                 (searches if is_search else inserts).append(time.perf_counter() - begun)
+                if is_search:
+                    answers.append(answer)
 
         async def all_callers() -> None:
             await asyncio.gather(*(caller() for _ in range(callers)))
 
         self._loop.run_until_complete(all_callers())
-        return searches, inserts
+        return searches, inserts, answers
 
-    def _at_once_in_threads(self, work: list[Any], callers: int) -> tuple[list[float], list[float]]:
+    def _at_once_in_threads(self, work: list[Any], callers: int) -> tuple[list[float], list[float], list[Any]]:
         searches: list[float] = []
         inserts: list[float] = []
+        answers: list[Any] = []
         errors: list[str] = []
         left = queue.SimpleQueue[Any]()
         for each in work:
@@ -148,8 +154,10 @@ class Worker:
                     except queue.Empty:
                         return
                     begun = time.perf_counter()
-                    (self.peer.search if is_search else self.peer.insert_one)(*arguments)
+                    answer = (self.peer.search if is_search else self.peer.insert_one)(*arguments)
                     (searches if is_search else inserts).append(time.perf_counter() - begun)
+                    if is_search:
+                        answers.append(answer)
             except Exception:  # noqa: BLE001 - told to the driver
                 errors.append(traceback.format_exc())
 
@@ -160,7 +168,7 @@ class Worker:
             thread.join()
         if errors:
             raise RuntimeError(errors[0])
-        return searches, inserts
+        return searches, inserts, answers
 
     def close(self) -> dict[str, Any]:
         """Let go of everything."""
