@@ -114,7 +114,10 @@ class Indexer:
         return dropped
 
     async def build(self) -> int:
-        """Build the index of the agent's partition when it has none, the tail in it; give how many vectors moved."""
+        """Build the indexes that the agent's partition lacks, the tail in them; give how many vectors moved.
+
+        Also of another width: what was dropped is missing to all agents of the partition, whatever this one has now.
+        """
         moved = await self._build(waits=True)
         assert moved is not None
         return moved

@@ -583,6 +583,15 @@ BEGIN
 END
 $$;
 
+-- The widths of which the agent's partition lacks the HNSW index. Not of the agent's own alone: one that a load has dropped
+-- is its neighbours', too, and by now the agent may have moved to another width, or be gone.
+CREATE FUNCTION elizasql.lost_indexes(given_agent uuid) RETURNS integer[] LANGUAGE sql STABLE AS $$
+    SELECT ARRAY(
+        SELECT dim FROM unnest(ARRAY[384, 512, 768, 1024, 1536, 3072]) AS dim
+        WHERE to_regclass(format('elizasql.%s_dim_%s_hnsw', elizasql.partition_of(given_agent), dim)) IS NULL
+    )
+$$;
+
 -- Drops the HNSW index of the agent's partition, so that a bulk load need not feed it row by row; gives whether there is
 -- none now. coming: how many vectors the load brings at least; NULL: drop it in any case. Built anew the index takes
 -- 0.5-0.8 ms a row, filled row by row 4 ms: the new one is cheaper when a fifth of what is indexed comes, a quarter to
@@ -623,8 +632,8 @@ BEGIN
 END
 $$;
 
--- Builds the HNSW index of the agent's partition when there is none, with all that is in the partition; gives how many
--- vectors of the agent left the tail. Searches go on meanwhile, exactly; writes of vectors to the partition wait.
+-- Builds the HNSW indexes that the agent's partition lacks, with all that is in the partition; gives how many vectors of
+-- the agent left the tail. Searches go on meanwhile, exactly; writes of vectors to the partition wait.
 --
 -- It may be one that was there before: index_memories(rebuild) drops it first, in a transaction of its own, since what
 -- dropping locks would be locked to the end of the build.
@@ -643,6 +652,7 @@ $$;
 CREATE FUNCTION elizasql.build_index(given_agent uuid, waits boolean DEFAULT TRUE) RETURNS bigint LANGUAGE plpgsql AS $$
 DECLARE
     part text := elizasql.partition_of(given_agent);
+    lost int[] := elizasql.lost_indexes(given_agent);
     dim int;
     moved bigint;
     build text;
@@ -650,8 +660,7 @@ DECLARE
     patience CONSTANT text := current_setting('lock_timeout');
     began timestamptz;
 BEGIN
-    SELECT embedding_dimension INTO dim FROM elizasql.agents WHERE id = given_agent;
-    IF dim IS NULL OR to_regclass(format('elizasql.%s_dim_%s_hnsw', part, dim)) IS NOT NULL THEN
+    IF lost = '{}' THEN
         RETURN 0;
     END IF;
     IF NOT waits THEN
@@ -692,12 +701,13 @@ BEGIN
     -- next one.
     EXECUTE format('LOCK TABLE elizasql.%s IN SHARE UPDATE EXCLUSIVE MODE', part);
     EXECUTE format('LOCK TABLE elizasql.%s IN SHARE ROW EXCLUSIVE MODE', part);
-    IF to_regclass(format('elizasql.%s_dim_%s_hnsw', part, dim)) IS NOT NULL THEN
+    lost := elizasql.lost_indexes(given_agent);
+    IF lost = '{}' THEN
         RETURN 0;
     END IF;
     SELECT count(*) INTO moved FROM elizasql.embeddings
-    WHERE agent_id = given_agent AND NOT indexed AND dimension = dim;
-    EXECUTE format('UPDATE elizasql.%s SET indexed = TRUE WHERE NOT indexed AND dimension = %s', part, dim);
+    WHERE agent_id = given_agent AND NOT indexed AND dimension = ANY(lost);
+    EXECUTE format('UPDATE elizasql.%s SET indexed = TRUE WHERE NOT indexed AND dimension = ANY($1)', part) USING lost;
     PERFORM set_config('maintenance_work_mem', greatest(
         pg_size_bytes(current_setting('maintenance_work_mem')),
         least(
@@ -705,16 +715,18 @@ BEGIN
             pg_size_bytes(current_setting('effective_cache_size')) / 4
         )
     ) / 1024 || 'kB', TRUE);
-    build := format(
-        'CREATE INDEX %1$s_dim_%2$s_hnsw ON elizasql.%1$s
-         USING hnsw ((dim_%2$s::halfvec(%2$s)) halfvec_cosine_ops) WITH (m = 16, ef_construction = 128) WHERE indexed',
-        part, dim);
-    BEGIN
-        EXECUTE build;
-    EXCEPTION WHEN insufficient_resources OR system_error THEN
-        PERFORM set_config('max_parallel_maintenance_workers', '0', TRUE);
-        EXECUTE build;
-    END;
+    FOREACH dim IN ARRAY lost LOOP
+        build := format(
+            'CREATE INDEX %1$s_dim_%2$s_hnsw ON elizasql.%1$s
+             USING hnsw ((dim_%2$s::halfvec(%2$s)) halfvec_cosine_ops) WITH (m = 16, ef_construction = 128) WHERE indexed',
+            part, dim);
+        BEGIN
+            EXECUTE build;
+        EXCEPTION WHEN insufficient_resources OR system_error THEN
+            PERFORM set_config('max_parallel_maintenance_workers', '0', TRUE);
+            EXECUTE build;
+        END;
+    END LOOP;
     -- Not of memories that somebody vacuums: writers would wait for the end of it, behind this transaction.
     PERFORM elizasql.refresh_statistics(given_agent, FALSE);
     RETURN moved;
@@ -724,6 +736,7 @@ $$;
 -- migrate:down
 DROP FUNCTION elizasql.build_index(uuid, boolean);
 DROP FUNCTION elizasql.drop_index(uuid, bigint);
+DROP FUNCTION elizasql.lost_indexes(uuid);
 DROP FUNCTION elizasql.index_embeddings(uuid, integer, bigint, boolean);
 DROP FUNCTION elizasql.refresh_statistics(uuid, boolean);
 DROP FUNCTION elizasql.partition_of(uuid);

@@ -810,15 +810,16 @@ SELECT elizasql.refresh_statistics(:agent_id, :waits);
 SELECT elizasql.drop_index(:agent_id, :coming);
 
 -- name: build_index(agent_id, waits)$
--- Builds the HNSW index of the agent's partition when there is none, with the tail in it; gives the number of vectors
--- moved. waits: for others who build it, or vacuum by hand; else null.
+-- Builds the HNSW indexes that the agent's partition lacks, with the tail in them; gives the number of vectors moved. waits:
+-- for others who build them, or vacuum by hand; else null.
 SELECT elizasql.build_index(:agent_id, :waits);
 
--- name: find_lost_index(agent_id)$
--- The size of the agent's partition when it has no HNSW index and this role may make one; no row when it has.
-SELECT pg_relation_size(part.oid)
-FROM elizasql.agents AS a
-INNER JOIN pg_class AS part ON part.oid = to_regclass('elizasql.' || elizasql.partition_of(a.id))
+-- name: find_lost_index(agent_id)
+-- The size of the agent's partition, and the width, for each HNSW index that the partition lacks and this role may make.
+SELECT
+    pg_relation_size(part.oid) AS size,
+    lost.dimension
+FROM pg_class AS part
+CROSS JOIN unnest(elizasql.lost_indexes(:agent_id)) AS lost (dimension)
 WHERE
-    a.id = :agent_id AND a.embedding_dimension IS NOT NULL AND pg_has_role(part.relowner, 'USAGE')
-    AND to_regclass(format('elizasql.%s_dim_%s_hnsw', part.relname, a.embedding_dimension)) IS NULL;
+    part.oid = to_regclass('elizasql.' || elizasql.partition_of(:agent_id)) AND pg_has_role(part.relowner, 'USAGE');

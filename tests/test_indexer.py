@@ -29,7 +29,7 @@ from elizasql import (
 from elizasql._statements import SQL
 from elizasql.types import DIMENSIONS
 
-from .conftest import MakeAdapter
+from .conftest import MakeAdapter, neighbour_of
 from .locking import blocked_pid
 
 V = np.random.default_rng(0).normal(size=(500, 384)).astype(np.float32)
@@ -345,6 +345,7 @@ async def test_a_build_waits_for_no_vacuum_of_the_memories(make_db: MakeAdapter,
 async def test_a_build_counts_what_it_moves(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
     """Not what is of another width, which waits for another index."""
     db = await make_db()
+    await db._indexer.build()  # whatever another test has left out
     await write(db, 30)
     assert await db._indexer.drop()
     async with raw.transaction():
@@ -745,6 +746,33 @@ async def test_an_index_that_is_lost_while_the_background_looks_comes_back(
         return lost and await raw.fetchval(name, db.agent_id)
 
     await until(restored)
+
+
+@pytest.mark.parametrize("deleted", [False, True], ids=["moved", "deleted"])
+async def test_a_lost_index_comes_back_whatever_has_become_of_the_agent_since(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any], deleted: bool
+) -> None:
+    """It is its neighbours' index, too: who builds it goes by what the partition lacks, not by the agent's width."""
+    db = await make_db()
+    elsewhere = await make_db(db.agent_id)
+    neighbour = await make_db(await neighbour_of(db.agent_id, raw), dimension=None)
+    await db.create_memory(Memory(content={"text": "x"}, embedding=V[0], unique=True), "messages")
+    index = f"elizasql.{await raw.fetchval('SELECT elizasql.partition_of($1)', db.agent_id)}_dim_384_hnsw"
+    assert await db._indexer.drop()
+    if deleted:
+        await elsewhere.delete_agents([db.agent_id])
+    else:
+        await elsewhere.reembed(512, lambda texts: np.ones((len(texts), 512)))
+
+    async def look() -> None:
+        db._indexer.restore()
+        await db._indexer._restore_index()
+
+    for build in (db._indexer.build, db.index_memories, look, neighbour.index_memories):
+        await build()
+        assert await raw.fetchval("SELECT to_regclass($1)", index) is not None
+        await raw.execute(f"DROP INDEX {index}")
+    await db._indexer.build()
 
 
 async def test_a_look_that_fails_is_still_to_be_done(make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch) -> None:

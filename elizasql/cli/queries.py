@@ -310,7 +310,8 @@ async def measure_recall(
         found, queries = await _sample(db, type, count, sample, advance)
         kind, vectors = found["type"], found["vectors"]
         by_index = await uses_hnsw(db, kind, queries[0][1], count)
-        lost = await db._executor.fetch_value(SQL["find_lost_index"], agent_id=agent_id) is not None
+        missing = await db._executor.fetch(SQL["find_lost_index"], agent_id=agent_id)
+        lost = await db.get_embedding_dimension() in {row["dimension"] for row in missing}
         # Whatever comes first reads the index from the disk, and must not be taken for slow.
         await _search_all(db, kind, count, queries, now)
         for ef in sorted({*_LADDER, now}):
