@@ -327,10 +327,10 @@ class Resident:
     """
 
     def __init__(
-        self, background: Executor, agent_id: UUID, config: Config, address: str, *, guarded: bool = False
+        self, executor: Executor, agent_id: UUID, config: Config, address: str, *, guarded: bool = False
     ) -> None:
         self.stats = Stats()
-        self._background = background
+        self._executor = executor
         self._agent_id = agent_id
         self._address = address
         self._mode = config.resident
@@ -681,7 +681,7 @@ class Resident:
         A row that is written meanwhile moves to a later page, and is a change for the first search in any case.
         """
         about = {"agent_id": self._agent_id, "type": kind}
-        first = await self._background.fetch_row(
+        first = await self._executor.fetch_row(
             SQL["measure_resident"], most=self._budget // (4 * dimension) + 1, **about
         )
         assert first is not None
@@ -691,7 +691,7 @@ class Resident:
         page_size = _PAGE_BYTES // (4 * dimension)
         after, matrix = 0, Matrix(dimension, first["size"])
         while True:
-            page = await self._background.fetch_row(statement, after=after, page_size=page_size, **about)
+            page = await self._executor.fetch_row(statement, after=after, page_size=page_size, **about)
             assert page is not None
             if page["life"] != first["life"]:
                 tier.not_before = time.monotonic() + 1.0
@@ -740,7 +740,7 @@ class Resident:
             return
         since = matrix.hold_contents()
         about = {"agent_id": self._agent_id, "type": kind, "dimension": matrix.dimension, "life": tier.life}
-        row = await self._background.fetch_row(SQL["list_resident"], **about)
+        row = await self._executor.fetch_row(SQL["list_resident"], **about)
         assert row is not None
         if not row["alive"]:
             tier.renew_at = time.monotonic() + _FAILED
@@ -765,7 +765,7 @@ class Resident:
         at_once = min(_CONTENTS, 1 + _CONTENTS_BYTES * len(listed) // LISTED // (row["size"] + 1))
         for _ in range(_ROUNDS):
             for start in range(0, len(outdated), at_once):
-                rows = await self._background.fetch(
+                rows = await self._executor.fetch(
                     SQL["read_resident_contents"], ids=outdated[start : start + at_once], **about
                 )
                 if not rows[0]["alive"]:
@@ -837,7 +837,7 @@ class Resident:
         for other in ("world_id", "entity_id", "start_time", "end_time", "metadata", "text_contains"):
             params[other] = None
         params |= {"room_ids": [id]} if name == "room_id" else {name: id}
-        number: int = await self._background.fetch_value(SQL[_COUNTS[name]], **params)
+        number: int = await self._executor.fetch_value(SQL[_COUNTS[name]], **params)
         return number
 
     def _make_room(self, tier: Tier, needed: int) -> bool:

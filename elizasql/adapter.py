@@ -112,7 +112,9 @@ class DatabaseAdapter(
         self._asked = functools.lru_cache(maxsize=256, typed=True)(functools.partial(check_search, agent_id, config))
         self._unswept = Unswept()
         self._guarded = guarded
-        self._resident = Resident(self._background, agent_id, config, address, guarded=guarded)
+        # A load that callers wait for is theirs: the background's connections may be in use while indexes are built.
+        loading = self._executor if config.resident == "required" else self._background
+        self._resident = Resident(loading, agent_id, config, address, guarded=guarded)
         self._listeners: set[Listener] = set()
         self._closing = asyncio.Lock()
         self._left = False

@@ -165,7 +165,7 @@ class Config:
         memory_types: The only values taken as `table_name`; None: any. [ELIZASQL_MEMORY_TYPES, comma-separated]
         resident: Whether memories are held in the process and searched there: "off"; "auto": where that pays, loaded in
             the background; "required": wherever they fit and are not too many, from the first search on, which
-            waits for it. [ELIZASQL_RESIDENT]
+            waits while they are loaded, by one of the callers' connections. [ELIZASQL_RESIDENT]
         resident_memory_mb: What the process may hold of them, over all agents, in MiB; 0: nothing.
             [ELIZASQL_RESIDENT_MEMORY_MB]
         resident_max_vectors: Most vectors that a search compares in the process; 0: none, nothing is held; None: 40,000

@@ -14,6 +14,7 @@ import sys
 import weakref
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack
+from copy import copy
 from dataclasses import replace
 from datetime import datetime, timezone
 from itertools import pairwise
@@ -47,6 +48,7 @@ from elizasql._statements import SQL
 
 from . import resident_worker
 from .conftest import MakeAdapter, Scene, make_scene
+from .locking import blocked_pid
 from .resident_worker import TABLE, vector_of
 from .test_plans import indexes, plan_of, scans_a_table
 
@@ -1073,7 +1075,7 @@ async def test_one_that_leaves_the_type_while_contents_are_read(mind: Mind, monk
     (id,) = await mind.remember([query])
     mind.tier.behind, mind.tier.renew_at = True, math.inf
     fetched, merged = asyncio.Event(), asyncio.Event()
-    fetch, fetch_row = mind.db._executor.fetch, mind.resident._background.fetch_row
+    fetch, fetch_row = mind.db._executor.fetch, mind.resident._executor.fetch_row
 
     async def arrive_late(statement: Any, **params: Any) -> Any:
         rows = await fetch(statement, **params)
@@ -1093,7 +1095,7 @@ async def test_one_that_leaves_the_type_while_contents_are_read(mind: Mind, monk
     await mind.raw.execute(
         "UPDATE elizasql.memories SET type = 'facts' WHERE agent_id = $1 AND id = $2", mind.db.agent_id, id
     )
-    monkeypatch.setattr(mind.resident._background, "fetch_row", merge_first)
+    monkeypatch.setattr(mind.resident._executor, "fetch_row", merge_first)
     mind.tier.renew_at = 0.0
     mind.resident._begin_renewal(mind.tier, TABLE)
     assert mind.tier.loading is not None
@@ -1282,8 +1284,8 @@ async def test_writes_between_the_pages_of_a_load(
     for start in range(0, 150, 5):  # pages end with a transaction
         await mind.remember(vectors[start : start + 5])
     await mind.remember(some_vectors(70, seed=1))  # a page is as long as this one
-    background = mind.resident._background
-    fetch_row, pages = background.fetch_row, 0
+    executor = mind.resident._executor
+    fetch_row, pages = executor.fetch_row, 0
 
     async def fetch_and_write(statement: Any, **params: Any) -> Any:
         nonlocal pages
@@ -1298,7 +1300,7 @@ async def test_writes_between_the_pages_of_a_load(
         await mind.remember(some_vectors(1, seed=200 + pages))
         return page
 
-    monkeypatch.setattr(background, "fetch_row", fetch_and_write)
+    monkeypatch.setattr(executor, "fetch_row", fetch_and_write)
     for query in (vectors[0], *some_vectors(5, seed=8)):
         await mind.check(query, count=40)
         await mind.check(query, room_id=mind.rooms[0], count=40)
@@ -1308,8 +1310,8 @@ async def test_writes_between_the_pages_of_a_load(
 async def test_rows_that_go_during_a_load_take_no_room(mind: Mind, monkeypatch: pytest.MonkeyPatch) -> None:
     """A load makes room for all rows that it counts, as those of another width that the agent is leaving."""
     ids = await mind.remember(some_vectors(600))
-    background = mind.resident._background
-    fetch_row, deleted = background.fetch_row, 0
+    executor = mind.resident._executor
+    fetch_row, deleted = executor.fetch_row, 0
 
     async def fetch_and_delete(statement: Any, **params: Any) -> Any:
         nonlocal deleted
@@ -1318,7 +1320,7 @@ async def test_rows_that_go_during_a_load_take_no_room(mind: Mind, monkeypatch: 
             deleted += await mind.writer.delete_memories(ids[100:])
         return row
 
-    monkeypatch.setattr(background, "fetch_row", fetch_and_delete)
+    monkeypatch.setattr(executor, "fetch_row", fetch_and_delete)
     await mind.check(some_vectors(1, seed=8)[0], count=30)
     assert mind.tier.matrix is not None and mind.tier.matrix.size == 100 and deleted == 500
     assert mind.tier.granted < Matrix.estimate(384, 300)
@@ -1440,7 +1442,7 @@ async def test_a_load_of_a_width_that_is_left_ends(mind: Mind, monkeypatch: pyte
         begun.set()
         await never.wait()
 
-    monkeypatch.setattr(mind.resident._background, "fetch_row", hang)
+    monkeypatch.setattr(mind.resident._executor, "fetch_row", hang)
     tier = mind.resident._find_tier(TABLE, 384)
     mind.resident._begin_load(tier, TABLE, 384)
     await begun.wait()
@@ -1449,6 +1451,20 @@ async def test_a_load_of_a_width_that_is_left_ends(mind: Mind, monkeypatch: pyte
     mind.resident.forget()
     await asyncio.wait({loading})
     assert loading.cancelled() and tier.matrix is None
+
+
+async def test_a_load_that_is_waited_for_does_not_wait_for_the_background(mind: Mind, make_db: MakeAdapter) -> None:
+    """Whose connections may be in use for as long as indexes are built."""
+    await mind.remember(some_vectors(20))
+    db = mind.db = await make_db(mind.db.agent_id, **RESIDENT, background_pool_size=1)
+    part = await mind.raw.fetchval("SELECT elizasql.partition_of($1)", db.agent_id)
+    async with mind.raw.transaction():
+        await mind.raw.execute(f"LOCK TABLE elizasql.{part} IN SHARE ROW EXCLUSIVE MODE")
+        building = asyncio.ensure_future(db.index_memories())
+        await blocked_pid(mind.raw, building)
+        assert len(await mind.search(some_vectors(1, seed=8)[0], timeout=20)) == 10
+    assert (mind.resident.stats.hits, mind.resident.stats.loads) == (1, 1)
+    assert await building == 20
 
 
 async def test_what_is_too_large_is_not_even_read(mind: Mind, make_db: MakeAdapter, round_trips: list[str]) -> None:
@@ -1469,7 +1485,7 @@ async def test_a_load_that_fails(mind: Mind, monkeypatch: pytest.MonkeyPatch, ca
         raise elizasql.ConnectionLostError("gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(mind.resident._background, "fetch_row", fail)
+        patch.setattr(mind.resident._executor, "fetch_row", fail)
         assert await mind.search(query) == await mind.exact(query)
         assert await mind.search(query) == await mind.exact(query)
     assert mind.resident.stats.misses == 2
@@ -1521,7 +1537,7 @@ async def test_waiting_for_a_load_ends_with_the_call(mind: Mind, monkeypatch: py
         await never.wait()
 
     with monkeypatch.context() as patch:
-        patch.setattr(mind.resident._background, "fetch_row", hang)
+        patch.setattr(mind.resident._executor, "fetch_row", hang)
         with pytest.raises(elizasql.ElizaSQLError):
             await mind.search(some_vectors(1)[0], timeout=0.05)
         (task,) = mind.resident._tasks
@@ -1591,7 +1607,7 @@ async def test_what_a_standby_says_of_contents_is_not_taken(
             return getattr(standby, method.replace("_", ""))(statement.sql, *arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(mind.resident._background, method, ask)
+            patch.setattr(mind.resident._executor, method, ask)
             mind.tier.renew_at = 0.0
             mind.resident._begin_renewal(mind.tier, TABLE)
             assert mind.tier.loading is not None
@@ -1874,7 +1890,7 @@ async def test_what_is_loaded_anew_stays_within_the_budget(
     await db.search_memories(embedding=vectors[0], table_name=TABLE)
     (tier,) = db._resident._tiers.values()
     assert tier.matrix is not None and tier.matrix.contents_size > 400_000
-    fetch_row = db._resident._background.fetch_row
+    fetch_row = db._resident._executor.fetch_row
     kept: list[bool] = []
 
     async def look(statement: Any, **params: Any) -> Any:
@@ -1883,7 +1899,7 @@ async def test_what_is_loaded_anew_stays_within_the_budget(
             assert sum(matrix.footprint for matrix in alive) <= db._resident.snapshot()["bytes"] <= budget << 20
         return await fetch_row(statement, **params)
 
-    monkeypatch.setattr(db._resident._background, "fetch_row", look)
+    monkeypatch.setattr(db._resident._executor, "fetch_row", look)
     db._resident._begin_load(tier, TABLE, 384)
     assert tier.loading is not None
     await tier.loading
@@ -2243,8 +2259,9 @@ async def test_what_changes_while_contents_are_brought_up_to_date(mind: Mind, mo
     await mind.remember(vectors)
     query = some_vectors(1, seed=8)[0]
     await mind.check(query)
-    tier, background = mind.tier, mind.resident._background
-    fetch, fetch_row = background.fetch, background.fetch_row
+    tier = mind.tier
+    executor = mind.resident._executor = copy(mind.resident._executor)  # the searches' is not disturbed
+    fetch, fetch_row = executor.fetch, executor.fetch_row
     news = iter(some_vectors(200, seed=5))
     updated = iter(mind.ids)
 
@@ -2268,14 +2285,14 @@ async def test_what_changes_while_contents_are_brought_up_to_date(mind: Mind, mo
             "UPDATE elizasql.memories SET content = content || '{\"all\": 1}' WHERE agent_id = $1", mind.db.agent_id
         )
         await mind.check(query)
-        monkeypatch.setattr(background, "fetch", fetch_then)
-        monkeypatch.setattr(background, "fetch_row", fetch_row_then)
+        monkeypatch.setattr(executor, "fetch", fetch_then)
+        monkeypatch.setattr(executor, "fetch_row", fetch_row_then)
         tier.renew_at = 0.0
         mind.resident._begin_renewal(tier, TABLE)
         assert tier.loading is not None
         await tier.loading
-        monkeypatch.setattr(background, "fetch", fetch)
-        monkeypatch.setattr(background, "fetch_row", fetch_row)
+        monkeypatch.setattr(executor, "fetch", fetch)
+        monkeypatch.setattr(executor, "fetch_row", fetch_row)
         for each in (query, *vectors[:8]):
             await mind.check(each)
             await mind.check(each, count=50)
