@@ -227,12 +227,6 @@ class Matrix:
         self._marks: NDArray[np.int64] = np.zeros(capacity, np.int64)
         self._scores_of_all: Floats = np.zeros(capacity, np.float32)
 
-    def trim(self) -> None:
-        """Give back the room for rows that did not come, where it is much; only before contents are held."""
-        needed = _with_spare(self.size, _SPARE_AT_FIRST)
-        if needed < self.capacity * 3 // 4:
-            self._resize(needed)
-
     def _reserve(self, size: int) -> None:
         if size > self.capacity:
             self._resize(_with_spare(size, _SPARE))

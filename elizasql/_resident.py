@@ -682,7 +682,7 @@ class Resident:
         """
         about = {"agent_id": self._agent_id, "type": kind}
         first = await self._executor.fetch_row(
-            SQL["measure_resident"], most=self._budget // (4 * dimension) + 1, **about
+            SQL["measure_resident"], dimension=dimension, most=self._budget // (4 * dimension) + 1, **about
         )
         assert first is not None
         if not await self._fits(tier, first, kind, dimension, scope):
@@ -705,8 +705,6 @@ class Resident:
                 tier.not_before = time.monotonic() + _TOO_LARGE
                 return
             after = page["last"]
-        # While the agent moves to another width, the vectors of the old one were counted, too.
-        matrix.trim()
         if not self._make_room(tier, matrix.footprint):
             return
         tier.matrix, tier.seen, tier.life, tier.listed = matrix, first["seen"], first["life"], None

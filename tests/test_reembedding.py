@@ -758,11 +758,23 @@ async def test_the_resident_tier_learns_too(make_db: MakeAdapter, raw: Raw) -> N
     assert (await stale.stats())["resident"]["vectors"] == 30
 
 
+async def test_the_resident_tier_counts_the_vectors_in_force_alone(make_db: MakeAdapter, raw: Raw) -> None:
+    """What the move has made already does not make a type too large."""
+    db = await make_db()
+    await remember(db, 100)
+    await broken_off(db, NEW, 4, size=20)
+    searching = await make_db(db.agent_id, resident="required", resident_max_vectors=150)
+    assert sum(len(widths) for widths in (await vectors(raw, db.agent_id)).values()) > 150
+    await searching.search_memories(embedding=vector_of("x", OLD), table_name="messages")
+    told = (await searching.stats())["resident"]
+    assert (told["loads"], told["hits"], told["vectors"]) == (1, 1, 100)
+
+
 # --- one at a time ---------------------------------------------------------------------------------------------------
 
 
-async def broken_off(db: DatabaseAdapter, to: int, after: int, model: str = "") -> None:
-    """Begin a move, or go on with it, and break it off after some batches of two."""
+async def broken_off(db: DatabaseAdapter, to: int, after: int, model: str = "", size: int = 2) -> None:
+    """Begin a move, or go on with it, and break it off after some batches."""
     calls = itertools.count(-1)
 
     def embed(texts: list[str]) -> Any:
@@ -771,7 +783,7 @@ async def broken_off(db: DatabaseAdapter, to: int, after: int, model: str = "") 
         return [vector_of(f"{model}{text}", to) for text in texts]
 
     with pytest.raises(InterruptedError):
-        await db.reembed(to, embed, batch_size=2)
+        await db.reembed(to, embed, batch_size=size)
 
 
 async def test_another_width_waits_until_the_move_is_abandoned(
