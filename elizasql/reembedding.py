@@ -120,6 +120,8 @@ class Reembedding(Store):
             ReembeddingError: A move to another width or by another model is under way (`abandon_reembedding` ends it);
                 another run of this move was begun meanwhile with another `skip_missing`;
                 or memories have a vector and no text: `missing` lists them.
+            PermissionDeniedError: Policies guard memories or embeddings from the role: it may not see all. Nothing is
+                begun.
             NotFoundError: The agent does not exist.
 
         Statement: sql/reembeddings.sql. Four round trips a batch, and one for each further 50 ms that the index takes,
@@ -171,6 +173,7 @@ class Reembedding(Store):
 
         Raises:
             ArgumentError: It is called in a transaction.
+            PermissionDeniedError: Policies guard memories or embeddings from the role: it may not see all.
             NotFoundError: The agent does not exist.
 
         Statement: sql/reembeddings.sql abandon_reembedding, drop_leaving_embeddings. Source: none, ours.

@@ -22,6 +22,22 @@ CREATE TABLE elizasql.reembeddings (
     CONSTRAINT reembeddings_target_check CHECK (target <> source AND target IN (384, 512, 768, 1024, 1536, 3072))
 );
 
+-- Whoever begins a move, switches, gives up or cleans up sees every memory and every vector: what a policy hides would not
+-- be missed at the switch, have no vector of the new width, and lose that of the old one. The server itself refuses to read
+-- what policies guard; the locks keep policies away to the end of the transaction.
+CREATE FUNCTION elizasql.refuse_policies() RETURNS trigger LANGUAGE plpgsql SET row_security = off AS $$
+BEGIN
+    PERFORM FROM ONLY elizasql.memories;
+    PERFORM FROM ONLY elizasql.embeddings;
+    RETURN coalesce(NEW, OLD);
+END
+$$;
+
+CREATE TRIGGER reembeddings_see_all
+BEFORE INSERT OR UPDATE OR DELETE ON elizasql.reembeddings
+FOR EACH ROW
+EXECUTE FUNCTION elizasql.refuse_policies();
+
 -- Of the text that a move made the vector of; counts as long as the vector is of the coming width.
 ALTER TABLE elizasql.embeddings ADD COLUMN text_hash bigint;
 ALTER TABLE elizasql.embeddings DROP CONSTRAINT embeddings_pkey;
@@ -137,6 +153,7 @@ DROP TRIGGER embeddings_check_changed ON elizasql.embeddings;
 DROP FUNCTION elizasql.check_dimension();
 DROP FUNCTION elizasql.refuse_dimension(uuid, integer, integer);
 DROP TABLE elizasql.reembeddings;
+DROP FUNCTION elizasql.refuse_policies();
 ALTER TABLE elizasql.embeddings DROP CONSTRAINT embeddings_pkey;
 ALTER TABLE elizasql.embeddings ADD CONSTRAINT embeddings_pkey PRIMARY KEY (agent_id, memory_id);
 ALTER TABLE elizasql.embeddings DROP COLUMN text_hash;

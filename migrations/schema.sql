@@ -1702,6 +1702,17 @@ BEGIN
 END
 $$;
 
+CREATE FUNCTION elizasql.refuse_policies() RETURNS trigger
+    LANGUAGE plpgsql
+    SET row_security TO 'off'
+    AS $$
+BEGIN
+    PERFORM FROM ONLY elizasql.memories;
+    PERFORM FROM ONLY elizasql.embeddings;
+    RETURN coalesce(NEW, OLD);
+END
+$$;
+
 CREATE FUNCTION elizasql.refuse_present(kind text, present uuid[]) RETURNS uuid
     LANGUAGE plpgsql
     AS $$
@@ -4257,6 +4268,8 @@ ALTER TABLE elizasql.memories ENABLE ALWAYS TRIGGER memories_rewritten;
 CREATE TRIGGER memory_rewrites_own BEFORE INSERT OR DELETE OR UPDATE ON elizasql.memory_rewrites FOR EACH ROW WHEN (((pg_trigger_depth() = 0) AND (current_setting('session_replication_role'::text) = 'replica'::text))) EXECUTE FUNCTION elizasql.ignore_replicated();
 
 ALTER TABLE elizasql.memory_rewrites ENABLE ALWAYS TRIGGER memory_rewrites_own;
+
+CREATE TRIGGER reembeddings_see_all BEFORE INSERT OR DELETE OR UPDATE ON elizasql.reembeddings FOR EACH ROW EXECUTE FUNCTION elizasql.refuse_policies();
 
 CREATE TRIGGER schema_migrations_own BEFORE INSERT OR DELETE OR UPDATE ON elizasql.schema_migrations FOR EACH ROW WHEN ((current_setting('session_replication_role'::text) = 'replica'::text)) EXECUTE FUNCTION elizasql.ignore_replicated();
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import AsyncIterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,13 @@ from elizasql import (
     World,
     _pool,
 )
+from elizasql import reembedding as _reembedding
 from elizasql._statements import SQL
 from elizasql.config import Config
 from elizasql.errors import PermissionDeniedError
 
 from .conftest import MakeAdapter
+from .reembed_worker import embedder, vector_of
 from .test_plans import plan_of
 
 MANY = 150
@@ -204,6 +207,119 @@ async def test_what_policies_hide_is_made_up_for(make_db: MakeAdapter, own_datab
     assert await search(metadata={"rare": False}) == order[20:30]
     assert await search(metadata={"rare": True}) == order[-1:]
     assert await search(metadata={"hidden": True}) == []
+
+
+GUARDS = {"memories": "NOT metadata @> '{\"hidden\": true}'", "embeddings": f"memory_id > '{UUID(int=2)}'"}
+
+
+class Hidden:
+    """Six memories with vectors of 384 dimensions, two of which policies can hide from the owner of the tables."""
+
+    def __init__(self, db: DatabaseAdapter, admin: asyncpg.Connection[Any]) -> None:
+        self.db = db
+        self.admin = admin
+
+    async def guard(self, *tables: str) -> None:
+        for table in tables:
+            await self.admin.execute(f"""
+                ALTER TABLE elizasql.{table} ENABLE ROW LEVEL SECURITY;
+                ALTER TABLE elizasql.{table} FORCE ROW LEVEL SECURITY;
+                CREATE POLICY guard ON elizasql.{table} USING ({GUARDS[table]})
+            """)
+
+    async def vectors(self) -> dict[int, int]:
+        """Give the number of vectors of each width."""
+        rows = await self.admin.fetch("SELECT dimension, count(*) FROM elizasql.embeddings GROUP BY dimension")
+        return dict(map(tuple, rows))
+
+    async def moves(self) -> int:
+        count: int = await self.admin.fetchval("SELECT count(*) FROM elizasql.reembeddings")
+        return count
+
+
+@pytest.fixture
+async def hidden(make_db: MakeAdapter, own_database: str) -> AsyncIterator[Hidden]:
+    db = await make_db(dsn=own_database)
+    numbers = range(1, 7)
+    await db.create_memories(
+        [
+            Memory(
+                id=UUID(int=i),
+                content={"text": str(i)},
+                embedding=vector_of(str(i), 384),
+                unique=True,
+                metadata={"hidden": i <= 2},
+            )
+            for i in numbers
+        ],
+        "messages",
+    )
+    admin = await asyncpg.connect(own_database.replace("//elizasql@", "//postgres@"))
+    yield Hidden(db, admin)
+    await admin.close()
+
+
+@pytest.mark.parametrize("tables", [("memories",), ("embeddings",), ("memories", "embeddings")], ids="+".join)
+async def test_under_policies_no_move_to_another_width_begins(
+    make_db: MakeAdapter, own_database: str, hidden: Hidden, tables: tuple[str, ...]
+) -> None:
+    """What they hide would have no vector of the new width, and lose that of the old one."""
+    await hidden.guard(*tables)
+    guarded = await make_db(hidden.db.agent_id, dsn=own_database)
+    with pytest.raises(PermissionDeniedError, match="row-level security"):
+        await guarded.reembed(512, embedder(512))
+    assert await hidden.vectors() == {384: 6}
+    assert await hidden.moves() == 0
+    assert await guarded.get_embedding_dimension() == 384
+    assert await guarded.abandon_reembedding() == 0, "there is nothing to give up"
+
+
+@pytest.mark.parametrize("during", ["filling", "cleaning up"])
+async def test_a_move_that_meets_policies_waits_for_a_role_that_sees_all(
+    make_db: MakeAdapter, own_database: str, hidden: Hidden, monkeypatch: pytest.MonkeyPatch, during: str
+) -> None:
+    db, switch = hidden.db, _reembedding._Move._switch
+
+    async def meet(self: _reembedding._Move) -> bool:
+        if during == "filling":
+            await hidden.guard("memories", "embeddings")
+        switched = await switch(self)
+        if during == "cleaning up":
+            await hidden.guard("memories", "embeddings")
+        return switched
+
+    with monkeypatch.context() as patched, pytest.raises(PermissionDeniedError, match="row-level security"):
+        patched.setattr(_reembedding._Move, "_switch", meet)
+        await db.reembed(512, embedder(512))
+    assert await hidden.moves() == 1
+    vectors = await hidden.vectors()
+    if during == "filling":
+        assert vectors == {384: 6, 512: 6}
+        assert await db.get_embedding_dimension() == 384
+        with pytest.raises(PermissionDeniedError, match="row-level security"):
+            await db.abandon_reembedding()
+        assert await hidden.vectors() == vectors
+    else:
+        assert vectors == {384: 2, 512: 6}, "what is seen of the old width may go"
+    seer = await make_db(db.agent_id, dsn=own_database.replace("//elizasql@", "//postgres@"), dimension=None)
+    assert (await seer.reembed(512, embedder(512))).dropped == vectors[384]
+    assert await hidden.vectors() == {512: 6}
+    assert await hidden.moves() == 0
+
+
+async def test_policies_do_not_keep_an_agent_that_is_on_its_way_from_being_deleted(
+    make_db: MakeAdapter, own_database: str, hidden: Hidden
+) -> None:
+    def end(done: int, total: int) -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        await hidden.db.reembed(512, embedder(512), progress=end)
+    assert await hidden.moves() == 1
+    await hidden.guard("memories", "embeddings")
+    guarded = await make_db(hidden.db.agent_id, dsn=own_database)
+    assert await guarded.delete_agent(guarded.agent_id)
+    assert await hidden.moves() == 0
 
 
 async def test_what_a_cascade_changes_is_not_passed_over(
