@@ -142,12 +142,62 @@ BEGIN
 END
 $$;
 
+-- Drops vectors of the coming width whose memories have lost their text since. By a custom plan, as what follows and as in
+-- copy_scope_to_embedding().
+CREATE FUNCTION elizasql.drop_textless_reembeddings(given_agent uuid, coming_dimension integer) RETURNS void
+LANGUAGE plpgsql SET plan_cache_mode = force_custom_plan AS $$
+BEGIN
+    DELETE FROM elizasql.embeddings AS coming
+    WHERE
+        coming.agent_id = given_agent AND coming.dimension = coming_dimension
+        AND EXISTS (
+            SELECT FROM elizasql.reembeddings AS r WHERE r.agent_id = given_agent AND r.target = coming_dimension
+        )
+        AND EXISTS (
+            SELECT FROM elizasql.memories AS m
+            WHERE m.agent_id = given_agent AND m.id = coming.memory_id AND coalesce(m.content ->> 'text', '') = ''
+        );
+END
+$$;
+
+-- Drops the next vectors of the width that goes, in the order of their memories' ids; gives how many, and the last id that
+-- was looked at, NULL behind the end: one that somebody else deletes meanwhile is not among those that were dropped.
+CREATE FUNCTION elizasql.drop_leaving_embeddings(
+    given_agent uuid, first uuid, most bigint, OUT dropped bigint, OUT last uuid
+)
+LANGUAGE plpgsql SET plan_cache_mode = force_custom_plan AS $$
+BEGIN
+    WITH leaving AS (
+        SELECT r.source
+        FROM elizasql.reembeddings AS r
+        INNER JOIN elizasql.agents AS a ON r.agent_id = a.id
+        WHERE r.agent_id = given_agent AND r.target IS NULL AND a.embedding_dimension <> r.source
+    ), batch AS (
+        SELECT memory_id
+        FROM elizasql.embeddings
+        WHERE agent_id = given_agent AND memory_id >= first AND dimension = (SELECT source FROM leaving)
+        ORDER BY memory_id
+        LIMIT most
+    ), deleted AS (
+        DELETE FROM elizasql.embeddings
+        WHERE
+            agent_id = given_agent AND memory_id = ANY(ARRAY(SELECT memory_id FROM batch))
+            AND dimension = (SELECT source FROM leaving)
+        RETURNING memory_id
+    )
+    SELECT (SELECT count(*) FROM deleted), (SELECT memory_id FROM batch ORDER BY memory_id DESC LIMIT 1)
+    INTO dropped, last;
+END
+$$;
+
 -- migrate:down
 -- What is not in force goes; a move that was under way has to begin anew.
 DELETE FROM elizasql.embeddings AS e
 USING elizasql.agents AS a
 WHERE e.agent_id = a.id AND e.dimension <> a.embedding_dimension;
 
+DROP FUNCTION elizasql.drop_leaving_embeddings(uuid, uuid, bigint);
+DROP FUNCTION elizasql.drop_textless_reembeddings(uuid, integer);
 DROP TRIGGER embeddings_check_new ON elizasql.embeddings;
 DROP TRIGGER embeddings_check_changed ON elizasql.embeddings;
 DROP FUNCTION elizasql.check_dimension();

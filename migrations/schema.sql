@@ -253,6 +253,52 @@ BEGIN
 END
 $$;
 
+CREATE FUNCTION elizasql.drop_leaving_embeddings(given_agent uuid, first uuid, most bigint, OUT dropped bigint, OUT last uuid) RETURNS record
+    LANGUAGE plpgsql
+    SET plan_cache_mode TO 'force_custom_plan'
+    AS $$
+BEGIN
+    WITH leaving AS (
+        SELECT r.source
+        FROM elizasql.reembeddings AS r
+        INNER JOIN elizasql.agents AS a ON r.agent_id = a.id
+        WHERE r.agent_id = given_agent AND r.target IS NULL AND a.embedding_dimension <> r.source
+    ), batch AS (
+        SELECT memory_id
+        FROM elizasql.embeddings
+        WHERE agent_id = given_agent AND memory_id >= first AND dimension = (SELECT source FROM leaving)
+        ORDER BY memory_id
+        LIMIT most
+    ), deleted AS (
+        DELETE FROM elizasql.embeddings
+        WHERE
+            agent_id = given_agent AND memory_id = ANY(ARRAY(SELECT memory_id FROM batch))
+            AND dimension = (SELECT source FROM leaving)
+        RETURNING memory_id
+    )
+    SELECT (SELECT count(*) FROM deleted), (SELECT memory_id FROM batch ORDER BY memory_id DESC LIMIT 1)
+    INTO dropped, last;
+END
+$$;
+
+CREATE FUNCTION elizasql.drop_textless_reembeddings(given_agent uuid, coming_dimension integer) RETURNS void
+    LANGUAGE plpgsql
+    SET plan_cache_mode TO 'force_custom_plan'
+    AS $$
+BEGIN
+    DELETE FROM elizasql.embeddings AS coming
+    WHERE
+        coming.agent_id = given_agent AND coming.dimension = coming_dimension
+        AND EXISTS (
+            SELECT FROM elizasql.reembeddings AS r WHERE r.agent_id = given_agent AND r.target = coming_dimension
+        )
+        AND EXISTS (
+            SELECT FROM elizasql.memories AS m
+            WHERE m.agent_id = given_agent AND m.id = coming.memory_id AND coalesce(m.content ->> 'text', '') = ''
+        );
+END
+$$;
+
 CREATE FUNCTION elizasql.forget_rewrites() RETURNS trigger
     LANGUAGE plpgsql
     AS $$

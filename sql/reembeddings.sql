@@ -146,14 +146,7 @@ SELECT count(*) FROM stored;
 
 -- name: drop_textless_reembeddings(agent_id, target)!
 -- Drops vectors of the coming width whose memories have lost their text since.
-DELETE FROM elizasql.embeddings AS coming
-WHERE
-    coming.agent_id = :agent_id AND coming.dimension = :target::smallint
-    AND EXISTS (SELECT FROM elizasql.reembeddings AS r WHERE r.agent_id = :agent_id AND r.target = :target)
-    AND EXISTS (
-        SELECT FROM elizasql.memories AS m
-        WHERE m.agent_id = :agent_id AND m.id = coming.memory_id AND coalesce(m.content ->> 'text', '') = ''
-    );
+SELECT elizasql.drop_textless_reembeddings(:agent_id, :target);
 
 -- name: index_reembeddings(agent_id, target, batch_size)$
 -- As index_embeddings, for the coming width alone: what else waits in the tail is not this move's.
@@ -217,33 +210,10 @@ ORDER BY leaving.memory_id;
 -- Drops the next vectors of the width that goes, in the order of their memories' ids; gives how many, and the last id that
 -- was looked at, NULL behind the end: one that somebody else deletes meanwhile is not among those that were dropped.
 -- Not repeatable: a second run does not count them.
-WITH leaving AS (
-    SELECT
-        r.source
-    FROM elizasql.reembeddings AS r
-    INNER JOIN elizasql.agents AS a ON r.agent_id = a.id
-    WHERE r.agent_id = :agent_id AND r.target IS NULL AND a.embedding_dimension <> r.source
-),
-
-batch AS (
-    SELECT memory_id
-    FROM elizasql.embeddings
-    WHERE agent_id = :agent_id AND memory_id >= :first AND dimension = (SELECT source FROM leaving)
-    ORDER BY memory_id
-    LIMIT :batch_size::bigint
-),
-
-dropped AS (
-    DELETE FROM elizasql.embeddings
-    WHERE
-        agent_id = :agent_id AND memory_id = ANY(ARRAY(SELECT memory_id FROM batch))
-        AND dimension = (SELECT source FROM leaving)
-    RETURNING memory_id
-)
-
 SELECT
-    (SELECT count(*) FROM dropped) AS dropped,
-    (SELECT memory_id FROM batch ORDER BY memory_id DESC LIMIT 1) AS last;
+    dropped,
+    last
+FROM elizasql.drop_leaving_embeddings(:agent_id, :first, :batch_size);
 
 -- name: end_reembedding(agent_id)!
 DELETE FROM elizasql.reembeddings AS r

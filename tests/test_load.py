@@ -910,7 +910,19 @@ async def test_while_the_index_of_another_partition_is_built_nobody_waits(
         assert await db.index_memories() == 10
         assert (await db.load_memories(some(5), "messages")).indexed == 5
         assert await db.delete_memories(rest) == 8
-    assert await stored(raw, db.agent_id) == (7, 7, 0)
+        assert await stored(raw, db.agent_id) == (7, 7, 0)
+        await db.update_memories([{"id": id, "content": {"text": "text"}} for id in (first, second)])
+        move = await db.reembed(512, lambda texts: np.ones((len(texts), 512)), skip_missing=True, timeout=20.0)
+        assert (move.embedded, move.dropped) == (2, 7)
+
+        def break_off(done: int, total: int) -> None:
+            if done:
+                raise InterruptedError
+
+        with pytest.raises(InterruptedError):
+            await db.reembed(768, lambda texts: np.ones((len(texts), 768)), progress=break_off)
+        assert await db.abandon_reembedding(timeout=20.0) == 2
+    assert await stored(raw, db.agent_id) == (7, 2, 0)
 
 
 async def test_while_an_index_is_built_loads_into_other_partitions_find_a_connection(
