@@ -382,6 +382,9 @@ class _Move:
         stored = 0
         try:
             async with self._executor.transaction() as tx:
+                # A build takes minutes. It is waited for before anybody waits for this, and none begins meanwhile.
+                await tx.fetch(SQL["lift_limits"])
+                await tx.execute(SQL["hold_partition"], **self._about)
                 await tx.execute(SQL["hold_agent"], **self._about)
                 while left := await self._fetch_left(tx, _FIRST, self._batch_size):
                     rows = await tx.fetch(SQL["hold_texts"], ids=[row["id"] for row in left], **self._about)

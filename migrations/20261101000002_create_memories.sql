@@ -526,6 +526,28 @@ BEGIN
 END
 $$;
 
+-- Locks an agent's partition as every write of a vector does, to the end of the transaction; waits = FALSE: gives FALSE
+-- where that is not to be had at once. The partitioned table is locked first, as in every other statement.
+CREATE FUNCTION elizasql.lock_partition(given_agent uuid, waits boolean) RETURNS boolean LANGUAGE plpgsql AS $$
+BEGIN
+    LOCK TABLE ONLY elizasql.embeddings IN ROW EXCLUSIVE MODE;
+    BEGIN
+        EXECUTE format(
+            'LOCK TABLE elizasql.%s IN ROW EXCLUSIVE MODE %s',
+            elizasql.partition_of(given_agent), CASE WHEN NOT waits THEN 'NOWAIT' END);
+    EXCEPTION
+        WHEN lock_not_available THEN
+            IF waits THEN
+                RAISE;
+            END IF;
+            RETURN FALSE;
+        WHEN insufficient_privilege THEN
+            NULL;  -- a role with rights on the partitioned table alone
+    END;
+    RETURN TRUE;
+END
+$$;
+
 -- Moves up to `most` vectors of an agent's tail into the HNSW index, of one width or, NULL, of any; gives how many. At least
 -- one, and no more once 50 ms have passed: whoever changes or deletes one of them waits for the end of the transaction, which
 -- 200 of 3072 dimensions put off by seconds. So the first alone tells how long one takes, and then as many are locked as the
@@ -533,7 +555,7 @@ $$;
 --
 -- While the partition is locked, as for minutes by the build of its index, it waits; or, waits = FALSE, it gives NULL at
 -- once: each agent of the partition would hold a connection of the background's, which has two, and others' loads would
--- find none. The partitioned table is locked first, as in every other statement.
+-- find none.
 --
 -- By custom plans, as in copy_scope_to_embedding().
 CREATE FUNCTION elizasql.index_embeddings(
@@ -548,16 +570,8 @@ DECLARE
     number bigint;
     moved bigint := 0;
 BEGIN
-    IF NOT waits THEN
-        LOCK TABLE ONLY elizasql.embeddings IN ROW EXCLUSIVE MODE;
-        BEGIN
-            EXECUTE format('LOCK TABLE elizasql.%s IN ROW EXCLUSIVE MODE NOWAIT', elizasql.partition_of(given_agent));
-        EXCEPTION
-            WHEN lock_not_available THEN
-                RETURN NULL;
-            WHEN insufficient_privilege THEN
-                NULL;  -- a role with rights on the partitioned table alone
-        END;
+    IF NOT waits AND NOT elizasql.lock_partition(given_agent, FALSE) THEN
+        RETURN NULL;
     END IF;
     LOOP
         WITH batch AS (
@@ -738,6 +752,7 @@ DROP FUNCTION elizasql.build_index(uuid, boolean);
 DROP FUNCTION elizasql.drop_index(uuid, bigint);
 DROP FUNCTION elizasql.lost_indexes(uuid);
 DROP FUNCTION elizasql.index_embeddings(uuid, integer, bigint, boolean);
+DROP FUNCTION elizasql.lock_partition(uuid, boolean);
 DROP FUNCTION elizasql.refresh_statistics(uuid, boolean);
 DROP FUNCTION elizasql.partition_of(uuid);
 DROP TABLE elizasql.embeddings;

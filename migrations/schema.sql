@@ -11,7 +11,6 @@ CREATE FUNCTION elizasql.build_index(given_agent uuid, waits boolean DEFAULT tru
     AS $_$
 DECLARE
     part text := elizasql.partition_of(given_agent);
-    lost int[] := elizasql.lost_indexes(given_agent);
     dim int;
     moved bigint;
     build text;
@@ -19,7 +18,8 @@ DECLARE
     patience CONSTANT text := current_setting('lock_timeout');
     began timestamptz;
 BEGIN
-    IF lost = '{}' THEN
+    SELECT embedding_dimension INTO dim FROM elizasql.agents WHERE id = given_agent;
+    IF dim IS NULL OR to_regclass(format('elizasql.%s_dim_%s_hnsw', part, dim)) IS NOT NULL THEN
         RETURN 0;
     END IF;
     IF NOT waits THEN
@@ -60,13 +60,12 @@ BEGIN
     -- next one.
     EXECUTE format('LOCK TABLE elizasql.%s IN SHARE UPDATE EXCLUSIVE MODE', part);
     EXECUTE format('LOCK TABLE elizasql.%s IN SHARE ROW EXCLUSIVE MODE', part);
-    lost := elizasql.lost_indexes(given_agent);
-    IF lost = '{}' THEN
+    IF to_regclass(format('elizasql.%s_dim_%s_hnsw', part, dim)) IS NOT NULL THEN
         RETURN 0;
     END IF;
     SELECT count(*) INTO moved FROM elizasql.embeddings
-    WHERE agent_id = given_agent AND NOT indexed AND dimension = ANY(lost);
-    EXECUTE format('UPDATE elizasql.%s SET indexed = TRUE WHERE NOT indexed AND dimension = ANY($1)', part) USING lost;
+    WHERE agent_id = given_agent AND NOT indexed AND dimension = dim;
+    EXECUTE format('UPDATE elizasql.%s SET indexed = TRUE WHERE NOT indexed AND dimension = %s', part, dim);
     PERFORM set_config('maintenance_work_mem', greatest(
         pg_size_bytes(current_setting('maintenance_work_mem')),
         least(
@@ -74,18 +73,16 @@ BEGIN
             pg_size_bytes(current_setting('effective_cache_size')) / 4
         )
     ) / 1024 || 'kB', TRUE);
-    FOREACH dim IN ARRAY lost LOOP
-        build := format(
-            'CREATE INDEX %1$s_dim_%2$s_hnsw ON elizasql.%1$s
-             USING hnsw ((dim_%2$s::halfvec(%2$s)) halfvec_cosine_ops) WITH (m = 16, ef_construction = 128) WHERE indexed',
-            part, dim);
-        BEGIN
-            EXECUTE build;
-        EXCEPTION WHEN insufficient_resources OR system_error THEN
-            PERFORM set_config('max_parallel_maintenance_workers', '0', TRUE);
-            EXECUTE build;
-        END;
-    END LOOP;
+    build := format(
+        'CREATE INDEX %1$s_dim_%2$s_hnsw ON elizasql.%1$s
+         USING hnsw ((dim_%2$s::halfvec(%2$s)) halfvec_cosine_ops) WITH (m = 16, ef_construction = 128) WHERE indexed',
+        part, dim);
+    BEGIN
+        EXECUTE build;
+    EXCEPTION WHEN insufficient_resources OR system_error THEN
+        PERFORM set_config('max_parallel_maintenance_workers', '0', TRUE);
+        EXECUTE build;
+    END;
     -- Not of memories that somebody vacuums: writers would wait for the end of it, behind this transaction.
     PERFORM elizasql.refresh_statistics(given_agent, FALSE);
     RETURN moved;
@@ -337,16 +334,8 @@ DECLARE
     number bigint;
     moved bigint := 0;
 BEGIN
-    IF NOT waits THEN
-        LOCK TABLE ONLY elizasql.embeddings IN ROW EXCLUSIVE MODE;
-        BEGIN
-            EXECUTE format('LOCK TABLE elizasql.%s IN ROW EXCLUSIVE MODE NOWAIT', elizasql.partition_of(given_agent));
-        EXCEPTION
-            WHEN lock_not_available THEN
-                RETURN NULL;
-            WHEN insufficient_privilege THEN
-                NULL;  -- a role with rights on the partitioned table alone
-        END;
+    IF NOT waits AND NOT elizasql.lock_partition(given_agent, FALSE) THEN
+        RETURN NULL;
     END IF;
     LOOP
         WITH batch AS (
@@ -472,13 +461,26 @@ BEGIN
 END
 $$;
 
-CREATE FUNCTION elizasql.lost_indexes(given_agent uuid) RETURNS integer[]
-    LANGUAGE sql STABLE
+CREATE FUNCTION elizasql.lock_partition(given_agent uuid, waits boolean) RETURNS boolean
+    LANGUAGE plpgsql
     AS $$
-    SELECT ARRAY(
-        SELECT dim FROM unnest(ARRAY[384, 512, 768, 1024, 1536, 3072]) AS dim
-        WHERE to_regclass(format('elizasql.%s_dim_%s_hnsw', elizasql.partition_of(given_agent), dim)) IS NULL
-    )
+BEGIN
+    LOCK TABLE ONLY elizasql.embeddings IN ROW EXCLUSIVE MODE;
+    BEGIN
+        EXECUTE format(
+            'LOCK TABLE elizasql.%s IN ROW EXCLUSIVE MODE %s',
+            elizasql.partition_of(given_agent), CASE WHEN NOT waits THEN 'NOWAIT' END);
+    EXCEPTION
+        WHEN lock_not_available THEN
+            IF waits THEN
+                RAISE;
+            END IF;
+            RETURN FALSE;
+        WHEN insufficient_privilege THEN
+            NULL;  -- a role with rights on the partitioned table alone
+    END;
+    RETURN TRUE;
+END
 $$;
 
 CREATE FUNCTION elizasql.made_time(given timestamp with time zone, otherwise timestamp with time zone) RETURNS timestamp with time zone

@@ -152,15 +152,15 @@ SELECT elizasql.drop_textless_reembeddings(:agent_id, :target);
 -- As index_embeddings, for the coming width alone: what else waits in the tail is not this move's.
 SELECT elizasql.index_embeddings(:agent_id, :target, :batch_size);
 
+-- name: hold_partition(agent_id)!
+-- Waits for the build of the partition's index, if there is one, and keeps others from beginning it until the transaction
+-- ends. Comes before hold_agent: what waits for a build must not have what others need.
+SELECT elizasql.lock_partition(:agent_id, TRUE);
+
 -- name: hold_agent(agent_id)!
--- Keeps everybody else from storing memories and vectors for the agent until the transaction ends. No limit of the server's
--- own ends it while the client embeds, which may take long.
-SELECT
-    set_config('idle_in_transaction_session_timeout', '0', TRUE),
-    CASE
-        WHEN current_setting('transaction_timeout', TRUE) IS NOT NULL
-            THEN set_config('transaction_timeout', '0', TRUE)
-    END
+-- Keeps everybody else from storing memories and vectors for the agent until the transaction ends. The server does not end
+-- it for being idle while the client embeds, which may take long.
+SELECT set_config('idle_in_transaction_session_timeout', '0', TRUE)
 FROM elizasql.agents
 WHERE id = :agent_id
 FOR UPDATE;

@@ -628,6 +628,68 @@ async def test_a_text_that_never_rests_is_embedded_while_its_writer_waits(
     assert await check_end(raw, db.agent_id) == 3
 
 
+async def test_while_writers_wait_nobody_begins_to_build_the_index(
+    db: DatabaseAdapter, raw: Raw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would wait for the end of it, too: it takes minutes, and keeps the last vectors from being stored."""
+    await remember(db, 4)
+    held, put = module._Move._switch_while_writers_wait, module._Move._put
+    build = await lock_for_a_build(raw, db.agent_id)
+    tried: list[bool] = []
+
+    async def late(self: module._Move) -> int:
+        await remember(db, 3, "late")
+        return await held(self)
+
+    async def try_to_build(self: module._Move, executor: Executor, rows: Sequence[Any]) -> int:
+        if executor.in_transaction:
+            with pytest.raises(asyncpg.LockNotAvailableError):
+                async with raw.transaction():
+                    await raw.execute(f"{build} NOWAIT")
+            tried.append(True)
+        return await put(self, executor, rows)
+
+    monkeypatch.setattr(module, "_TRIES", 0)
+    monkeypatch.setattr(module._Move, "_switch_while_writers_wait", late)
+    monkeypatch.setattr(module._Move, "_put", try_to_build)
+    assert (await db.reembed(NEW, embedder(NEW))).embedded == 7
+    assert tried == [True]
+    assert await check_end(raw, db.agent_id) == 7
+
+
+async def test_who_waits_for_the_build_of_the_index_keeps_nobody_waiting(
+    db: DatabaseAdapter, make_db: MakeAdapter, raw: Raw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await remember(db, 4)
+    other = await make_db(db.agent_id, timeout=20.0)
+    held, build = module._Move._switch_while_writers_wait, await lock_for_a_build(raw, db.agent_id)
+    building, begun = raw.transaction(), asyncio.Event()
+
+    async def behind_a_build(self: module._Move) -> int:
+        if not begun.is_set():
+            await remember(db, 3, "late")
+            await building.start()
+            await raw.execute(build)
+            begun.set()
+        return await held(self)
+
+    monkeypatch.setattr(module, "_TRIES", 0)
+    monkeypatch.setattr(module._Move, "_switch_while_writers_wait", behind_a_build)
+    moving = asyncio.ensure_future(db.reembed(NEW, embedder(NEW)))
+    await begun.wait()
+    await blocked_pid(raw, moving)
+    await other.create_memory({"content": {"url": "no vector"}}, "messages")
+    await building.commit()
+    assert (await moving).embedded == 7
+    assert await check_end(raw, db.agent_id) == 7
+
+
+async def lock_for_a_build(raw: Raw, agent: UUID) -> str:
+    """Give the statement with which the build of the index locks an agent's partition."""
+    part = await raw.fetchval("SELECT elizasql.partition_of($1)", agent)
+    return f"LOCK TABLE elizasql.{part} IN SHARE ROW EXCLUSIVE MODE"
+
+
 async def test_no_limit_of_the_servers_own_ends_the_switch_while_embed_works(
     make_db: MakeAdapter, raw: Raw, dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
