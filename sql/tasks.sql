@@ -356,6 +356,8 @@ ORDER BY was_ready_at, id;
 -- As claim_tasks, of some names. They are looked up name by name first, and then locked one by one until there are enough:
 -- what is locked and not taken would be hidden from other workers. The 100 stand in for those that others lock meanwhile;
 -- where these have locked more, as a transaction does that claims many, those behind are looked through, too.
+-- What is taken is one list: where a task was changed just before it was locked, the server joins its new row with the
+-- list again, and of a union in the FROM it would look for the tasks and lock them anew.
 -- Not repeatable: a second run takes other tasks, and nobody works on the first ones.
 WITH candidates AS MATERIALIZED (
     SELECT
@@ -426,6 +428,12 @@ behind AS MATERIALIZED (
     FOR NO KEY UPDATE SKIP LOCKED
 ),
 
+taken AS MATERIALIZED (
+    SELECT agent, id, ready_at FROM ready
+    UNION ALL
+    SELECT agent, id, ready_at FROM behind
+),
+
 claimed AS (
     UPDATE elizasql.tasks AS t
     SET
@@ -433,16 +441,12 @@ claimed AS (
         attempts = t.attempts + 1,
         claim_token = gen_random_uuid(),
         claimed_by = :worker
-    FROM (
-        SELECT agent, id, ready_at FROM ready
-        UNION ALL
-        SELECT agent, id, ready_at FROM behind
-    ) AS ready
-    WHERE t.agent_id = ready.agent AND t.id = ready.id
+    FROM taken
+    WHERE t.agent_id = taken.agent AND t.id = taken.id
     RETURNING
         t.id, t.agent_id, t.name, t.description, t.room_id, t.world_id, t.entity_id, t.tags, t.metadata, t.created_at,
         t.updated_at, t.due_at, t.ready_at, t.attempts, t.max_attempts, t.claim_token, t.claimed_by, t.error,
-        ready.ready_at AS was_ready_at
+        taken.ready_at AS was_ready_at
 )
 
 SELECT

@@ -31,6 +31,7 @@ from elizasql._listener import Listener
 from elizasql._statements import SQL
 
 from .conftest import MakeAdapter, Scene
+from .locking import overtaken
 
 START = datetime(2026, 1, 1, tzinfo=timezone.utc)
 INJECTION = "'); DROP TABLE elizasql.tasks; -- $1 :id %s {} \\"
@@ -602,6 +603,39 @@ async def test_behind_many_locked_tasks_only_what_fits_is_claimed(
         await raw.execute("UPDATE elizasql.tasks SET ready_at = $2 WHERE id = $1", fit, at(300))
         claimed = [await other.claim_tasks(1, names="a", tags="t") for _ in range(2)]
         assert [[task.id for task in each] for each in claimed] == [[fit], []]
+
+
+async def test_what_no_longer_fits_when_a_claim_by_names_has_its_row_stays(
+    make_db: MakeAdapter, own_database: str
+) -> None:
+    """All that fit are looked up first, then locked one by one: here the claim is held up with the first in hand."""
+    db = await make_db(dsn=own_database)
+    raw = await asyncpg.connect(own_database)
+    later = "'2100-01-01'"
+    changes = [
+        "description = 'new'",
+        "name = 'b'",
+        "tags = '{t}'",
+        "tags = '{queue}'",
+        "attempts = max_attempts",
+        f"due_at = {later}",
+        f"ready_at = {later}, attempts = 1, claim_token = gen_random_uuid()",  # another worker has it
+    ]
+    first, *others, last = await queue(db, *["a"] * (len(changes) + 2), tags=["queue", "t"])
+    await raw.execute(
+        f"""CREATE FUNCTION elizasql.hold_up() RETURNS trigger LANGUAGE plpgsql AS
+            'BEGIN PERFORM pg_advisory_xact_lock(1); RETURN NEW; END';
+        CREATE TRIGGER hold_up BEFORE UPDATE ON elizasql.tasks
+        FOR EACH ROW WHEN (old.id = '{first}') EXECUTE FUNCTION elizasql.hold_up()"""
+    )
+    change = ";".join(
+        f"UPDATE elizasql.tasks SET {change} WHERE id = '{id}'" for id, change in zip(others, changes, strict=True)
+    )
+    claim = db.claim_tasks(9, names="a", tags="t")
+    claimed = await overtaken(raw, claim, ("SELECT pg_advisory_xact_lock(1)",), (change,))
+    await raw.close()
+    assert [(task.id, task.description) for task in claimed] == [(first, ""), (others[0], "new"), (last, "")]
+    assert db._meter.retries == 0
 
 
 async def test_workers_wait_for_what_they_may_take(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:
