@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import itertools
+import json
 import os
 import random
 import subprocess
@@ -30,7 +31,7 @@ from elizasql import (
 )
 from elizasql import reembedding as module
 from elizasql._executor import Executor
-from elizasql._statements import SQL
+from elizasql._statements import SQL, Statement
 
 from .conftest import MakeAdapter, Scene, make_scene, neighbour_of
 from .locking import blocked_pid
@@ -518,6 +519,11 @@ async def test_every_read_gives_the_vector_in_force_where_there_are_two(make_db:
                 query_field_sub_name=key,
             )
             assert [each["embedding"].tolist() for each in cached] == expected, (field, key)
+            about = {"agent_id": db.agent_id, "type": "messages", "ids": ids, "texts": [text] * 2, "key": key}
+            of_many = dict(
+                await db._executor.fetch(SQL["get_cached_vectors"], **about, of_metadata=field == "metadata")
+            )
+            assert [of_many[id].tolist() for id in ids] == expected, (field, key)
 
     async def embed(texts: list[str]) -> Any:
         nonlocal looks
@@ -547,21 +553,47 @@ async def test_an_export_holds_the_width_in_force(db: DatabaseAdapter, raw: Raw,
     await check_end(raw, db.agent_id)
 
 
+async def test_a_vector_that_is_stored_beside_a_move_has_the_scope_that_its_memory_gets(
+    db: DatabaseAdapter, raw: Raw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory moves in a transaction that sees no vector of the coming width, and ends after it has come."""
+    (id,) = await remember(db, 1)
+    room = await db.create_room({"source": "x", "type": "DM"})
+    put = module._Move._put
+
+    async def moved(self: module._Move, executor: Executor, rows: Sequence[Any]) -> int:
+        async with raw.transaction():
+            change = "UPDATE elizasql.memories SET room_id = $3 WHERE agent_id = $1 AND id = $2"
+            await raw.execute(change, db.agent_id, id, room)
+            storing = asyncio.ensure_future(put(self, executor, rows))
+            await blocked_pid(raw, storing)
+        return await storing
+
+    monkeypatch.setattr(module._Move, "_put", moved)
+    await db.reembed(NEW, embedder(NEW))
+    hits = await db.search_memories(embedding=vector_of("x", NEW), table_name="messages", room_id=room)
+    assert [hit.id for hit in hits] == [id]
+
+
+@pytest.mark.parametrize("memory_is_there", [False, True])
 async def test_the_switch_waits_for_a_write_that_has_begun(
-    db: DatabaseAdapter, dsn: str, raw: Raw, monkeypatch: pytest.MonkeyPatch
+    db: DatabaseAdapter, dsn: str, raw: Raw, monkeypatch: pytest.MonkeyPatch, memory_is_there: bool
 ) -> None:
     await remember(db, 4)
+    id, content = uuid4(), {"text": "in flight"}
+    if memory_is_there:
+        await db.create_memory({"id": id, "content": content}, "messages")
     transaction = raw.transaction()
     await transaction.start()
-    id = uuid4()
     real = module._Move._switch
 
     async def write_before(self: module._Move) -> bool:
-        if not await raw.fetchval("SELECT count(*) FROM elizasql.memories WHERE agent_id = $1 AND id = $2",
+        if not await raw.fetchval("SELECT count(*) FROM elizasql.embeddings WHERE agent_id = $1 AND memory_id = $2",
                                   db.agent_id, id):  # fmt: skip
             await raw.execute(
-                "INSERT INTO elizasql.memories (agent_id, id, type, content) VALUES ($1, $2, 'messages', $3)",
-                db.agent_id, id, '{"text": "in flight"}',
+                "INSERT INTO elizasql.memories (agent_id, id, type, content) VALUES ($1, $2, 'messages', $3) "
+                "ON CONFLICT DO NOTHING",
+                db.agent_id, id, json.dumps(content),
             )  # fmt: skip
             await raw.execute(
                 f"""INSERT INTO elizasql.embeddings (agent_id, memory_id, type, "unique", dimension, dim_{OLD})
@@ -602,6 +634,37 @@ async def test_where_writers_never_pause_the_last_few_are_embedded_while_they_wa
     assert tried == ["switch"] * 3 + ["held"]
     assert done.embedded == 4 + 3 * 3 + 130
     assert await check_end(raw, db.agent_id) == done.embedded
+
+
+async def test_who_writes_waits_while_the_last_few_are_embedded(
+    db: DatabaseAdapter, make_db: MakeAdapter, raw: Raw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else there could be something new whenever the switch is tried."""
+    await remember(db, 4)
+    other = await make_db(db.agent_id)
+    held, put = module._Move._switch_while_writers_wait, module._Move._put
+    writing: list[asyncio.Future[Any]] = []
+
+    async def late(self: module._Move) -> int:
+        await remember(db, 1, "late")
+        return await held(self)
+
+    async def beside(self: module._Move, executor: Executor, rows: Sequence[Any]) -> int:
+        if executor.in_transaction:
+            holder = await executor.fetch_value(Statement("pid", "SELECT pg_backend_pid()", (), "", ""))
+            writing.append(asyncio.ensure_future(remember_one(other)))
+            waits = "SELECT count(*) FROM pg_locks WHERE NOT granted AND $1 = ANY(pg_blocking_pids(pid))"
+            while not await raw.fetchval(waits, holder):
+                assert not writing[-1].done(), "it did not wait"
+        return await put(self, executor, rows)
+
+    monkeypatch.setattr(module, "_TRIES", 0)
+    monkeypatch.setattr(module._Move, "_switch_while_writers_wait", late)
+    monkeypatch.setattr(module._Move, "_put", beside)
+    assert (await db.reembed(NEW, embedder(NEW))).embedded == 5
+    (written,) = await asyncio.gather(*writing, return_exceptions=True)
+    assert isinstance(written, EmbeddingDimensionError)
+    assert await check_end(raw, db.agent_id) == 5
 
 
 async def test_a_text_that_never_rests_is_embedded_while_its_writer_waits(
@@ -946,6 +1009,48 @@ async def test_a_run_that_was_abandoned_does_not_switch_to_the_move_of_another_m
     assert await db.get_embedding_dimension() == OLD
 
 
+async def test_a_run_that_another_has_finished_drops_nothing_that_is_in_force(
+    db: DatabaseAdapter, make_db: MakeAdapter, raw: Raw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was about to drop what has lost its text: by now a memory without one may have a vector of that width."""
+    await remember(db, 3)
+    other = await make_db(db.agent_id)
+    execute = db._background.execute
+    made: list[UUID] = []
+
+    async def end(*args: Any) -> Any:
+        raise InterruptedError
+
+    async def late(statement: Any, **params: Any) -> None:
+        if statement.name == "drop_textless_reembeddings":
+            with pytest.raises(InterruptedError):
+                await other.reembed(NEW, embedder(NEW))
+            made.append(await other.create_memory(memory(None, NEW), "messages"))
+        await execute(statement, **params)
+
+    monkeypatch.setattr(other, "_drop_leaving", end)
+    monkeypatch.setattr(db._background, "execute", late)
+    assert (await db.reembed(NEW, embedder(NEW))).dropped == 3
+    assert len(made) == 1 and made[0] in await vectors(raw, db.agent_id)
+
+
+async def test_a_move_to_another_width_that_came_first_is_left_as_it_is(
+    db: DatabaseAdapter, make_db: MakeAdapter, raw: Raw
+) -> None:
+    """It begins while this run tries `embed`, and may be running: what it skips is its own matter."""
+    await remember(db, 3)
+    other = await make_db(db.agent_id)
+
+    async def embed(texts: list[str]) -> Any:
+        await broken_off(other, 768, 0)
+        return [vector_of(text, NEW) for text in texts]
+
+    with pytest.raises(ReembeddingError, match="from 384 to 768 dimensions"):
+        await db.reembed(NEW, embed, skip_missing=True)
+    (move,) = await raw.fetch("SELECT target, skip_missing FROM elizasql.reembeddings WHERE agent_id = $1", db.agent_id)
+    assert tuple(move) == (768, False)
+
+
 async def test_two_that_move_at_once_do_it_once(db: DatabaseAdapter, make_db: MakeAdapter, raw: Raw) -> None:
     await remember(db, 40)
     movers = [db, *[await make_db(db.agent_id, application_name=f"mover {number}") for number in range(2)]]
@@ -1072,6 +1177,21 @@ async def test_the_isolation_level_is_ours(db: DatabaseAdapter, make_db: MakeAda
     await asyncio.gather(*(strict.create_memory(each, "thoughts") for each in alike))
     assert [each.unique for each in await db.get_memories(table_name="thoughts")].count(True) == 1
     assert (await strict.reembed(NEW, embedder(NEW))).dropped == 9
+
+
+async def test_vectors_of_another_agent_stand_in_for_none(db: DatabaseAdapter, make_db: MakeAdapter, raw: Raw) -> None:
+    """Its memories have the same ids and the same texts, and have moved already."""
+    other = await make_db(await neighbour_of(db.agent_id, raw))
+    memories = [memory(f"text {number}", id=uuid4()) for number in range(3)]
+    for each in (db, other):
+        await each.create_memories(memories, "messages")
+    await other.reembed(NEW, embedder(NEW))
+    await broken_off(db, NEW, 0)
+    with pytest.raises(asyncpg.CheckViolationError, match="memories lack a vector"):
+        await raw.execute("UPDATE elizasql.agents SET embedding_dimension = $1 WHERE id = $2", NEW, db.agent_id)
+    assert (await db.reembed(NEW, embedder(NEW))).embedded == 3
+    for each in (db, other):
+        assert await check_end(raw, each.agent_id) == 3
 
 
 async def test_raw_sql_may_switch_what_is_complete(db: DatabaseAdapter, raw: Raw, monkeypatch: Any) -> None:
