@@ -47,7 +47,7 @@ from elizasql._resident import Resident, Tier
 from elizasql._statements import SQL
 
 from . import resident_worker
-from .conftest import MakeAdapter, Scene, make_scene
+from .conftest import MakeAdapter, Scene, make_scene, neighbour_of
 from .locking import blocked_pid
 from .resident_worker import TABLE, vector_of
 from .test_plans import indexes, plan_of, scans_a_table
@@ -732,6 +732,42 @@ async def test_agents_do_not_mix(mind: Mind, make_db: MakeAdapter) -> None:
     await mind.check(vectors[0], count=50)
 
 
+async def test_agents_with_the_same_ids_hold_contents_of_their_own(mind: Mind, make_db: MakeAdapter) -> None:
+    """What is listed, what is read of it, what a check tells of, and what is gone: each by the agent, not by the id."""
+    writer = await make_db(await neighbour_of(mind.db.agent_id, mind.raw))
+    minds = [mind, Mind(await make_db(writer.agent_id, **RESIDENT), writer, mind.raw)]
+    query = some_vectors(1, seed=8)[0]
+
+    async def remember(ids: list[UUID], seed: int) -> None:
+        for each in minds:
+            memories = [
+                Memory(id=id, content={"of": str(each.db.agent_id)}, embedding=vector, unique=True)
+                for id, vector in zip(ids, some_vectors(len(ids), seed=seed), strict=True)
+            ]
+            await each.writer.create_memories(memories, TABLE)
+            seed += 1
+
+    async def check() -> None:
+        for each in minds:
+            checks = each.resident.stats.checks
+            await each.check(query, count=30)
+            assert each.resident.stats.checks == checks + 1, "answered from what is held"
+
+    ids = [uuid4() for _ in range(50)]
+    await remember(ids, 1)
+    for each in minds:
+        await each.check(query)
+        await each.renew()
+    await check()
+    await remember([uuid4() for _ in range(5)], 11)
+    await check()
+    for each, doomed in zip(minds, (ids[:10], ids[10:20]), strict=True):
+        await each.writer.delete_memories(doomed)
+    for each in minds:
+        await each.renew()
+    await check()
+
+
 # --- whoever writes --------------------------------------------------------------------------------------------------
 
 
@@ -1122,8 +1158,8 @@ async def test_serializable_transactions_do_not_meet(mind: Mind, dsn: str) -> No
     assert await rewrites(mind) == 3
 
 
-async def test_notes_do_not_pile_up(mind: Mind) -> None:
-    """Those of transactions that may not look at others' are taken away by the ones that may."""
+async def test_notes_do_not_pile_up(mind: Mind, dsn: str) -> None:
+    """Those of transactions that may not look at others' are taken away by the ones that may, which wait for nobody."""
     await mind.remember(some_vectors(3))
     update = "UPDATE elizasql.memories SET content = '{}' WHERE agent_id = $1 AND id = $2"
     noted = "SELECT count(*) FROM elizasql.memory_rewrites WHERE agent_id = $1 AND type = $2"
@@ -1131,12 +1167,18 @@ async def test_notes_do_not_pile_up(mind: Mind) -> None:
         async with mind.raw.transaction(isolation="repeatable_read"):
             await mind.raw.execute(update, mind.db.agent_id, mind.ids[0])
     assert await mind.raw.fetchval(noted, mind.db.agent_id, TABLE) == 20
-    for _ in range(1000):  # each takes a number, and others may take one in between
-        await mind.raw.execute(update, mind.db.agent_id, mind.ids[1])
-        if await mind.raw.fetchval(noted, mind.db.agent_id, TABLE) == 1:
-            break
-    else:
-        raise AssertionError("nothing was taken away")
+    other = await asyncpg.connect(dsn)
+    async with other.transaction():
+        await other.execute(update, mind.db.agent_id, mind.ids[2])  # it has taken over one of them
+        for _ in range(1000):  # each takes a number, and others may take one in between
+            await mind.raw.execute(update, mind.db.agent_id, mind.ids[1])
+            left = await mind.raw.fetchval(noted, mind.db.agent_id, TABLE)
+            assert left > 1, "neither its own nor the other one's is taken away"
+            if left == 2:
+                break
+        else:
+            raise AssertionError("nothing was taken away")
+    await other.close()
 
 
 async def test_a_transaction_is_noted_once(mind: Mind) -> None:
