@@ -178,6 +178,19 @@ async def test_concurrent_creates_of_a_natural_key_make_one(make_db: MakeAdapter
     assert sorted(created) == [False] * 11 + [True]
 
 
+async def test_a_component_that_goes_while_another_is_waited_for_is_created(
+    db: DatabaseAdapter, agent_world: Scene, raw: asyncpg.Connection[Any]
+) -> None:
+    """It was there when its turn came, and is not when the ids are looked up: none of them is None."""
+    s = agent_world
+    await db.create_component(of_scene(s, type="a"))
+    insert = "INSERT INTO elizasql.components (agent_id, entity_id, room_id, type) VALUES ($1, $2, $3, 'b')"
+    delete = "DELETE FROM elizasql.components WHERE agent_id = $1 AND type = 'a'"
+    create = db.create_components([of_scene(s, type=name, data={"new": True}) for name in "ab"])
+    ids = await overtaken(raw, create, (insert, db.agent_id, s.entity, s.room), (delete, db.agent_id))
+    assert [(await stored(db, id)).data for id in ids] == [{"new": True}, {}]
+
+
 # --- upsert ----------------------------------------------------------------------------------------------------------
 
 
@@ -366,16 +379,17 @@ async def test_a_patch_that_does_not_fit_changes_nothing(
     db: DatabaseAdapter, agent_world: Scene, bad: dict[str, Any], problem: str
 ) -> None:
     data = {"n": 1, "s": "text", "nil": None, "o": {}, "l": [1, 2], "huge": 1.7e308, "low": -1.7e308}
+    before = [op("increment", "n", 6), op("remove", "s.0"), op("set", "new2", 6), op("remove", "new2")]  # these fit
     ids = await db.create_components([of_scene(agent_world, type=f"{n}", data=data) for n in range(2)])
     with pytest.raises(DataError) as caught:
         await db.patch_components(
             [
                 {"componentId": ids[0], "ops": [op("set", "n", 5)]},
-                {"componentId": ids[1], "ops": [op("set", "new2", 6), op("remove", "new2"), bad]},
+                {"componentId": ids[1], "ops": [*before, bad]},
             ]
         )
     message = str(caught.value)
-    assert f'component {ids[1]}, operation 3 ({bad["op"]} "{bad["path"]}"): {problem}' in message
+    assert f'component {ids[1]}, operation 5 ({bad["op"]} "{bad["path"]}"): {problem}' in message
     assert [component.data for component in await db.get_components_by_ids(ids)] == [data, data]
 
 

@@ -9,12 +9,14 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 from uuid import UUID, uuid4
 
+import asyncpg
 import pytest
 
 from elizasql import ArgumentError, DatabaseAdapter, Entity, ForeignKeyError, NotFoundError, Relationship
 from elizasql._statements import SQL
 
 from .conftest import MakeAdapter, Scene, make_scene
+from .locking import overtaken
 from .skew import ENOUGH, Skew
 from .test_entities import crowd, of, read_rows  # noqa: F401 - `crowd` is a fixture
 
@@ -146,6 +148,19 @@ async def test_concurrent_creates_of_a_pair_make_one(make_db: MakeAdapter) -> No
     assert [ids if n % 2 else ids[::-1] for n, ids in enumerate(answers)] == [wanted] * 16
     created = await asyncio.gather(*(db.create_relationship(pair(b, b)) for db in adapters * 3))
     assert sorted(created) == [False] * 11 + [True]
+
+
+async def test_a_relationship_that_goes_while_another_is_waited_for_is_created(
+    db: DatabaseAdapter, raw: asyncpg.Connection[Any]
+) -> None:
+    """It was there when its turn came, and is not when the ids are looked up: none of them is None."""
+    a, b = sorted(await people(db, 2))
+    await db.create_relationship(pair(a, a))
+    insert = "INSERT INTO elizasql.relationships (agent_id, source_entity_id, target_entity_id) VALUES ($1, $2, $3)"
+    delete = "DELETE FROM elizasql.relationships WHERE agent_id = $1 AND target_entity_id = $2"
+    create = db.create_relationships([pair(a, to, tags=["new"]) for to in (a, b)])
+    ids = await overtaken(raw, create, (insert, db.agent_id, a, b), (delete, db.agent_id, a))
+    assert [(await stored(db, id)).tags for id in ids] == [["new"], []]
 
 
 # --- update and delete -----------------------------------------------------------------------------------------------
