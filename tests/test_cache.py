@@ -534,13 +534,20 @@ async def test_sweeps_and_sets_do_not_wait_for_each_other(make_db: MakeAdapter, 
     assert set(await stored(raw, db)) == set(keys[:30])
 
 
-async def test_a_sweep_skips_what_is_being_set(db: DatabaseAdapter, raw: asyncpg.Connection[Any]) -> None:
+@pytest.mark.parametrize("by_itself", [True, False])
+async def test_a_sweep_skips_what_is_being_set(
+    db: DatabaseAdapter, raw: asyncpg.Connection[Any], by_itself: bool
+) -> None:
     await db.set_caches({"a": 1, "b": 1})
     await expire(raw, db, "a", "b")
     async with db.transaction() as tx:
         await tx.set_cache("a", 2)
-        assert await db.sweep_cache() == 1
+        if by_itself:
+            assert await db.sweep_cache() == 1
+        else:
+            await db.set_caches({f"new {i}": i for i in range(20)}, ttl=HOUR)
     assert await db.get_cache("a") == 2
+    assert "b" not in await stored(raw, db)
 
 
 async def test_sets_and_deletes_in_any_order_do_not_wait_for_each_other(make_db: MakeAdapter) -> None:

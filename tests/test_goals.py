@@ -14,6 +14,7 @@ import pytest
 from elizasql import ArgumentError, DatabaseAdapter, ForeignKeyError, Goal, NotFoundError
 
 from .conftest import MakeAdapter, Scene, make_scene
+from .locking import overtaken
 from .test_tasks import check_plan, skewed
 
 START = datetime(2026, 1, 1, tzinfo=timezone.utc)
@@ -287,6 +288,17 @@ async def test_delete(db: DatabaseAdapter, agent_world: Scene, round_trips: list
     assert await db.delete_all_goals(agent_world.room) == 0
     assert len(round_trips) == 5
     assert [goal.id for goal in await db.get_goals()] == [ids[4], ids[6], ids[8]]
+
+
+async def test_a_goal_that_left_a_room_meanwhile_is_spared(
+    db: DatabaseAdapter, agent_world: Scene, raw: asyncpg.Connection[Any]
+) -> None:
+    """It leaves in a transaction that ends while the deletion waits for it."""
+    room = await db.create_room({"source": "x", "type": "DM"})
+    ids = await db.create_goals([{"name": "x", "room_id": agent_world.room} for _ in range(3)])
+    move = ("UPDATE elizasql.goals SET room_id = $3 WHERE agent_id = $1 AND id = $2", db.agent_id, ids[1], room)
+    assert await overtaken(raw, db.delete_all_goals(agent_world.room), move, ("SELECT 1",)) == 2
+    assert [goal.id for goal in await db.get_goals()] == [ids[1]]
 
 
 async def test_goals_go_with_what_they_belong_to(make_db: MakeAdapter, raw: asyncpg.Connection[Any]) -> None:

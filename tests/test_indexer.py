@@ -235,6 +235,20 @@ async def test_a_build_that_waits_for_vacuum_does_not_hold_up_writes(
     assert await building == 31
 
 
+async def test_of_two_that_build_an_index_the_second_finds_it(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any]
+) -> None:
+    """It looks before it waits for the other one, and has to look again after that."""
+    db = await make_db()
+    await write(db, 30)
+    assert await db._indexer.drop()
+    async with raw.transaction():
+        assert await raw.fetchval("SELECT elizasql.build_index($1)", db.agent_id) == 30
+        building = asyncio.ensure_future(db._indexer.build())
+        await blocked_pid(raw, building)
+    assert await building == 0
+
+
 async def test_what_waits_for_a_locked_partition_is_moved_soon_after(
     make_db: MakeAdapter, raw: asyncpg.Connection[Any], round_trips: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
