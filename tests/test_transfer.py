@@ -381,6 +381,48 @@ async def test_one_agent_of_two_and_what_it_shares(databases: list[str], tmp_pat
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize("name", ["a", "a.tar"])
+async def test_agents_that_are_chosen_bring_what_they_share(databases: list[str], tmp_path: Path, name: str) -> None:
+    """Once or twice, and a message before the one that it answers; and not what only others have."""
+    one, other = databases
+    await clear(one)
+    await clear(other)
+    ids = [uuid4() for _ in range(3)]
+    deployments = [uuid4() for _ in range(2)]
+    async with connected(one) as connection:
+        await connection.execute("INSERT INTO elizasql.servers (id) SELECT unnest($1::uuid[])", deployments)
+    messages: list[Any] = []
+    async with opened(one, ids[0]) as db:
+        for agent, deployment in zip(ids, (deployments[0], None, deployments[1]), strict=True):
+            await db.create_agent({"id": agent, "name": "x", "server_id": deployment})
+        for agents in (ids[1:2], ids[:2], ids[2:]):
+            server = await db.create_message_server({"name": "s", "sourceType": "x"})
+            for agent in agents:
+                await db.add_agent_to_message_server(server.id, agent)
+            channel = await db.create_channel({"messageServerId": server.id, "name": "c", "type": "GROUP"}, [uuid4()])
+            message = {"channelId": channel.id, "authorId": uuid4(), "content": "m"}
+            root = messages[0].id if messages else None
+            messages.append(await db.create_message({**message, "inReplyToRootMessageId": root}))
+    await out(one, tmp_path / name, agent_ids=ids[:2])
+    told: list[Any] = []
+    await into(other, tmp_path / name, refuse=lambda *each: told.append(each))
+    assert told == []
+    before, found = await contents(one), await contents(other)
+    assert [row["id"] for row in decoded(found, "servers")] == [str(deployments[0])]
+    assert {row["id"] for row in decoded(found, "agents")} == {str(id) for id in ids[:2]}
+    sent = {str(message.id) for message in messages[:2]}
+    assert decoded(found, "central_messages") == [
+        row for row in decoded(before, "central_messages") if row["id"] in sent
+    ]
+    assert [len(found[table]) for table in ("message_servers", "channels", "channel_participants")] == [2] * 3
+    # What was changed here since stays so.
+    async with opened(other, ids[0]) as db:
+        await db.update_message(messages[1].id, {"inReplyToRootMessageId": None})
+        await into(other, tmp_path / name)
+        kept = await db.get_message_by_id(messages[1].id)
+    assert kept is not None and kept.in_reply_to_root_message_id is None
+
+
 async def test_search_gives_the_same_behind_it(databases: list[str], tmp_path: Path) -> None:
     agent = uuid4()
     queries = np.random.default_rng(5).normal(size=(5, 384)).astype(np.float32)
@@ -428,6 +470,7 @@ async def test_what_is_there_stays(databases: list[str], tmp_path: Path) -> None
     told = {row["table"]: row for row in summary.rows()}
     assert told["participants"]["kept"] == 0 and told["participants"]["created"] == 1
     assert told["rooms"]["kept"] == 1 and told["cache"]["kept"] == 1
+    assert told["agents"]["kept"] == 1 and told["agents"]["created"] == 0  # though it got a width
 
 
 async def test_rows_that_point_at_nothing_are_refused_one_by_one(db: DatabaseAdapter) -> None:
