@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from datetime import datetime, timezone
 from hashlib import md5
@@ -320,6 +321,64 @@ async def test_everything_arrives(eliza: str, target: str) -> None:
     assert {
         name: row["altered"] for name, row in by_table.items() if name in ("rooms", "worlds") and row["altered"]
     } == expected
+
+
+@pytest.mark.parametrize("version", ["1.7", "1.6"])
+async def test_every_value_arrives(source: str, version: str) -> None:
+    """None is left to a default, whatever its column is called there."""
+    ids = {"servers": GONE, "agents": ADA, "worlds": WORLD, "rooms": ROOM, "entities": ANN, "message_servers": SERVER}
+    ids |= {"channels": UUID(int=100), "central_messages": UUID(int=200)}
+    given: dict[str, Any] = {"server_id": GONE, "agent_id": ADA, "world_id": WORLD, "room_id": ROOM}
+    given |= dict.fromkeys(("entity_id", "source_entity_id", "target_entity_id", "author_id"), ANN)
+    given |= {"message_server_id": SERVER, "channel_id": UUID(int=100), "in_reply_to_root_message_id": UUID(int=200)}
+    given |= {"room_state": "MUTED"}
+    times = itertools.count(1)
+    of_kind: dict[str, Callable[[str], object]] = {
+        "uuid": lambda _: uuid4(),
+        "text": str,
+        "text[]": lambda place: f'{{"{place}"}}',
+        "jsonb": lambda place: json.dumps({"of": place}),
+        "boolean": lambda _: False,
+        "timestamp with time zone": lambda _: f"2024-01-02 03:04:05.{next(times):06}+00",
+        "timestamp without time zone": lambda _: f"2024-01-02 03:04:05.{next(times):06}",
+    }
+    rows: dict[str, dict[str, Any]] = {}
+
+    async def only_row(connection: asyncpg.Connection[Any], table: str) -> dict[str, Any]:
+        await connection.execute("SET TimeZone = 'UTC'")
+        (row,) = await connection.fetch(f"SELECT to_jsonb(t)::text FROM {table} AS t")
+        found: dict[str, Any] = json.loads(row[0].replace("+00:00", ""))
+        return found
+
+    async with connected(source) as connection:
+        await connection.execute(TABLES)
+        listing = (
+            "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'r' ORDER BY oid"
+        )
+        for (table,) in await connection.fetch(listing):
+            if table == "embeddings":
+                continue
+            columns = await connection.fetch(
+                "SELECT attname, format_type(atttypid, NULL) FROM pg_attribute "
+                "WHERE attrelid = $1::text::regclass AND attnum > 0 ORDER BY attnum",
+                table,
+            )
+            values = {**given, "id": ids.get(table, uuid4())}
+            row = [values.get(name) or of_kind[kind](f"{table} {name}") for name, kind in columns]
+            kinds = ", ".join(f"${place}::text::{kind}" for place, (_, kind) in enumerate(columns, 1))
+            await connection.execute(f"INSERT INTO {table} VALUES ({kinds})", *map(str, row))
+            rows[table] = await only_row(connection, table)
+        if version == "1.6":
+            for statement in AS_IN_1_6:
+                await connection.execute(statement)
+            del rows["servers"]
+            rows["agents"]["server_id"] = None
+            rows["worlds"]["message_server_id"] = str(UUID(md5(b"guild 7").hexdigest()))
+    await take(source, source)
+    async with connected(source) as connection:
+        for table, expected in rows.items():
+            found = await only_row(connection, f"elizasql.{table}")
+            assert {name: found[name] for name in expected} == expected, table
 
 
 async def test_a_second_time_changes_nothing(eliza: str, target: str) -> None:
@@ -742,6 +801,39 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     return tmp_path / "data"
+
+
+async def test_a_copy_of_a_pglite_is_served(stand_in: Path) -> None:
+    """Two processes that open one folder would destroy it, and ElizaOS may run."""
+    place = stand_in.parent
+    script = (place / "node").read_text().replace("sleep 300", "cat")
+    (place / "node").write_text(script.replace("echo ready", f"echo $2 > {place}/served; echo ready"))
+    (stand_in / "PG_VERSION").write_text("17")
+    async with serve_pglite(stand_in):
+        served = Path((place / "served").read_text().strip())
+        assert served != stand_in and (served / "PG_VERSION").read_text() == "17"
+        (served / "PG_VERSION").unlink()
+    assert not served.exists() and [each.name for each in stand_in.iterdir()] == ["PG_VERSION"]
+
+
+@pytest.mark.parametrize(
+    ("says", "told"),
+    [
+        ("echo 'error it is no PGlite'", ": it is no PGlite; run this in the folder"),
+        ("exit 0", ": Node ended at once; run this in the folder"),
+        ("exec cat", " within 0.05 s$"),
+    ],
+)
+async def test_a_pglite_that_does_not_open_is_an_error(
+    stand_in: Path, monkeypatch: pytest.MonkeyPatch, says: str, told: str
+) -> None:
+    (stand_in.parent / "node").write_text(f"#!/bin/sh\n{says}\n")
+    if "within" in told:
+        monkeypatch.setattr("elizasql.transfer.node._PATIENCE", 0.05)
+    with pytest.raises(ConfigurationError, match=f"PGlite does not open {stand_in}{told}"):
+        async with serve_pglite(stand_in):
+            pass
+    assert list(Path(tempfile.gettempdir()).iterdir()) == []
 
 
 async def test_a_copy_that_is_cut_leaves_nothing(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
