@@ -970,12 +970,15 @@ def test_handler_of_the_application_is_called_and_decides(folder: Path) -> None:
 def test_handler_is_not_set_when_not_wanted(dsn: str) -> None:
     program = f"""
         import asyncio, signal, uuid, elizasql
+        from elizasql import sync
 
         async def main(**settings):
             async with elizasql.connect(agent_id=uuid.uuid4(), dsn={dsn!r}, **settings):
                 return signal.getsignal(signal.SIGTERM)
 
         assert asyncio.run(main(handle_signals=False)) is signal.SIG_DFL is signal.getsignal(signal.SIGHUP)
+        with sync.connect(agent_id=uuid.uuid4(), dsn={dsn!r}, handle_signals=False):
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL is signal.getsignal(signal.SIGHUP)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         assert asyncio.run(main()) is signal.SIG_IGN
