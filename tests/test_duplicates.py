@@ -264,6 +264,25 @@ async def test_who_waits_for_a_room_leaves_the_connections_to_others(
     assert not db._executor.connections.turns
 
 
+async def test_batches_take_their_turns_at_rooms_in_one_order(
+    db: DatabaseAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each of two could wait in the process for what the other one has."""
+    rooms = await db.create_rooms([Room(source="t", type="DM") for _ in range(20)])
+    turn_of, turns = db._executor._turn_of, []
+
+    def note(key: Any) -> Any:
+        turns.append(key)
+        return turn_of(key)
+
+    monkeypatch.setattr(db._executor, "_turn_of", note)
+    for batch in (rooms, rooms[::-1]):
+        await db.create_memories(
+            [Memory(room_id=room, content={}, embedding=_AXES[axis]) for axis, room in enumerate(batch)], "messages"
+        )
+    assert len(turns) == 40 and turns[:20] == turns[20:] == sorted(turns[20:], key=str)
+
+
 async def test_who_waits_for_a_room_of_others_stores_nothing_after_its_close(
     make_db: MakeAdapter, raw: asyncpg.Connection[Any]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from functools import partial
 from typing import Any, Literal
 from uuid import UUID
@@ -26,6 +27,7 @@ from elizasql import (
     World,
     _indexer,
 )
+from elizasql._calls import current_deadline
 from elizasql._statements import SQL
 from elizasql.types import DIMENSIONS
 
@@ -677,6 +679,19 @@ async def test_statistics_are_made_anew_when_the_index_has_grown_by_a_share(
     assert made == [500, 1000, 5000, 6000]
 
 
+async def test_the_background_makes_statistics_of_what_it_has_moved(
+    make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch, round_trips: list[str]
+) -> None:
+    monkeypatch.setattr(_indexer, "_ANALYZE_LEAST", 30)
+    db = await make_db(indexing="background", index_batch_size=10)
+    await write(db, 40)
+
+    async def made() -> bool:
+        return any("refresh_statistics" in sent for sent in round_trips)
+
+    await until(made)
+
+
 async def test_giving_way_ends_with_the_calls_or_with_patience(
     make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -787,6 +802,24 @@ async def test_a_lost_index_comes_back_whatever_has_become_of_the_agent_since(
         assert await raw.fetchval("SELECT to_regclass($1)", index) is not None
         await raw.execute(f"DROP INDEX {index}")
     await db._indexer.build()
+
+
+async def test_the_background_has_the_time_that_a_build_takes(
+    make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Longer by far than a call may take: it would begin again and again, and the index never stand."""
+    indexer = (await make_db(timeout=5.0))._indexer
+    assert await indexer.drop()
+    indexer.restore()
+    fetch_chunks, left = indexer._executor.fetch_chunks, []
+
+    async def note(*args: Any, **options: Any) -> Any:
+        left.append(current_deadline(0.0) - time.monotonic())
+        return await fetch_chunks(*args, **options)
+
+    monkeypatch.setattr(indexer._executor, "fetch_chunks", note)
+    assert not await indexer._restore_index()
+    assert len(left) == 1 and left[0] > 3600
 
 
 async def test_a_look_that_fails_is_still_to_be_done(make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch) -> None:

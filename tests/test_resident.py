@@ -11,6 +11,7 @@ import pickle
 import re
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack
@@ -50,6 +51,7 @@ from . import resident_worker
 from .conftest import MakeAdapter, Scene, make_scene, neighbour_of
 from .locking import blocked_pid
 from .resident_worker import TABLE, vector_of
+from .test_cut_short import _stepped, assert_nothing_is_left, cancel
 from .test_plans import indexes, plan_of, scans_a_table
 
 Vectors = NDArray[np.float32]
@@ -1017,6 +1019,42 @@ async def test_one_round_trip(mind: Mind, round_trips: list[str]) -> None:
     assert mind.resident.stats.changes == 3 + 64 + 65
 
 
+async def test_many_changes_where_the_server_fetches_the_rows(mind: Mind) -> None:
+    """No more of them come with the rows than are asked for: they are read before anything counts as seen."""
+    await mind.remember(some_vectors(60))
+    query = some_vectors(1, seed=8)[0]
+    await mind.check(query)
+    for number in (64, 65, 130):
+        await mind.remember(some_vectors(number, seed=number))
+        assert await mind.search(query, include_embedding=True, count=200) == await mind.exact(query, count=200)
+        await mind.check(query, count=300)
+    assert mind.resident.stats.changes == 64 + 65 + 130
+
+
+async def test_rows_are_ranked_while_the_server_looks(
+    mind: Mind, round_trips: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await mind.remember(some_vectors(60))
+    query = some_vectors(1, seed=8)[0]
+    await mind.check(query)
+    rank, sent = Matrix.rank, []
+
+    def note(matrix: Matrix, *args: Any, **options: Any) -> Any:
+        sent.append(len(round_trips))
+        return rank(matrix, *args, **options)
+
+    monkeypatch.setattr(Matrix, "rank", note)
+    round_trips.clear()
+    await mind.search(query)
+    assert sent == [1]
+    # What it told of changes the last time it may tell again: the rows would be ranked in vain.
+    for _ in range(2):
+        await mind.remember([query])
+        round_trips.clear()
+        await mind.search(query)
+    assert len(round_trips) == 1 and len(sent) == 4
+
+
 async def test_searches_at_once_take_a_round_trip_each(mind: Mind, round_trips: list[str]) -> None:
     """Also when all of them are told of the same changes, which the first merges."""
     await mind.remember(some_vectors(60))
@@ -1037,7 +1075,7 @@ async def test_the_nearest_are_gone(mind: Mind) -> None:
     nearest = [id for id, _ in await mind.check(query, count=300)]
     await mind.writer.delete_memories(nearest)
     await mind.check(query)
-    assert mind.tier.matrix is not None and mind.tier.matrix.size < 400
+    assert mind.tier.matrix is not None and mind.tier.matrix.size == 400 - mind.tier.dropped < 400
     assert 0 < mind.resident.stats.repeats < 6
     for _ in range(3):
         await mind.check(query, count=30)
@@ -1141,6 +1179,58 @@ async def test_one_that_leaves_the_type_while_contents_are_read(mind: Mind, monk
     await mind.check(query)
     await mind.renew()
     await mind.check(query)
+
+
+async def test_of_a_change_that_another_search_has_met_no_half_is_given(
+    mind: Mind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two memories are deleted together, and one is found to be gone before an earlier answer is looked at."""
+    axes = np.eye(40, 384, dtype=np.float32)
+    gone = [axes[0] + 0.1 * axes[39], axes[1]]
+    await mind.remember([*gone, *(axes[0] + (0.5 + 0.1 * i) * axes[2 + i] for i in range(10))])
+    deleted, query, near = mind.ids[:2], axes[0] + axes[1], axes[0]
+    assert set(deleted) < {id for id, _ in await mind.check(query, count=40)}
+    await mind.remember([axes[0] + 5 * axes[20]])
+    fetch, fetched, go_on = mind.db._executor.fetch, asyncio.Event(), asyncio.Event()
+
+    async def arrive_late(statement: Any, **params: Any) -> Any:
+        rows = await fetch(statement, **params)
+        if not fetched.is_set():
+            fetched.set()
+            await go_on.wait()
+        return rows
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mind.db._executor, "fetch", arrive_late)
+        searching = asyncio.ensure_future(mind.search(query, count=40))
+        await fetched.wait()
+        before = await mind.check(query, count=40)  # which has merged the one that is new
+        await mind.writer.delete_memories(deleted)
+        await mind.search(near, count=1, include_embedding=True)
+        matrix = mind.tier.matrix
+        assert matrix is not None and matrix.size == 12, "it has found one of the two to be gone"
+        go_on.set()
+        assert await searching in (before, await mind.exact(query, count=40))
+
+
+async def test_a_search_that_is_cut_leaves_nothing_behind(mind: Mind) -> None:
+    """At each point at which it waits, also while it reads what has changed; and the next one is right."""
+    await mind.remember(some_vectors(60))
+    query = some_vectors(1, seed=8)[0]
+    position, reached = 0, [0]
+    while reached[0] >= position:
+        await mind.check(query)
+        await mind.renew()
+        mind.tier.renew_at = math.inf
+        await mind.remember(some_vectors(70, seed=position))
+        tasks, reached, position = asyncio.all_tasks(), [0], position + 1
+        search = mind.db.search_memories(embedding=query, table_name=TABLE)
+        running = asyncio.ensure_future(_stepped(search, cancel("with the answer", position, reached)))
+        await asyncio.wait({running})
+        assert running.cancelled() or not running.exception()
+        await assert_nothing_is_left(mind.db, tasks)
+        assert mind.tier.catching_up is None
+    assert position > 3
 
 
 async def test_serializable_transactions_do_not_meet(mind: Mind, dsn: str) -> None:
@@ -1415,6 +1505,35 @@ def test_a_load_that_is_cut_with_its_loop_keeps_nothing() -> None:
     assert gone() is None
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_child_begins_with_nothing() -> None:
+    """What is held is the parent's, and the lock may be that of a thread which is not there any more."""
+    program = """
+import asyncio, os, signal, warnings
+from elizasql import _resident
+
+warnings.simplefilter("ignore", DeprecationWarning)  # of fork: there may be threads
+
+
+async def hold():
+    _resident._shelf()
+    assert _resident._make_room(_resident.Tier(), 1 << 10, 1 << 40) == 0
+
+
+loop = asyncio.new_event_loop()
+loop.run_until_complete(hold())
+with _resident._lock:
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(30)  # what hangs must not outlive the test
+        with _resident._lock:
+            os._exit(7 if _resident._held() else 0)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), _resident._held())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0 1024\n", "")
+
+
 async def test_types_whose_names_are_made_up_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_resident, "_MOST_KNOWN", 5)
     resident = Resident(cast("Any", None), uuid4(), Config(), "postgresql://nowhere")
@@ -1567,6 +1686,22 @@ async def test_waiting_for_a_load_ends_with_the_call(mind: Mind, monkeypatch: py
     await mind.check(some_vectors(1)[0])
 
 
+async def test_nothing_is_begun_for_a_search_that_is_still_running_when_its_adapter_is_closed(
+    mind: Mind, make_db: MakeAdapter
+) -> None:
+    """Nobody would end it."""
+    await mind.remember(some_vectors(20))
+    query = some_vectors(1)[0]
+    late = await make_db(mind.db.agent_id, **RESIDENT)
+    await late._resident.close()
+    assert len(await late.search_memories(embedding=query, table_name=TABLE)) == 10
+    assert (late._resident.stats.misses, late._resident.stats.loads) == (1, 0)
+    await mind.check(query)
+    mind.tier.behind, mind.tier.renew_at = True, 0.0
+    assert len(await late.search_memories(embedding=query, table_name=TABLE)) == 10
+    assert mind.tier.loading is None and mind.tier.behind
+
+
 async def test_waiting_for_the_changes_that_another_reads_ends_with_the_call(
     mind: Mind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1591,6 +1726,34 @@ async def test_waiting_for_the_changes_that_another_reads_ends_with_the_call(
         assert not first.done()
         go_on.set()
         assert await first == await mind.exact(query)
+
+
+async def test_when_the_one_that_reads_the_changes_is_cut_the_next_one_does(
+    mind: Mind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await mind.remember(some_vectors(20))
+    query = some_vectors(1, seed=8)[0]
+    await mind.check(query)
+    await mind.remember(some_vectors(70, seed=1))
+    begun, never = asyncio.Event(), asyncio.Event()
+
+    async def hang(*_: Any, **__: Any) -> None:
+        begun.set()
+        await never.wait()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mind.db._executor, "fetch_row", hang)
+        first = asyncio.ensure_future(mind.search(query))
+        await begun.wait()
+    reading = mind.tier.catching_up
+    assert reading is not None
+    second = asyncio.ensure_future(mind.search(query, timeout=10.0))
+    while not reading._callbacks:
+        await asyncio.sleep(0)
+    first.cancel()
+    assert await second == await mind.exact(query)
+    assert first.cancelled()
+    await mind.check(query)
 
 
 async def test_another_life_of_the_server(mind: Mind) -> None:
@@ -1636,6 +1799,32 @@ async def test_what_a_standby_says_of_contents_is_not_taken(
     await standby.close()
     await mind.check(query)
     await mind.renew()
+    await mind.check(query)
+
+
+@pytest.mark.parametrize(
+    ("statement", "said"),
+    [("measure_resident", {"numbers_transactions": False}), ("load_resident", {"life": "a standby's"})],
+)
+async def test_what_a_standby_has_is_not_loaded(
+    mind: Mind, monkeypatch: pytest.MonkeyPatch, statement: str, said: dict[str, Any]
+) -> None:
+    """Neither where it is all that there is, nor where the background has met it between two pages: it lags."""
+    await mind.remember(some_vectors(40))
+    query = some_vectors(1, seed=8)[0]
+    fetch_row = mind.resident._background.fetch_row
+
+    async def ask(each: Any, **params: Any) -> Any:
+        row = await fetch_row(each, **params)
+        return dict(row) | said if each.name == statement else row
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mind.resident._background, "fetch_row", ask)
+        for _ in range(2):
+            assert await mind.search(query) == await mind.exact(query)
+    assert mind.tier.matrix is None and mind.tier.not_before > mind.tier.used
+    assert mind.resident.stats.misses == 2 and _resident._held() == 0
+    mind.tier.not_before = 0.0
     await mind.check(query)
 
 
@@ -1885,7 +2074,23 @@ async def test_loads_at_the_same_time_share_the_budget(make_db: MakeAdapter, mon
     assert sum(db._resident.stats.loads for db in minds) == len(made) == 2
     for db in minds:
         db._resident.forget()
-    assert _resident._held() == 0
+    assert _resident._held() == 0 and not _resident._shelf().filled
+
+
+async def test_one_that_is_being_loaded_is_not_put_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes on filling what it was granted, beside the one that would have got it."""
+    monkeypatch.setattr(_resident, "_REST", 0.0)
+    with _resident._lock:
+        _resident._shelves.clear()
+    loading, other = Tier(), Tier()
+    loading.loading = asyncio.get_running_loop().create_future()  # type: ignore[assignment]
+    _resident._shelf()
+    assert _resident._make_room(loading, 1 << 10, 1 << 10) == 0
+    assert _resident._make_room(other, 1, 1 << 10) is None
+    assert (loading.granted, other.granted) == (1 << 10, 0)
+    loading.loading = None
+    assert _resident._make_room(other, 1, 1 << 10) == 1
+    assert (loading.granted, other.granted) == (0, 1)
 
 
 @pytest.mark.parametrize("budget", [2, 3], ids=["one", "both"])
@@ -2209,6 +2414,33 @@ async def test_contents_are_those_of_the_moment(mind: Mind) -> None:
         checks = mind.resident.stats.checks
         assert any(each == id for each, _ in await mind.check(vectors[3]))
         assert mind.resident.stats.checks == checks + 1
+
+
+@pytest.mark.parametrize(("pause", "seconds"), [("_RENEWAL", 3600.0), ("_RENEWAL_SHARE", 1e9)])
+async def test_contents_are_brought_up_to_date_by_the_next_search(
+    mind: Mind, monkeypatch: pytest.MonkeyPatch, pause: str, seconds: float
+) -> None:
+    """But not by each: the server lists everything for it."""
+    await mind.remember(some_vectors(60))
+    query = some_vectors(1, seed=8)[0]
+    await mind.check(query)
+    stats, tier = mind.resident.stats, mind.tier
+    monkeypatch.setattr(_resident, pause, seconds)
+
+    async def renewals() -> int:
+        await mind.writer.update_memory({"id": mind.ids[0], "content": {}})
+        await mind.check(query)
+        if tier.loading is not None:
+            await tier.loading
+        return stats.renewals
+
+    tier.renew_at = 0.0
+    assert await renewals() == 2
+    checks = stats.checks
+    await mind.check(query)
+    assert stats.checks == checks + 1
+    assert await renewals() == 2
+    assert tier.renew_at > time.monotonic() + 1000
 
 
 async def test_where_less_decides_than_the_server_can_tell(mind: Mind, round_trips: list[str]) -> None:

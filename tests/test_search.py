@@ -6,6 +6,7 @@ import asyncio
 import copy
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 import elizasql
 from elizasql import ArgumentError, DatabaseAdapter, EmbeddingDimensionError, Entity, Memory, Room, World, _codecs
+from elizasql import memories as _memories
 from elizasql._statements import SQL, Statement
 from elizasql.memories import _Where, check_search, contains
 
@@ -308,6 +310,38 @@ async def test_a_scope_that_grows_is_measured_anew(alone: DatabaseAdapter, round
         round_trips.clear()
         assert len(await db.search_memories(embedding=vectors[0], table_name="facts")) == 10
         assert round_trips == [db._executor.text(SQL.at(name, 384), {"agent_id": db.agent_id})]
+
+
+async def test_how_large_a_scope_is_holds_for_a_while(db: DatabaseAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is kept in mind of scopes has an end, however many are asked for."""
+    [vector], _ = clustered(1)
+    kinds = [f"t{number}" for number in range(12)]
+    for kind in kinds:
+        await db.create_memory(Memory(content={}, embedding=vector, unique=True), kind)
+    fetch, measured = db._executor.fetch, 0
+
+    async def note(statement: Statement, **params: Any) -> list[asyncpg.Record]:
+        nonlocal measured
+        measured += params["by_hnsw"] is None
+        return await fetch(statement, **params)
+
+    monkeypatch.setattr(db._executor, "fetch", note)
+    monkeypatch.setattr(_memories, "_SMALL_TTL", 3600.0)
+
+    async def search(kind: str) -> int:
+        assert len(await db.search_memories(embedding=vector, table_name=kind)) == 1
+        return measured
+
+    assert [await search(kinds[0]) for _ in range(3)] == [1, 1, 1]
+    [(scope, found)] = db._measured.items()
+    assert found[2] > time.monotonic()
+    db._measured[scope] = (*found[:2], time.monotonic())
+    assert [await search(kinds[0]) for _ in range(3)] == [2, 2, 2]
+    monkeypatch.setattr(_memories, "_MOST_MEASURED", 5)
+    for kind in kinds:
+        await search(kind)
+        assert len(db._measured) <= 5
+    assert measured == 2 + 11
 
 
 async def test_recall_is_chosen_for_a_search(loaded: Loaded, round_trips: list[str]) -> None:
