@@ -379,7 +379,7 @@ class Resident:
 
         Statement: sql/resident.sql check_resident or fetch_resident. One round trip; more after many changes.
         """
-        if self.off or executor.in_transaction:
+        if executor.in_transaction:
             return None
         tier = self._find_tier(params["type"], vector.shape[0])
         now = time.monotonic()

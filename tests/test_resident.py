@@ -2505,6 +2505,62 @@ async def test_contents_make_room_for_vectors(make_db: MakeAdapter) -> None:
     assert first.granted == first.matrix.footprint and minds[0].stats.evictions == 0
 
 
+async def test_contents_stay_where_there_is_room_for_those_of_others(make_db: MakeAdapter) -> None:
+    with _resident._lock:
+        _resident._shelves.clear()
+    vectors = some_vectors(30)
+    minds = [await make_db(**RESIDENT) for _ in range(3)]
+    for number, db in enumerate(minds):
+        await db.create_memories([Memory(content={}, embedding=vector, unique=True) for vector in vectors], TABLE)
+        for earlier in minds[: number + 1]:
+            assert len(await earlier.search_memories(embedding=vectors[0], table_name=TABLE)) == 10
+    assert [db._resident.stats.checks for db in minds] == [3, 2, 1]
+
+
+@pytest.mark.parametrize("error", [elizasql.ConnectionLostError("gone"), MemoryError()], ids=["server", "memory"])
+@pytest.mark.parametrize("known", [False, True])
+async def test_contents_that_are_not_read_to_the_end_are_not_given_out(
+    mind: Mind, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception, known: bool
+) -> None:
+    """Nothing would tell what has become of them since."""
+    monkeypatch.setattr(_resident, "_CONTENTS", 10)
+    vectors = some_vectors(40)
+    await mind.remember(vectors)
+    change = "UPDATE elizasql.memories SET content = $2::text::jsonb WHERE agent_id = $1"
+    if known:
+        await mind.check(vectors[0])
+        mind.tier.renew_at = math.inf
+        await mind.raw.execute(change, mind.db.agent_id, '{"new": 1}')
+        await mind.check(vectors[0])
+        assert mind.tier.behind
+    fetch, parts = mind.resident._background.fetch, 0
+
+    async def fail(*args: Any, **params: Any) -> Any:
+        nonlocal parts
+        parts += 1
+        if parts > 3:
+            raise error
+        return await fetch(*args, **params)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mind.resident._background, "fetch", fail)
+        if known:
+            mind.tier.renew_at = 0.0
+        await mind.check(vectors[0])
+        if mind.tier.loading is not None:
+            await mind.tier.loading
+    assert parts >= 4 and {record.levelname for record in caplog.records} == {"WARNING"}
+    assert mind.tier.renew_at > time.monotonic(), "not with the next search again"
+    mind.tier.renew_at = math.inf
+    await mind.raw.execute(change, mind.db.agent_id, '{"newer": 1}')
+    for vector in vectors[:20]:
+        await mind.check(vector, count=1)
+    await mind.renew()
+    checks = mind.resident.stats.checks
+    await mind.check(vectors[0])
+    assert mind.resident.stats.checks == checks + 1
+
+
 async def test_what_changes_while_contents_are_brought_up_to_date(mind: Mind, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the list, and after each part that is read, memories are written, updated and removed, and searched."""
     monkeypatch.setattr(_resident, "_CONTENTS", 20)
