@@ -388,9 +388,8 @@ class Resident:
         matrix = tier.matrix
         large = now < tier.large_until if matrix is None else matrix.size > most
         outgrown = tier.outlived or (large and tier.loaded_size <= most)
-        if outgrown and matrix is not None and tier.loading is None and now >= tier.not_before:
+        if outgrown and matrix is not None and now >= tier.not_before:
             # By rows that are gone, or may be: nobody tells of these, and no search meets them any more.
-            tier.not_before = now + _TOO_LARGE
             self._begin_load(tier, params["type"], vector.shape[0])
         found = None
         if scope is not None or not large:
@@ -662,8 +661,6 @@ class Resident:
         """Take note that a load has ended, also one that was cancelled before it began to run."""
         self._tasks.discard(task)
         tier.loading = None
-        if task.cancelled():
-            tier.not_before = 0.0  # another adapter may go on with it
         self._settle(tier)
 
     async def _load(self, tier: Tier, kind: str, dimension: int, scope: Scope | None) -> None:

@@ -1953,7 +1953,6 @@ async def test_a_load_of_what_is_held_that_is_cut_is_no_reason_to_wait(mind: Min
     query = some_vectors(1, seed=8)[0]
     await mind.check(query)
     other = await make_db(mind.db.agent_id, **RESIDENT)
-    mind.tier.not_before = math.inf
     other._resident._begin_load(mind.tier, TABLE, 384)
     mind.tier.matrix = None
     await other.close()
