@@ -1083,6 +1083,16 @@ async def test_the_nearest_are_gone(mind: Mind) -> None:
     assert await mind.check(query, count=50) == []
 
 
+async def test_the_nearest_have_moved_away(mind: Mind) -> None:
+    """All are there that were to be fetched, and others are nearer now."""
+    await mind.remember(some_vectors(200))
+    query = some_vectors(1, seed=8)[0]
+    for _ in range(2):
+        nearest = [id for id, _ in await mind.check(query)]
+        await mind.writer.update_memories([{"id": id, "embedding": -query} for id in nearest])
+    await mind.check(query)
+
+
 async def test_another_type_is_no_change(mind: Mind, round_trips: list[str]) -> None:
     await mind.remember(some_vectors(50))
     query = some_vectors(1, seed=8)[0]
@@ -1756,13 +1766,14 @@ async def test_when_the_one_that_reads_the_changes_is_cut_the_next_one_does(
     await mind.check(query)
 
 
-async def test_another_life_of_the_server(mind: Mind) -> None:
+@pytest.mark.parametrize("options", [{}, {"include_embedding": True}], ids=["checked", "fetched"])
+async def test_another_life_of_the_server(mind: Mind, options: dict[str, Any]) -> None:
     """After a crash or a failover transactions are numbered anew: nothing that was held says anything any more."""
     await mind.remember(some_vectors(50))
     query = some_vectors(1, seed=8)[0]
     await mind.check(query)
     mind.tier.life = "another"
-    assert await mind.search(query) == await mind.exact(query)
+    assert await mind.search(query, **options) == await mind.exact(query)
     assert mind.tier.matrix is None and mind.resident.stats.misses == 1
     mind.tier.not_before = 0.0
     await mind.check(query)
@@ -2150,6 +2161,29 @@ async def test_a_load_that_ends_early_gives_its_bytes_back(mind: Mind, monkeypat
     assert _resident._held() == 0
 
 
+async def test_what_has_grown_beyond_the_budget_while_it_was_loaded_is_let_go_of(
+    mind: Mind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by rows that were written meanwhile, and where others have taken the rest."""
+    with _resident._lock:
+        _resident._shelves.clear()
+    await mind.remember(some_vectors(60))
+    query = some_vectors(1, seed=8)[0]
+    make_room, asked = _resident._make_room, 0
+
+    def refuse(*args: Any) -> int | None:
+        nonlocal asked
+        asked += 1
+        return make_room(*args) if asked == 1 else None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_resident, "_make_room", refuse)
+        assert await mind.search(query) == await mind.exact(query)
+    assert asked == 2 and mind.tier.matrix is None and _resident._held() == 0
+    mind.tier.not_before = 0.0
+    await mind.check(query)
+
+
 async def test_one_that_another_thread_puts_out(mind: Mind, monkeypatch: pytest.MonkeyPatch) -> None:
     """Event loops in other threads share the budget, and may need it at any moment."""
     await mind.remember(some_vectors(200))
@@ -2478,6 +2512,7 @@ async def test_contents_that_do_not_fit_are_not_read(make_db: MakeAdapter, round
         (tier,) = db._resident._tiers.values()
         assert tier.matrix is not None and tier.granted == tier.matrix.footprint
         assert (tier.matrix.contents_size > 40 * 200_000) == (number == 1)
+        assert (tier.matrix.contents_size == 0) == (number == 0) == (tier.renew_at > time.monotonic() + 200)
 
 
 async def test_contents_make_room_for_vectors(make_db: MakeAdapter) -> None:
@@ -2498,6 +2533,7 @@ async def test_contents_make_room_for_vectors(make_db: MakeAdapter) -> None:
         (tier,) = db._resident._tiers.values()
         assert tier.matrix is not None and db._resident.snapshot()["bytes"] <= 3 << 20
         assert (tier.matrix.contents_size > 400 * 3000) == (number == 0)
+        assert (tier.matrix.contents_size == 0) == (number == 1) == (tier.renew_at > time.monotonic() + 200)
         assert db._resident.stats.checks == (2 if number == 0 else 0) and db._resident.stats.hits == 2
     (first,) = minds[0]._tiers.values()
     assert first.matrix is not None and not first.matrix.contents_size and first.listed is None

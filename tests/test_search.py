@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import inspect
 import itertools
 import json
 import time
@@ -459,6 +460,22 @@ async def test_similarity_is_the_cosine_whatever_the_norm(make_db: MakeAdapter, 
     hit = (await db.search_memories(embedding=b / np.float32(scale), table_name="messages"))[0]
     cosine = float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
     assert hit.similarity == pytest.approx(cosine, abs=1e-4)
+
+
+async def test_a_search_with_the_embedding_in_front_leaves_nothing_out(
+    db: DatabaseAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    async def note(**options: Any) -> list[Memory]:
+        given.update(options)
+        return []
+
+    names = set(inspect.signature(db.search_memories).parameters) - {"query", "timeout"}
+    asked = {name: object() for name in names}
+    monkeypatch.setattr(db, "search_memories", note)
+    await db.search_memories_by_embedding(**asked)  # type: ignore[arg-type]
+    assert given == asked
 
 
 async def test_a_wrong_width_is_refused_without_a_search(db: DatabaseAdapter, round_trips: list[str]) -> None:
