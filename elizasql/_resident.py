@@ -560,8 +560,8 @@ class Resident:
             self.stats.changes += matrix.rows_in(changed)
             if matrix.footprint > tier.granted and not self._grant(tier, matrix.footprint - tier.granted):
                 self._release_contents(tier, matrix)
-                if matrix.footprint > tier.granted and not self._make_room(tier, matrix.footprint):
-                    return
+                if matrix.footprint > tier.granted:
+                    self._make_room(tier, matrix.footprint)
             if tier.matrix is not matrix:
                 self._settle(tier)
                 return
