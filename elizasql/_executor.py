@@ -689,7 +689,6 @@ class _TransactionExecutor(Executor):
         self._numbers: itertools.count[int] = (
             outer._numbers if isinstance(outer, _TransactionExecutor) else itertools.count(1)
         )
-        self._doubtful = False
         self._cut_short: str | None = None
 
     async def _attempts(
@@ -709,7 +708,6 @@ class _TransactionExecutor(Executor):
             try:
                 return await work(self._connection, deadline)
             except BaseException as error:
-                self._doubtful = True
                 if not isinstance(error, asyncpg.PostgresError) and is_open(self._connection):
                     self._cut_short = name
                 if not isinstance(error, Exception):
@@ -781,11 +779,7 @@ class _TransactionExecutor(Executor):
         number = next(self._numbers)
         self._commit = SQL["release_savepoint"].numbered(number)
         self._undo = (SQL["roll_back_savepoint"].numbered(number), self._commit)
-        try:
-            await _send(connection, SQL["begin_savepoint"].numbered(number), deadline)
-        except BaseException:
-            self._doubtful = True
-            raise
+        await _send(connection, SQL["begin_savepoint"].numbered(number), deadline)
 
     async def _commit_on(self, connection: Any, deadline: float) -> None:
         await _send(connection, self._commit, deadline)
@@ -805,9 +799,6 @@ class _TransactionExecutor(Executor):
                         f"transaction: {self._cut_short} was cut short in it, done or not: nothing is kept",
                         statement="transaction",
                     )
-                if self._doubtful:
-                    # A transaction that an error has ended refuses this, but not its own end.
-                    await self._connection.fetchval(SQL["ping"].sql, timeout=_left(deadline))
                 await commit(self._connection, deadline)
             except ElizaSQLError:
                 raise
