@@ -871,6 +871,23 @@ async def test_killed_connection_is_replaced(make_db: MakeAdapter, raw: asyncpg.
     assert db._meter.retries == 1
 
 
+async def test_a_connection_whose_end_was_heard_of_is_not_used(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any]
+) -> None:
+    """What was never sent was not done: it is not tried again, and nobody is told that its outcome is unknown."""
+    db = await make_db(pool_max_size=1)
+    lane = db._executor.lane
+    connection, _ = await lane.acquire(5)
+    pid = connection.get_server_pid()
+    lane.keep(connection)
+    assert await raw.fetchval("SELECT pg_terminate_backend($1, 10000)", pid)
+    while lane.size:
+        await asyncio.sleep(0)
+    assert not SQL["delete_memories"].repeatable
+    assert await db.delete_memories([uuid4()]) == 0
+    assert db._meter.retries == 0
+
+
 async def test_a_lost_connection_and_the_try_that_follows_count_once(
     make_db: MakeAdapter, raw: asyncpg.Connection[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1050,6 +1067,20 @@ async def test_the_least_connections_stay_when_they_are_idle(make_db: MakeAdapte
     assert await db.get_tasks() == []
     await all_are_idle_for_long()
     assert pool.get_size() == 1
+
+
+async def test_connections_of_a_busy_time_are_closed_each_time(
+    make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept for the next call nobody gives back but a timer, and not the first time only."""
+    monkeypatch.setattr(_pool, "_KEEP", 0.0)
+    lane = (await make_db(pool_max_size=3, pool_idle_timeout=0.001))._executor.lane
+    for _ in range(2):
+        held = [(await lane.acquire(5))[0] for _ in range(3)]
+        for connection in held:
+            lane.keep(connection)
+        while lane.size:
+            await asyncio.sleep(0)
 
 
 # --- close -----------------------------------------------------------------------------------------------------------
