@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 import elizasql
-from elizasql import DatabaseAdapter, Memory, _embedded, _registry
+from elizasql import DatabaseAdapter, Memory, _embedded, _pool, _registry
 from tests.conftest import MakeAdapter, make_scene
 from tests.locking import blocked_pid, locked
 
@@ -476,6 +476,80 @@ async def test_a_connection_that_was_dropped_is_nobodys(make_db: MakeAdapter) ->
     assert await other.fetchval("SELECT 1") == 1
     lane.keep(other)
     assert lane.in_use == 0
+
+
+async def test_an_attempt_that_fails_leaves_its_place_to_whoever_waits(
+    make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own caller alone hears of it; the one behind makes another, and does not wait in vain."""
+    lane = (await make_db(pool_max_size=1))._executor.lane
+    await lane.replace()
+    await lane.let_go()
+    real = lane.pool._connect
+    waiting: list[asyncio.Task[Any]] = []
+
+    async def refuse_first(*args: Any, **options: Any) -> Any:
+        if not waiting:
+            waiting.append(asyncio.create_task(lane.acquire(5)))
+            while not lane.waiting:
+                await asyncio.sleep(0)
+            raise ConnectionRefusedError
+        return await real(*args, **options)
+
+    monkeypatch.setattr(lane.pool, "_connect", refuse_first)
+    with pytest.raises(ConnectionRefusedError):
+        await lane.acquire(5)
+    connection, used = await waiting[0]
+    assert not used
+    lane.keep(connection)
+
+
+async def test_a_connection_that_was_begun_before_all_were_replaced_is_not_kept(
+    make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may lead to where the others led."""
+    lane = (await make_db())._executor.lane
+    await lane.replace()
+    await lane.let_go()
+    real = lane.pool._connect
+
+    async def overtaken(*args: Any, **options: Any) -> Any:
+        made = await real(*args, **options)
+        await lane.replace()
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lane.pool, "_connect", overtaken)
+        connection, _ = await lane.acquire(5)
+    pid = connection.get_server_pid()
+    lane.keep(connection)
+    other, used = await lane.acquire(5)
+    assert not used and other.get_server_pid() != pid
+    lane.keep(other)
+
+
+async def test_room_that_comes_together_with_a_cancellation_is_passed_on(make_db: MakeAdapter) -> None:
+    lane = (await make_db(pool_max_size=1))._executor.lane
+    connection, _ = await lane.acquire(5)
+    first, second = (asyncio.create_task(lane.acquire(5)) for _ in range(2))
+    await asyncio.sleep(0)
+    lane.drop(connection)  # there is room for another one, which the first is told
+    first.cancel()
+    other, used = await second
+    assert first.cancelled() and not used
+    lane.keep(other)
+
+
+async def test_a_cancellation_that_comes_together_with_the_end_of_the_wait_is_heard(make_db: MakeAdapter) -> None:
+    lane = (await make_db(pool_max_size=1))._executor.lane
+    connection, _ = await lane.acquire(5)
+    waiting = asyncio.create_task(lane.acquire(5))
+    await asyncio.sleep(0)
+    _pool._expire(next(iter(lane._waiters)))
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    lane.keep(connection)
 
 
 @pytest.mark.parametrize("error", [asyncio.CancelledError, asyncio.TimeoutError])
