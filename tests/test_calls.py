@@ -151,6 +151,33 @@ async def test_limit_bounds_the_tries(make_db: MakeAdapter, monkeypatch: pytest.
     assert tried == 1
 
 
+async def test_a_call_is_not_tried_again_before_its_wait_is_over(
+    make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All tries at once would neither spare the server nor outlast its restart."""
+    db = await make_db(base_delay=60.0, max_delay=60.0)
+    tried = 0
+
+    async def refused(timeout: float, late: Any) -> Any:
+        nonlocal tried
+        tried += 1
+        raise ConnectionRefusedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(db._executor.lane, "take", lambda: None)
+        patch.setattr(db._executor.lane, "acquire", refused)
+        call = asyncio.create_task(db.get_memory_by_id(uuid4(), timeout=3600))
+        while not tried:
+            await asyncio.sleep(0)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert (tried, db._meter.retries) == (1, 1)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+    assert db._executor.in_flight == 0
+
+
 @pytest.mark.parametrize(("kind", "tries"), [(asyncpg.OutOfMemoryError, 2), (asyncpg.DiskFullError, 1)])
 async def test_tries_of_a_server_that_has_run_out_of_something(
     make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch, kind: type[asyncpg.PostgresError], tries: int

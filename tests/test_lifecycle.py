@@ -237,13 +237,14 @@ def test_after_a_fork(dsn: str) -> None:
     program = f"""
         import asyncio, os, uuid, elizasql
 
-        async def child(db):
-            try:
-                await db.count_memories()
-            except elizasql.WrongLoopError as error:
-                assert "fork" in str(error), error
-            else:
-                raise SystemExit(3)
+        async def child(db, tx):
+            for each in (db, tx):
+                try:
+                    await each.count_memories()
+                except elizasql.WrongLoopError as error:
+                    assert "fork" in str(error), error
+                else:
+                    raise SystemExit(3)
             try:
                 await db.close()
             except elizasql.WrongLoopError:
@@ -264,7 +265,7 @@ def test_after_a_fork(dsn: str) -> None:
                         asyncio._set_running_loop(None)
                         code = 4
                         try:
-                            asyncio.run(child(db))
+                            asyncio.run(child(db, tx))
                             code = 0
                         finally:
                             os._exit(code)

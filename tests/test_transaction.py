@@ -892,6 +892,18 @@ async def test_transaction_that_is_left_before_its_savepoint(make_db: MakeAdapte
     await assert_sound(db)
 
 
+async def test_transaction_that_was_left_takes_no_call(make_db: MakeAdapter) -> None:
+    """Its connection goes back: what it did now would be undone with the rest, or be done for somebody else."""
+    db = await make_db(pool_max_size=1)
+    block = db.transaction()
+    tx = await block.__aenter__()
+    await block.gen.aclose()  # type: ignore[attr-defined]
+    with pytest.raises(elizasql.ClosedError, match="transaction is over"):
+        await add(tx)
+    assert await texts(db) == []
+    await assert_sound(db)
+
+
 async def test_savepoint_in_an_iteration_that_is_left(db: DatabaseAdapter) -> None:
     """Calls that come after it in the transaction find it undone."""
 
@@ -952,6 +964,20 @@ async def test_turns_are_passed_on_by_who_goes_away() -> None:
     await last
     turn.pass_on()
     await turn.take("next")
+
+
+async def test_a_turn_that_did_not_come_is_not_passed_on() -> None:
+    """The cancellation comes together with the end of the wait: nobody else may go in for that."""
+    turn = _executor._Turn()
+    await turn.take("first")
+    gone = asyncio.create_task(turn.take("gone"))
+    await asyncio.sleep(0)
+    _executor._expire(next(iter(turn._waiters)))
+    gone.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await gone
+    with pytest.raises(elizasql.DeadlineError):
+        await turn.take("second", 0.0)
 
 
 async def test_cancellation_anywhere(db: DatabaseAdapter, caplog: pytest.LogCaptureFixture) -> None:

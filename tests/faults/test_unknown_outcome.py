@@ -202,6 +202,20 @@ async def test_end_of_a_transaction_is_found_out(
     assert await db.count_memories() == (3 if done else 0)
 
 
+async def test_end_of_a_transaction_that_wrote_nothing_needs_no_finding_out(proxy: Proxy, make_db: MakeAdapter) -> None:
+    """However it ended, it may be made again."""
+    db = await make_db(dsn=proxy.dsn)
+    asked = proxy.when("client", b"P", "note", holding=b"pg_xact_status", times=None)
+    with pytest.raises(elizasql.ConnectionLostError) as caught:
+        async with db.transaction() as tx:
+            assert await tx.count_memories() == 0
+            lost = proxy.when("server", b"C", "reset", holding=COMMIT)
+    assert caught.value.retryable
+    assert (lost.count, asked.count) == (1, 0)
+    assert await db.count_memories() == 0
+    await pool_is_whole(db)
+
+
 @pytest.mark.parametrize("end", ENDS)
 async def test_batch_of_several_chunks_is_there_exactly_once(
     proxy: Proxy, make_db: MakeAdapter, server: FaultServer, chance: random.Random, end: str
