@@ -976,6 +976,68 @@ def test_calls_that_are_running_end_before_the_process(folder: Path) -> None:
         assert not is_running(pid)
 
 
+def test_signal_ends_a_process_where_nothing_can_be_closed(dsn: str) -> None:
+    program = f"""
+        import asyncio, os, signal, uuid, elizasql
+        from elizasql import _shutdown
+
+        async def fail(*args):
+            print("failed", flush=True)
+            raise ZeroDivisionError
+
+        async def main():
+            db = await elizasql.open(agent_id=uuid.uuid4(), dsn={dsn!r}, indexing="manual")
+            db.close = _shutdown._embedded.end = fail
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.Event().wait()
+
+        asyncio.run(main())
+    """
+    done = run(program)
+    assert (done.returncode, done.stdout.split()) == (-signal.SIGTERM, ["failed"] * 2), done.stderr
+
+
+def test_signal_ends_a_process_whose_event_loop_stands_still(dsn: str) -> None:
+    """What belongs to the loop nobody can close, and nobody waits for that."""
+    program = f"""
+        import asyncio, os, signal, uuid, elizasql
+        from elizasql import _shutdown
+
+        _shutdown._BOUND = 3600.0
+        loop = asyncio.new_event_loop()
+        db = loop.run_until_complete(elizasql.open(agent_id=uuid.uuid4(), dsn={dsn!r}, indexing="manual"))
+        os.kill(os.getpid(), signal.SIGTERM)
+        while True:
+            signal.pause()
+    """
+    done = run(program)
+    assert done.returncode == -signal.SIGTERM, done.stderr
+
+
+def test_signal_ends_a_process_whose_main_thread_never_hears_it() -> None:
+    """It is in something that nothing interrupts, and Python runs handlers in no other thread."""
+    program = """
+        import collections, ctypes, functools, itertools, operator, signal, threading
+        from elizasql import _shutdown
+
+        async def end():
+            stuck.acquire()
+
+        stuck = threading.Lock()
+        stuck.acquire()
+        _shutdown._embedded.end = end
+        _shutdown._PATIENCE = 0.1
+        _shutdown.install()
+        signal.raise_signal(signal.SIGTERM)
+        sleep = functools.partial(ctypes.CDLL(None).sleep, 60)
+        # No Python in between, where the handler could run.
+        calls = itertools.chain((stuck.release,), itertools.repeat(sleep))
+        collections.deque(map(operator.methodcaller("__call__"), calls), maxlen=0)
+    """
+    done = run(program)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+
+
 def test_second_signal_cuts_the_end_short_only_when_somebody_sends_it() -> None:
     """A terminal that is closed sends SIGHUP twice, and systemd sends it behind SIGTERM."""
     program = """
@@ -1071,11 +1133,14 @@ def test_handler_is_not_set_when_not_wanted(dsn: str) -> None:
 
 def test_worker_of_multiprocessing_ends_by_a_signal_that_comes_as_it_goes_to_sleep() -> None:
     program = """
-        import ctypes, functools, multiprocessing, operator, signal
+        import ctypes, functools, multiprocessing, operator, signal, threading
         from elizasql import _shutdown
 
         def work(lock):
             _shutdown.install()
+            threads = threading.active_count()
+            _shutdown.install()  # as with each adapter that is opened
+            assert threading.active_count() == threads
             # No Python in between, where the handler could run; as where another worker has taken what woke this one.
             come = functools.partial(ctypes.CDLL(None)["raise"], signal.SIGTERM)
             list(map(operator.methodcaller("__call__"), (come, lock.acquire)))
@@ -1092,18 +1157,68 @@ def test_worker_of_multiprocessing_ends_by_a_signal_that_comes_as_it_goes_to_sle
     assert done.returncode == 0, done.stderr
 
 
+def test_worker_of_multiprocessing_that_comes_to_its_own_end_meanwhile_ends_by_the_signal() -> None:
+    program = """
+        import multiprocessing.util, signal, threading
+        from elizasql import _shutdown
+
+        def work():
+            ended = threading.Event()
+
+            async def end():
+                ended.wait()
+
+            _shutdown._embedded.end = end
+            _shutdown.install()
+            multiprocessing.util.Finalize(None, ended.set, exitpriority=200)
+            signal.raise_signal(signal.SIGTERM)
+
+        worker = multiprocessing.get_context("fork").Process(target=work)
+        worker.start()
+        worker.join()
+        assert worker.exitcode == -signal.SIGTERM, worker.exitcode
+    """
+    done = run(program)
+    assert done.returncode == 0, done.stderr
+
+
+def test_worker_of_multiprocessing_leaves_its_event_loop_the_signals_that_it_handles() -> None:
+    program = """
+        import asyncio, multiprocessing, os, signal
+        from elizasql import _shutdown
+
+        async def main():
+            heard = asyncio.Event()
+            asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, heard.set)
+            _shutdown.install()
+            os.kill(os.getpid(), signal.SIGUSR1)
+            await heard.wait()
+
+        worker = multiprocessing.get_context("fork").Process(target=lambda: asyncio.run(main()), daemon=True)
+        worker.start()
+        worker.join(20)
+        assert worker.exitcode == 0, worker.exitcode
+    """
+    done = run(program)
+    assert done.returncode == 0, done.stderr
+
+
 def test_signal_ends_a_forked_child_that_has_nothing_open(dsn: str) -> None:
+    """Nor does the end of one that has opened something of its own wait for what its parent has open."""
     program = f"""
         import os, signal, uuid
-        from elizasql import sync
+        from elizasql import _shutdown, sync
 
         with sync.connect(agent_id=uuid.uuid4(), dsn={dsn!r}):
             if (child := os.fork()) == 0:
                 assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL is signal.getsignal(signal.SIGHUP)
                 with sync.connect(agent_id=uuid.uuid4(), dsn={dsn!r}):
                     assert callable(signal.getsignal(signal.SIGTERM))
-                os._exit(0)
-            assert os.waitpid(child, 0)[1] == 0
+                    _shutdown._BOUND = 3600.0  # nobody waits for the parent's
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    while True:
+                        signal.pause()
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
             assert callable(signal.getsignal(signal.SIGTERM))
     """
     done = run(program)
