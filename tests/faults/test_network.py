@@ -398,12 +398,15 @@ async def test_cancelled_call_is_let_go_at_once_in_a_black_hole(
     await pool_is_whole(db)
 
 
-@pytest.mark.parametrize("how", ["rolled back", "kept"])
+@pytest.mark.parametrize(
+    ("how", "timeout", "connection_timeout"),
+    [("rolled back", SHORT, CONNECTION_TIMEOUT), ("rolled back", 60.0, 1.0), ("kept", SHORT, CONNECTION_TIMEOUT)],
+)
 async def test_transaction_ends_in_time_in_a_black_hole(
-    proxy: Proxy, make_db: MakeAdapter, server: FaultServer, how: str
+    proxy: Proxy, make_db: MakeAdapter, server: FaultServer, how: str, timeout: float, connection_timeout: float
 ) -> None:
     """Neither the end of a transaction nor the release of its connection may hang; the server undoes it."""
-    db = await make_db(dsn=proxy.dsn, pool_max_size=1, timeout=SHORT, connection_timeout=CONNECTION_TIMEOUT)
+    db = await make_db(dsn=proxy.dsn, pool_max_size=1, timeout=timeout, connection_timeout=connection_timeout)
     ledger = Ledger(db.agent_id)
     id = new_id(random.Random(3))
     operation = ledger.begin({id: 1})
@@ -420,7 +423,7 @@ async def test_transaction_ends_in_time_in_a_black_hole(
         error = ZeroDivisionError()
         assert not await context.__aexit__(ZeroDivisionError, error, None)
         operation.refuse()
-    assert running_time() - began <= SHORT + GRACE
+    assert running_time() - began <= min(timeout, connection_timeout) + GRACE
     await proxy.heal(cut=True)
     assert await db.is_ready(timeout=LONG)
     await server.no_idle_transactions(db.config.application_name)
@@ -488,11 +491,14 @@ async def test_closing_ends_calls_that_wait_for_a_connection(proxy: Proxy, make_
 
 
 @pytest.mark.parametrize("name", ["is_ready", "health"])
-async def test_sign_of_life_has_the_limit_of_its_call(proxy: Proxy, make_db: MakeAdapter, name: str) -> None:
-    db = await make_db(dsn=proxy.dsn, connection_timeout=60.0, pool_max_size=1)
+@pytest.mark.parametrize(("timeout", "connection_timeout"), [(SHORT, 60.0), (60.0, 1.0)])
+async def test_sign_of_life_has_the_limit_of_its_call_and_that_of_a_connection(
+    proxy: Proxy, make_db: MakeAdapter, name: str, timeout: float, connection_timeout: float
+) -> None:
+    db = await make_db(dsn=proxy.dsn, connection_timeout=connection_timeout, pool_max_size=1)
     proxy.hold()
-    with within(SHORT, name):
-        answer = await getattr(db, name)(timeout=SHORT)
+    with within(min(timeout, connection_timeout), name):
+        answer = await getattr(db, name)(timeout=timeout)
     assert answer is False or answer["error"].startswith("DeadlineError")
     await proxy.heal(cut=True)
     assert await db.is_ready(timeout=LONG)
@@ -516,12 +522,13 @@ async def test_causes_of_an_error_have_an_end(proxy: Proxy, make_db: MakeAdapter
 
 
 async def test_opening_ends_in_time(proxy: Proxy, server: FaultServer) -> None:
-    for name in ("black hole", "accepted and never answered", "refused", "reset when accepted"):
+    names = ("black hole", "black hole while the connection is prepared", "accepted and never answered")
+    for name in (*names, "refused", "reset when accepted"):
         done = MODES[name].breaks(proxy)
         if inspect.isawaitable(done):
             await done
         began = running_time()
-        with pytest.raises(elizasql.UnavailableError):
+        with pytest.raises((elizasql.UnavailableError, elizasql.DeadlineError)):
             await elizasql.open(agent_id=uuid4(), dsn=proxy.dsn, connection_timeout=SHORT, timeout=SHORT)
         assert running_time() - began <= SHORT + GRACE, name
         await proxy.heal(cut=True)
@@ -726,6 +733,9 @@ async def test_connection_that_is_silent_is_asked_for_a_sign_of_life(proxy: Prox
     lane.keep(connection)
     made = connection._transport.get_extra_info("socket")
     assert made.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-    waits = [made.getsockopt(socket.IPPROTO_TCP, option) for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL)]
-    assert waits == [10, 5]
+    idle, interval, count = (
+        made.getsockopt(socket.IPPROTO_TCP, option)
+        for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+    )
+    assert (idle, idle + interval * count) == (10, 25)
     assert made.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 25_000
