@@ -620,11 +620,15 @@ async def test_server_killed_while_nobody_looks(stopped: Path) -> None:
     await server.release()
 
 
-async def test_server_that_was_killed_is_started_again_by_who_needs_it(stopped: Path) -> None:
+@pytest.mark.parametrize("socket", ["left", "gone"])
+async def test_server_that_was_killed_is_started_again_by_who_needs_it(stopped: Path, socket: str) -> None:
     async with elizasql.connect(agent_id=uuid4(), data_dir=stopped, indexing="manual") as db:
         await db.ensure_agent_exists({"name": "a"})
         pid = postmaster(stopped)
         os.kill(pid, signal.SIGKILL)
+        if socket == "gone":  # nobody refuses then: the system finds no such file
+            await until(lambda: not running(stopped))
+            (stopped / "run" / ".s.PGSQL.5432").unlink()
         assert all(await asyncio.gather(*(db.set_cache(str(n), n) for n in range(30))))
         assert postmaster(stopped) != pid
         assert await db.get_cache("7") == 7

@@ -272,13 +272,19 @@ async def test_pooler_among_several_hosts_is_not_asked_without(pooler: Callable[
 
 async def test_address_with_what_only_libpq_knows(dsn: str) -> None:
     """As hosts of databases give it out."""
-    more = "channel_binding=prefer&connect_timeout=30&keepalives=1&keepalives_idle=60&gssencmode=disable"
+    more = (
+        "channel_binding=prefer&gssencmode=disable&gssdelegation=0&connect_timeout=30&fallback_application_name=x"
+        "&keepalives=1&keepalives_count=3&keepalives_idle=60&keepalives_interval=5&tcp_user_timeout=1000"
+        "&sslsni=1&sslcompression=0"
+    )
     address = f"{dsn}{'&' if '?' in dsn else '?'}{more}"
     async with elizasql.connect(agent_id=uuid4(), dsn=address, indexing="manual") as db:
         await db.ensure_agent_exists({"name": "x"})
         assert db.config.connection_timeout == 30.0
-    with pytest.raises(elizasql.ConfigurationError, match=r"channel_binding=require is more than .*=verify-full"):
-        await elizasql.open(agent_id=uuid4(), dsn=address.replace("prefer", "require"))
+    for asked in ("channel_binding=prefer", "gssencmode=disable"):
+        name = asked.partition("=")[0]
+        with pytest.raises(elizasql.ConfigurationError, match=rf"{name}=require is more than .*=verify-full"):
+            await elizasql.open(agent_id=uuid4(), dsn=address.replace(asked, f"{name}=require"))
 
 
 async def test_without_names_and_without_a_pooler(dsn: str, round_trips: list[str]) -> None:
@@ -341,11 +347,18 @@ async def test_host_that_answered_last_is_tried_first(dsn: str, tmp_path: Path) 
         assert quote(str(tmp_path), safe="") in second
 
 
+@pytest.mark.parametrize("said_by", ["the address", "the environment"])
 @pytest.mark.parametrize(
     ("wanted", "found"), [("prefer-standby", True), ("any", True), ("primary", True), ("standby", False)]
 )
-async def test_what_the_server_is_counts(dsn: str, tmp_path: Path, wanted: str, found: bool) -> None:
-    several = f"{dsn.partition('?')[0]}?host={tmp_path},{socket_folder(dsn)}&target_session_attrs={wanted}"
+async def test_what_the_server_is_counts(
+    dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: str, found: bool, said_by: str
+) -> None:
+    several = f"{dsn.partition('?')[0]}?host={tmp_path},{socket_folder(dsn)}"
+    if said_by == "the address":
+        several += f"&target_session_attrs={wanted}"
+    else:
+        monkeypatch.setenv("PGTARGETSESSIONATTRS", wanted)
     try:
         connection = await _hosts.connect(several, timeout=5.0)
     except (asyncpg.InternalClientError, OSError):
