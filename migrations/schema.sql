@@ -11,6 +11,7 @@ CREATE FUNCTION elizasql.build_index(given_agent uuid, waits boolean DEFAULT tru
     AS $_$
 DECLARE
     part text := elizasql.partition_of(given_agent);
+    lost int[] := elizasql.lost_indexes(given_agent);
     dim int;
     moved bigint;
     build text;
@@ -18,8 +19,7 @@ DECLARE
     patience CONSTANT text := current_setting('lock_timeout');
     began timestamptz;
 BEGIN
-    SELECT embedding_dimension INTO dim FROM elizasql.agents WHERE id = given_agent;
-    IF dim IS NULL OR to_regclass(format('elizasql.%s_dim_%s_hnsw', part, dim)) IS NOT NULL THEN
+    IF lost = '{}' THEN
         RETURN 0;
     END IF;
     IF NOT waits THEN
@@ -60,12 +60,13 @@ BEGIN
     -- next one.
     EXECUTE format('LOCK TABLE elizasql.%s IN SHARE UPDATE EXCLUSIVE MODE', part);
     EXECUTE format('LOCK TABLE elizasql.%s IN SHARE ROW EXCLUSIVE MODE', part);
-    IF to_regclass(format('elizasql.%s_dim_%s_hnsw', part, dim)) IS NOT NULL THEN
+    lost := elizasql.lost_indexes(given_agent);
+    IF lost = '{}' THEN
         RETURN 0;
     END IF;
     SELECT count(*) INTO moved FROM elizasql.embeddings
-    WHERE agent_id = given_agent AND NOT indexed AND dimension = dim;
-    EXECUTE format('UPDATE elizasql.%s SET indexed = TRUE WHERE NOT indexed AND dimension = %s', part, dim);
+    WHERE agent_id = given_agent AND NOT indexed AND dimension = ANY(lost);
+    EXECUTE format('UPDATE elizasql.%s SET indexed = TRUE WHERE NOT indexed AND dimension = ANY($1)', part) USING lost;
     PERFORM set_config('maintenance_work_mem', greatest(
         pg_size_bytes(current_setting('maintenance_work_mem')),
         least(
@@ -73,16 +74,18 @@ BEGIN
             pg_size_bytes(current_setting('effective_cache_size')) / 4
         )
     ) / 1024 || 'kB', TRUE);
-    build := format(
-        'CREATE INDEX %1$s_dim_%2$s_hnsw ON elizasql.%1$s
-         USING hnsw ((dim_%2$s::halfvec(%2$s)) halfvec_cosine_ops) WITH (m = 16, ef_construction = 128) WHERE indexed',
-        part, dim);
-    BEGIN
-        EXECUTE build;
-    EXCEPTION WHEN insufficient_resources OR system_error THEN
-        PERFORM set_config('max_parallel_maintenance_workers', '0', TRUE);
-        EXECUTE build;
-    END;
+    FOREACH dim IN ARRAY lost LOOP
+        build := format(
+            'CREATE INDEX %1$s_dim_%2$s_hnsw ON elizasql.%1$s
+             USING hnsw ((dim_%2$s::halfvec(%2$s)) halfvec_cosine_ops) WITH (m = 16, ef_construction = 128) WHERE indexed',
+            part, dim);
+        BEGIN
+            EXECUTE build;
+        EXCEPTION WHEN insufficient_resources OR system_error THEN
+            PERFORM set_config('max_parallel_maintenance_workers', '0', TRUE);
+            EXECUTE build;
+        END;
+    END LOOP;
     -- Not of memories that somebody vacuums: writers would wait for the end of it, behind this transaction.
     PERFORM elizasql.refresh_statistics(given_agent, FALSE);
     RETURN moved;
@@ -481,6 +484,15 @@ BEGIN
     END;
     RETURN TRUE;
 END
+$$;
+
+CREATE FUNCTION elizasql.lost_indexes(given_agent uuid) RETURNS integer[]
+    LANGUAGE sql STABLE
+    AS $$
+    SELECT ARRAY(
+        SELECT dim FROM unnest(ARRAY[384, 512, 768, 1024, 1536, 3072]) AS dim
+        WHERE to_regclass(format('elizasql.%s_dim_%s_hnsw', elizasql.partition_of(given_agent), dim)) IS NULL
+    )
 $$;
 
 CREATE FUNCTION elizasql.made_time(given timestamp with time zone, otherwise timestamp with time zone) RETURNS timestamp with time zone

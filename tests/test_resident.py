@@ -1823,14 +1823,14 @@ async def test_what_a_standby_has_is_not_loaded(
     """Neither where it is all that there is, nor where the background has met it between two pages: it lags."""
     await mind.remember(some_vectors(40))
     query = some_vectors(1, seed=8)[0]
-    fetch_row = mind.resident._background.fetch_row
+    fetch_row = mind.resident._executor.fetch_row
 
     async def ask(each: Any, **params: Any) -> Any:
         row = await fetch_row(each, **params)
         return dict(row) | said if each.name == statement else row
 
     with monkeypatch.context() as patch:
-        patch.setattr(mind.resident._background, "fetch_row", ask)
+        patch.setattr(mind.resident._executor, "fetch_row", ask)
         for _ in range(2):
             assert await mind.search(query) == await mind.exact(query)
     assert mind.tier.matrix is None and mind.tier.not_before > mind.tier.used
@@ -2568,7 +2568,7 @@ async def test_contents_that_are_not_read_to_the_end_are_not_given_out(
         await mind.raw.execute(change, mind.db.agent_id, '{"new": 1}')
         await mind.check(vectors[0])
         assert mind.tier.behind
-    fetch, parts = mind.resident._background.fetch, 0
+    fetch, parts = mind.resident._executor.fetch, 0
 
     async def fail(*args: Any, **params: Any) -> Any:
         nonlocal parts
@@ -2578,7 +2578,7 @@ async def test_contents_that_are_not_read_to_the_end_are_not_given_out(
         return await fetch(*args, **params)
 
     with monkeypatch.context() as patch:
-        patch.setattr(mind.resident._background, "fetch", fail)
+        patch.setattr(mind.resident._executor, "fetch", fail)
         if known:
             mind.tier.renew_at = 0.0
         await mind.check(vectors[0])
