@@ -786,3 +786,9 @@ def test_metadata_of_many_levels() -> None:
         lists, objects = [2, lists], {"a": objects, "b": 1}
     assert contains({"a": lists, "o": objects}, {"a": lists, "o": objects})
     assert not contains(lists, lists[1])
+
+
+def test_metadata_with_other_numbers_do_not_contain() -> None:
+    assert contains({"a": 2}, {"a": 2.0}) and contains({"a": 2.0}, {"a": 2})
+    for value, part in ((2, 1.5), (1.5, 2), (2**60, 1.1e18), (1, True), (True, 1), (True, 1.0), (1.0, True)):
+        assert not contains({"a": value}, {"a": part}), (value, part)
