@@ -215,7 +215,8 @@ async def test_update_changes_what_is_given(db: DatabaseAdapter, agent_world: Sc
     assert len(round_trips) == 1
     goal = await db.get_goal(id)
     assert goal is not None
-    assert (goal.name, goal.room_id, goal.objectives) == ("n", agent_world.room, steps)
+    assert (goal.name, goal.room_id, goal.entity_id) == ("n", agent_world.room, agent_world.entity)
+    assert goal.objectives == steps
     assert (goal.status, goal.created_at) == ("DONE", START)
     assert goal.updated_at is not None
     assert goal.updated_at > START

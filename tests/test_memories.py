@@ -693,6 +693,19 @@ async def test_pages_by_offset_and_by_cursor_cover_all_once(
             assert ids_of(by_offset) == ids_of(by_cursor) == ids_of(everything)
 
 
+async def test_a_page_is_no_longer_than_asked_for(db: DatabaseAdapter, agent_world: Scene) -> None:
+    place = {"room_id": agent_world.room, "entity_id": agent_world.entity, "world_id": agent_world.world}
+    await db.create_memories([memory(agent_world, world_id=agent_world.world) for _ in range(4)], "messages")
+    whole = await db.get_memories(table_name="messages")
+    assert len(whole) == 4
+    for kept in (*place, None):
+        scope: dict[str, Any] = {word: id for word, id in place.items() if word == kept}
+        assert await db.get_memories(table_name="messages", count=2, offset=1, **scope) == whole[1:3], kept
+    asked: dict[str, Any] = {"table_name": "messages", "limit": 2}
+    assert await db.get_memories_by_room_ids(room_ids=[agent_world.room], **asked) == whole[:2]
+    assert await db.get_memories_by_world_id(world_id=agent_world.world, **asked) == whole[:2]
+
+
 async def test_a_cursor_and_an_end_hold_together(db: DatabaseAdapter, agent_world: Scene) -> None:
     """Whichever of the two is earlier; what is of the end's own time belongs to it, whatever the id."""
     ids = [UUID(int=0), UUID(int=2**128 - 1), *(uuid4() for _ in range(10))]
@@ -818,7 +831,12 @@ async def test_each_part_of_the_scope_reaches_the_vector_alone(
         ("unique", False),
         ("type", "facts"),
     ):
-        await raw.execute(f'UPDATE elizasql.memories SET "{column}" = $2 WHERE id = $1', id, value)
+        if column == "type":  # no method changes that
+            await raw.execute("UPDATE elizasql.memories SET type = $2 WHERE id = $1", id, value)
+        else:
+            assert await db.update_memory({"id": id, column: value}) is True
+        stored = await db.get_memory_by_id(id)
+        assert getattr(stored, column) == value
         beside = f'SELECT "{column}" FROM elizasql.embeddings WHERE memory_id = $1'
         assert await raw.fetchval(beside, id) == value, column
 

@@ -818,7 +818,9 @@ async def test_messaging_is_shared_by_all_agents(make_db: MakeAdapter) -> None:
 
 async def test_update_of_a_message_changes_what_is_given(db: DatabaseAdapter, round_trips: list[str]) -> None:
     channel = await make_channel(db)
-    first = await db.create_message(message(channel, "one", raw_message={"r": 1}, metadata={"m": 1}, source_id="s"))
+    root = await db.create_message(message(channel))
+    fields = {"raw_message": {"r": 1}, "metadata": {"m": 1}, "source_type": "k", "source_id": "s"}
+    first = await db.create_message(message(channel, "one", in_reply_to_root_message_id=root.id, **fields))
     assert first.id is not None
     given = {"content": ""}
     round_trips.clear()
@@ -936,6 +938,7 @@ async def test_replies_are_direct_and_paged(db: DatabaseAdapter) -> None:
     expected = sorted(replies, key=lambda reply: (reply.created_at, reply.id))
     assert await db.get_replies(root.id) == expected
     assert await db.get_replies(root.id, None) == expected
+    assert await db.get_replies(root.id, 3) == expected[:3]
     paged: list[ChannelMessage] = []
     while page := await db.get_replies(root.id, 2, cursor=paged[-1] if paged else None):
         paged += page

@@ -8,6 +8,7 @@ import itertools
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from typing import Any
 from uuid import UUID, uuid4
@@ -319,6 +320,31 @@ async def test_update_changes_what_is_given(db: DatabaseAdapter) -> None:
     assert (found.name, found.attempts, found.claim_token, found.error) == ("m", 0, None, None)
 
 
+@pytest.mark.parametrize("update", ["update_task", "update_pending_task"])
+async def test_each_field_is_changed_alone(db: DatabaseAdapter, update: str) -> None:
+    (id,) = await queue(db, "n")
+
+    async def change(field: str, given: Any, wanted: Any) -> None:
+        before = await db.get_task(id)
+        assert await getattr(db, update)(id, {field: given}) is True
+        after = await db.get_task(id)
+        assert before is not None and before.updated_at and after is not None and after.updated_at
+        assert after.updated_at > before.updated_at
+        ready_at = wanted if field == "due_at" else before.ready_at
+        assert after == replace(before, **{field: wanted, "ready_at": ready_at, "updated_at": after.updated_at})
+
+    places = ["room_id", "world_id", "entity_id"]
+    for field in places:
+        await change(field, place := uuid4(), place)
+    for field, value in {"name": "m", "description": "d", "metadata": {"a": 1}, "max_attempts": 3}.items():
+        await change(field, value, value)
+    await change("due_at", at(99), at(99))
+    await change("tags", ["queue", "t"], ["queue", "t"])
+    empty: dict[str, Any] = {**dict.fromkeys(places), "description": "", "metadata": {}, "tags": []}
+    for field, value in empty.items():
+        await change(field, None, value)
+
+
 async def test_update_of_nothing_is_false(db: DatabaseAdapter) -> None:
     assert await db.update_task(uuid4(), {"name": "x"}) is False
 
@@ -457,7 +483,9 @@ async def test_racing_updates_of_a_pending_task_have_one_winner(make_db: MakeAda
 # --- claims ----------------------------------------------------------------------------------------------------------
 
 
-async def test_claim_takes_the_ready_ones_in_order(db: DatabaseAdapter, round_trips: list[str]) -> None:
+@pytest.mark.parametrize("by_names", [False, True])
+async def test_claim_takes_the_ready_ones_in_order(db: DatabaseAdapter, round_trips: list[str], by_names: bool) -> None:
+    chosen: dict[str, Any] = {"names": ["a", "b", "c", "later", "choice"]} if by_names else {}
     await queue(db, "c", "b", "a")
     await db.create_tasks(
         [
@@ -466,15 +494,15 @@ async def test_claim_takes_the_ready_ones_in_order(db: DatabaseAdapter, round_tr
         ]
     )
     del round_trips[:]
-    claimed = await db.claim_tasks(2, lease=60, worker="w1")
+    claimed = await db.claim_tasks(2, lease=60, worker="w1", **chosen)
     assert len(round_trips) == 1
     assert names(claimed) == ["c", "b"]
     assert {task.claimed_by for task in claimed} == {"w1"}
     assert [task.attempts for task in claimed] == [1, 1]
     assert len({task.claim_token for task in claimed} - {None}) == 2
     assert await db.get_tasks_by_ids([task.id or "" for task in claimed]) == claimed
-    assert names(await db.claim_tasks(9)) == ["a"]
-    assert await db.claim_tasks(9) == []
+    assert names(await db.claim_tasks(9, **chosen)) == ["a"]
+    assert await db.claim_tasks(9, **chosen) == []
 
 
 @pytest.mark.parametrize("by_names", [False, True])
@@ -714,9 +742,12 @@ async def test_completed_task_is_gone_or_due_again(db: DatabaseAdapter) -> None:
     await queue(db, "once", "again")
     once, again = await db.claim_tasks(2)
     assert await db.complete_task(once) is True
+    assert await db.fail_task(again, "not yet", base_delay=0) is True
+    (again,) = await db.claim_tasks()
+    assert again.error == "not yet"
     assert await db.complete_task(again, again_in=3600) is True
     (task,) = await db.get_tasks()
-    assert (task.name, task.attempts, task.claim_token) == ("again", 0, None)
+    assert (task.name, task.attempts, task.claim_token, task.error) == ("again", 0, None, None)
     assert task.due_at == task.ready_at
     assert again.updated_at
     assert task.updated_at
