@@ -1090,9 +1090,11 @@ async def test_what_is_deleted_meanwhile_does_not_end_the_cleaning_up(
     monkeypatch.setattr(module, "_DROPPED_AT_ONCE", 10)
     ids = sorted(await remember(db, 25))
     fetch_row, transaction = db._background.fetch_row, raw.transaction()
+    batches: list[str] = []
 
     async def overtaken(statement: Any, **params: Any) -> Any:
         call = asyncio.ensure_future(fetch_row(statement, **params))
+        batches.append(statement.name)
         if statement.name == "drop_leaving_embeddings" and params["first"] == UUID(int=0):
             await blocked_pid(raw, call)
             await transaction.commit()
@@ -1109,6 +1111,7 @@ async def test_what_is_deleted_meanwhile_does_not_end_the_cleaning_up(
     monkeypatch.setattr(db, "_drop_leaving", begin_to_delete)
     done = await db.reembed(NEW, embedder(NEW))
     assert (done.dimension, done.dropped) == (NEW, 24)
+    assert batches.count("drop_leaving_embeddings") == 4, "of ten, ten and five; and none is left"
     assert [set(found) for found in (await vectors(raw, db.agent_id)).values()] == [{NEW}] * 24
     assert await raw.fetchval("SELECT count(*) FROM elizasql.reembeddings WHERE agent_id = $1", db.agent_id) == 0
 
