@@ -693,17 +693,26 @@ async def test_pages_by_offset_and_by_cursor_cover_all_once(
             assert ids_of(by_offset) == ids_of(by_cursor) == ids_of(everything)
 
 
-async def test_a_page_is_no_longer_than_asked_for(db: DatabaseAdapter, agent_world: Scene) -> None:
+async def test_the_newest_come_first_and_no_more_than_asked_for(db: DatabaseAdapter, agent_world: Scene) -> None:
     place = {"room_id": agent_world.room, "entity_id": agent_world.entity, "world_id": agent_world.world}
-    await db.create_memories([memory(agent_world, world_id=agent_world.world) for _ in range(4)], "messages")
+    ids = sorted((uuid4() for _ in range(4)), reverse=True)
+    times = [T0 + timedelta(seconds=n) for n in range(4)]
+    for id, time in zip(ids, times, strict=True):
+        await db.create_memory(memory(agent_world, id=id, world_id=agent_world.world, created_at=time), "messages")
     whole = await db.get_memories(table_name="messages")
-    assert len(whole) == 4
+    assert [each.id for each in whole] == ids[::-1]
+    assert await db.get_memories_by_ids(ids) == whole
     for kept in (*place, None):
         scope: dict[str, Any] = {word: id for word, id in place.items() if word == kept}
         assert await db.get_memories(table_name="messages", count=2, offset=1, **scope) == whole[1:3], kept
     asked: dict[str, Any] = {"table_name": "messages", "limit": 2}
     assert await db.get_memories_by_room_ids(room_ids=[agent_world.room], **asked) == whole[:2]
     assert await db.get_memories_by_world_id(world_id=agent_world.world, **asked) == whole[:2]
+    # Those that name the world, and those in a room of it.
+    for kind, only in (("facts", {"world_id": agent_world.world, "room_id": None}), ("notes", {})):
+        await db.create_memories([memory(agent_world, **only) for _ in range(4)], kind)
+        newest = await db.get_memories(table_name=kind, count=2)
+        assert await db.get_memories_by_world_id(world_id=agent_world.world, table_name=kind, limit=2) == newest
 
 
 async def test_a_cursor_and_an_end_hold_together(db: DatabaseAdapter, agent_world: Scene) -> None:

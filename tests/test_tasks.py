@@ -268,6 +268,17 @@ async def test_pages_of_tags_are_the_list_cut_up(db: DatabaseAdapter) -> None:
                 assert [task.id for task in page] == wanted[offset : offset + count], (tag, count, offset)
 
 
+async def test_every_list_is_oldest_first(db: DatabaseAdapter) -> None:
+    """And by id where the times are equal; here the ids go the other way."""
+    first, second, third, last = sorted(uuid4() for _ in range(4))
+    place: dict[str, Any] = {"room_id": uuid4(), "world_id": uuid4(), "entity_id": uuid4()}
+    times = {last: at(1), third: at(3), second: at(2), first: at(3)}
+    await db.create_tasks([Task(id=id, name="n", tags=["t"], created_at=time, **place) for id, time in times.items()])
+    chosen: list[dict[str, Any]] = [{}, {"tags": "t"}, *({name: id} for name, id in place.items())]
+    for found in [await db.get_tasks_by_name("n"), *[await db.get_tasks(**each) for each in chosen]]:
+        assert [task.id for task in found] == [last, second, first, third]
+
+
 async def test_list_arguments(db: DatabaseAdapter, round_trips: list[str]) -> None:
     await queue(db, "a", "b", "c")
     assert names(await db.get_tasks(agent_ids=[db.agent_id], limit=2)) == ["a", "b"]
@@ -522,6 +533,13 @@ async def test_claim_by_names_keeps_the_order_over_names(db: DatabaseAdapter) ->
     assert names(await db.claim_tasks(3, names="n0")) == ["n0", "n0", "n0"]
 
 
+async def test_claim_by_names_takes_the_first_of_more_than_are_looked_up(db: DatabaseAdapter) -> None:
+    one_name = await queue(db, *["a"] * 103)
+    two_names = await queue(db, *("bc"[i % 2] for i in range(103)))
+    for ids, chosen in ((one_name, ["a"]), (two_names, ["b", "c"])):
+        assert [task.id for task in await db.claim_tasks(1, names=chosen)] == ids[:1]
+
+
 async def test_bad_claims_send_nothing(db: DatabaseAdapter, round_trips: list[str]) -> None:
     bad: dict[str, Any]
     for bad in (
@@ -607,8 +625,10 @@ async def test_a_claim_by_names_steps_over_many_locked_tasks(make_db: MakeAdapte
     async with db.transaction() as tx:
         assert len(await tx.claim_tasks(150, names=["a", "b"])) == 150
         assert [task.id for task in await other.claim_tasks(2, names=["a", "b"])] == ids[150:152]
-        assert [task.id for task in await other.claim_tasks(120, names="a")] == ids[152::2]
-        assert [task.id for task in await other.claim_tasks(500, names=["b", "c"])] == ids[153::2]
+        # Ten of these are among the candidates, the others behind them.
+        assert [task.id for task in await other.claim_tasks(60, names=["a", "b"])] == ids[152:212]
+        assert [task.id for task in await other.claim_tasks(120, names="a")] == ids[212::2]
+        assert [task.id for task in await other.claim_tasks(500, names=["b", "c"])] == ids[213::2]
 
 
 async def test_behind_many_locked_tasks_only_what_fits_is_claimed(
