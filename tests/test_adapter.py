@@ -799,11 +799,46 @@ async def test_process_that_has_no_descriptor_left(make_db: MakeAdapter) -> None
     assert db._connections.breaker.failures == 0
 
 
+async def test_calls_where_the_server_was_full_a_moment_ago(
+    make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They wait for what there is no longer than they may, take what is idle, and ask where they have none at all."""
+    monkeypatch.setattr(_pool, "_FULL", 3600.0)
+    db = await make_db()
+    lane = db._executor.lane
+    one, other = [(await lane.acquire(5))[0] for _ in range(2)]
+
+    async def refuse(*args: Any, **options: Any) -> None:
+        raise asyncpg.TooManyConnectionsError("no more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lane.pool, "_connect", refuse)
+        with pytest.raises((elizasql.PoolTimeoutError, elizasql.DeadlineError)):
+            await db.get_tasks(timeout=0.1)
+    pid = other.get_server_pid()
+    lane.give_back(other, sound=True)
+    await lane.let_go()
+    other, used = await lane.acquire(5)
+    assert (other.get_server_pid(), used) == (pid, True)
+    for connection in (one, other):
+        lane.drop(connection)
+    assert await db.get_tasks() == []
+
+
 async def connect_again(address: str) -> asyncpg.Connection[Any]:
     """Connect when the server has noticed the end of an earlier connection."""
     while True:
         with suppress(asyncpg.TooManyConnectionsError):
             return await asyncpg.connect(address)
+
+
+async def test_what_the_server_refuses_costs_no_connection(make_db: MakeAdapter) -> None:
+    db = await make_db(pool_max_size=1)
+    lane = db._executor.lane
+    for _ in range(3):
+        with pytest.raises(elizasql.ForeignKeyError):
+            await db.create_memory(memory(room_id=uuid4()), "messages")
+        assert (lane.in_use, lane.size) == (0, 1)
 
 
 async def test_more_calls_than_connections(db: DatabaseAdapter) -> None:

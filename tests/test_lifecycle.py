@@ -53,8 +53,9 @@ async def test_adapters_share_their_connections_and_the_last_one_closes_them(
     make_db: MakeAdapter, raw: asyncpg.Connection[Any]
 ) -> None:
     name = f"test {uuid4()}"
-    first = await make_db(application_name=name, pool_max_size=3)
-    second = await make_db(application_name=name, pool_max_size=3)
+    options: dict[str, Any] = {"application_name": name, "pool_max_size": 3}
+    options["connection_timeout"] = 600.0  # what closing would wait for a connection that nobody gives back
+    first, second = await make_db(**options), await make_db(**options)
     assert first._connections is second._connections
     await asyncio.gather(*(db.create_memory(memory(), "messages") for db in (first, second) for _ in range(30)))
     assert await backends(raw, name) <= 3
@@ -610,6 +611,22 @@ async def test_close_does_not_wait_for_ever(make_db: MakeAdapter, raw: asyncpg.C
         with pytest.raises(elizasql.ClosedError):
             await task
     assert await gone(raw, name)
+
+
+async def test_close_cuts_what_takes_too_long_where_others_share_the_connections(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any]
+) -> None:
+    """The pool goes on, and with it would the call, for as long as the row is locked."""
+    db, other = await make_db(), await make_db()
+    id = await db.create_memory(memory(), "messages")
+    async with locked(raw, id):
+        task = asyncio.create_task(db.update_memory(memory("y", id=id)))
+        assert await blocked_pid(raw, task)
+        await db.close(timeout=0.0)
+        with pytest.raises(elizasql.ClosedError):
+            await task
+    assert await other.is_ready()
+    assert other._executor.lane.in_use == 0
 
 
 @pytest.mark.parametrize("depth", [1, 2], ids=["transaction", "savepoint"])
