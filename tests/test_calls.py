@@ -502,6 +502,28 @@ async def test_health_where_the_server_gives_no_sign_of_life(
     assert db._executor.in_flight == 0
 
 
+async def test_a_sign_of_life_that_nobody_waits_for_any_more(
+    make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    db = await make_db(pool_max_size=1)
+    asked = asyncio.Event()
+
+    async def never(*args: Any, **options: Any) -> None:
+        asked.set()
+        await asyncio.Event().wait()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncpg.Connection, "fetchval", never)
+        asking = asyncio.create_task(db.is_ready())
+        await asked.wait()
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+    await db._executor.lane.let_go()
+    assert (db._executor.lane.in_use, db._executor.in_flight) == (0, 0)
+    assert await db.is_ready()
+
+
 async def test_open_circuit_answers_without_the_server(db: DatabaseAdapter, round_trips: list[str]) -> None:
     breaker = db._connections.breaker
     for _ in range(5):
@@ -510,6 +532,7 @@ async def test_open_circuit_answers_without_the_server(db: DatabaseAdapter, roun
         await db.get_memory_by_id(uuid4())
     assert 0 < caught.value.retry_after <= 60
     assert caught.value.retryable
+    assert caught.value.statement == "get_memory_by_id"
     assert not round_trips
     health = await db.health()
     assert health["breaker"]["state"] == "open"

@@ -851,14 +851,14 @@ async def test_savepoint_whose_end_was_not_waited_for(db: DatabaseAdapter, raw: 
 async def test_a_task_that_nobody_held(make_db: MakeAdapter, nested: bool) -> None:
     """The garbage collector ends it where it waits, and it can await nothing more."""
     db = await make_db(pool_max_size=1)
-    reached: list[bool] = []
+    reached: list[int] = []
 
     async def work() -> None:
         async with db.transaction() as tx:
             await add(tx)
             async with tx.transaction() if nested else nullcontext(tx) as inner:
                 await add(inner)
-                reached.append(True)
+                reached.append(_connection(tx).get_server_pid())
                 await asyncio.get_running_loop().create_future()
 
     task = asyncio.create_task(work())
@@ -871,7 +871,10 @@ async def test_a_task_that_nobody_held(make_db: MakeAdapter, nested: bool) -> No
     assert await texts(db) == []
     await assert_sound(db)
     assert not db._executor._held
-    assert db._executor.lane._generation == 0  # nothing is wrong with any connection
+    # Nothing is wrong with any connection, nor with this one: what still ran on it was waited for.
+    assert db._executor.lane._generation == 0
+    async with db.transaction() as tx:
+        assert [_connection(tx).get_server_pid()] == reached
 
 
 async def test_transaction_that_is_left_before_its_savepoint(make_db: MakeAdapter) -> None:
