@@ -236,6 +236,7 @@ async def test_who_waits_for_a_room_leaves_the_connections_to_others(
     db = await make_db(pool_max_size=4)
     await db.create_memory(Memory(content={}, embedding=_AXES[0], unique=True), "documents")
     one, two, three, four = (Memory(content={}, embedding=_AXES[axis]) for axis in range(4))
+    typed = (two, "messages"), (one, "facts"), (two, "messages")
     lock = "SELECT pg_advisory_xact_lock(hashtextextended($1::text || ' - messages', 0))"
     async with raw.transaction():
         await raw.execute(lock, str(db.agent_id))
@@ -243,7 +244,7 @@ async def test_who_waits_for_a_room_leaves_the_connections_to_others(
             db.create_memory(one, "messages"),
             db.create_memory(two, "messages"),
             db.create_memories([one, two, three, three], "messages"),
-            db.create_memories([dataclasses.replace(two, type="messages"), dataclasses.replace(one, type="facts")]),
+            db.create_memories([dataclasses.replace(each, type=type) for each, type in typed]),
             db.create_memory(four, "messages"),
         ]
         creating = [asyncio.ensure_future(call) for call in calls]
@@ -258,7 +259,7 @@ async def test_who_waits_for_a_room_leaves_the_connections_to_others(
         async with db.transaction() as tx:
             await tx.create_memory(one, "facts")
     await asyncio.gather(*creating[2:], creating[0])
-    assert await db.count_memories(table_name="messages", unique=False) == 7
+    assert await db.count_memories(table_name="messages", unique=False) == 8
     assert await db.count_memories(table_name="messages", unique=True) == 4
     gc.collect()
     assert not db._executor.connections.turns
