@@ -1148,6 +1148,25 @@ def test_handler_is_not_set_when_not_wanted(dsn: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_opening_in_a_thread_leaves_the_signals_alone(dsn: str) -> None:
+    """Python lets only the main thread choose what they do; the adapter works all the same."""
+    program = f"""
+        import asyncio, signal, threading, uuid, elizasql
+
+        async def main():
+            async with elizasql.connect(agent_id=uuid.uuid4(), dsn={dsn!r}, indexing="manual") as db:
+                said.extend((await db.is_ready(), signal.getsignal(signal.SIGTERM)))
+
+        said = []
+        thread = threading.Thread(target=asyncio.run, args=(main(),))
+        thread.start()
+        thread.join()
+        assert said == [True, signal.SIG_DFL], said
+    """
+    done = run(program)
+    assert done.returncode == 0, done.stderr
+
+
 def test_worker_of_multiprocessing_ends_by_a_signal_that_comes_as_it_goes_to_sleep() -> None:
     program = """
         import ctypes, functools, multiprocessing, operator, signal, threading
