@@ -244,7 +244,7 @@ async def test_who_waits_for_a_room_leaves_the_connections_to_others(
             db.create_memory(one, "messages"),
             db.create_memory(two, "messages"),
             db.create_memories([one, two, three, three], "messages"),
-            db.create_memories([dataclasses.replace(each, type=type) for each, type in typed]),
+            db.create_memories([dataclasses.replace(each, type=kind) for each, kind in typed]),
             db.create_memory(four, "messages"),
         ]
         creating = [asyncio.ensure_future(call) for call in calls]

@@ -2568,7 +2568,8 @@ async def test_contents_that_are_not_read_to_the_end_are_not_given_out(
         await mind.raw.execute(change, mind.db.agent_id, '{"new": 1}')
         await mind.check(vectors[0])
         assert mind.tier.behind
-    fetch, parts = mind.resident._executor.fetch, 0
+    executor = mind.resident._executor = copy(mind.resident._executor)  # the searches' is not disturbed
+    fetch, parts = executor.fetch, 0
 
     async def fail(*args: Any, **params: Any) -> Any:
         nonlocal parts
@@ -2578,7 +2579,7 @@ async def test_contents_that_are_not_read_to_the_end_are_not_given_out(
         return await fetch(*args, **params)
 
     with monkeypatch.context() as patch:
-        patch.setattr(mind.resident._executor, "fetch", fail)
+        patch.setattr(executor, "fetch", fail)
         if known:
             mind.tier.renew_at = 0.0
         await mind.check(vectors[0])
