@@ -387,6 +387,8 @@ class Executor:
         """Decide whether another try makes sense; `latest` is when it would have to begin."""
         if failures >= self._policy.max_retries or time.monotonic() >= latest or self._closed:
             return False
+        if isinstance(made, (CircuitOpenError, ClosedError, DeadlineError, PoolTimeoutError)):
+            return False
         if outcome is Outcome.EXHAUSTED:
             return made.sqlstate == OUT_OF_MEMORY and failures <= 1
         return outcome is Outcome.NOT_APPLIED
