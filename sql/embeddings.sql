@@ -431,39 +431,7 @@ ORDER BY best.distance, m.id;
 -- name: search_memories_of_several(embedding, agent_id, type, room_id, entity_id, world_id, by_hnsw, known_ef, ef_search, only_unique, threshold, count, candidates, include_embedding)
 -- As search_memories, for what is in two or three of a room, an entity and a world. Each of them is measured alone, since
 -- no index counts what they share; the smallest decides, and is the one that an exact search goes through.
-WITH sizes AS MATERIALIZED (
-    SELECT
-        CASE WHEN :room_id::uuid IS NOT NULL THEN (
-            SELECT count(*)
-            FROM (
-                SELECT FROM elizasql.embeddings
-                WHERE agent_id = :agent_id AND room_id = :room_id AND type = :type
-                LIMIT 20001
-            ) AS counted
-        ) END AS room,
-        CASE WHEN :entity_id::uuid IS NOT NULL THEN (
-            SELECT count(*)
-            FROM (
-                SELECT FROM elizasql.embeddings
-                WHERE agent_id = :agent_id AND entity_id = :entity_id AND type = :type
-                LIMIT 20001
-            ) AS counted
-        ) END AS entity,
-        CASE WHEN :world_id::uuid IS NOT NULL THEN (
-            SELECT count(*)
-            FROM (
-                SELECT FROM elizasql.embeddings
-                WHERE agent_id = :agent_id AND world_id = :world_id AND type = :type
-                LIMIT 20001
-            ) AS counted
-        ) END AS world
-),
-
-scope AS MATERIALIZED (
-    SELECT least(room, entity, world) AS size FROM sizes
-),
-
-graph AS MATERIALIZED (
+WITH graph AS MATERIALIZED (
     SELECT CASE WHEN reltuples < 0 THEN 100000 ELSE reltuples END AS size FROM pg_class
     WHERE oid = (
         SELECT one.tableoid FROM elizasql.embeddings AS one
@@ -471,6 +439,38 @@ graph AS MATERIALIZED (
         ORDER BY one.xid
         LIMIT 1
     )
+),
+
+sizes AS MATERIALIZED (
+    SELECT
+        CASE WHEN :room_id::uuid IS NOT NULL THEN (
+            SELECT count(*)
+            FROM (
+                SELECT FROM elizasql.embeddings
+                WHERE agent_id = :agent_id AND room_id = :room_id AND type = :type
+                LIMIT (SELECT least(20001, greatest(2001, ceil(0.3 * graph.size)))::bigint FROM graph)
+            ) AS counted
+        ) END AS room,
+        CASE WHEN :entity_id::uuid IS NOT NULL THEN (
+            SELECT count(*)
+            FROM (
+                SELECT FROM elizasql.embeddings
+                WHERE agent_id = :agent_id AND entity_id = :entity_id AND type = :type
+                LIMIT (SELECT least(20001, greatest(2001, ceil(0.3 * graph.size)))::bigint FROM graph)
+            ) AS counted
+        ) END AS entity,
+        CASE WHEN :world_id::uuid IS NOT NULL THEN (
+            SELECT count(*)
+            FROM (
+                SELECT FROM elizasql.embeddings
+                WHERE agent_id = :agent_id AND world_id = :world_id AND type = :type
+                LIMIT (SELECT least(20001, greatest(2001, ceil(0.3 * graph.size)))::bigint FROM graph)
+            ) AS counted
+        ) END AS world
+),
+
+scope AS MATERIALIZED (
+    SELECT least(room, entity, world) AS size FROM sizes
 ),
 
 narrowest AS MATERIALIZED (
@@ -486,35 +486,44 @@ narrowest AS MATERIALIZED (
 
 placed AS MATERIALIZED (
     SELECT
-        CASE narrowest.name
-            WHEN 'room'
+        CASE
+            WHEN (
+                SELECT count(*)
+                FROM (
+                    SELECT FROM elizasql.embeddings
+                    WHERE agent_id = :agent_id AND type = :type AND NOT indexed
+                    LIMIT 501
+                ) AS waiting
+            ) <= least(500, scope.size - 2001) THEN TRUE
+            WHEN narrowest.name = 'room'
                 THEN (
-                    SELECT count(*)
+                    SELECT count(*) > 2000
                     FROM (
                         SELECT FROM elizasql.embeddings
                         WHERE agent_id = :agent_id AND room_id = :room_id AND type = :type AND indexed
                         LIMIT 2001
                     ) AS counted
                 )
-            WHEN 'entity'
+            WHEN narrowest.name = 'entity'
                 THEN (
-                    SELECT count(*)
+                    SELECT count(*) > 2000
                     FROM (
                         SELECT FROM elizasql.embeddings
                         WHERE agent_id = :agent_id AND entity_id = :entity_id AND type = :type AND indexed
                         LIMIT 2001
                     ) AS counted
                 )
-            WHEN 'world' THEN (
-                SELECT count(*)
+            WHEN narrowest.name = 'world' THEN (
+                SELECT count(*) > 2000
                 FROM (
                     SELECT FROM elizasql.embeddings
                     WHERE agent_id = :agent_id AND world_id = :world_id AND type = :type AND indexed
                     LIMIT 2001
                 ) AS counted
             )
-        END AS size
-    FROM narrowest
+        END AS many
+    FROM scope
+    CROSS JOIN narrowest
 ),
 
 choice AS MATERIALIZED (
@@ -525,7 +534,7 @@ choice AS MATERIALIZED (
                     scope.size > 20000
                     OR (scope.size > 2000 AND scope.size >= 0.3 * (SELECT graph.size FROM graph))
                 )
-                AND (SELECT placed.size > 2000 FROM placed)
+                AND (SELECT placed.many FROM placed)
             FROM scope
         )) AS by_hnsw,
         CASE
