@@ -25,6 +25,7 @@ from .errors import (
     EmbeddingDimensionError,
     EmbeddingError,
     NotFoundError,
+    PermissionDeniedError,
     ReembeddingError,
     show,
 )
@@ -121,7 +122,7 @@ class Reembedding(Store):
                 another run of this move was begun meanwhile with another `skip_missing`;
                 or memories have a vector and no text: `missing` lists them.
             PermissionDeniedError: Policies guard memories or embeddings from the role: it may not see all. Nothing is
-                begun.
+                begun. Or something on the agents' table keeps the width from being changed: what was made stays.
             NotFoundError: The agent does not exist.
 
         Statement: sql/reembeddings.sql. Four round trips a batch, and one for each further 50 ms that the index takes,
@@ -236,6 +237,8 @@ class _Move:
         self._batch_size = batch_size
         self._skip_missing = skip_missing
         self._progress = progress
+        # Whether the last switch that was not refused has changed nothing: the move was over, or something forbids it.
+        self._unheeded = False
 
     async def run(self) -> int:
         """Fill and switch; give how many vectors were made."""
@@ -246,6 +249,11 @@ class _Move:
         )
         embedded = refused = 0
         while await self._goes_on():
+            if self._unheeded:
+                raise PermissionDeniedError(
+                    f"the width of agent {self._store.agent_id} stays as it is, without an error from the server: "
+                    "a policy or a trigger of yours on elizasql.agents stands in the way"
+                )
             await self._executor.execute(SQL["drop_textless_reembeddings"], **self._about)
             filled = await self._fill()
             embedded += filled
@@ -366,10 +374,13 @@ class _Move:
         while await self._executor.fetch_value(SQL["index_reembeddings"], batch_size=size, **self._about):
             pass
 
+    async def _put_in_force(self, executor: Executor) -> None:
+        self._unheeded = await executor.fetch_value(SQL["switch_dimension"], **self._about) is None
+
     async def _switch(self) -> bool:
         """Put the new width in force; False when the server finds that something is missing."""
         try:
-            await self._executor.execute(SQL["switch_dimension"], **self._about)
+            await self._put_in_force(self._executor)
         except CheckError as error:
             if error.constraint not in _NOT_YET:
                 raise
@@ -391,7 +402,7 @@ class _Move:
                     if not rows or not (number := await self._put(tx, rows)):
                         return stored  # without text, or abandoned meanwhile, which the next look says
                     stored += number
-                await tx.execute(SQL["switch_dimension"], **self._about)
+                await self._put_in_force(tx)
         except CheckError as error:
             if error.constraint not in _NOT_YET:
                 raise

@@ -526,25 +526,35 @@ BEGIN
 END
 $$;
 
--- Locks an agent's partition as every write of a vector does, to the end of the transaction; waits = FALSE: gives FALSE
--- where that is not to be had at once. The partitioned table is locked first, as in every other statement.
-CREATE FUNCTION elizasql.lock_partition(given_agent uuid, waits boolean) RETURNS boolean LANGUAGE plpgsql AS $$
+-- Locks an agent's partition as every write of a vector does, to the end of the transaction; gives FALSE where that is not
+-- to be had at once. The partitioned table is locked first, as in every other statement.
+CREATE FUNCTION elizasql.try_lock_partition(given_agent uuid) RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
     LOCK TABLE ONLY elizasql.embeddings IN ROW EXCLUSIVE MODE;
     BEGIN
-        EXECUTE format(
-            'LOCK TABLE elizasql.%s IN ROW EXCLUSIVE MODE %s',
-            elizasql.partition_of(given_agent), CASE WHEN NOT waits THEN 'NOWAIT' END);
+        EXECUTE format('LOCK TABLE elizasql.%s IN ROW EXCLUSIVE MODE NOWAIT', elizasql.partition_of(given_agent));
     EXCEPTION
         WHEN lock_not_available THEN
-            IF waits THEN
-                RAISE;
-            END IF;
             RETURN FALSE;
         WHEN insufficient_privilege THEN
             NULL;  -- a role with rights on the partitioned table alone
     END;
     RETURN TRUE;
+END
+$$;
+
+-- Waits for the build of an index of the agent's partition, if there is one, and keeps others from beginning it until the
+-- transaction ends: they wait for the first lock that they take, where nobody who writes waits behind them, as everybody
+-- does behind the next one. A role with rights on the partitioned table alone may not take it. It locks as a write does,
+-- by a custom plan as in copy_scope_to_embedding(), and who writes to the partition then waits behind a build that waits.
+CREATE FUNCTION elizasql.hold_partition(given_agent uuid) RETURNS void
+LANGUAGE plpgsql SET plan_cache_mode = force_custom_plan AS $$
+BEGIN
+    LOCK TABLE ONLY elizasql.embeddings IN ROW EXCLUSIVE MODE;
+    EXECUTE format('LOCK TABLE elizasql.%s IN SHARE UPDATE EXCLUSIVE MODE', elizasql.partition_of(given_agent));
+EXCEPTION WHEN insufficient_privilege THEN
+    UPDATE elizasql.embeddings SET indexed = indexed
+    WHERE agent_id = given_agent AND memory_id = '00000000-0000-0000-0000-000000000000';
 END
 $$;
 
@@ -570,7 +580,7 @@ DECLARE
     number bigint;
     moved bigint := 0;
 BEGIN
-    IF NOT waits AND NOT elizasql.lock_partition(given_agent, FALSE) THEN
+    IF NOT waits AND NOT elizasql.try_lock_partition(given_agent) THEN
         RETURN NULL;
     END IF;
     LOOP
@@ -752,7 +762,8 @@ DROP FUNCTION elizasql.build_index(uuid, boolean);
 DROP FUNCTION elizasql.drop_index(uuid, bigint);
 DROP FUNCTION elizasql.lost_indexes(uuid);
 DROP FUNCTION elizasql.index_embeddings(uuid, integer, bigint, boolean);
-DROP FUNCTION elizasql.lock_partition(uuid, boolean);
+DROP FUNCTION elizasql.hold_partition(uuid);
+DROP FUNCTION elizasql.try_lock_partition(uuid);
 DROP FUNCTION elizasql.refresh_statistics(uuid, boolean);
 DROP FUNCTION elizasql.partition_of(uuid);
 DROP TABLE elizasql.embeddings;

@@ -317,6 +317,19 @@ BEGIN
 END
 $$;
 
+CREATE FUNCTION elizasql.hold_partition(given_agent uuid) RETURNS void
+    LANGUAGE plpgsql
+    SET plan_cache_mode TO 'force_custom_plan'
+    AS $$
+BEGIN
+    LOCK TABLE ONLY elizasql.embeddings IN ROW EXCLUSIVE MODE;
+    EXECUTE format('LOCK TABLE elizasql.%s IN SHARE UPDATE EXCLUSIVE MODE', elizasql.partition_of(given_agent));
+EXCEPTION WHEN insufficient_privilege THEN
+    UPDATE elizasql.embeddings SET indexed = indexed
+    WHERE agent_id = given_agent AND memory_id = '00000000-0000-0000-0000-000000000000';
+END
+$$;
+
 CREATE FUNCTION elizasql.ignore_replicated() RETURNS trigger
     LANGUAGE plpgsql
     AS $$
@@ -337,7 +350,7 @@ DECLARE
     number bigint;
     moved bigint := 0;
 BEGIN
-    IF NOT waits AND NOT elizasql.lock_partition(given_agent, FALSE) THEN
+    IF NOT waits AND NOT elizasql.try_lock_partition(given_agent) THEN
         RETURN NULL;
     END IF;
     LOOP
@@ -461,28 +474,6 @@ BEGIN
         SELECT FROM elizasql.rooms AS r WHERE r.agent_id = agent AND r.id = found.id FOR NO KEY UPDATE
     ) AS locked;
     RETURN QUERY SELECT unnest(worlds);
-END
-$$;
-
-CREATE FUNCTION elizasql.lock_partition(given_agent uuid, waits boolean) RETURNS boolean
-    LANGUAGE plpgsql
-    AS $$
-BEGIN
-    LOCK TABLE ONLY elizasql.embeddings IN ROW EXCLUSIVE MODE;
-    BEGIN
-        EXECUTE format(
-            'LOCK TABLE elizasql.%s IN ROW EXCLUSIVE MODE %s',
-            elizasql.partition_of(given_agent), CASE WHEN NOT waits THEN 'NOWAIT' END);
-    EXCEPTION
-        WHEN lock_not_available THEN
-            IF waits THEN
-                RAISE;
-            END IF;
-            RETURN FALSE;
-        WHEN insufficient_privilege THEN
-            NULL;  -- a role with rights on the partitioned table alone
-    END;
-    RETURN TRUE;
 END
 $$;
 
@@ -1839,6 +1830,23 @@ $$;
 CREATE FUNCTION elizasql.tag_keys(agent_id uuid, tags text[]) RETURNS bigint[]
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
     RETURN COALESCE((SELECT array_agg(hashtextextended(given.tag, uuid_hash_extended(tag_keys.agent_id, (0)::bigint))) AS array_agg FROM unnest(tag_keys.tags) given(tag)), '{}'::bigint[]);
+
+CREATE FUNCTION elizasql.try_lock_partition(given_agent uuid) RETURNS boolean
+    LANGUAGE plpgsql
+    AS $$
+BEGIN
+    LOCK TABLE ONLY elizasql.embeddings IN ROW EXCLUSIVE MODE;
+    BEGIN
+        EXECUTE format('LOCK TABLE elizasql.%s IN ROW EXCLUSIVE MODE NOWAIT', elizasql.partition_of(given_agent));
+    EXCEPTION
+        WHEN lock_not_available THEN
+            RETURN FALSE;
+        WHEN insufficient_privilege THEN
+            NULL;  -- a role with rights on the partitioned table alone
+    END;
+    RETURN TRUE;
+END
+$$;
 
 CREATE TABLE elizasql.agents (
     id uuid DEFAULT gen_random_uuid() NOT NULL,

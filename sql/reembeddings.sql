@@ -155,7 +155,7 @@ SELECT elizasql.index_embeddings(:agent_id, :target, :batch_size);
 -- name: hold_partition(agent_id)!
 -- Waits for the build of the partition's index, if there is one, and keeps others from beginning it until the transaction
 -- ends. Comes before hold_agent: what waits for a build must not have what others need.
-SELECT elizasql.lock_partition(:agent_id, TRUE);
+SELECT elizasql.hold_partition(:agent_id);
 
 -- name: hold_agent(agent_id)!
 -- Keeps everybody else from storing memories and vectors for the agent until the transaction ends. The server does not end
@@ -177,14 +177,15 @@ WHERE agent_id = :agent_id AND id = ANY(:ids::uuid[]) AND content ->> 'text' <> 
 ORDER BY id
 FOR SHARE;
 
--- name: switch_dimension(agent_id, source, target, begun)!
--- The coming width is in force from here on, unless another move has begun. A trigger refuses it while something is left
--- to embed.
+-- name: switch_dimension(agent_id, source, target, begun)$
+-- The coming width is in force from here on, unless another move has begun, and that is given; null otherwise. A trigger
+-- refuses it while something is left to embed.
 UPDATE elizasql.agents
 SET embedding_dimension = :target
 WHERE
     id = :agent_id AND embedding_dimension = :source::smallint
-    AND EXISTS (SELECT FROM elizasql.reembeddings AS r WHERE r.agent_id = :agent_id AND r.created_at = :begun);
+    AND EXISTS (SELECT FROM elizasql.reembeddings AS r WHERE r.agent_id = :agent_id AND r.created_at = :begun)
+RETURNING TRUE AS switched;
 
 -- name: abandon_reembedding(agent_id)!
 -- The vectors of the coming width are to be dropped from here on, and no more of them are taken.

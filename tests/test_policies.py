@@ -307,6 +307,27 @@ async def test_a_move_that_meets_policies_waits_for_a_role_that_sees_all(
     assert await hidden.moves() == 0
 
 
+@pytest.mark.parametrize("tries", [0, 3])
+async def test_a_move_that_cannot_change_the_agent_ends(
+    own_database: str, hidden: Hidden, monkeypatch: pytest.MonkeyPatch, tries: int
+) -> None:
+    """What policies hide from an UPDATE is passed over without an error."""
+    await hidden.admin.execute("""
+        ALTER TABLE elizasql.agents ENABLE ROW LEVEL SECURITY;
+        ALTER TABLE elizasql.agents FORCE ROW LEVEL SECURITY;
+        CREATE POLICY see ON elizasql.agents FOR SELECT USING (TRUE)
+    """)
+    monkeypatch.setattr(_reembedding, "_TRIES", tries)
+    with pytest.raises(PermissionDeniedError, match=r"elizasql\.agents stands in the way"):
+        await hidden.db.reembed(512, embedder(512))
+    assert await hidden.vectors() == {384: 6, 512: 6}
+    await hidden.admin.execute(
+        "DROP POLICY see ON elizasql.agents; CREATE POLICY change ON elizasql.agents USING (TRUE)"
+    )
+    assert (await hidden.db.reembed(512, embedder(512))).dropped == 6
+    assert await hidden.vectors() == {512: 6}
+
+
 async def test_policies_do_not_keep_an_agent_that_is_on_its_way_from_being_deleted(
     make_db: MakeAdapter, own_database: str, hidden: Hidden
 ) -> None:

@@ -691,66 +691,80 @@ async def test_a_text_that_never_rests_is_embedded_while_its_writer_waits(
     assert await check_end(raw, db.agent_id) == 3
 
 
-async def test_while_writers_wait_nobody_begins_to_build_the_index(
-    db: DatabaseAdapter, raw: Raw, monkeypatch: pytest.MonkeyPatch
+async def test_while_writers_wait_a_build_of_the_index_keeps_no_other_agent_waiting(
+    db: DatabaseAdapter, make_db: MakeAdapter, raw: Raw, dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They would wait for the end of it, too: it takes minutes, and keeps the last vectors from being stored."""
+    """It does not begin, which would take minutes and keep the last vectors from being stored; and it waits where no
+    other agent's writers wait behind it."""
     await remember(db, 4)
+    neighbour = await make_db(await neighbour_of(db.agent_id, raw))
+    await remember(neighbour, 1)
     held, put = module._Move._switch_while_writers_wait, module._Move._put
-    build = await lock_for_a_build(raw, db.agent_id)
-    tried: list[bool] = []
+    part = await raw.fetchval("SELECT elizasql.partition_of($1)", db.agent_id)
+    building: list[asyncio.Task[Any]] = []
 
     async def late(self: module._Move) -> int:
         await remember(db, 3, "late")
+        await raw.execute(f"DROP INDEX elizasql.{part}_dim_{NEW}_hnsw")
         return await held(self)
 
-    async def try_to_build(self: module._Move, executor: Executor, rows: Sequence[Any]) -> int:
+    async def begin_to_build(self: module._Move, executor: Executor, rows: Sequence[Any]) -> int:
         if executor.in_transaction:
-            with pytest.raises(asyncpg.LockNotAvailableError):
-                async with raw.transaction():
-                    await raw.execute(f"{build} NOWAIT")
-            tried.append(True)
+            building.append(asyncio.ensure_future(builder.execute("SELECT elizasql.build_index($1)", db.agent_id)))
+            question = "SELECT cardinality(pg_blocking_pids($1)) > 0"
+            while not await raw.fetchval(question, builder.get_server_pid()):
+                assert not building[0].done()
+            await remember(neighbour, 1, "meanwhile")
         return await put(self, executor, rows)
 
     monkeypatch.setattr(module, "_TRIES", 0)
     monkeypatch.setattr(module._Move, "_switch_while_writers_wait", late)
-    monkeypatch.setattr(module._Move, "_put", try_to_build)
-    assert (await db.reembed(NEW, embedder(NEW))).embedded == 7
-    assert tried == [True]
+    monkeypatch.setattr(module._Move, "_put", begin_to_build)
+    builder = await asyncpg.connect(dsn)
+    try:
+        assert (await db.reembed(NEW, embedder(NEW))).embedded == 7
+        await asyncio.gather(*building)
+    finally:
+        await builder.close()
+    assert len(building) == 1
     assert await check_end(raw, db.agent_id) == 7
 
 
+@pytest.mark.parametrize("rights", ["of the partitions", "of the partitioned table alone"])
 async def test_who_waits_for_the_build_of_the_index_keeps_nobody_waiting(
-    db: DatabaseAdapter, make_db: MakeAdapter, raw: Raw, monkeypatch: pytest.MonkeyPatch
+    make_db: MakeAdapter, own_database: str, monkeypatch: pytest.MonkeyPatch, rights: str
 ) -> None:
+    raw = await asyncpg.connect(own_database.replace("//elizasql@", "//postgres@"))
+    db = await make_db(dsn=own_database)
     await remember(db, 4)
-    other = await make_db(db.agent_id, timeout=20.0)
-    held, build = module._Move._switch_while_writers_wait, await lock_for_a_build(raw, db.agent_id)
+    part = await raw.fetchval("SELECT elizasql.partition_of($1)", db.agent_id)
+    if rights != "of the partitions":
+        await raw.execute(f"ALTER TABLE elizasql.{part} OWNER TO postgres; REVOKE ALL ON elizasql.{part} FROM elizasql")
+        db = await make_db(db.agent_id, dsn=own_database)
+    other = await make_db(db.agent_id, dsn=own_database, timeout=20.0)
+    held = module._Move._switch_while_writers_wait
     building, begun = raw.transaction(), asyncio.Event()
 
     async def behind_a_build(self: module._Move) -> int:
         if not begun.is_set():
             await remember(db, 3, "late")
             await building.start()
-            await raw.execute(build)
+            await raw.execute(f"LOCK TABLE elizasql.{part} IN SHARE ROW EXCLUSIVE MODE")
             begun.set()
         return await held(self)
 
     monkeypatch.setattr(module, "_TRIES", 0)
     monkeypatch.setattr(module._Move, "_switch_while_writers_wait", behind_a_build)
     moving = asyncio.ensure_future(db.reembed(NEW, embedder(NEW)))
-    await begun.wait()
-    await blocked_pid(raw, moving)
-    await other.create_memory({"content": {"url": "no vector"}}, "messages")
-    await building.commit()
-    assert (await moving).embedded == 7
-    assert await check_end(raw, db.agent_id) == 7
-
-
-async def lock_for_a_build(raw: Raw, agent: UUID) -> str:
-    """Give the statement with which the build of the index locks an agent's partition."""
-    part = await raw.fetchval("SELECT elizasql.partition_of($1)", agent)
-    return f"LOCK TABLE elizasql.{part} IN SHARE ROW EXCLUSIVE MODE"
+    try:
+        await begun.wait()
+        await blocked_pid(raw, moving)
+        await other.create_memory({"content": {"url": "no vector"}}, "messages")
+        await building.commit()
+        assert (await moving).embedded == 7
+        assert await check_end(raw, db.agent_id) == 7
+    finally:
+        await raw.close()
 
 
 async def test_no_limit_of_the_servers_own_ends_the_switch_while_embed_works(
