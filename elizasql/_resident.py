@@ -46,7 +46,7 @@ from ._executor import Executor
 from ._matrix import LISTED, Matrix, Row, size_of
 from ._statements import SQL
 from .config import Config
-from .errors import ElizaSQLError
+from .errors import ClosedError, ElizaSQLError
 from .models import Memory
 from .types import Embedding
 
@@ -105,7 +105,8 @@ _FAILED = 30.0
 # Seconds for which nothing is loaded after more was written than can be merged: an import is likely still going on.
 _CALM = 5.0
 
-# Types of which an adapter keeps in mind how often they were asked; names may be made up as they are needed.
+# Types of which an adapter keeps in mind how often they were asked, and parts of a type that were too large; names may
+# be made up as they are needed.
 _MOST_KNOWN = 1000
 
 # What counts the memories of a part, the narrowest first.
@@ -148,6 +149,7 @@ class Tier:
         not_before: When it may be loaded, by `time.monotonic`.
         large_until: Until when it counts as one that has more rows than are searched as a whole, while there is no
             matrix, by `time.monotonic`.
+        large_parts: By room, entity or world, until when it counts as one that has more rows than are searched.
         catching_up: Done when whoever reads many changes has ended.
         loaded_size: Rows that the load found.
         dropped: Rows that were found to be gone since.
@@ -160,6 +162,7 @@ class Tier:
         "catching_up",
         "dropped",
         "granted",
+        "large_parts",
         "large_until",
         "life",
         "listed",
@@ -187,6 +190,7 @@ class Tier:
         self.loading: asyncio.Task[None] | None = None
         self.not_before = 0.0
         self.large_until = 0.0
+        self.large_parts: dict[UUID, float] = {}
         # Not a lock: one that was waited for holds its event loop, which holds the tier.
         self.catching_up: asyncio.Future[None] | None = None
         self.loaded_size = 0
@@ -637,6 +641,8 @@ class Resident:
 
     async def _consider(self, tier: Tier, kind: str, dimension: int, scope: Scope | None) -> None:
         """Begin to load a tier when that pays; "required" waits for it."""
+        if any(tier.used < tier.large_parts.get(id, 0.0) for id in (scope or {}).values()):
+            return
         tier.asked += 1
         required = self._mode == "required"
         if tier.used >= tier.not_before and (required or tier.asked >= _LOAD_AFTER):
@@ -667,6 +673,8 @@ class Resident:
         try:
             await self._read(tier, kind, dimension, scope)
             await self._renew(tier, kind)
+        except ClosedError:
+            pass  # by the one adapter that began it: no reason for others to wait
         except (ElizaSQLError, MemoryError) as error:
             # Searches go on in the database; if that cannot be reached, they tell.
             logger.warning("loading vectors of type %s is put off: %s", kind, error)
@@ -717,6 +725,8 @@ class Resident:
     async def _renew_alone(self, tier: Tier, kind: str) -> None:
         try:
             await self._renew(tier, kind)
+        except ClosedError:
+            pass  # as of a load
         except (ElizaSQLError, MemoryError) as error:
             logger.warning("contents of type %s are not brought up to date: %s", kind, error)
             tier.renew_at = time.monotonic() + _FAILED
@@ -809,7 +819,7 @@ class Resident:
             # From here on only searches of a part count; as many of them must be asked, and the last is the sample.
             known, tier.large_until = time.monotonic() < tier.large_until, time.monotonic() + _TOO_LARGE
             asked = known or self._mode == "required"
-            if scope is None or not asked or not self._least <= await self._count(kind, scope) <= most:
+            if scope is None or not asked or not self._least <= await self._count_part(tier, kind, scope, most) <= most:
                 tier.asked = 0
                 return False
         if found["size"] < self._least:
@@ -825,14 +835,18 @@ class Resident:
             tier.matrix = None
         return self._make_room(tier, needed)
 
-    async def _count(self, kind: str, scope: Scope) -> int:
-        """Count the memories of a part."""
+    async def _count_part(self, tier: Tier, kind: str, scope: Scope, most: int) -> int:
+        """Count the memories of a part, and keep in mind one that has more than `most`."""
         [(name, id)] = scope.items()
         params: dict[str, Any] = {"agent_id": self._agent_id, "type": kind, "only_unique": False}
         for other in ("world_id", "entity_id", "start_time", "end_time", "metadata", "text_contains"):
             params[other] = None
         params |= {"room_ids": [id]} if name == "room_id" else {name: id}
         number: int = await self._executor.fetch_value(SQL[_COUNTS[name]], **params)
+        if number > most:
+            if len(tier.large_parts) >= _MOST_KNOWN:
+                tier.large_parts.clear()
+            tier.large_parts[id] = time.monotonic() + _TOO_LARGE
         return number
 
     def _make_room(self, tier: Tier, needed: int) -> bool:

@@ -1891,6 +1891,31 @@ async def test_more_vectors_than_are_compared(mind: Mind, make_db: MakeAdapter) 
     await mind.check(query)
 
 
+async def test_a_part_that_is_too_large_is_not_counted_with_every_search(
+    mind: Mind, make_db: MakeAdapter, round_trips: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await mind.remember(some_vectors(100))
+    monkeypatch.setattr(_resident, "_MOST_KNOWN", 1)
+    db = mind.db = await make_db(mind.db.agent_id, resident_max_vectors=15, **RESIDENT)
+    query = some_vectors(1, seed=8)[0]
+
+    async def sent(**scope: Any) -> int:
+        """Search, and give the number of round trips: one, and two more to measure the type and count the part."""
+        round_trips.clear()
+        found, number = await mind.search(query, **scope), len(round_trips)
+        assert found == await mind.exact(query, **scope)
+        return number
+
+    room, world = {"room_id": mind.rooms[0]}, {"world_id": mind.worlds[0]}
+    assert [await sent(**room) for _ in range(3)] == [3, 1, 1]
+    # It says nothing of others. What was asked long ago is forgotten: there may be any number.
+    assert [await sent(**world) for _ in range(3)] == [3, 1, 1]
+    assert [await sent(**room) for _ in range(2)] == [3, 1]
+    assert db._resident.stats.loads == 0
+    await mind.check(query, room_id=uuid4())
+    assert db._resident.stats.loads == 1
+
+
 async def test_rows_that_are_gone_do_not_make_a_type_large(mind: Mind, make_db: MakeAdapter) -> None:
     db = await make_db(mind.db.agent_id, **RESIDENT, resident_max_vectors=100)
     query = some_vectors(1, seed=8)[0]
@@ -1958,12 +1983,16 @@ async def test_what_most_rows_have_left_is_loaded_anew(mind: Mind, monkeypatch: 
     assert mind.resident.stats.loads == 3
 
 
-async def test_a_load_of_what_is_held_that_is_cut_is_no_reason_to_wait(mind: Mind, make_db: MakeAdapter) -> None:
-    """As that of an adapter which is closed meanwhile, where there is no room for both."""
+@pytest.mark.parametrize("indexing", ["manual", "background"])
+async def test_a_load_of_what_is_held_that_is_cut_is_no_reason_to_wait(
+    mind: Mind, make_db: MakeAdapter, indexing: str
+) -> None:
+    """As that of an adapter which is closed meanwhile, where there is no room for both; the end of its indexer gives
+    the load the time to meet the executor that is closed."""
     await mind.remember(some_vectors(40))
     query = some_vectors(1, seed=8)[0]
     await mind.check(query)
-    other = await make_db(mind.db.agent_id, **RESIDENT)
+    other = await make_db(mind.db.agent_id, **{**RESIDENT, "indexing": indexing})
     other._resident._begin_load(mind.tier, TABLE, 384)
     mind.tier.matrix = None
     await other.close()
