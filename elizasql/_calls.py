@@ -39,14 +39,16 @@ class _Call:
         deadline: When it must have ended, by `time.monotonic`.
         meter: Of its adapter, None: of any.
         over: Whether it has ended.
+        new_ids: Whether it has made ids: the same call, made again, makes others.
     """
 
-    __slots__ = ("deadline", "meter", "over")
+    __slots__ = ("deadline", "meter", "new_ids", "over")
 
     def __init__(self, deadline: float, meter: Meter | None) -> None:
         self.deadline = deadline
         self.meter = meter
         self.over = False
+        self.new_ids = False
 
 
 _running: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("elizasql_running", default=None)
@@ -79,12 +81,26 @@ def count_replaced_text() -> None:
         running.meter.replaced_texts += 1
 
 
+def note_new_id() -> None:
+    """Take note that the running call has made an id."""
+    running = _current_call()
+    if running is not None:
+        running.new_ids = True
+
+
+def has_new_ids() -> bool:
+    """Tell whether the running call has made ids."""
+    running = _current_call()
+    return running is not None and running.new_ids
+
+
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
     """Give what runs in the block so many seconds, and never more than the running call has left."""
     outer = _current_call()
     deadline = time.monotonic() + seconds
     call = _Call(deadline, None) if outer is None else _Call(min(outer.deadline, deadline), outer.meter)
+    call.new_ids = outer is not None and outer.new_ids
     token = _running.set(call)
     try:
         yield

@@ -33,7 +33,7 @@ from uuid import UUID
 
 import asyncpg
 
-from ._calls import Meter, current_deadline, spawn, wait_for
+from ._calls import Meter, current_deadline, has_new_ids, spawn, wait_for
 from ._pool import Lane, is_open
 from ._registry import Connections, retry_policy
 from ._retry import OUT_OF_MEMORY, Outcome, classify, is_answer
@@ -304,6 +304,7 @@ class Executor:
         deadline = current_deadline(self._config.timeout, self.meter)
         self._enter(name)
         turns: list[_Turn] = []
+        unheard = False
         try:
             for key in keys:
                 turn = self._turn_of(key)
@@ -324,6 +325,7 @@ class Executor:
                     if stale:
                         # It broke while nobody used it, perhaps long ago. So may the others have: none is trusted.
                         await self.lane.replace()
+                    unheard = unheard or outcome is Outcome.UNKNOWN
                     if isinstance(error, _EndUnheard):
                         outcome = Outcome.NOT_APPLIED if SQL[name].repeatable else Outcome.UNKNOWN
                     elif outcome is Outcome.UNKNOWN:
@@ -351,8 +353,11 @@ class Executor:
                 await asyncio.sleep(pause)
                 if self._closed:
                     raise ClosedError(f"{name}: the adapter was closed meanwhile", statement=name)
-        except _OF_BESIDE as error:
-            self._point_out(error)
+        except ElizaSQLError as error:
+            if unheard and has_new_ids():
+                error.retryable = False  # the caller's next call would not find what this one may have made
+            if isinstance(error, _OF_BESIDE):
+                self._point_out(error)
             raise
         finally:
             for turn in turns:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from . import _codecs
-from ._calls import end, within
+from ._calls import end, has_new_ids, note_new_id, within
 from ._store import READ_AT_ONCE, name_row
 from .errors import ArgumentError, ElizaSQLError, IntegrityError
 from .models import LoadSummary
@@ -74,6 +74,8 @@ class Loader:
                 self._indexer.restore()
             if isinstance(error, ElizaSQLError):
                 error.kept = self._kept
+                # Made again as it is, it would meet what is kept.
+                error.retryable = error.retryable and (not self._kept or (self._skip and not has_new_ids()))
             raise
         return LoadSummary(self._loaded, self._kept - self._loaded, indexed, time.perf_counter() - began)
 
@@ -118,6 +120,7 @@ class Loader:
                 raise
             if row["id"] is None:
                 row["id"] = _codecs.new_id()
+                note_new_id()
             if batch.setdefault(row["id"], (position, row))[0] != position and not self._skip:
                 raise ArgumentError(f"Memory at position {position}: id {row['id']} was given before")
             self._taken += 1

@@ -13,7 +13,7 @@ from uuid import UUID
 import asyncpg
 
 from . import _codecs
-from ._calls import Meter, bound_methods
+from ._calls import Meter, bound_methods, note_new_id
 from ._executor import Executor
 from ._indexer import Indexer
 from ._statements import SQL
@@ -174,6 +174,7 @@ class Store:
             if not new_ids:
                 raise ArgumentError("id is missing")
             row["id"] = _codecs.new_id()
+            note_new_id()
         need(row, *needed)
         for name in fixed:
             if name in row and row[name] is None:

@@ -98,7 +98,8 @@ class ElizaSQLError(Exception):
     retryable = False
     """True when the same call may be made again as it is, and may succeed later.
 
-    False on a `DeadlineError` that ended a write which must not be repeated blindly.
+    False where a write may have been done that must not be repeated blindly, or would be done once more, as a create
+    that was given no ids: these are made anew for each call.
     """
 
     kept: int | None = None
@@ -232,8 +233,8 @@ class DeadlineError(ElizaSQLError):
     """The call did not finish within its time limit.
 
     A write that ran into it is done as a whole or not at all, and may be done. Look at the rows before you repeat what
-    would end otherwise the second time, such as a claim, an increment, a create of agents or a delete that counts:
-    `retryable` is False on the errors of these.
+    would end otherwise the second time, such as a claim, an increment, a create of agents, one without ids, or a delete
+    that counts: `retryable` is False on the errors of these.
     """
 
     retryable = True

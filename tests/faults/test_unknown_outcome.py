@@ -379,6 +379,34 @@ async def test_end_that_outlasts_the_time_limit(
     assert await db.count_memories() == (0 if deletes else 10)
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["without an id", "with an id"])
+@pytest.mark.parametrize("end", ["time limit", "lost connection"])
+async def test_create_that_may_be_done_is_retryable_where_its_id_was_given(
+    proxy: Proxy, make_db: MakeAdapter, end: str, given: bool
+) -> None:
+    """Made again as it is, it would make another id, and a second row."""
+    db = await make_db(dsn=proxy.dsn, pool_max_size=1, max_retries=2, base_delay=0.0, jitter_max=0.0)
+    task: dict[str, Any] = {"name": "once", "tags": ["queue"]} | ({"id": uuid4()} if given else {})
+    await db.create_task({"name": "another"})
+    proxy.when("server", ANSWER, "hold" if end == "time limit" else "reset")
+    if end == "lost connection":
+        await proxy.refuse()
+    with pytest.raises((elizasql.DeadlineError, elizasql.ConnectionLostError)) as caught:
+        await db.create_task(task, timeout=0.3 if end == "time limit" else 60.0)
+    assert caught.value.retryable is given
+    await proxy.heal()
+    await pool_is_whole(db)
+    assert [row.name for row in await db.get_tasks(tags=["queue"])] == ["once"]
+
+
+async def test_what_was_never_sent_is_retryable_without_an_id(proxy: Proxy, make_db: MakeAdapter) -> None:
+    db = await make_db(dsn=proxy.dsn, pool_max_size=1, base_delay=0.0, jitter_max=0.0)
+    async with db.transaction():
+        with pytest.raises((elizasql.PoolTimeoutError, elizasql.DeadlineError)) as caught:
+            await db.create_task({"name": "never sent"}, timeout=0.1)
+    assert caught.value.retryable
+
+
 @pytest.mark.parametrize("reset", [False, True], ids=["as it is", "statistics are reset"])
 async def test_end_is_found_out_while_it_is_in_progress(
     proxy: Proxy, make_db: MakeAdapter, server: FaultServer, chance: random.Random, reset: bool
