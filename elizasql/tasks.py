@@ -22,6 +22,9 @@ _CHANGEABLE = frozenset(
     {"id", "name", "description", "room_id", "world_id", "entity_id", "tags", "metadata", "due_at", "max_attempts"}
 )
 
+# Seconds until a worker whose look has failed, after all tries, looks again.
+_AFTER_ERROR = 1.0
+
 # Tasks that one claim takes at most: each is written.
 _MOST_CLAIMS = 10_000
 
@@ -42,8 +45,9 @@ class Tasks(Store):
             else:
                 await db.complete_task(task)
 
-    Every task is done at least once: a worker that dies leaves its task to the next one when the lease ends. Times are
-    the server's.
+    Every task is done at least once: a worker that dies leaves its task to the next one when the lease ends. One is
+    done again, too, where the answer to its creation was lost and a worker had completed it before the creation was
+    tried again: what is done is not remembered. Times are the server's.
     """
 
     _listeners: set[Listener]
@@ -446,6 +450,8 @@ class Tasks(Store):
                         raise
                     logger.warning("waiting for tasks is interrupted: %s", error)
                     claimed = []
+                    # Whatever woke it is used up.
+                    pause = min(longest, max(getattr(error, "retry_after", 0.0), _AFTER_ERROR))
                 for task in claimed:
                     yield task
                 if not claimed:

@@ -28,6 +28,7 @@ from elizasql import (
     UnknownOutcomeError,
     _pool,
 )
+from elizasql import tasks as _tasks
 from elizasql._listener import Listener
 from elizasql._statements import SQL
 
@@ -1183,6 +1184,22 @@ async def test_task_that_came_while_the_connection_was_down_is_found(
         await asyncio.wait_for(refused.wait(), 60)
         await queue(db, "meanwhile")
         down.clear()
+        assert (await waiting).name == "meanwhile"
+
+
+async def test_a_look_that_fails_is_made_again_soon(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What woke the worker is used up, and nothing else will."""
+    db = await make_db(failure_threshold=1, reset_timeout=0.2)
+    other = await make_db(db.agent_id)
+    monkeypatch.setattr(_tasks, "_AFTER_ERROR", 0.05)
+    breaker = db._connections.breaker
+    async with waiting_for_tasks(db, poll_interval=1000) as waiting:
+        await until(lambda: _is(len, listening(raw, db), 1))
+        breaker.fail(breaker.era)
+        assert breaker.state == "open"
+        await queue(other, "meanwhile")
         assert (await waiting).name == "meanwhile"
 
 
