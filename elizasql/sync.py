@@ -182,13 +182,18 @@ class DatabaseAdapter:
     def transaction(self) -> Iterator[DatabaseAdapter]:
         """Open a transaction: every method of what it gives runs in it; see the asynchronous one."""
         context = self._adapter.transaction()
+        entered = False
         try:
             bound = self._loop.run(context.__aenter__())
+            entered = True
             with around(bound._executor):  # in the caller's thread, from where calls take it along
                 yield DatabaseAdapter(self._loop, bound)
-        except BaseException:
-            # It may have begun when an interrupt came, and lasts as long as the traceback that holds it.
-            self._loop.leave(_leave(context.gen))
+        except BaseException as error:
+            if entered and isinstance(error, Exception):
+                self._loop.leave(context.__aexit__(type(error), error, error.__traceback__))
+            else:
+                # It may have begun when an interrupt came, and lasts as long as the traceback that holds it.
+                self._loop.leave(_leave(context.gen))
             raise
         else:
             self._loop.run(context.__aexit__(None, None, None))
