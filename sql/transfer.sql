@@ -495,6 +495,7 @@ WHERE t.agent_id = :agent_id
 ORDER BY t.key;
 
 -- name: import_cache(rows)^
+-- What has expired is not there, and stands in nobody's way, unless what comes has expired as well.
 WITH given AS MATERIALIZED (
     SELECT
         g.*,
@@ -514,7 +515,12 @@ created AS (
     FROM given AS g
     WHERE g.problem IS NULL
     ORDER BY g.ordinality
-    ON CONFLICT DO NOTHING
+    ON CONFLICT (agent_id, key_hash) DO UPDATE
+        SET
+            value = excluded.value,
+            created_at = excluded.created_at,
+            expires_at = excluded.expires_at
+        WHERE i.expires_at <= now() AND coalesce(excluded.expires_at, 'infinity') > now()
     RETURNING i.agent_id, i.key
 )
 

@@ -473,6 +473,35 @@ async def test_what_is_there_stays(databases: list[str], tmp_path: Path) -> None
     assert told["agents"]["kept"] == 1 and told["agents"]["created"] == 0  # though it got a width
 
 
+async def test_what_has_expired_is_in_nobodys_way(databases: list[str], tmp_path: Path) -> None:
+    agent = uuid4()
+    expire = "UPDATE elizasql.cache SET expires_at = now() - interval '1 minute' WHERE agent_id = $1 AND key = ANY($2)"
+    for database, value in zip(databases, ("new", "old"), strict=False):
+        async with opened(database, agent) as db:
+            await db.ensure_agent_exists({"name": "x"})
+            for key in ("dead there", "dead in both", "dead here", "alive"):
+                await db.set_cache(key, value, ttl=3600)
+    raw = await asyncpg.connect(databases[0])
+    await raw.execute(expire, agent, ["dead here", "dead in both"])
+    await raw.close()
+    await out(databases[0], tmp_path / "a", agent_ids=[agent])
+    raw = await asyncpg.connect(databases[1])
+    try:
+        await raw.execute(expire, agent, ["dead there", "dead in both"])
+        for created in (1, 0):
+            told = {row["table"]: row for row in (await into(databases[1], tmp_path / "a")).rows()}
+            assert told["cache"]["created"] == created
+            rows = await raw.fetch("SELECT key, value, expires_at > now() AS alive FROM elizasql.cache")
+            assert {row["key"]: (json.loads(row["value"]), row["alive"]) for row in rows} == {
+                "alive": ("old", True),
+                "dead here": ("old", True),
+                "dead in both": ("old", False),
+                "dead there": ("new", True),
+            }
+    finally:
+        await raw.close()
+
+
 async def test_rows_that_point_at_nothing_are_refused_one_by_one(db: DatabaseAdapter) -> None:
     scene = await make_scene(db)
     agent, gone = str(db.agent_id), str(uuid4())
