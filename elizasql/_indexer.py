@@ -20,8 +20,9 @@ logger = logging.getLogger("elizasql")
 # half as long as a batch takes: where callers never rest, it works two thirds of the time.
 _PATIENCE = 0.025
 
-# Intervals from one look to the next, however often it is woken, and for which it pauses at most after trouble.
-_LONGEST = 30
+# The part of the time between two looks for which it pauses after trouble, at first; each time twice as long, at most
+# the whole.
+_FIRST_PAUSE = 1 / 30
 
 # Statistics are made anew when so many vectors have moved since the last time; a share of what is indexed, since the
 # planner's choice hangs on orders of magnitude.
@@ -147,8 +148,8 @@ class Indexer:
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
-        pause = interval = self._config.index_interval
-        next_look = loop.time() + interval * _LONGEST
+        pause = first_pause = self._config.index_interval * _FIRST_PAUSE
+        next_look = loop.time() + self._config.index_interval
         while True:
             # Not by wait_for: before Python 3.12 it swallows a cancellation that comes together with its result.
             timer = loop.call_at(next_look, self._wanted.set)
@@ -160,7 +161,7 @@ class Indexer:
             # By the clock, however often it is woken: an agent that always writes needs its index, too.
             looks = loop.time() >= next_look
             if looks:
-                next_look = loop.time() + interval * _LONGEST
+                next_look = loop.time() + self._config.index_interval
             try:
                 await self._give_way()
                 while moved := await self._move_batch():
@@ -171,7 +172,7 @@ class Indexer:
                     locked |= await self._restore_index()
                 self.failures, self.error = 0, None
                 if not locked:
-                    pause = interval
+                    pause = first_pause
                     continue
                 again = True  # no trouble: somebody builds the index, which takes milliseconds or an hour
             except ElizaSQLError as error:
@@ -189,7 +190,7 @@ class Indexer:
                 logger.exception("indexing has ended")
                 raise
             await asyncio.sleep(pause)
-            pause = min(pause * 2, interval * _LONGEST)
+            pause = min(pause * 2, self._config.index_interval)
             if again:
                 self._wanted.set()
 

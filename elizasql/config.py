@@ -135,8 +135,8 @@ class Config:
             [ELIZASQL_BACKGROUND_POOL_SIZE]
         prepared_statements: False behind a pooler that cannot keep them apart, such as PgBouncer before 1.21 in
             transaction mode. [ELIZASQL_PREPARED_STATEMENTS]
-        connection_timeout: Seconds to wait for a new or a pooled connection; where it is not set, the
-            `connect_timeout` of `dsn`. [ELIZASQL_CONNECTION_TIMEOUT]
+        connection_timeout: Seconds to wait for a new connection, and for a pooled one of the callers'; where it is not
+            set, the `connect_timeout` of `dsn`. [ELIZASQL_CONNECTION_TIMEOUT]
         timeout: Seconds that a call may take altogether, waits and retries included; most methods take their own.
             [ELIZASQL_TIMEOUT]
         max_retries: Tries of a call in all, the first included; 1: none is made again. [ELIZASQL_MAX_RETRIES]
@@ -156,12 +156,13 @@ class Config:
             `index_memories`; "inline": each write itself. [ELIZASQL_INDEXING]
         index_batch_size: Most rows that the indexer moves in one transaction; it ends one after 50 ms in any case.
             [ELIZASQL_INDEX_BATCH_SIZE]
-        index_interval: Seconds between the indexer's looks at the tail. [ELIZASQL_INDEX_INTERVAL]
+        index_interval: Seconds between the indexer's looks for what others have written; what is written by its own
+            adapter it moves at once. After trouble it goes on sooner. [ELIZASQL_INDEX_INTERVAL]
         ef_search: Candidates that an HNSW search keeps, 1 to 1,000; more is slower and finds more. In an index of more
             than 100,000 vectors more are kept, of a million 1.8 times as many. [ELIZASQL_EF_SEARCH]
         batch_size: Rows in one statement of a batch write, 1 to 5,000. [ELIZASQL_BATCH_SIZE]
         log_lane: Whose connections writing logs takes: "interactive", or "background", so that a flood of logs keeps no
-            caller waiting. [ELIZASQL_LOG_LANE]
+            other caller waiting; while two loads or builds have these, it waits itself. [ELIZASQL_LOG_LANE]
         memory_types: The only values taken as `table_name`; None: any. [ELIZASQL_MEMORY_TYPES, comma-separated]
         resident: Whether memories are held in the process and searched there: "off"; "auto": where that pays, loaded in
             the background; "required": wherever they fit and are not too many, from the first search on, which
@@ -199,7 +200,7 @@ class Config:
         "background", "ELIZASQL_INDEXING", _one_of("background", "manual", "inline")
     )
     index_batch_size: int = _setting(200, "ELIZASQL_INDEX_BATCH_SIZE", _number(int, 1))
-    index_interval: float = _setting(1.0, "ELIZASQL_INDEX_INTERVAL", _number(float, 0.001))
+    index_interval: float = _setting(30.0, "ELIZASQL_INDEX_INTERVAL", _number(float, 0.001))
     ef_search: int = _setting(100, "ELIZASQL_EF_SEARCH", _number(int, 1, 1000, "pgvector takes no more"))
     batch_size: int = _setting(1000, "ELIZASQL_BATCH_SIZE", _number(int, 1, 5000, "no more rows go in one statement"))
     log_lane: Literal["interactive", "background"] = _setting(

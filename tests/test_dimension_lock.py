@@ -817,9 +817,9 @@ def outcomes_of(state: State, done: list[tuple[Operation, Row, Any]]) -> set[Sta
 ADAPTERS: dict[str, dict[str, Any]] = {
     "manual": {"indexing": "manual"},
     "inline": {"indexing": "inline"},
-    "background": {"indexing": "background", "index_interval": 0.01},
+    "background": {"indexing": "background", "index_interval": 0.3},
     "chunks": {"indexing": "manual", "batch_size": 2},
-    "process 1": {"indexing": "background", "index_interval": 0.01},
+    "process 1": {"indexing": "background", "index_interval": 0.3},
     "process 2": {"indexing": "manual", "batch_size": 3},
 }
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, Literal
 from uuid import UUID
 
@@ -255,7 +256,7 @@ async def test_what_waits_for_a_locked_partition_is_moved_soon_after(
     make_db: MakeAdapter, raw: asyncpg.Connection[Any], round_trips: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The background comes back by itself, long before the next look."""
-    monkeypatch.setattr(_indexer, "_LONGEST", 10**6)
+    monkeypatch.setattr(_indexer, "_FIRST_PAUSE", 1e-6)
     agent = (await make_db()).agent_id
     await write(await make_db(agent), 10)
     part = await raw.fetchval("SELECT elizasql.partition_of($1)", agent)
@@ -268,7 +269,7 @@ async def test_what_waits_for_a_locked_partition_is_moved_soon_after(
 
     async with raw.transaction():
         await raw.execute(f"LOCK TABLE elizasql.{part} IN SHARE ROW EXCLUSIVE MODE")
-        db = await make_db(agent, indexing="background", index_interval=0.001)
+        db = await make_db(agent, indexing="background", index_interval=1000.0)
         await until(tried)
         assert (db._indexer.failures, db._indexer.error) == (0, None)
     await until(empty)
@@ -542,7 +543,7 @@ async def test_trouble_is_logged_and_the_next_look_goes_on(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    db = await make_db(indexing="background", index_interval=0.01)
+    db = await make_db(indexing="background", index_interval=0.3)
     real = db._indexer._move_batch
     failures = [ConnectionLostError("cut"), ConnectionLostError("cut again")]
 
@@ -563,7 +564,7 @@ async def test_trouble_is_logged_and_the_next_look_goes_on(
 
 
 async def test_stats_tell_of_trouble_in_the_background(make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
-    db = await make_db(indexing="background", index_interval=0.001)
+    db = await make_db(indexing="background", index_interval=0.03)
     real, failures = db._indexer._move_batch, 5
 
     async def failing(**options: Any) -> int | None:
@@ -595,7 +596,7 @@ async def test_stats_tell_of_trouble_in_the_background(make_db: MakeAdapter, mon
 async def test_what_time_does_not_mend_is_tried_again_at_the_next_look(
     make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch, trouble: ElizaSQLError, again: int
 ) -> None:
-    indexer = (await make_db(indexing="background", index_interval=0.01))._indexer
+    indexer = (await make_db(indexing="background", index_interval=0.3))._indexer
     await indexer.stop()
     seen: list[str] = []
 
@@ -627,7 +628,7 @@ async def test_what_time_does_not_mend_is_tried_again_at_the_next_look(
 async def test_trouble_that_lasts_does_not_fill_the_log(
     make_db: MakeAdapter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    indexer = (await make_db(indexing="background", index_interval=1.0))._indexer
+    indexer = (await make_db(indexing="background", index_interval=30.0))._indexer
     await indexer.stop()
     pauses: list[float] = []
     outcomes: list[Any] = [*[ConnectionLostError("down")] * 8, 0, ConnectionLostError("down again")]
@@ -740,10 +741,10 @@ async def test_the_background_gives_way_before_each_batch_and_looks_once_in_a_wh
 
     for name in ("give_way", "move_batch", "restore_index", "analyze_when_it_pays"):
         monkeypatch.setattr(indexer, f"_{name}", partial(note, name.split("_")[0]))
-    monkeypatch.setattr(_indexer, "_LONGEST", 0)
+    monkeypatch.setattr(indexer, "_config", SimpleNamespace(indexing="background", index_interval=0.0))
     indexer.start()
     await asyncio.sleep(0)  # it has begun, and has a look at once
-    monkeypatch.setattr(_indexer, "_LONGEST", 10**6)
+    monkeypatch.setattr(indexer, "_config", SimpleNamespace(index_interval=1e6))
     while done.count("move") < 5:
         indexer.wake()
         await asyncio.sleep(0)
@@ -760,7 +761,7 @@ async def test_an_index_that_is_lost_while_the_background_looks_comes_back(
     during: str,
 ) -> None:
     """As by a load that drops it just after the look, or after the build, and fails before either is answered."""
-    db = await make_db(indexing="background", index_interval=2.0)
+    db = await make_db(indexing="background", index_interval=60.0)
     indexer, executor = db._indexer, db._indexer._executor
     name = "SELECT to_regclass('elizasql.' || elizasql.partition_of($1) || '_dim_384_hnsw') IS NOT NULL"
     lost = False

@@ -762,7 +762,7 @@ async def test_after_a_load_that_was_cut_while_it_dropped_the_index_the_backgrou
 async def test_a_lost_index_comes_back_also_where_the_agent_always_writes(
     make_db: MakeAdapter, raw: asyncpg.Connection[Any]
 ) -> None:
-    db = await make_db(indexing="background", index_interval=0.01)
+    db = await make_db(indexing="background", index_interval=0.3)
     await raw.execute("SELECT elizasql.drop_index($1, NULL)", db.agent_id)
 
     while await index_of(raw, db.agent_id) is None:
@@ -870,7 +870,7 @@ async def test_a_killed_load_keeps_whole_batches_and_somebody_builds_the_index(
         memories, embeddings, _ = await stored(raw, db.agent_id)
     assert memories == embeddings and memories % 20 == 0 and kept <= memories <= kept + 20
     assert await index_of(raw, db.agent_id) is None
-    await make_db(db.agent_id, indexing="background", index_interval=0.01)
+    await make_db(db.agent_id, indexing="background", index_interval=0.3)
     while await index_of(raw, db.agent_id) is None:
         await asyncio.sleep(0.01)
     assert (await stored(raw, db.agent_id))[2] == 0
@@ -941,7 +941,7 @@ async def test_while_an_index_is_built_loads_into_other_partitions_find_a_connec
     building = raw.transaction()
     await building.start()
     await raw.execute("SELECT elizasql.build_index($1)", agents[0])  # and it is not over yet
-    options: dict[str, Any] = {"timeout": 10.0, "index_interval": 0.01}
+    options: dict[str, Any] = {"timeout": 10.0, "index_interval": 0.3}
     both = [await make_db(agent, indexing="background", **options) for agent in agents[:2]]
     other = await make_db(agents[2], **options)
     assert len({db._background.connections for db in (*both, other)}) == 1

@@ -1360,7 +1360,7 @@ async def move_and_kill(make_db: MakeAdapter, dsn: str, raw: Raw, seed: int) -> 
     """Move an agent that works, kill the mover twice at points of chance, and go on to the end."""
     chance = random.Random(seed)
     first = await make_db()
-    second = await make_db(first.agent_id, indexing="background", index_interval=0.01, application_name="second")
+    second = await make_db(first.agent_id, indexing="background", index_interval=0.3, application_name="second")
     world = World([first, second], raw, chance)
     await world.begin()
     working = asyncio.ensure_future(world.work())

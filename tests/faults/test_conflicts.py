@@ -201,7 +201,7 @@ async def administer(admin: asyncpg.Connection[Any], statement: str) -> None:
 async def test_schema_changes_under_load(make_db: MakeAdapter, server: FaultServer, seed: int, rounds: int) -> None:
     """An administrator adds columns, rebuilds indexes, rewrites tables, and makes statistics: nobody notices."""
     db = await make_db(
-        batch_size=5, timeout=30.0, connection_timeout=30.0, max_retries=30, indexing="background", index_interval=0.05
+        batch_size=5, timeout=30.0, connection_timeout=30.0, max_retries=30, indexing="background", index_interval=1.5
     )
     work = Workload(db, seed=seed, timeout=30, room_id=await make_room(db), writers=3, readers=2)
     async with work, server.admin() as admin:

@@ -229,7 +229,7 @@ async def test_an_index_without_a_row_of_its_table_is_found(make_db: MakeAdapter
 
 
 async def test_workload_on_a_server_that_is_well(make_db: MakeAdapter, server: FaultServer, seed: int) -> None:
-    db = await make_db(batch_size=5, indexing="background", index_interval=0.01)
+    db = await make_db(batch_size=5, indexing="background", index_interval=0.3)
     async with Workload(db, seed=seed, timeout=10, room_id=await make_room(db), readers=2) as work:
         await work.advance(250)
     assert work.figures.violations == [], work

@@ -40,7 +40,7 @@ async def under_load(
     make_db: MakeAdapter, server: FaultServer, seed: int, *, agents: int = 2, **settings: Any
 ) -> AsyncIterator[list[Workload]]:
     """Run workloads of several agents; at the end hold them to the invariant."""
-    settings = {"batch_size": 5, "timeout": 6.0, "indexing": "background", "index_interval": 0.05, **settings}
+    settings = {"batch_size": 5, "timeout": 6.0, "indexing": "background", "index_interval": 1.5, **settings}
     async with AsyncExitStack() as stack:
         works = []
         for number in range(agents):

@@ -356,7 +356,7 @@ async def test_everything_breaks_under_load(
     """One mode after the other, by chance, while several tasks write, read and search."""
     chance = random.Random(seed)
     settings = {"timeout": 1.5, "connection_timeout": 1.0, "batch_size": 5, "indexing": "background"}
-    db = await make_db(dsn=proxy.dsn, index_interval=0.05, **settings)
+    db = await make_db(dsn=proxy.dsn, index_interval=1.5, **settings)
     seen: list[str] = []
     async with Workload(db, seed=seed, timeout=1.5, writers=4, readers=2) as work:
         await work.advance(5)

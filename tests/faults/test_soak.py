@@ -73,7 +73,7 @@ async def test_what_a_process_needs_does_not_grow(make_db: MakeAdapter, server: 
     chance = random.Random(seed)
     # Vectors of agents that are gone stay for other adapters, as far as there is room.
     settings: dict[str, Any] = {"resident": "required", "resident_memory_mb": 2}
-    settings |= {"indexing": "background", "index_interval": 0.05, "pool_max_size": 2}
+    settings |= {"indexing": "background", "index_interval": 1.5, "pool_max_size": 2}
     db = await make_db(**settings)
     calls, seen = 0, []
     for number in range(ROUNDS):
