@@ -1943,13 +1943,19 @@ def test_a_report_that_cannot_be_written_is_refused_at_once(
     on_server("import", text).fails(2, r"the report elizasql-import-.*\.jsonl cannot be written: .*--report")
 
 
-def test_index_moves_the_tail(on_server: Run, dsn: str) -> None:
+def test_index_moves_the_tail(on_server: Run, dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def remember(db: DatabaseAdapter) -> None:
         await db.ensure_embedding_dimension(384)
         await db.create_memories([{"content": {}, "embedding": v} for v in np.random.normal(size=(5, 384))], "facts")
 
+    async def drop(*args: Any) -> bool:
+        raise AssertionError("it may be ended at any time: nobody asked for an index to be built anew")
+
     agent = with_agent(dsn, remember)
-    assert on_server("index", "--agent", agent, "--json").json[0]["moved"] == 5
+    with monkeypatch.context() as patched:
+        patched.setattr(data, "_REBUILD", 1)
+        patched.setattr(Indexer, "drop", drop)
+        assert on_server("index", "--agent", agent, "--json").json[0]["moved"] == 5
     assert re.search(rf"{agent}  Ada +0", on_server("index", "--agent", agent).out)
     assert on_server("index", "--agent", agent, "--rebuild", "--json").code == 0
 

@@ -197,7 +197,7 @@ async def finish(
     # Those that were there already, too: an earlier import may have been interrupted before it came to this.
     for agent_id in agents if index and summary.read["embeddings"] else ():
         async with place.open(agent_id, timeout=_PATIENCE) as db:
-            await _index(db, advance)
+            await _index(db, advance, rebuild=None)
     return {
         "tables": summary.rows(),
         "seconds": round(seconds, 3),
@@ -205,20 +205,27 @@ async def finish(
     }
 
 
-async def _index(db: DatabaseAdapter, advance: _out.Advance, *, rebuild: bool = False) -> int:
-    """Put the vectors that wait into the index; one that was lost is made again, also where none waits."""
+async def _index(db: DatabaseAdapter, advance: _out.Advance, *, rebuild: bool | None) -> int:
+    """Put the vectors that wait into the index; one that was lost is made again, also where none waits.
+
+    `rebuild`: build it anew; None: where that is likely to be faster.
+    """
     waiting: int = (await db.stats())["unindexed"]
     name = f"index {db.agent_id}"
     if waiting or rebuild:
         advance(name, 0, waiting or None)
-    rebuild = rebuild or (waiting >= _REBUILD and await db._indexer.drop(waiting))
+    if rebuild is None:
+        rebuild = waiting >= _REBUILD and await db._indexer.drop(waiting)
     # Added one by one, a million vectors take more than an hour.
     return await db.index_memories(lambda done, total: advance(name, done, total), rebuild=rebuild, timeout=LONG)
 
 
 def index_(
     agent: Agents = None,
-    rebuild: Annotated[bool, typer.Option(help="Build the index anew; writes to the same partition wait.")] = False,
+    rebuild: Annotated[
+        bool,
+        typer.Option(help="Build the index anew, faster where most is new; writes to the same partition wait."),
+    ] = False,
     dsn: Dsn = None,
     data_dir: DataDir = None,
     json: Json = False,

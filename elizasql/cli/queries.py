@@ -477,11 +477,11 @@ async def measure(
                 told.append(_times("get_memory_by_id", await _time(db.get_memory_by_id, ids)))
         advance(what, len(told), None)
     if writes:
-        told += await _measure_writes(place, [vector for _, vector, _ in queries], sample)
+        told += await _measure_writes(place, found["type"], [vector for _, vector, _ in queries], sample)
     return told
 
 
-async def _measure_writes(place: Place, vectors: list[Any], sample: int) -> list[dict[str, Any]]:
+async def _measure_writes(place: Place, type: str, vectors: list[Any], sample: int) -> list[dict[str, Any]]:
     agent_id = uuid4()
     async with place.open(agent_id) as db:
         await db.ensure_agent_exists({"name": "elizasql bench"})
@@ -493,12 +493,12 @@ async def _measure_writes(place: Place, vectors: list[Any], sample: int) -> list
             ]
 
             async def create(memory: Memory) -> UUID:
-                return await db.create_memory(memory, "bench")
+                return await db.create_memory(memory, type)
 
             await create(memories[0])
             alone = await _time(create, memories[1 : sample + 1])
             began = time.perf_counter()
-            await db.create_memories(memories[sample + 1 :], "bench")
+            await db.create_memories(memories[sample + 1 :], type)
             batch = time.perf_counter() - began
         finally:
             await db.delete_agent(agent_id)

@@ -119,7 +119,7 @@ async def _run(
     by_id = {line.id_in(room_id): line for line in lines}
 
     started = perf_counter()
-    async with elizasql.connect(agent_id=AGENT_ID, dsn=dsn, data_dir=data_dir) as db:
+    async with elizasql.connect(agent_id=AGENT_ID, dsn=dsn, data_dir=data_dir, memory_types={TABLE}) as db:
         is_new = await db.get_agent(AGENT_ID) is None
         await _prepare(db, path, room_id, sorted({line.speaker for line in lines}), embedder.dimension)
         opened = perf_counter()
