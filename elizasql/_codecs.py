@@ -330,10 +330,16 @@ def as_bool(value: object, name: str) -> bool:
     return bool(value)
 
 
+def check_callable(value: object, name: str) -> None:
+    """Check that an argument can be called, before anything is done."""
+    if not callable(value):
+        raise ArgumentError(f"{name} must be callable, not {type(value).__name__}")
+
+
 def check_progress(value: object) -> None:
-    """Check that whoever wants to hear of progress can be called, before anything is done."""
-    if value is not None and not callable(value):
-        raise ArgumentError(f"progress must be callable, not {type(value).__name__}")
+    """Check that whoever wants to hear of progress can be called; None: nobody does."""
+    if value is not None:
+        check_callable(value, "progress")
 
 
 # --- vectors ---------------------------------------------------------------------------------------------------------

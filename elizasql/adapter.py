@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import functools
+import inspect
 import os
 import sys
 import time
@@ -30,6 +31,7 @@ from .components import Components
 from .config import Config, Settings
 from .entities import Entities
 from .errors import (
+    ArgumentError,
     ConfigurationError,
     ElizaSQLError,
     EmbeddedServerError,
@@ -260,11 +262,19 @@ class DatabaseAdapter(
     ) -> T:
         """Run `callback(tx)` in a `transaction` on behalf of an entity, and give what it gives.
 
+        Raises:
+            ArgumentError: `entity_id` is no id, or `callback` cannot be called, and nothing was begun; or what it gives
+                cannot be awaited, and nothing is kept.
+
         Source: withEntityContext.
         """
         _codecs.as_optional_id(entity_id, "entity_id")
+        _codecs.check_callable(callback, "callback")
         async with self.transaction() as bound:
-            return await callback(bound)
+            answer = callback(bound)
+            if not inspect.isawaitable(answer):
+                raise ArgumentError(f"callback must give something to await, not {type(answer).__name__}")
+            return await answer
 
     @unbounded
     async def close(self, timeout: float = 10.0) -> None:

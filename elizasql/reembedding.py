@@ -132,8 +132,7 @@ class Reembedding(Store):
         target = _codecs.as_count(to, "to")
         if target not in DIMENSIONS:
             raise ArgumentError(f"to must be one of {', '.join(map(str, DIMENSIONS))}, not {show(to, 40)}")
-        if not callable(embed):
-            raise ArgumentError(f"embed must be callable, not {type(embed).__name__}")
+        _codecs.check_callable(embed, "embed")
         size = _codecs.as_count(batch_size, "batch_size", least=1)
         skips = _codecs.as_bool(skip_missing, "skip_missing")
         _codecs.check_progress(progress)

@@ -201,6 +201,7 @@ class DatabaseAdapter:
     def with_entity_context(self, entity_id: UUID | str | None, callback: Callable[[DatabaseAdapter], T]) -> T:
         """Run `callback(tx)` in a transaction on behalf of an entity, and give what it gives."""
         _codecs.as_optional_id(entity_id, "entity_id")
+        _codecs.check_callable(callback, "callback")
         with self.transaction() as bound:
             return callback(bound)
 

@@ -300,6 +300,8 @@ def test_with_entity_context(db: sync.DatabaseAdapter) -> None:
     assert db.with_entity_context(None, lambda tx: texts(tx)) == ["kept"]
     with pytest.raises(elizasql.ArgumentError, match="entity_id"):
         db.with_entity_context("no id", work)
+    with pytest.raises(elizasql.ArgumentError, match="callback must be callable, not int"):
+        db.with_entity_context(None, 5)  # type: ignore[arg-type]
     with pytest.raises(ZeroDivisionError):
         db.with_entity_context(None, lambda tx: [tx.create_memory(memory("lost"), "messages"), 1 / 0])
     assert texts(db) == ["kept"]

@@ -441,6 +441,12 @@ async def work_nothing(tx: DatabaseAdapter) -> None:
     pass
 
 
+@pytest.mark.parametrize("callback", [5, None, lambda tx: "not awaited"])
+async def test_callback_that_is_none(db: DatabaseAdapter, callback: Any) -> None:
+    with pytest.raises(elizasql.ArgumentError, match="callback must"):
+        await db.with_entity_context(None, callback)
+
+
 async def test_entity_that_is_no_id(db: DatabaseAdapter, round_trips: list[str]) -> None:
     with pytest.raises(elizasql.ArgumentError, match="entity_id"):
         await db.with_entity_context("'; DROP TABLE elizasql.agents; --", work_nothing)
