@@ -464,14 +464,16 @@ class Memories(Store):
         return changed
 
     async def delete_memory(self, memory_id: UUID | str, *, timeout: float | None = None) -> bool:
-        """Delete a memory and, when it is a document, its fragments; False when there was nothing.
+        """Delete a memory and its fragments; False when there was nothing.
+
+        Its fragments are what names it as `documentId` in its metadata, whatever the types of both.
 
         Statement: sql/memories.sql delete_memories. Source: deleteMemory.
         """
         return await self.delete_memories([memory_id]) > 0
 
     async def delete_memories(self, memory_ids: Iterable[UUID | str], *, timeout: float | None = None) -> int:
-        """Delete memories and the fragments of those that are documents, all or none; give how many went.
+        """Delete memories and their fragments, as `delete_memory` does, all or none; give how many went.
 
         Statement: sql/memories.sql delete_memories. Source: deleteManyMemories.
         """
@@ -480,7 +482,7 @@ class Memories(Store):
     async def delete_all_memories(
         self, room_id: UUID | str | Iterable[UUID | str], table_name: str, *, timeout: float | None = None
     ) -> int:
-        """Delete every memory of a type in a room or in several, and the fragments of documents; give how many went.
+        """Delete every memory of a type in a room or in several, and their fragments; give how many went.
 
         Raises:
             ArgumentError: `table_name` or an id does not fit; nothing was sent.
@@ -506,7 +508,7 @@ class Memories(Store):
         room_id: UUID | str | None = None,
         timeout: float | None = None,
     ) -> int:
-        """Delete old memories of a type, oldest first, and the fragments of those that are documents; give how many.
+        """Delete old memories of a type, oldest first, and their fragments, as `delete_memory` does; give how many.
 
         Each batch of `config.batch_size` is a transaction of its own, so that nobody waits long; with fragments it may
         be two of them, or one document and all that it has. When both limits are given, only what is beyond both goes.

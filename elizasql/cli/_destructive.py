@@ -45,8 +45,9 @@ def split_migration(text: str) -> tuple[str, str]:
 
 
 def find_destructive(sql: str) -> list[str]:
-    """Give the statements that drop tables, columns or rows, or that narrow a type; each as it begins.
+    """Give the statements that drop tables, columns or rows, or that may narrow a type; each as it begins.
 
+    The file does not tell which type a column had: of the new ones text, numeric and jsonb alone hold whatever it was.
     A function that is only created is not looked into; a DO block is, with every text in it that it may execute.
     """
     return [_shorten(statement) for statement, words in _statements(sql) if _destroys(words)]

@@ -274,7 +274,7 @@ def _refuse_destructive(steps: list[Step]) -> None:
         if step.destructive:
             more = f" and {len(step.destructive) - 1} more" if len(step.destructive) > 1 else ""
             raise MigrationError(
-                f"{step.schema}/{step.file} would take data away ({step.destructive[0]}{more}); nothing was done: "
+                f"{step.schema}/{step.file} may take data away ({step.destructive[0]}{more}); nothing was done: "
                 f"look at it with --dry-run, and set {PERMISSION}=true to allow it"
             )
 
