@@ -631,9 +631,13 @@ class _Cluster:
         self.recovering = False
         return None
 
+    async def _connect(self, database: str = _NAME, *, timeout: float) -> asyncpg.Connection[Any]:
+        # For this variable of libpq's an address has no word that every psql knows.
+        return await asyncpg.connect(self.dsn("postgres", database), timeout=timeout, direct_tls=False)
+
     async def _ask(self, timeout: float) -> Any:
         try:
-            connection = await asyncpg.connect(self.dsn("postgres"), timeout=timeout)
+            connection = await self._connect(timeout=timeout)
             try:
                 return await connection.fetchrow(_CHECK, timeout=timeout)
             finally:
@@ -645,7 +649,7 @@ class _Cluster:
         """Make what the application needs and a superuser must make. Each step stands a repetition."""
         self.bootstrapped = True
         for database, statement in _BOOTSTRAP.items():
-            connection = await asyncpg.connect(self.dsn("postgres", database), timeout=timeout)
+            connection = await self._connect(database, timeout=timeout)
             try:
                 await connection.execute(statement, timeout=timeout)
             finally:

@@ -13,14 +13,15 @@ import os
 import socket
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlencode, urlunsplit
 
 import asyncpg
 
 from . import _embedded
 from ._retry import Outcome, classify
-from .config import redact
+from .config import redact, split_address
 from .errors import ConfigurationError
 
 # A network forgets connections on which nothing is said, and swallows what comes later: after 10 s of silence the
@@ -59,6 +60,7 @@ class _Hosts:
     Attributes:
         each: Connection strings with one host, the one to try first in front.
         wanted: What the server must be, one round for each: who prefers a standby takes another when there is none.
+        without_tls: Whether it says so.
         bare: Whether it is a pooler that refuses settings of the session; never of several hosts, since an adapter
             asks once whether the settings are in force, and another host may answer for the role.
     """
@@ -66,7 +68,9 @@ class _Hosts:
     def __init__(self, dsn: str) -> None:
         self.each = _split(_for_driver(dsn))
         self.bare = False
-        query = dict(parse_qsl(urlsplit(dsn).query))
+        query = dict(parse_qsl(split_address(dsn).query))
+        # Where it says that there is no TLS, what libpq's variables say of it is meant for other servers, and refused.
+        self.without_tls = query.get("sslmode") == "disable"
         wanted = query.get("target_session_attrs") or os.environ.get("PGTARGETSESSIONATTRS") or "any"
         self.wanted = ("standby", "any") if wanted == "prefer-standby" else (wanted,)
 
@@ -93,6 +97,8 @@ async def connect(dsn: str, *, timeout: float, **options: Any) -> asyncpg.Connec
     """
     options["server_settings"] = {**options.get("server_settings", {}), "client_encoding": "UTF8"}
     hosts = _hosts_of(dsn)
+    if hosts.without_tls:
+        options["direct_tls"] = False
     tries = [(wanted, each) for wanted in hosts.wanted for each in hosts.each]
     until = time.monotonic() + timeout
     if len(hosts.each) == 1:
@@ -149,13 +155,31 @@ async def _ask_driver(dsn: str, **options: Any) -> asyncpg.Connection[Any]:
     )
 
 
+def files_of_tls(dsn: str) -> dict[str, str]:
+    """Give the files that an address, its service or libpq's variables name for TLS, in the order that the driver has.
+
+    A path that is not absolute begins at the working directory.
+    """
+    said = dict(parse_qsl(split_address(dsn).query))
+    of_service: dict[str, str] = {}
+    with suppress(configparser.Error, KeyError):
+        services = configparser.ConfigParser()
+        services.read(os.environ.get("PGSERVICEFILE") or Path.home() / ".pg_service.conf")
+        of_service = dict(services[said.get("service") or os.environ["PGSERVICE"]])
+    found = {
+        name: said.get(name) or of_service.get(name) or os.environ.get(f"PG{name.upper()}")
+        for name in ("sslrootcert", "sslcrl", "sslcert", "sslkey")
+    }
+    return {name: path for name, path in found.items() if path}
+
+
 def _for_driver(dsn: str) -> str:
     """Leave out what only libpq reads.
 
     Raises:
         ValueError: It asks for a protection that the driver does not have.
     """
-    parts = urlsplit(dsn)
+    parts = split_address(dsn)
     query = parse_qsl(parts.query)
     for name in ("channel_binding", "gssencmode"):
         if (name, "require") in query:
@@ -169,7 +193,7 @@ def _for_driver(dsn: str) -> str:
 
 def _split(dsn: str) -> list[str]:
     """Give a connection string for each host of one, in the same order."""
-    parts = urlsplit(dsn)
+    parts = split_address(dsn)
     user, at, hosts = parts.netloc.rpartition("@")
     if "," in hosts:
         return [urlunsplit(parts._replace(netloc=f"{user}{at}{host}")) for host in hosts.split(",")]

@@ -14,16 +14,17 @@ import secrets
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+from urllib.parse import quote, unquote, urlencode, urlsplit
 
 import asyncpg
 
 from . import _pool
+from ._hosts import files_of_tls
 from ._statements import SQL, find_folder
 from .config import Config, redact
 from .errors import ElizaSQLError, MigrationError, translate
@@ -37,7 +38,7 @@ _FILES = ("sslcert", "sslkey", "sslrootcert")
 _LIMITS = ["idle_session_timeout", "statement_timeout", "transaction_timeout"]
 
 # Settings of dbmate and of its driver that are none of ours.
-_LEAKS = re.compile("DBMATE_|PG(?!SSL(?:CERT|KEY|ROOTCERT)$)")
+_LEAKS = re.compile("DBMATE_|PG")
 
 # What it says where the schema, relation, column, function or other object that a migration makes is there already.
 _THERE = re.compile(r"\((?:42P06|42P07|42701|42723|42710)\)")
@@ -55,12 +56,20 @@ async def pending_versions(connection: asyncpg.Connection[Any]) -> list[str]:
     Raises:
         MigrationError: The database has a version that is newer than every file of this library.
     """
-    known = known_versions()
     try:
-        applied = {row["version"] for row in await connection.fetch(SQL["get_applied_migrations"].sql)}
+        return lacking([row["version"] for row in await connection.fetch(SQL["get_applied_migrations"].sql)])
     except (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError):
-        return known
-    newer = sorted(version for version in applied - set(known) if version > known[-1])
+        return known_versions()
+
+
+def lacking(applied: Sequence[str]) -> list[str]:
+    """Give the versions that are not among those that are applied, oldest first.
+
+    Raises:
+        MigrationError: As `pending_versions`.
+    """
+    known = known_versions()
+    newer = sorted(version for version in set(applied) - set(known) if version > known[-1])
     if newer:
         raise MigrationError(
             f"the database was migrated to {newer[-1]}, this library knows {known[-1]}: install a newer elizasql"
@@ -105,7 +114,9 @@ async def confirm(connection: asyncpg.Connection[Any], dsn: str, config: Config)
         )
 
 
-async def run_dbmate(*words: str, dsn: str, config: Config, folder: Path | None = None, table: str = TABLE) -> str:
+async def run_dbmate(
+    *words: str, dsn: str, config: Config, folder: Path | None = None, table: str = TABLE, only: str = "*.sql"
+) -> str:
     """Run dbmate's program and give what it said.
 
     Args:
@@ -115,24 +126,24 @@ async def run_dbmate(*words: str, dsn: str, config: Config, folder: Path | None 
         config: The settings in force.
         folder: Of the migrations; None: this library's.
         table: Where the versions are; what a folder's migrations create without naming a schema goes to its schema.
+        only: The files of the folder that dbmate gets to see.
 
     Raises:
-        MigrationError: dbmate is missing or failed; holds its last words. Or the address cannot be reached, or
-            `migration_dsn` leads to another database than `dsn`: then nothing was done.
+        MigrationError: dbmate is missing or failed; holds its last words. Or the address cannot be reached, there is no
+            folder for temporary files, or `migration_dsn` leads to another database than `dsn`: then nothing was done.
         ConfigurationError: No trigger fires for the role, and nothing was done.
     """
     schema = None if folder is None else table.partition(".")[0]
     url = await _look_up(dsn, config, schema)
-    with tempfile.TemporaryDirectory(prefix="elizasql-") as place:
+    environ = {name: value for name, value in os.environ.items() if not _LEAKS.match(name)}
+    try:
         # A working folder of its own, since dbmate reads a .env file there, with copies of the files: dbmate takes
         # a comma for the end of a path, and does not find one that is not UTF-8. The address goes through the
         # environment, since a command line is readable by every user of the machine. What libpq's variables say is in
-        # the address, but for the files of TLS: dbmate's driver takes more of them than ours, refuses some, and may go
-        # elsewhere by others.
-        for path in (folder or find_folder("migrations")).glob("*.sql"):
-            shutil.copy(path, place)
-        environ = {name: value for name, value in os.environ.items() if not _LEAKS.match(name)}
-        try:
+        # the address: dbmate's driver takes more of them than ours, refuses some, and may go elsewhere by others.
+        with tempfile.TemporaryDirectory(prefix="elizasql-", ignore_cleanup_errors=True) as place:
+            for path in (folder or find_folder("migrations")).glob(only):
+                shutil.copy(path, place)
             process = await asyncio.create_subprocess_exec(
                 str(_find_dbmate()),
                 *("--migrations-dir", "."),
@@ -144,15 +155,15 @@ async def run_dbmate(*words: str, dsn: str, config: Config, folder: Path | None 
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
             )
-        except OSError as error:
-            raise MigrationError(f"the program dbmate does not run: {error}") from error
-        try:
-            answer, said = await process.communicate()
-        except BaseException:
-            with suppress(ProcessLookupError):  # it may have ended just now
-                process.kill()
-            await process.wait()
-            raise
+            try:
+                answer, said = await process.communicate()
+            except BaseException:
+                with suppress(ProcessLookupError):  # it may have ended just now
+                    process.kill()
+                await process.wait()
+                raise
+    except OSError as error:
+        raise MigrationError(f"the program dbmate does not run: {error}") from error
     if process.returncode:
         lines = _hide(url, said.decode(errors="replace")).strip().splitlines()
         last = " ".join(lines[-5:]) or f"exit code {process.returncode}"
@@ -241,7 +252,8 @@ def _for_dbmate(connection: asyncpg.Connection[Any], dsn: str, settings: Mapping
     address = connection._addr
     host, port = address if isinstance(address, tuple) else address.rsplit("/.s.PGSQL.", 1)
     user = quote(found.user, safe="") + (f":{quote(found.password, safe='')}" if found.password else "")
-    files = {name: value for name, value in parse_qsl(urlsplit(dsn).query) if name in _FILES}
+    # dbmate runs in another folder.
+    files = {name: str(Path(file).absolute()) for name, file in files_of_tls(dsn).items() if name in _FILES}
     query = {**(found.server_settings or {}), **files, "host": host, "port": str(port), "sslmode": "disable"}
     if connection._transport.get_extra_info("sslcontext") is not None:
         # "prefer" has found that the server speaks TLS; what is stricter stays.

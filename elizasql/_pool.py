@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
 
 import asyncpg
 
@@ -212,11 +211,9 @@ _REFUSED_SETTINGS = (
 
 
 def _missing_file(dsn: str) -> str | None:
-    """Name a file of TLS that an address or libpq's variables name, and that cannot be read."""
-    named = dict(parse_qsl(urlsplit(dsn).query))
-    for name in ("sslrootcert", "sslcrl", "sslcert", "sslkey"):
-        file = named.get(name) or os.environ.get(f"PG{name.upper()}")
-        if file and not (Path(file).is_file() and os.access(file, os.R_OK)):
+    """Name a file of TLS that an address, its service or libpq's variables name, and that cannot be read."""
+    for name, file in _hosts.files_of_tls(dsn).items():
+        if not (Path(file).is_file() and os.access(file, os.R_OK)):
             return f"{name} {file}"
     return None
 

@@ -10,7 +10,9 @@ import functools
 import time
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, unquote
+
+from .config import split_address
 
 Observe = Callable[[str, float, float, "BaseException | None"], None]
 
@@ -78,7 +80,7 @@ def _instruments() -> tuple[Any, Any]:
 
 
 def _attributes(address: str) -> dict[str, Any]:
-    parts = urlsplit(address)
+    parts = split_address(address)
     query = dict(parse_qsl(parts.query))
     database = unquote(parts.path[1:]) or query.get("dbname") or query.get("database")
     # Of several hosts the first.

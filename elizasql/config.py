@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from numbers import Number
 from pathlib import Path
 from typing import Any, Literal, TypedDict
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
 from dotenv import dotenv_values, find_dotenv
 
@@ -71,9 +71,21 @@ def _dsn(value: Any) -> str:
 _HOST = re.compile(r"([^:@\[\]]*|\[[0-9a-fA-F:.%]*\])(:[0-9]*)?")
 
 
+def split_address(dsn: str) -> SplitResult:
+    """Cut a connection string as `urlsplit` does, which takes one host, and of several with an IPv6 address none.
+
+    Raises:
+        ValueError: It is no address.
+    """
+    scheme, _, rest = dsn.partition("://")
+    hosts = re.split("[/?#]", rest, maxsplit=1)[0]
+    urlsplit("//" + re.sub(r"[\[\]]", "", hosts))  # refuses letters that somebody may read as / or @
+    return urlsplit(f"{scheme}://{rest[len(hosts) :]}")._replace(netloc=hosts)
+
+
 def _is_unambiguous(dsn: str) -> bool:
     try:
-        parts = urlsplit(dsn)
+        parts = split_address(dsn)
         parse_qsl(parts.query, strict_parsing=bool(parts.query))
     except ValueError:
         return False
@@ -265,7 +277,7 @@ class Config:
         if "dsn" not in values or (given.get("dsn") is not None and given.get("migration_dsn") is None):
             # The environment's address for migrations is of the environment's database, not of the one that is opened.
             values.pop("migration_dsn", None)
-        said = dict(parse_qsl(urlsplit(values.get("dsn", "")).query))
+        said = dict(parse_qsl(split_address(values.get("dsn", "")).query))
         if said.get("connect_timeout") == "0":
             del said["connect_timeout"]  # libpq's word for no limit
         for parameter, name in _SAID_BY_DSN.items():
@@ -341,7 +353,7 @@ def _read_env_file() -> dict[str, str]:
 def redact(dsn: str) -> str:
     """Take everything out of a connection string that could be a secret: keep host, port and database."""
     try:
-        parts = urlsplit(_dsn(dsn))
+        parts = split_address(_dsn(dsn))
     except ValueError:
         return "(address)"
     # A host may be a folder with a socket, which only a parameter can name.

@@ -41,6 +41,7 @@ from elizasql._calls import current_deadline
 from elizasql._indexer import Indexer
 from elizasql._statements import SQL
 from elizasql.cli import _app, _keeper, _out, data, doctor, look, queries
+from elizasql.cli import migrate as cli_migrate
 from elizasql.cli import server as cli_server
 from elizasql.cli._destructive import find_destructive, split_migration
 from elizasql.errors import ElizaSQLError
@@ -712,6 +713,28 @@ def test_own_migrations_up_down_and_dry(run: Run, empty_database: str, monkeypat
     monkeypatch.setenv("ELIZA_ALLOW_DESTRUCTIVE_MIGRATIONS", "true")
     assert run("migrate", "down", "--json").json[0]["file"] == files[-1]
     assert [row["applied"] for row in run("migrate", "status", "--json").json] == [True] * (len(files) - 1) + [False]
+
+
+def test_of_two_that_take_back_at_once_the_second_takes_back_nothing(
+    run: Run, empty_database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it would find then nobody has looked at."""
+    monkeypatch.setenv("POSTGRES_URL", empty_database)
+    write(tmp_path / "shop", "20260101000000_a.sql", "CREATE TABLE things (id int);", "DROP TABLE things;")
+    write(tmp_path / "shop", "20260102000000_b.sql", "CREATE INDEX i ON things (id);", "DROP INDEX i;")
+    folder = ["--dir", str(tmp_path / "shop")]
+    assert run("migrate", "up", *folder).code == 0
+    real = cli_migrate._run
+
+    async def second(*args: Any, **options: Any) -> Any:
+        if args[2] == "rollback":
+            await real(*args, **options)
+        return await real(*args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cli_migrate, "_run", second)
+        run("migrate", "down", *folder).fails(1, "can't rollback")
+    assert "things" in asyncio.run(tables_of(empty_database, "shop"))
 
 
 def test_migrations_that_went_to_another_database(

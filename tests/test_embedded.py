@@ -400,10 +400,13 @@ async def test_environment_of_the_caller_does_not_matter(stopped: Path, monkeypa
     for name, value in {
         "PGPORT": "6543", "PGDATA": "/nowhere", "PGHOST": "example.invalid", "PGUSER": "x", "PGDATABASE": "x",
         "PGSSLMODE": "verify-full", "PGPASSWORD": "x", "PGTARGETSESSIONATTRS": "standby", "LC_ALL": "xx_XX",
-        "TZ": "Mars/Olympus",
+        "TZ": "Mars/Olympus", "PGSSLNEGOTIATION": "direct",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     server = await acquire(stopped)
+    async with elizasql.connect(agent_id=uuid4(), data_dir=stopped) as db:
+        assert await db.is_ready()
+    monkeypatch.delenv("PGSSLNEGOTIATION")  # the driver would go by it here
     async with connected(server) as connection:
         assert await connection.fetchval("SHOW TimeZone") == "UTC"
     await server.release()

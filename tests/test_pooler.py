@@ -324,6 +324,8 @@ async def test_first_host_that_is_there(dsn: str, tmp_path: Path) -> None:
     [
         ("postgresql://u:p@a:1,b:2/d?x=y", ["postgresql://u:p@a:1/d?x=y", "postgresql://u:p@b:2/d?x=y"]),
         ("postgresql://[::1]:1,b/d", ["postgresql://[::1]:1/d", "postgresql://b/d"]),
+        ("postgresql://u@a,[::1]/d", ["postgresql://u@a/d", "postgresql://u@[::1]/d"]),
+        ("postgresql://[::1],[::2]:5/d?x=y", ["postgresql://[::1]/d?x=y", "postgresql://[::2]:5/d?x=y"]),
         ("postgresql://a/d", ["postgresql://a/d"]),
         (
             "postgresql://u@/d?host=/x,b&port=1,2",
@@ -335,6 +337,7 @@ async def test_first_host_that_is_there(dsn: str, tmp_path: Path) -> None:
 )
 def test_each_host_has_an_address_of_its_own(dsn: str, wanted: list[str]) -> None:
     assert _hosts._split(dsn) == wanted
+    assert Config.load(dsn=dsn, environ={}).dsn == dsn
 
 
 async def test_host_that_answered_last_is_tried_first(dsn: str, tmp_path: Path) -> None:

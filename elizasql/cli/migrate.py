@@ -158,8 +158,10 @@ def down(
             if not dry_run:
                 _refuse_destructive(steps)
                 for source in sources:
-                    if any(step.schema == source.schema for step in steps):
-                        await _run(place, source, "rollback")
+                    for step in steps:
+                        if step.schema == source.schema:
+                            # Of all files it would take the newest by then: somebody else may take back this one.
+                            await _run(place, source, "rollback", only=step.file)
             _show(steps, json, dry_run)
 
     asyncio.run(work())
@@ -238,7 +240,7 @@ async def _look(place: Place, sources: list[Source], *, check: bool = False) -> 
             await _migrate.pending_versions(connection)
 
 
-async def _run(place: Place, source: Source, command: str) -> str:
+async def _run(place: Place, source: Source, command: str, *, only: str = "*.sql") -> str:
     words = (command,) if command == "status" else ("--migration-lock", command)
     return await _migrate.run_dbmate(
         *words,
@@ -246,6 +248,7 @@ async def _run(place: Place, source: Source, command: str) -> str:
         config=place.config,
         folder=source.folder,
         table=f"{source.schema}.schema_migrations",
+        only=only,
     )
 
 

@@ -12,14 +12,14 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 import orjson
 import typer
 
 from elizasql import _embedded, _migrate, _pool
 from elizasql._statements import SQL
-from elizasql.config import Config, redact
+from elizasql.config import Config, redact, split_address
 from elizasql.errors import ConfigurationError, ElizaSQLError, EmbeddedServerError
 
 from . import _out, _place
@@ -284,7 +284,7 @@ def for_libpq(address: str, *, embedded: bool = False) -> tuple[str, dict[str, s
         embedded: It is the embedded server's, and says all: what the user has set for other servers (PGSERVICE,
             PGHOSTADDR, ...) would lead there.
     """
-    parts = urlsplit(address)
+    parts = split_address(address)
     user, at, host = parts.netloc.rpartition("@")
     name, _, password = user.partition(":")
     query = dict(parse_qsl(parts.query))
