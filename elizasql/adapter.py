@@ -363,6 +363,8 @@ async def open(  # noqa: A001
             _pool.check_settings(await executor.fetch(SQL["get_settings"], names=list(wanted)), wanted)
             agent = await executor.fetch_row(SQL["look_at_agent"], agent_id=id)
             assert agent is not None
+            # Of connections that were open already: somebody else may have migrated since.
+            await _bring_up_to_date(_migrate.lacking(agent["versions"]), address, config)
             await _let_go_of_closed_loops()
         except BaseException:
             connections.abandon()
@@ -408,10 +410,7 @@ async def _let_go_of_closed_loops() -> None:
 async def _prepare(dsn: str, config: Config) -> Server:
     """Check the server and apply pending migrations; give what it is then."""
     server, pending = await _look_at(dsn, config)
-    if pending and not config.migrate:
-        raise MigrationError(f"migrations are pending: {', '.join(pending)}")
-    if pending:
-        await _migrate.migrate(dsn, config)
+    await _bring_up_to_date(pending, dsn, config)
     if pending or server.vector_schema is None:  # another process may have applied them just now
         server, _ = await _look_at(dsn, config)
     if server.vector_schema is None:
@@ -419,6 +418,14 @@ async def _prepare(dsn: str, config: Config) -> Server:
             "the extension pgvector was taken out of this database, and every vector with it: restore a backup"
         )
     return server
+
+
+async def _bring_up_to_date(pending: list[str], dsn: str, config: Config) -> None:
+    """Apply the migrations that a database lacks, or refuse to."""
+    if pending and not config.migrate:
+        raise MigrationError(f"migrations are pending: {', '.join(pending)}")
+    if pending:
+        await _migrate.migrate(dsn, config)
 
 
 async def _look_at(dsn: str, config: Config) -> tuple[Server, list[str]]:

@@ -17,12 +17,14 @@ CROSS JOIN
 ORDER BY given.position;
 
 -- name: look_at_agent(agent_id)^
--- What an adapter needs to know of its agent, there or not yet: the width that it is locked to, and what the names of the
--- partitions with its rows end in. Null where these must not be named: rows are guarded by policies, which hold for the
--- table that is named alone, or the role may not use every partition. Guarded: whether such policies hold for the role.
+-- What an adapter needs to know: which migrations are applied; and of its agent, there or not yet, the width that it is locked
+-- to, and what the names of the partitions with its rows end in. Null where these must not be named: rows are guarded by
+-- policies, which hold for the table that is named alone, or the role may not use every partition. Guarded: whether such
+-- policies hold for the role.
 SELECT
     (SELECT embedding_dimension FROM elizasql.agents WHERE id = :agent_id) AS dimension,
     row_security_active('elizasql.memories') OR row_security_active('elizasql.embeddings') AS guarded,
+    ARRAY(SELECT version::text FROM elizasql.schema_migrations) AS versions,
     (
         SELECT part.name
         FROM (SELECT substring(elizasql.partition_of(:agent_id), '_p[0-9]+$') AS name) AS part

@@ -301,7 +301,9 @@ def database(monkeypatch: pytest.MonkeyPatch) -> Remembering:
 
     @asynccontextmanager
     async def connect(**options: object) -> AsyncIterator[Remembering]:
-        assert options == {"agent_id": demo.AGENT_ID, "dsn": None, "data_dir": None}
+        assert options == {
+            "agent_id": demo.AGENT_ID, "dsn": None, "data_dir": None, "memory_types": {"messages"},
+        }  # fmt: skip
         yield remembering
 
     monkeypatch.setattr(elizasql, "connect", connect)

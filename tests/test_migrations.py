@@ -24,7 +24,7 @@ import pytest
 from asyncpg.connect_utils import SSLMode
 
 import elizasql
-from elizasql import Config, _embedded, _migrate, sync
+from elizasql import Config, _embedded, _hosts, _migrate, sync
 from elizasql._statements import SQL, find_folder
 from elizasql.cli.queries import explain_call
 from elizasql.config import redact
@@ -709,6 +709,52 @@ def test_address_for_dbmate(mode: SSLMode, encrypted: bool, wanted: str) -> None
     assert _migrate._for_dbmate(connection, given) == (
         f"postgres://a%40b:p%2F%C3%A4@/d%20d?sslrootcert=%2Fx.pem&host=%3A%3A1&port=5433&{wanted}"
     )
+
+
+@pytest.mark.parametrize("said", ["address", "service", "variable"])
+def test_files_of_tls_are_found_from_where_dbmate_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    connection: Any = SimpleNamespace(
+        _addr=("h", 5432),
+        _params=SimpleNamespace(
+            user="u", password=None, database="d", sslmode=SSLMode.verify_full, server_settings=None
+        ),
+        _transport=SimpleNamespace(get_extra_info=lambda name: object()),
+    )
+    (tmp_path / "services").write_text("[prod]\nsslrootcert=certs/ca.pem\n[other]\nsslrootcert=other.pem\n")
+    monkeypatch.setenv("PGSERVICEFILE", "services")
+    if said == "variable":
+        monkeypatch.setenv("PGSSLROOTCERT", "certs/ca.pem")
+    query = {"address": "?sslrootcert=certs/ca.pem", "service": "?service=prod", "variable": ""}[said]
+    found = parse_qs(urlsplit(_migrate._for_dbmate(connection, f"postgresql://u@h/d{query}")).query)
+    assert found["sslrootcert"] == [str(tmp_path / "certs" / "ca.pem")]
+    assert found["sslmode"] == ["verify-full"]
+    monkeypatch.setenv("PGSERVICE", "other")
+    assert ("certs" in _hosts.files_of_tls(f"postgresql://u@h/d{query}")["sslrootcert"]) is (said != "variable")
+
+
+async def test_no_folder_for_temporary_files(fresh: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    with pytest.raises(elizasql.MigrationError, match="/nowhere"):
+        await elizasql.open(agent_id=uuid4(), dsn=fresh)
+
+
+async def test_an_adapter_that_joins_others_looks_at_the_schema_too(fresh: str) -> None:
+    """Of connections that have been open for long."""
+    async with elizasql.connect(agent_id=uuid4(), dsn=fresh) as first, connected(fresh) as connection:
+        dbmate(fresh, "rollback")
+        with pytest.raises(elizasql.MigrationError, match="migrations are pending: "):
+            await elizasql.open(agent_id=uuid4(), dsn=fresh, migrate=False)
+        async with elizasql.connect(agent_id=uuid4(), dsn=fresh) as second:
+            assert second._connections is first._connections
+            await second.ensure_agent_exists({"name": "x"})
+            await second.ensure_embedding_dimension(384)
+            assert await second.reembed(512, lambda texts: texts) is not None
+        await connection.execute("INSERT INTO elizasql.schema_migrations VALUES ('99990101000000')")
+        with pytest.raises(elizasql.MigrationError, match="newer elizasql"):
+            await elizasql.open(agent_id=uuid4(), dsn=fresh)
 
 
 @pytest.mark.parametrize("place", ["public", 'an "extra" one'])
