@@ -1105,8 +1105,8 @@ async def test_path_that_cannot_be(tmp_path: Path, path: str) -> None:
 
 
 async def test_setting_of_the_caller_that_rules_it_out(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PGSSLNEGOTIATION", "direct")
-    with pytest.raises(EmbeddedServerError, match="direct TLS requires"):
+    monkeypatch.setenv("PGGSSLIB", "none")
+    with pytest.raises(EmbeddedServerError, match="gsslib parameter must be"):
         await acquire(stopped)
 
 
