@@ -213,6 +213,25 @@ async def test_columns_are_the_fields_of_a_model(raw: asyncpg.Connection[Any]) -
     assert read >= 60
 
 
+def test_a_time_or_a_distance_is_never_the_whole_order() -> None:
+    """Rows with equal ones would come as the plan has them, and pages and cursors would leave some out."""
+    end = r"(?=\s(?:LIMIT|OFFSET|FOR|ON|UNION)\b|;|\)|\n\n)"
+    orders = 0
+    for path in find_folder("sql").glob("*.sql"):
+        text = re.sub(r"--[^\n]*", "", path.read_text())
+        for order in re.findall(rf"ORDER BY\s+((?:[^()]|\([^()]*\))*?){end}", text):
+            keys = [key.strip() for key in order.split(",")]
+            if not re.search(r"\b(\w+_at|distance)\b", order) or (path.name, keys[-1].split(".")[-1]) == SWEPT:
+                continue
+            assert re.fullmatch(r"(\w+\.)?(\w+_)?id( ASC| DESC)?", keys[-1]), (path.name, order)
+            orders += 1
+    assert orders > 60
+
+
+# Whichever goes first.
+SWEPT = ("cache.sql", "expires_at")
+
+
 # --- the Python side -------------------------------------------------------------------------------------------------
 
 
