@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import random
 from datetime import datetime, timedelta, timezone
 from typing import Any
 from uuid import UUID, uuid4
@@ -229,6 +230,27 @@ async def test_found_from_both_sides_in_a_total_order(db: DatabaseAdapter) -> No
         assert await db.get_relationships(**kwargs, limit=0) == []  # type: ignore[arg-type]
         assert await db.get_relationships(**kwargs, limit=2**63 - 1, offset=2**63 - 1) == []  # type: ignore[arg-type]
     assert await db.get_relationships(NOWHERE) == await db.get_relationships(entity_ids=[]) == []
+
+
+async def test_pages_of_several_entities_are_those_of_the_whole(db: DatabaseAdapter) -> None:
+    """What was made first is neither first by its id nor by its time, and many times are equal."""
+    chance = random.Random(1)
+    everybody = await people(db, 12)
+    made = [
+        pair(a, b, id=UUID(int=chance.getrandbits(128)), created_at=T0 + timedelta(chance.randrange(5)))
+        for a in everybody
+        for b in everybody
+    ]
+    await db.create_relationships(made)
+    for among in ([everybody[0]], everybody[:2], everybody):
+        wanted = sorted(
+            (each["created_at"], each["id"])
+            for each in made
+            if not {each["sourceEntityId"], each["targetEntityId"]}.isdisjoint(among)
+        )
+        for begin in range(0, len(wanted), 3):
+            page = await db.get_relationships(entity_ids=among, limit=3, offset=begin)
+            assert ids_of(page) == [id for _, id in wanted[begin : begin + 3]]
 
 
 async def test_tags_are_shared_if_any_is(db: DatabaseAdapter) -> None:
