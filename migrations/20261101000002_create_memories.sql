@@ -366,6 +366,7 @@ ALTER TABLE elizasql.embeddings ENABLE ALWAYS TRIGGER embeddings_stamp_changed;
 -- of a batch that is about to be created, whether one of cosine similarity >= 0.95 is there already, in the same scope
 -- (agent, type, and room, world and entity where given); NULL where its id is there already, and keeps its row. Memories
 -- without an embedding, or whose "unique" is given, are not looked up. Those of the batch itself the client compares.
+-- The similarity is compared, as searches give it, and not the distance: 1 - 0.95 is more than 0.05.
 --
 -- A function, because a statement does not see rows that were committed while it waited for a lock, and the inner
 -- statements of a volatile function do: of concurrent near-duplicates exactly one stays unique. The locks, one for
@@ -411,7 +412,7 @@ BEGIN
                         AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_384 <=> vectors[i] <= 0.05) INTO near;$exact$, 'given_id', scope[1]), 'id_column', scope[2]);
+                        AND 1 - (dim_384 <=> vectors[i]) >= 0.95) INTO near;$exact$, 'given_id', scope[1]), 'id_column', scope[2]);
     END LOOP;
     FOREACH dim IN ARRAY ARRAY[384, 512, 768, 1024, 1536, 3072] LOOP
         EXECUTE replace(replace(replace($template$
@@ -473,9 +474,9 @@ BEGIN
         CASE way
             @exact@
             WHEN 'graph' THEN
-                SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO near, seen FROM (
+                SELECT bool_or(similarity >= 0.95 AND in_scope), bool_or(similarity < 0.95) INTO near, seen FROM (
                     SELECT
-                        dim_384 <=> vectors[i] AS distance,
+                        1 - (dim_384 <=> vectors[i]) AS similarity,
                         (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i]) AS in_scope
@@ -490,14 +491,14 @@ BEGIN
                             AND (worlds[i] IS NULL OR world_id = worlds[i])
                             AND (entities[i] IS NULL OR entity_id = entities[i])
                         ORDER BY dim_384::halfvec(384) <=> vectors[i]::halfvec(384) LIMIT 3) AS nearest
-                    WHERE dim_384 <=> vectors[i] <= 0.05
+                    WHERE 1 - (dim_384 <=> vectors[i]) >= 0.95
                 ) OR EXISTS (
                     SELECT FROM elizasql.embeddings
                     WHERE agent_id = given_agent AND type = types[i] AND NOT indexed
                         AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
-                        AND dim_384 <=> vectors[i] <= 0.05) INTO near;
+                        AND 1 - (dim_384 <=> vectors[i]) >= 0.95) INTO near;
                 END IF;
         END CASE;
         duplicates[i] := near;

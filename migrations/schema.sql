@@ -657,7 +657,7 @@ BEGIN
                         AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_1024 <=> vectors[i] <= 0.05) INTO near;
+                        AND 1 - (dim_1024 <=> vectors[i]) >= 0.95) INTO near;
             WHEN 'entity_id' THEN
                 SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
@@ -665,7 +665,7 @@ BEGIN
                         AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_1024 <=> vectors[i] <= 0.05) INTO near;
+                        AND 1 - (dim_1024 <=> vectors[i]) >= 0.95) INTO near;
             WHEN 'world_id' THEN
                 SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
@@ -673,7 +673,7 @@ BEGIN
                         AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_1024 <=> vectors[i] <= 0.05) INTO near;
+                        AND 1 - (dim_1024 <=> vectors[i]) >= 0.95) INTO near;
             WHEN 'agent_id' THEN
                 SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
@@ -681,11 +681,11 @@ BEGIN
                         AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_1024 <=> vectors[i] <= 0.05) INTO near;
+                        AND 1 - (dim_1024 <=> vectors[i]) >= 0.95) INTO near;
             WHEN 'graph' THEN
-                SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO near, seen FROM (
+                SELECT bool_or(similarity >= 0.95 AND in_scope), bool_or(similarity < 0.95) INTO near, seen FROM (
                     SELECT
-                        dim_1024 <=> vectors[i] AS distance,
+                        1 - (dim_1024 <=> vectors[i]) AS similarity,
                         (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i]) AS in_scope
@@ -700,14 +700,14 @@ BEGIN
                             AND (worlds[i] IS NULL OR world_id = worlds[i])
                             AND (entities[i] IS NULL OR entity_id = entities[i])
                         ORDER BY dim_1024::halfvec(1024) <=> vectors[i]::halfvec(1024) LIMIT 3) AS nearest
-                    WHERE dim_1024 <=> vectors[i] <= 0.05
+                    WHERE 1 - (dim_1024 <=> vectors[i]) >= 0.95
                 ) OR EXISTS (
                     SELECT FROM elizasql.embeddings
                     WHERE agent_id = given_agent AND type = types[i] AND NOT indexed
                         AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
-                        AND dim_1024 <=> vectors[i] <= 0.05) INTO near;
+                        AND 1 - (dim_1024 <=> vectors[i]) >= 0.95) INTO near;
                 END IF;
         END CASE;
         duplicates[i] := near;
@@ -811,7 +811,7 @@ BEGIN
                         AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_1536 <=> vectors[i] <= 0.05) INTO near;
+                        AND 1 - (dim_1536 <=> vectors[i]) >= 0.95) INTO near;
             WHEN 'entity_id' THEN
                 SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
@@ -819,7 +819,7 @@ BEGIN
                         AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_1536 <=> vectors[i] <= 0.05) INTO near;
+                        AND 1 - (dim_1536 <=> vectors[i]) >= 0.95) INTO near;
             WHEN 'world_id' THEN
                 SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
@@ -827,7 +827,7 @@ BEGIN
                         AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_1536 <=> vectors[i] <= 0.05) INTO near;
+                        AND 1 - (dim_1536 <=> vectors[i]) >= 0.95) INTO near;
             WHEN 'agent_id' THEN
                 SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
@@ -835,11 +835,11 @@ BEGIN
                         AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_1536 <=> vectors[i] <= 0.05) INTO near;
+                        AND 1 - (dim_1536 <=> vectors[i]) >= 0.95) INTO near;
             WHEN 'graph' THEN
-                SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO near, seen FROM (
+                SELECT bool_or(similarity >= 0.95 AND in_scope), bool_or(similarity < 0.95) INTO near, seen FROM (
                     SELECT
-                        dim_1536 <=> vectors[i] AS distance,
+                        1 - (dim_1536 <=> vectors[i]) AS similarity,
                         (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i]) AS in_scope
@@ -854,14 +854,14 @@ BEGIN
                             AND (worlds[i] IS NULL OR world_id = worlds[i])
                             AND (entities[i] IS NULL OR entity_id = entities[i])
                         ORDER BY dim_1536::halfvec(1536) <=> vectors[i]::halfvec(1536) LIMIT 3) AS nearest
-                    WHERE dim_1536 <=> vectors[i] <= 0.05
+                    WHERE 1 - (dim_1536 <=> vectors[i]) >= 0.95
                 ) OR EXISTS (
                     SELECT FROM elizasql.embeddings
                     WHERE agent_id = given_agent AND type = types[i] AND NOT indexed
                         AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
-                        AND dim_1536 <=> vectors[i] <= 0.05) INTO near;
+                        AND 1 - (dim_1536 <=> vectors[i]) >= 0.95) INTO near;
                 END IF;
         END CASE;
         duplicates[i] := near;
@@ -965,7 +965,7 @@ BEGIN
                         AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_3072 <=> vectors[i] <= 0.05) INTO near;
+                        AND 1 - (dim_3072 <=> vectors[i]) >= 0.95) INTO near;
             WHEN 'entity_id' THEN
                 SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
@@ -973,7 +973,7 @@ BEGIN
                         AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_3072 <=> vectors[i] <= 0.05) INTO near;
+                        AND 1 - (dim_3072 <=> vectors[i]) >= 0.95) INTO near;
             WHEN 'world_id' THEN
                 SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
@@ -981,7 +981,7 @@ BEGIN
                         AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_3072 <=> vectors[i] <= 0.05) INTO near;
+                        AND 1 - (dim_3072 <=> vectors[i]) >= 0.95) INTO near;
             WHEN 'agent_id' THEN
                 SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
@@ -989,11 +989,11 @@ BEGIN
                         AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_3072 <=> vectors[i] <= 0.05) INTO near;
+                        AND 1 - (dim_3072 <=> vectors[i]) >= 0.95) INTO near;
             WHEN 'graph' THEN
-                SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO near, seen FROM (
+                SELECT bool_or(similarity >= 0.95 AND in_scope), bool_or(similarity < 0.95) INTO near, seen FROM (
                     SELECT
-                        dim_3072 <=> vectors[i] AS distance,
+                        1 - (dim_3072 <=> vectors[i]) AS similarity,
                         (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i]) AS in_scope
@@ -1008,14 +1008,14 @@ BEGIN
                             AND (worlds[i] IS NULL OR world_id = worlds[i])
                             AND (entities[i] IS NULL OR entity_id = entities[i])
                         ORDER BY dim_3072::halfvec(3072) <=> vectors[i]::halfvec(3072) LIMIT 3) AS nearest
-                    WHERE dim_3072 <=> vectors[i] <= 0.05
+                    WHERE 1 - (dim_3072 <=> vectors[i]) >= 0.95
                 ) OR EXISTS (
                     SELECT FROM elizasql.embeddings
                     WHERE agent_id = given_agent AND type = types[i] AND NOT indexed
                         AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
-                        AND dim_3072 <=> vectors[i] <= 0.05) INTO near;
+                        AND 1 - (dim_3072 <=> vectors[i]) >= 0.95) INTO near;
                 END IF;
         END CASE;
         duplicates[i] := near;
@@ -1119,7 +1119,7 @@ BEGIN
                         AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_384 <=> vectors[i] <= 0.05) INTO near;
+                        AND 1 - (dim_384 <=> vectors[i]) >= 0.95) INTO near;
             WHEN 'entity_id' THEN
                 SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
@@ -1127,7 +1127,7 @@ BEGIN
                         AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_384 <=> vectors[i] <= 0.05) INTO near;
+                        AND 1 - (dim_384 <=> vectors[i]) >= 0.95) INTO near;
             WHEN 'world_id' THEN
                 SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
@@ -1135,7 +1135,7 @@ BEGIN
                         AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_384 <=> vectors[i] <= 0.05) INTO near;
+                        AND 1 - (dim_384 <=> vectors[i]) >= 0.95) INTO near;
             WHEN 'agent_id' THEN
                 SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
@@ -1143,11 +1143,11 @@ BEGIN
                         AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_384 <=> vectors[i] <= 0.05) INTO near;
+                        AND 1 - (dim_384 <=> vectors[i]) >= 0.95) INTO near;
             WHEN 'graph' THEN
-                SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO near, seen FROM (
+                SELECT bool_or(similarity >= 0.95 AND in_scope), bool_or(similarity < 0.95) INTO near, seen FROM (
                     SELECT
-                        dim_384 <=> vectors[i] AS distance,
+                        1 - (dim_384 <=> vectors[i]) AS similarity,
                         (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i]) AS in_scope
@@ -1162,14 +1162,14 @@ BEGIN
                             AND (worlds[i] IS NULL OR world_id = worlds[i])
                             AND (entities[i] IS NULL OR entity_id = entities[i])
                         ORDER BY dim_384::halfvec(384) <=> vectors[i]::halfvec(384) LIMIT 3) AS nearest
-                    WHERE dim_384 <=> vectors[i] <= 0.05
+                    WHERE 1 - (dim_384 <=> vectors[i]) >= 0.95
                 ) OR EXISTS (
                     SELECT FROM elizasql.embeddings
                     WHERE agent_id = given_agent AND type = types[i] AND NOT indexed
                         AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
-                        AND dim_384 <=> vectors[i] <= 0.05) INTO near;
+                        AND 1 - (dim_384 <=> vectors[i]) >= 0.95) INTO near;
                 END IF;
         END CASE;
         duplicates[i] := near;
@@ -1273,7 +1273,7 @@ BEGIN
                         AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_512 <=> vectors[i] <= 0.05) INTO near;
+                        AND 1 - (dim_512 <=> vectors[i]) >= 0.95) INTO near;
             WHEN 'entity_id' THEN
                 SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
@@ -1281,7 +1281,7 @@ BEGIN
                         AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_512 <=> vectors[i] <= 0.05) INTO near;
+                        AND 1 - (dim_512 <=> vectors[i]) >= 0.95) INTO near;
             WHEN 'world_id' THEN
                 SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
@@ -1289,7 +1289,7 @@ BEGIN
                         AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_512 <=> vectors[i] <= 0.05) INTO near;
+                        AND 1 - (dim_512 <=> vectors[i]) >= 0.95) INTO near;
             WHEN 'agent_id' THEN
                 SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
@@ -1297,11 +1297,11 @@ BEGIN
                         AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_512 <=> vectors[i] <= 0.05) INTO near;
+                        AND 1 - (dim_512 <=> vectors[i]) >= 0.95) INTO near;
             WHEN 'graph' THEN
-                SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO near, seen FROM (
+                SELECT bool_or(similarity >= 0.95 AND in_scope), bool_or(similarity < 0.95) INTO near, seen FROM (
                     SELECT
-                        dim_512 <=> vectors[i] AS distance,
+                        1 - (dim_512 <=> vectors[i]) AS similarity,
                         (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i]) AS in_scope
@@ -1316,14 +1316,14 @@ BEGIN
                             AND (worlds[i] IS NULL OR world_id = worlds[i])
                             AND (entities[i] IS NULL OR entity_id = entities[i])
                         ORDER BY dim_512::halfvec(512) <=> vectors[i]::halfvec(512) LIMIT 3) AS nearest
-                    WHERE dim_512 <=> vectors[i] <= 0.05
+                    WHERE 1 - (dim_512 <=> vectors[i]) >= 0.95
                 ) OR EXISTS (
                     SELECT FROM elizasql.embeddings
                     WHERE agent_id = given_agent AND type = types[i] AND NOT indexed
                         AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
-                        AND dim_512 <=> vectors[i] <= 0.05) INTO near;
+                        AND 1 - (dim_512 <=> vectors[i]) >= 0.95) INTO near;
                 END IF;
         END CASE;
         duplicates[i] := near;
@@ -1427,7 +1427,7 @@ BEGIN
                         AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_768 <=> vectors[i] <= 0.05) INTO near;
+                        AND 1 - (dim_768 <=> vectors[i]) >= 0.95) INTO near;
             WHEN 'entity_id' THEN
                 SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
@@ -1435,7 +1435,7 @@ BEGIN
                         AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_768 <=> vectors[i] <= 0.05) INTO near;
+                        AND 1 - (dim_768 <=> vectors[i]) >= 0.95) INTO near;
             WHEN 'world_id' THEN
                 SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
@@ -1443,7 +1443,7 @@ BEGIN
                         AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_768 <=> vectors[i] <= 0.05) INTO near;
+                        AND 1 - (dim_768 <=> vectors[i]) >= 0.95) INTO near;
             WHEN 'agent_id' THEN
                 SELECT EXISTS (
                     SELECT FROM elizasql.embeddings
@@ -1451,11 +1451,11 @@ BEGIN
                         AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
-                        AND dim_768 <=> vectors[i] <= 0.05) INTO near;
+                        AND 1 - (dim_768 <=> vectors[i]) >= 0.95) INTO near;
             WHEN 'graph' THEN
-                SELECT bool_or(distance <= 0.05 AND in_scope), bool_or(distance > 0.05) INTO near, seen FROM (
+                SELECT bool_or(similarity >= 0.95 AND in_scope), bool_or(similarity < 0.95) INTO near, seen FROM (
                     SELECT
-                        dim_768 <=> vectors[i] AS distance,
+                        1 - (dim_768 <=> vectors[i]) AS similarity,
                         (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i]) AS in_scope
@@ -1470,14 +1470,14 @@ BEGIN
                             AND (worlds[i] IS NULL OR world_id = worlds[i])
                             AND (entities[i] IS NULL OR entity_id = entities[i])
                         ORDER BY dim_768::halfvec(768) <=> vectors[i]::halfvec(768) LIMIT 3) AS nearest
-                    WHERE dim_768 <=> vectors[i] <= 0.05
+                    WHERE 1 - (dim_768 <=> vectors[i]) >= 0.95
                 ) OR EXISTS (
                     SELECT FROM elizasql.embeddings
                     WHERE agent_id = given_agent AND type = types[i] AND NOT indexed
                         AND (rooms[i] IS NULL OR room_id = rooms[i])
                         AND (worlds[i] IS NULL OR world_id = worlds[i])
                         AND (entities[i] IS NULL OR entity_id = entities[i])
-                        AND dim_768 <=> vectors[i] <= 0.05) INTO near;
+                        AND 1 - (dim_768 <=> vectors[i]) >= 0.95) INTO near;
                 END IF;
         END CASE;
         duplicates[i] := near;

@@ -48,6 +48,29 @@ VECTORS = [
 ]
 
 
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("others", [0, 2500])
+async def test_a_similarity_of_just_0_95_is_near(
+    make_db: MakeAdapter, own_database: str, together: bool, others: int
+) -> None:
+    """As a search with this threshold finds it; compared with all there are, and found by the graph."""
+    db = await make_db(dsn=own_database)
+    first, second = np.zeros((2, 384), np.float32)
+    first[0], second[:5] = 1, (19, 6, 1, 1, 1)
+    if others:
+        noise = np.random.default_rng(3).normal(size=(others, 384)).astype(np.float32)
+        await db.create_memories([{"content": {}, "embedding": each, "unique": True} for each in noise], "messages")
+        await db.index_memories(rebuild=True)
+    rows = [{"content": {}, "embedding": each} for each in (first, second)]
+    if together:
+        ids = await db.create_memories(rows, "messages")
+    else:
+        ids = [await db.create_memory(each, "messages") for each in rows]
+        await db.index_memories()
+    hits = await db.search_memories(embedding=first, table_name="messages", match_threshold=0.95, count=3)
+    assert {hit.id: hit.unique for hit in hits} == dict(zip(ids, (True, False), strict=True))
+
+
 def is_near(later: Row, earlier: Row) -> bool:
     a, b = (np.asarray(row["vector"], np.float64) for row in (later, earlier))
     return bool(a @ b / np.linalg.norm(a) / np.linalg.norm(b) >= 0.95) and all(
