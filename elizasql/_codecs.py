@@ -11,6 +11,7 @@ counts. How many texts this has altered, the adapter's `stats` tell.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import struct
@@ -210,8 +211,12 @@ def _densify(array: NDArray[Any]) -> Any:
 
 
 def decode_json(data: bytes) -> Any:
-    """Decode the server's binary jsonb."""
-    return orjson.loads(data[1:])
+    """Decode the server's binary jsonb; a number that is beyond a float's range becomes infinite."""
+    try:
+        return orjson.loads(data[1:])
+    except orjson.JSONDecodeError:
+        # Raw SQL and imports may store such a number: one row must not keep all others from being read.
+        return json.loads(data[1:], parse_int=lambda digits: int(digits) if len(digits) < 20 else float(digits))
 
 
 # --- ids, times, numbers ---------------------------------------------------------------------------------------------
@@ -288,12 +293,14 @@ def as_time(value: object, name: str) -> datetime:
             # Python 3.10 does not read the "Z" that JavaScript writes.
             value = datetime.fromisoformat(value.removesuffix("Z") + "+00:00" if value.endswith("Z") else value)
     if isinstance(value, datetime):
-        if value.utcoffset() is None:
-            raise ArgumentError(f"{name} must have a time zone, as datetime.now(timezone.utc) has")
         try:
-            return value.astimezone(timezone.utc)
+            if value.utcoffset() is not None:
+                return value.astimezone(timezone.utc)
         except OverflowError:
             raise ArgumentError(f"{name} lies outside the calendar: {show(value)}") from None
+        except Exception as error:
+            raise ArgumentError(f"{name} is not a time: {show(value)}") from error
+        raise ArgumentError(f"{name} must have a time zone, as datetime.now(timezone.utc) has")
     if is_number(value):
         if isinstance(value, (float, np.floating)) and _LEAST_SECONDS <= value < _MOST_SECONDS:
             raise ArgumentError(

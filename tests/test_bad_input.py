@@ -640,8 +640,16 @@ class Nowhere(tzinfo):
         return "nowhere"
 
 
+class NaT(datetime):
+    """As that of pandas: an instance that has no time."""
+
+    def utcoffset(self) -> timedelta:
+        raise ValueError("NaTType does not support utcoffset")
+
+
 BAD_TIMES: list[Any] = [
     NAIVE,
+    NaT(2025, 1, 1),
     datetime(2025, 1, 1, tzinfo=Nowhere()),
     datetime.max.replace(tzinfo=timezone(-timedelta(hours=1))),
     datetime.min.replace(tzinfo=timezone(timedelta(hours=1))),

@@ -7,6 +7,7 @@ import copy
 import inspect
 import itertools
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
@@ -729,6 +730,28 @@ async def test_filters_take_one_round_trip_where_enough_of_the_nearest_pass(
         with pytest.raises(ArgumentError, match=next(iter(bad))):
             await db.search_memories(embedding=vectors[0], table_name="messages", **bad)
     assert not round_trips
+
+
+@pytest.mark.parametrize("resident", ["off", "required"])
+async def test_a_number_that_no_float_holds_keeps_no_other_row_from_being_read(
+    make_db: MakeAdapter, raw: asyncpg.Connection[Any], resident: str
+) -> None:
+    db = await make_db(resident=resident)
+    vectors = np.random.default_rng(1).normal(size=(3, 384)).astype(np.float32)
+    ids = await db.create_memories([{"content": {"text": "x"}, "embedding": each} for each in vectors], "messages")
+    content = '{"n": 1e400, "m": -1e400, "i": 9007199254740993, "j": 123456789012345678901234567890}'
+    await raw.execute("UPDATE elizasql.memories SET content = $2 WHERE id = $1", ids[1], content)
+    for _ in range(3):
+        found = {memory.id: memory.content for memory in await db.get_memories(table_name="messages")}
+        hits = await db.search_memories(embedding=vectors[1], table_name="messages")
+        assert {memory.id: memory.content for memory in hits} == found
+        assert found == {
+            **{id: {"text": "x"} for id in ids},
+            ids[1]: {"n": math.inf, "m": -math.inf, "i": 9007199254740993, "j": 1.2345678901234568e29},
+        }
+        task = db._resident._tiers["messages", 384].loading if resident == "required" else None
+        if task is not None:
+            await task
 
 
 # Of floats of 1e16 and more the server gives all digits.
