@@ -46,7 +46,7 @@ from ._executor import Executor
 from ._matrix import LISTED, Matrix, Row, size_of
 from ._statements import SQL
 from .config import Config
-from .errors import ClosedError, ElizaSQLError
+from .errors import ElizaSQLError
 from .models import Memory
 from .types import Embedding
 
@@ -369,7 +369,10 @@ class Resident:
     async def close(self) -> None:
         """End the loads that this adapter has begun. What is loaded stays for other adapters of the process."""
         self._closed = True
-        for task in tuple(self._tasks):
+        tasks = tuple(self._tasks)
+        for task in tasks:
+            task.cancel()  # all, before any can meet a closed executor: that would put the tier off for others, too
+        for task in tasks:
             await end(task)
 
     async def search(self, executor: Executor, vector: Embedding, params: Mapping[str, Any]) -> list[Memory] | None:
@@ -673,8 +676,6 @@ class Resident:
         try:
             await self._read(tier, kind, dimension, scope)
             await self._renew(tier, kind)
-        except ClosedError:
-            pass  # by the one adapter that began it: no reason for others to wait
         except (ElizaSQLError, MemoryError) as error:
             # Searches go on in the database; if that cannot be reached, they tell.
             logger.warning("loading vectors of type %s is put off: %s", kind, error)
@@ -725,8 +726,6 @@ class Resident:
     async def _renew_alone(self, tier: Tier, kind: str) -> None:
         try:
             await self._renew(tier, kind)
-        except ClosedError:
-            pass  # as of a load
         except (ElizaSQLError, MemoryError) as error:
             logger.warning("contents of type %s are not brought up to date: %s", kind, error)
             tier.renew_at = time.monotonic() + _FAILED

@@ -301,8 +301,8 @@ class DatabaseAdapter(
             self._executor.refuse()
             self._background.refuse()
             try:
+                await self._resident.close()  # first: what it has begun must not meet what is refused now
                 await self._indexer.stop()
-                await self._resident.close()
                 await asyncio.gather(*(listener.close() for listener in self._listeners))
                 await asyncio.gather(self._executor.drain(timeout), self._background.drain(timeout))
             except BaseException:
