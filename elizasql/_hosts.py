@@ -162,10 +162,11 @@ def files_of_tls(dsn: str) -> dict[str, str]:
     """
     said = dict(parse_qsl(split_address(dsn).query))
     of_service: dict[str, str] = {}
-    with suppress(configparser.Error, KeyError):
-        services = configparser.ConfigParser()
-        services.read(os.environ.get("PGSERVICEFILE") or Path.home() / ".pg_service.conf")
-        of_service = dict(services[said.get("service") or os.environ["PGSERVICE"]])
+    if service := said.get("service") or os.environ.get("PGSERVICE"):
+        with suppress(configparser.Error, KeyError, RuntimeError):  # the latter of a user without a home
+            services = configparser.ConfigParser()
+            services.read(os.environ.get("PGSERVICEFILE") or Path("~/.pg_service.conf").expanduser())
+            of_service = dict(services[service])
     found = {
         name: said.get(name) or of_service.get(name) or os.environ.get(f"PG{name.upper()}")
         for name in ("sslrootcert", "sslcrl", "sslcert", "sslkey")

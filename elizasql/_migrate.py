@@ -115,7 +115,7 @@ async def confirm(connection: asyncpg.Connection[Any], dsn: str, config: Config)
 
 
 async def run_dbmate(
-    *words: str, dsn: str, config: Config, folder: Path | None = None, table: str = TABLE, only: str = "*.sql"
+    *words: str, dsn: str, config: Config, folder: Path | None = None, table: str = TABLE, only: str | None = None
 ) -> str:
     """Run dbmate's program and give what it said.
 
@@ -126,7 +126,7 @@ async def run_dbmate(
         config: The settings in force.
         folder: Of the migrations; None: this library's.
         table: Where the versions are; what a folder's migrations create without naming a schema goes to its schema.
-        only: The files of the folder that dbmate gets to see.
+        only: The one file of the folder that dbmate gets to see; None: all.
 
     Raises:
         MigrationError: dbmate is missing or failed; holds its last words. Or the address cannot be reached, there is no
@@ -142,7 +142,8 @@ async def run_dbmate(
         # environment, since a command line is readable by every user of the machine. What libpq's variables say is in
         # the address: dbmate's driver takes more of them than ours, refuses some, and may go elsewhere by others.
         with tempfile.TemporaryDirectory(prefix="elizasql-", ignore_cleanup_errors=True) as place:
-            for path in (folder or find_folder("migrations")).glob(only):
+            files = folder or find_folder("migrations")
+            for path in files.glob("*.sql") if only is None else [files / only]:
                 shutil.copy(path, place)
             process = await asyncio.create_subprocess_exec(
                 str(_find_dbmate()),

@@ -721,7 +721,7 @@ def test_of_two_that_take_back_at_once_the_second_takes_back_nothing(
     """What it would find then nobody has looked at."""
     monkeypatch.setenv("POSTGRES_URL", empty_database)
     write(tmp_path / "shop", "20260101000000_a.sql", "CREATE TABLE things (id int);", "DROP TABLE things;")
-    write(tmp_path / "shop", "20260102000000_b.sql", "CREATE INDEX i ON things (id);", "DROP INDEX i;")
+    write(tmp_path / "shop", "20260102000000_b[c].sql", "CREATE INDEX i ON things (id);", "DROP INDEX i;")
     folder = ["--dir", str(tmp_path / "shop")]
     assert run("migrate", "up", *folder).code == 0
     real = cli_migrate._run
@@ -734,6 +734,7 @@ def test_of_two_that_take_back_at_once_the_second_takes_back_nothing(
     with monkeypatch.context() as patched:
         patched.setattr(cli_migrate, "_run", second)
         run("migrate", "down", *folder).fails(1, "can't rollback")
+    assert [row["applied"] for row in run("migrate", "status", *folder, "--json").json] == [True, False]
     assert "things" in asyncio.run(tables_of(empty_database, "shop"))
 
 

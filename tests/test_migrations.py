@@ -735,6 +735,15 @@ def test_files_of_tls_are_found_from_where_dbmate_runs(
     assert ("certs" in _hosts.files_of_tls(f"postgresql://u@h/d{query}")["sslrootcert"]) is (said != "variable")
 
 
+@pytest.mark.parametrize("service", ["", "?service=prod"])
+def test_files_of_tls_of_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, service: str) -> None:
+    """As in a container whose user no file knows."""
+    monkeypatch.delenv("PGSERVICEFILE", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.setenv("PGSSLROOTCERT", "/ca.pem")
+    assert _hosts.files_of_tls(f"postgresql://u@h/d{service}") == {"sslrootcert": "/ca.pem"}
+
+
 async def test_no_folder_for_temporary_files(fresh: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
     with pytest.raises(elizasql.MigrationError, match="/nowhere"):

@@ -240,7 +240,7 @@ async def _look(place: Place, sources: list[Source], *, check: bool = False) -> 
             await _migrate.pending_versions(connection)
 
 
-async def _run(place: Place, source: Source, command: str, *, only: str = "*.sql") -> str:
+async def _run(place: Place, source: Source, command: str, *, only: str | None = None) -> str:
     words = (command,) if command == "status" else ("--migration-lock", command)
     return await _migrate.run_dbmate(
         *words,
