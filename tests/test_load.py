@@ -264,6 +264,27 @@ async def test_an_id_that_is_there_is_an_error_or_is_skipped(db: DatabaseAdapter
     assert kept is not None and kept.content == {"old": True} and kept.embedding is None
 
 
+@pytest.mark.parametrize("kept", [0, 10])
+@pytest.mark.parametrize("with_ids", [False, True], ids=["ids are made", "ids are given"])
+@pytest.mark.parametrize("on_conflict", ["error", "skip"])
+async def test_a_load_may_be_repeated_where_it_would_not_meet_what_is_kept(
+    db: DatabaseAdapter, monkeypatch: pytest.MonkeyPatch, on_conflict: str, with_ids: bool, kept: int
+) -> None:
+    store, batches = db._load, iter(range(2))
+
+    async def lost(rows: list[dict[str, Any]], *, skip: bool) -> list[Any]:
+        if next(batches) * 10 == kept:
+            raise elizasql.ConnectionLostError("before anything was sent")
+        return await store(rows, skip=skip)
+
+    monkeypatch.setattr(db, "_load", lost)
+    memories = [replace(memory, id=memory.id if with_ids else None) for memory in some(20)]
+    with pytest.raises(elizasql.ConnectionLostError) as caught:
+        await db.load_memories(memories, "messages", batch_size=10, on_conflict=on_conflict)
+    assert caught.value.kept == kept
+    assert caught.value.retryable is (not kept or (with_ids and on_conflict == "skip"))
+
+
 async def test_a_second_run_that_skips_changes_nothing(
     db: DatabaseAdapter, raw: asyncpg.Connection[Any], small: None
 ) -> None:
